@@ -1,0 +1,50 @@
+"""Constants and defaults of the packed format, version 1, for code with and without torch. See ``docs/format.md``."""
+
+from __future__ import annotations
+
+from vkvx.errors import OptionError
+
+TILE = 128
+"""Visual tokens a tile; group sizes and capacities are multiples of it."""
+WORD_BITS = 32
+BITS = (1, 2, 4, 8)
+BASELINE_BITS = 16
+"""Stands for the unquantised baseline, which stores visual tokens with the text; for a whole model only."""
+QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd")
+SCORE_CORRECTIONS = ("none", "affine", "expected")
+CACHE_NAMES = ("visual_key", "visual_key_params", "visual_value", "visual_value_params", "text_key", "text_value")
+"""Cache tensors of a layer, in the order of the operator's outputs."""
+
+QUANTILE_ALPHA = {1: 0.2, 2: 0.07, 4: 0.005, 8: 0.0}
+"""Default tail that ``quantile`` cuts off on each side, by bits."""
+SHRINK_KEY = {1: 0.5, 2: 1.0, 4: 1.0, 8: 1.0}
+"""Default factor of ``shrink`` on the minimum and maximum of keys, by bits."""
+SHRINK_VALUE = {1: 0.3, 2: 1.0, 4: 1.0, 8: 1.0}
+"""The same for values."""
+
+
+def check_bits(bits: int) -> None:
+    """Raise OptionError unless a code may have this many bits."""
+    if bits not in BITS:
+        raise OptionError(f"{bits} bits a code are not supported: give one of {', '.join(map(str, BITS))}")
+
+
+def check_quantizer(quantizer: str) -> None:
+    """Raise OptionError for an unknown quantiser."""
+    if quantizer not in QUANTIZERS:
+        raise OptionError(f"unknown quantizer '{quantizer}': give one of {', '.join(QUANTIZERS)}")
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise OptionError unless groups of this many tokens consist of whole tiles."""
+    if group_size <= 0 or group_size % TILE:
+        raise OptionError(f"group size {group_size} is not supported: give a positive multiple of {TILE}")
+
+
+def auto_group_size(tokens_per_picture: int | None) -> int:
+    """Group size with little padding and at most 1024 tokens; 256 for models whose pictures vary in size (``None``)."""
+    if tokens_per_picture is None:
+        return 256
+    tiles = -(-tokens_per_picture // TILE)
+    groups = -(-tiles // 8)
+    return TILE * -(-tiles // groups)
