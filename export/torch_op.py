@@ -151,21 +151,21 @@ def _append(
     caches: dict[str, Tensor], key: Tensor, value: Tensor, call: Call, cache: Cache, attributes: OperatorAttributes
 ) -> None:
     """Quantise the call's pictures and write them, and the text rows, into the caches in place."""
-    rows = cache.text_count.long()[:, None] + torch.arange(call.text_valid.shape[1], device=key.device)
-    if (call.text_valid & (rows >= cache.text_key.shape[2])).any():
-        raise CapacityError(f"the text cache holds {cache.text_key.shape[2]} rows and this call needs more")
-    batch, entry = call.text_valid.nonzero(as_tuple=True)
-    for name, new in (("text_key", key), ("text_value", value)):
-        caches[name][call.row[batch], :, rows[batch, entry]] = _take(new, call.text_position)[batch, :, entry]
     groups, size = call.visual_valid.shape[1:]
-    if not groups:
-        return
+    rows = cache.text_count.long()[:, None] + torch.arange(call.text_valid.shape[1], device=key.device)
     filled = call.visual_valid.any(-1)
     target = (cache.visual_count > 0).sum(-1, keepdim=True) + torch.arange(groups, device=key.device)
+    if (call.text_valid & (rows >= cache.text_key.shape[2])).any():
+        raise CapacityError(f"the text cache holds {cache.text_key.shape[2]} rows and this call needs more")
     if (filled & (target >= cache.visual_count.shape[1])).any():
         raise CapacityError(
             f"the visual cache holds {cache.visual_count.shape[1]} groups of {size} tokens and this call needs more"
         )
+    batch, entry = call.text_valid.nonzero(as_tuple=True)
+    for name, new in (("text_key", key), ("text_value", value)):
+        caches[name][call.row[batch], :, rows[batch, entry]] = _take(new, call.text_position)[batch, :, entry]
+    if not groups:
+        return
     mask = call.visual_valid[:, None].expand(-1, key.shape[1], -1, -1)
     position = call.visual_position.flatten(1)
     key = _take(key, position).unflatten(2, (groups, size))
@@ -209,6 +209,8 @@ def _check(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> None:
                 raise OptionError(f"{expected} with {name} = {known}, not {list(tensor.shape)}")
     if dims["Hq"] % dims["Hkv"]:
         raise OptionError(f"{dims['Hq']} query heads cannot share {dims['Hkv']} KV heads: give a multiple")
+    if not attributes.is_packed and (dims["C"] or dims["G"]):
+        raise OptionError(f"at 16 bits the visual cache must be empty, not of {dims['C']} tokens: text rows hold both")
     if attributes.is_packed and (dims["C"] != dims["G"] * attributes.group_size or dims["Nv"] % attributes.group_size):
         raise OptionError(
             f"visual capacity {dims['C']} and index length {dims['Nv']} must consist of whole groups of "

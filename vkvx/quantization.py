@@ -5,7 +5,8 @@ offset, so ``value = offset + scale * code``. Codes of 1, 2, 4 or 8 bits are sto
 along channels, values along tokens, which are the axes that attention sums over.
 
 Levels and codes are computed in FP32 on the device of the input. ``docs/format.md`` is the specification.
-Sources: arXiv 2502.14882 v1 (``quantile``) and v2, CalibQuant (``shrink``); ``lloyd`` is Lloyd's algorithm per channel.
+Sources: arXiv 2502.14882 v1 (``quantile``) and v2, CalibQuant (``shrink``); ``lloyd`` is Lloyd's algorithm per channel,
+which finds a local minimum of the squared error.
 """
 
 from __future__ import annotations

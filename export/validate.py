@@ -1,0 +1,278 @@
+"""Compare a bundle in onnxruntime with its checkpoint in torch, tensor by tensor.
+
+Both sides get the same tokens and the same picture embeddings, so a difference of the vision tower is reported once and
+does not spread. Each side keeps its own cache: what differs in one call is part of the next, as it is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vkvx.errors import OptionError
+from vkvx.format import BASELINE_BITS
+from vkvx.manifest import Manifest
+from vkvx.runtime.backend import Backend, open_backend
+from vkvx.runtime.layout import Row, build_call, place_embeds
+from vkvx.runtime.processor import Picture, Prepared, Processor
+
+Progress = Callable[[str, int, int], None]
+
+PROMPT = "Describe the picture."
+"""What is asked about each picture; the tokens that follow come from the torch model, greedily."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What may differ, by the model's dtype. All but ``codes`` are relative to the range of the reference tensor.
+
+    ``codes`` is the share of codes that may differ, by bits; at 8 bits a difference of one step does not count.
+    """
+
+    vision: float
+    logits: float
+    logits_after_code: float
+    cache: float
+    codes: dict[int, float]
+
+
+TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-5, 2e-3, 1e-4, {1: 1e-4, 2: 1e-4, 4: 1e-3, 8: 1e-4}),
+    "float16": Tolerance(1e-2, 2e-3, 2e-3, 5e-3, {1: 1e-3, 2: 1e-3, 4: 1e-2, 8: 1e-3}),
+    "bfloat16": Tolerance(5e-2, 2e-2, 2e-2, 4e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
+}
+"""FP16 and BF16 differ by rounding between every two operators; in FP32 a changed code is the largest difference."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. ``max_difference`` and ``tolerance`` have the unit that ``detail`` names."""
+
+    name: str
+    phase: str
+    layer: int | None
+    max_difference: float
+    tolerance: float
+    passed: bool
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """All comparisons of one bundle."""
+
+    bundle: str
+    model: str
+    dtype: str
+    provider: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison is within its tolerance."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def first_divergent_layer(self) -> int | None:
+        """The lowest layer with a failed comparison in the earliest phase that has one."""
+        failed = [check for check in self.checks if not check.passed and check.layer is not None]
+        if not failed:
+            return None
+        return min(c.layer for c in failed if c.phase == failed[0].phase and c.layer is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain types."""
+        return {
+            **{name: getattr(self, name) for name in ("bundle", "model", "dtype", "provider")},
+            "passed": self.passed,
+            "first_divergent_layer": self.first_divergent_layer,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def validate_bundle(
+    bundle: str | Path,
+    model: str | None = None,
+    images: Sequence[Picture] | None = None,
+    steps: int = 8,
+    atol: float | None = None,
+    rtol: float | None = None,
+    provider: str = "auto",
+    progress: Progress | None = None,
+) -> Report:
+    """Run a bundle and its checkpoint side by side: vision, a prefill, ``steps`` decode steps, and a second turn.
+
+    Args:
+        bundle: directory of the bundle; the hashes of its files are verified.
+        model: checkpoint directory, alias or hub id; None takes what the manifest names.
+        images: one picture a turn; None takes two of the bundled sample pages.
+        steps: decode steps after each prefill.
+        atol, rtol: tolerance atol + rtol * range in place of ``TOLERANCES``, but for the share of codes.
+        provider: of onnxruntime.
+
+    Raises:
+        BundleError, ModelError, InputError: if something cannot be read; OptionError: for an unusable number.
+    """
+    from vkvx.export.reference import load_reference
+    from vkvx.models.registry import resolve, sample_pages
+
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise OptionError(f"{name} {value} is not supported: give a number of at least 0")
+    report_progress = progress or (lambda stage, done, total: None)
+    directory = Path(bundle)
+    manifest = Manifest.load(directory)
+    manifest.verify(directory, report_progress)
+    pictures = list(images) if images else sample_pages()[:2]
+    processor = Processor(directory, manifest)
+    turns = [_turn(processor, picture, first=i == 0) for i, picture in enumerate(pictures)]
+    capacity = {
+        "slots": 2,  # the second row shows that the slot is honoured
+        "visual_tokens": sum(
+            manifest.quantization.group_size * -(-n // manifest.quantization.group_size)
+            for t in turns
+            for n in t.picture_lengths
+        ),
+        "text_tokens": sum(len(t.token_ids) - sum(t.picture_lengths) + steps + 1 for t in turns),
+    }
+    source = resolve(model or manifest.model.source, revision=None if model else manifest.model.revision)
+    total = 1 + len(turns) * (steps + 2)
+    report_progress("compare", 0, total)
+    reference = load_reference(source, manifest, **capacity)
+    backend = open_backend("onnxruntime", directory, manifest, provider=provider, **capacity)
+    report = Report(str(directory), str(source.name), manifest.model.dtype, getattr(backend, "provider", provider))
+    comparison = _Comparison(report, reference, backend, atol, rtol)
+    position, done, token = 0, 1, None
+    for number, turn in enumerate(turns, start=1):
+        phase = "" if number == 1 else f"turn {number} "
+        embeds = comparison.vision(f"{phase}vision", turn)
+        ids = turn.token_ids if token is None else np.concatenate([[np.int32(token)], turn.token_ids])
+        token = comparison.step(f"{phase}prefill", ids, turn.picture_lengths, position, embeds)
+        comparison.caches(f"{phase}prefill")
+        position += len(ids)
+        done += 2
+        report_progress("compare", done, total)
+        for step in range(1, steps + 1):
+            token = comparison.step(f"{phase}decode {step}", np.array([token], np.int32), (), position, None)
+            position += 1
+            done += 1
+            report_progress("compare", done, total)
+        comparison.caches(f"{phase}decode {steps}")
+    return report
+
+
+def _turn(processor: Processor, picture: Picture, *, first: bool) -> Prepared:
+    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+    if processor.has_chat_template:
+        return processor.prepare(processor.format([{"role": "user", "content": content}]), [picture], first=first)
+    return processor.prepare(f"<image>\n{PROMPT}", [picture], first=first)
+
+
+class _Comparison:
+    """Feeds both sides the same calls in slot 1 and collects the checks."""
+
+    SLOT = 1
+
+    def __init__(
+        self, report: Report, reference: Backend, backend: Backend, atol: float | None, rtol: float | None
+    ) -> None:
+        self.report, self.reference, self.backend = report, reference, backend
+        self.manifest = backend.manifest
+        self.tolerances = TOLERANCES[report.dtype]
+        self.override = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
+        self.code_differs = False
+
+    def vision(self, phase: str, turn: Prepared) -> np.ndarray:
+        """Compare the picture embeddings; returns those of the bundle."""
+        assert turn.pixel_inputs is not None
+        embeds = self.backend.encode(turn.pixel_inputs)
+        self._close(
+            "image_embeds", phase, None, embeds, self.reference.encode(turn.pixel_inputs), self.tolerances.vision
+        )
+        return embeds
+
+    def step(
+        self, phase: str, ids: np.ndarray, pictures: tuple[int, ...], position: int, embeds: np.ndarray | None
+    ) -> int:
+        """Run one call on both sides and compare the logits; returns the reference's likeliest token."""
+        quantization, model = self.manifest.quantization, self.manifest.model
+        row = Row(self.SLOT, ids, pictures, position)
+        call = build_call([row], group_size=quantization.group_size, image_token_id=model.image_token_id)
+        visual = None if embeds is None else place_embeds(call, embeds)
+        expected, actual = self.reference.step(call, visual), self.backend.step(call, visual)
+        if pictures:
+            self.code_differs = self.code_differs or self._any_code_differs()
+        relative = self.tolerances.logits_after_code if self.code_differs else self.tolerances.logits
+        self._close("logits", phase, None, actual, expected, relative)
+        return int(expected[0].argmax())
+
+    def caches(self, phase: str) -> None:
+        """Compare what lies below the counts, layer by layer."""
+        ours, theirs = self.backend.cache, self.reference.cache
+        for name in ("visual_count", "text_count"):
+            different = int(np.count_nonzero(getattr(ours, name) != getattr(theirs, name)))
+            self._add(name, phase, None, different, 0, "counts that differ")
+        groups, rows = theirs.group_count(self.SLOT), int(theirs.text_count[self.SLOT])
+        for layer in range(self.manifest.layers):
+            for kind in ("key", "value"):
+                if groups:
+                    self._codes(layer, kind, phase)
+                    name = f"visual_{kind}_params"
+                    actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :groups] for c in (ours, theirs))
+                    self._close(name, phase, layer, actual, expected, self.tolerances.cache)
+                name = f"text_{kind}"
+                actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :rows] for c in (ours, theirs))
+                self._close(name, phase, layer, actual, expected, self.tolerances.cache)
+
+    def _read_codes(self, backend: Backend, layer: int, kind: str) -> np.ndarray:
+        """Codes of the valid tokens, uint8 [Hkv, tokens, D]."""
+        import torch
+
+        from vkvx.quantization import unpack_keys, unpack_values
+
+        unpack = unpack_keys if kind == "key" else unpack_values
+        counts = self.reference.cache.visual_count[self.SLOT]
+        size = self.manifest.quantization.group_size
+        codes = unpack(torch.from_numpy(np.array(backend.cache.read(f"{layer}.visual_{kind}")[self.SLOT]))).numpy()
+        return codes[:, (np.arange(size) < counts[:, None]).ravel()]
+
+    def _any_code_differs(self) -> bool:
+        if not self.manifest.is_packed:
+            return False
+        return any(
+            (self._read_codes(self.backend, layer, kind) != self._read_codes(self.reference, layer, kind)).any()
+            for layer in range(self.manifest.layers)
+            for kind in ("key", "value")
+        )
+
+    def _codes(self, layer: int, kind: str, phase: str) -> None:
+        quantization = self.manifest.quantization
+        bits = (quantization.key_bits if kind == "key" else quantization.value_bits)[layer]
+        assert bits != BASELINE_BITS
+        actual, expected = (self._read_codes(side, layer, kind).astype(int) for side in (self.backend, self.reference))
+        steps = np.abs(actual - expected)
+        share = float(np.mean(steps > (1 if bits == 8 else 0)))
+        unit = "share of codes more than one step apart" if bits == 8 else "share of codes that differ"
+        detail = f"{unit}, {100 * (1 - share):.4g} % agree at {bits} bit"
+        self._add(f"visual_{kind}", phase, layer, share, self.tolerances.codes[bits], detail)
+
+    def _close(
+        self, name: str, phase: str, layer: int | None, actual: np.ndarray, expected: np.ndarray, relative: float
+    ) -> None:
+        a, e = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+        if a.shape != e.shape:
+            self._add(name, phase, layer, float("inf"), 0.0, f"shape {list(a.shape)}, expected {list(e.shape)}")
+            return
+        spread = float(e.max() - e.min()) if e.size else 0.0
+        atol, rtol = self.override or (0.0, relative)
+        difference = float(np.abs(a - e).max()) if e.size else 0.0
+        self._add(name, phase, layer, difference, atol + rtol * spread, f"range {spread:.4g}")
+
+    def _add(self, name: str, phase: str, layer: int | None, difference: float, tolerance: float, detail: str) -> None:
+        # Written so that NaN fails.
+        passed = bool(difference <= tolerance)
+        self.report.checks.append(Check(name, phase, layer, float(difference), float(tolerance), passed, detail))

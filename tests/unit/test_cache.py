@@ -1,0 +1,162 @@
+"""The packed cache: capacities, slots, lengths, bytes and forks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fakes import GROUP, manifest
+
+from vkvx.errors import CapacityError
+from vkvx.manifest import Manifest
+from vkvx.runtime.cache import HostStorage, PackedCache, Shape
+
+
+def fill(cache: PackedCache, slot: int, counts: list[int], text: int, seed: int = 0) -> None:
+    """Random bytes in every buffer of a slot, and counts."""
+    random = np.random.default_rng(seed)
+    for buffer in cache.buffers.values():
+        row = buffer[slot]
+        row.view(np.uint8)[...] = random.integers(0, 256, row.view(np.uint8).shape)
+    cache.visual_count[slot, : len(counts)] = counts
+    cache.text_count[slot] = text
+
+
+def test_capacity_is_whole_groups_and_at_least_one() -> None:
+    assert PackedCache(manifest(), 1, 0, 8).visual_capacity == GROUP
+    assert PackedCache(manifest(), 1, GROUP + 1, 8).visual_capacity == 2 * GROUP
+    cache = PackedCache(manifest(bits=2), 3, 2 * GROUP, 8)
+    assert cache.buffers["1.visual_key"].shape == (3, 2, 2, 2, 128, 2)
+    assert cache.buffers["1.visual_value_params"].shape == (3, 2, 2, 2, 64)
+    assert cache.buffers["0.text_value"].shape == (3, 2, 8, 64)
+    assert cache.visual_count.shape == (3, 2)
+
+
+def test_sixteen_bits_keep_pictures_among_the_text() -> None:
+    cache = PackedCache(manifest(bits=16), 2, 300, 20)
+    assert (cache.visual_capacity, cache.groups, cache.text_capacity) == (0, 0, 320)
+    assert cache.buffers["0.visual_key"].size == 0
+    assert cache.visual_count.shape == (2, 0)
+    assert cache.demand((160, 160), 7) == (0, 327)
+    cache.check_capacity(None, 0, 320)
+    with pytest.raises(CapacityError, match="16 bits"):
+        cache.check_capacity(None, 0, 321)
+
+
+@pytest.mark.parametrize(("slots", "visual", "text"), [(0, 1, 1), (1, -1, 1), (1, 1, 0)])
+def test_refuses_senseless_sizes(slots: int, visual: int, text: int) -> None:
+    with pytest.raises(CapacityError, match="at least"):
+        PackedCache(manifest(), slots, visual, text)
+
+
+def test_slots_are_taken_and_given_back() -> None:
+    cache = PackedCache(manifest(), 3, GROUP, 8)
+    assert [cache.acquire(), cache.acquire()] == [0, 1]
+    assert cache.free_slots == (2,)
+    cache.text_count[0] = 5
+    cache.visual_count[0] = 7
+    cache.release(0)
+    assert cache.free_slots == (0, 2)
+    assert cache.length(0) == 0
+    assert [cache.acquire(), cache.acquire()] == [0, 2]
+    with pytest.raises(CapacityError, match=r"all 3 slots.*slots="):
+        cache.acquire()
+
+
+def test_lengths_count_valid_tokens_only() -> None:
+    cache = PackedCache(manifest(), 2, 3 * GROUP, 50)
+    cache.visual_count[1] = [128, 32, 0]
+    cache.text_count[1] = 11
+    assert cache.group_count(1) == 2
+    assert (cache.visual_tokens(1), cache.text_tokens(1), cache.length(1)) == (160, 11, 171)
+    assert cache.length(0) == 0
+    cache.reset(1)
+    assert cache.length(1) == 0
+
+
+def test_commit_tells_visual_from_text_at_sixteen_bits() -> None:
+    cache = PackedCache(manifest(bits=16), 3, 200, 50)
+    none = np.zeros((3, 0), np.int32)
+    cache.commit(np.array([2, -1, 0]), none, np.array([4, 0, 164], np.int32), np.array([160, 9, 0]))
+    assert (cache.visual_tokens(2), cache.text_tokens(2), cache.length(2)) == (160, 4, 164)
+    assert (cache.visual_tokens(0), cache.text_tokens(0)) == (0, 4)
+    assert cache.visual_tokens(1) == 0
+    assert cache.visual_bytes_used(2) == 160 * cache.manifest.text_bytes_per_token
+    assert cache.bytes_used(2) == 164 * cache.manifest.text_bytes_per_token
+
+
+def test_capacity_errors_say_what_helps() -> None:
+    cache = PackedCache(manifest(), 1, 3 * GROUP, 20)
+    cache.visual_count[0, :2] = [128, 32]
+    cache.text_count[0] = 15
+    cache.check_capacity(0, 1, 5)
+    with pytest.raises(CapacityError, match=r"2 groups of 128 .* 1 of 3 free.*--max-visual-tokens\) to at least 512"):
+        cache.check_capacity(0, 2, 0)
+    with pytest.raises(CapacityError, match=r"6 text tokens.* 5 of 20 free.*--max-text-tokens\) by at least 1"):
+        cache.check_capacity(0, 0, 6)
+    cache.check_capacity(None, 3, 20)
+    assert cache.demand((160, 1), 4) == (3, 4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_bytes_are_those_of_the_buffers(bits: int, dtype: str) -> None:
+    cache = PackedCache(manifest(bits, dtype=dtype), 2, 3 * GROUP, 50)
+    arrays = [*cache.buffers.values(), cache.visual_count, cache.text_count]
+    assert cache.allocated_bytes == sum(array.nbytes for array in arrays)
+    if bits != 16:
+        cache.visual_count[0] = [128, 128, 3]
+        visual = [name for name in cache.buffers if ".visual" in name]
+        assert cache.visual_bytes_used(0) == sum(cache.buffers[name][0].nbytes for name in visual)
+    cache.text_count[0] = cache.text_capacity
+    assert cache.bytes_used(0) == sum(buffer[0].nbytes for buffer in cache.buffers.values())
+
+
+def test_a_picture_of_576_tokens_at_one_bit_takes_a_twelfth() -> None:
+    small: Manifest = manifest(1, group_size=640)
+    cache = PackedCache(small, 1, 576, 8)
+    cache.visual_count[0, 0] = 576
+    sixteen = 576 * 2 * 2 * 2 * 64 * 2  # tokens, key and value, layers, heads, channels, bytes
+    assert cache.visual_bytes_used(0) * 12 <= sixteen
+    assert sum(cache.buffers[name].nbytes for name in cache.buffers if ".visual" in name) * 12 <= sixteen
+
+
+@pytest.mark.parametrize("bits", [1, 4, 16])
+def test_fork_copies_what_is_valid_and_nothing_else(bits: int) -> None:
+    cache = PackedCache(manifest(bits), 4, 4 * GROUP, 60)
+    counts = [] if bits == 16 else [128, 32]
+    for slot in range(4):
+        fill(cache, slot, counts if slot == 2 else [], 13 if slot == 2 else 0, seed=slot)
+    before = {name: buffer.copy() for name, buffer in cache.buffers.items()}
+    cache.fork(2, 1)
+    assert cache.length(1) == cache.length(2) == (13 if bits == 16 else 173)
+    for name, buffer in cache.buffers.items():
+        used = 13 if "text" in name else 0 if bits == 16 else 2  # tiles and groups coincide here
+        raw, old = buffer.view(np.uint8), before[name].view(np.uint8)
+        np.testing.assert_array_equal(raw[1, :, :used], old[2, :, :used])
+        np.testing.assert_array_equal(raw[1, :, used:], old[1, :, used:])
+        np.testing.assert_array_equal(raw[[0, 2, 3]], old[[0, 2, 3]])
+    cache.reset(2)
+    assert cache.length(1) == (13 if bits == 16 else 173)
+
+
+def test_storage_may_be_elsewhere() -> None:
+    class Recorder(HostStorage):
+        copies = 0
+
+        def allocate(self, dtype: str, shape: Shape) -> list[np.ndarray]:  # type: ignore[override]
+            return [super().allocate(dtype, shape)]
+
+        def copy(self, buffer: list[np.ndarray], source: int, target: int, entries: int) -> None:  # type: ignore[override]
+            self.copies += 1
+            super().copy(buffer[0], source, target, entries)
+
+        def read(self, buffer: list[np.ndarray]) -> np.ndarray:  # type: ignore[override]
+            return buffer[0]
+
+    storage = Recorder()
+    cache = PackedCache(manifest(), 2, GROUP, 8, storage)
+    cache.text_count[0] = 3
+    cache.read("1.text_key")[0, :, :3] = 2
+    cache.fork(0, 1)
+    assert storage.copies == 4  # text keys and values of two layers
+    assert (cache.read("1.text_key")[1, :, :3] == 2).all()

@@ -1,0 +1,273 @@
+"""The manifest reads back what it wrote, counts bytes rightly, and refuses what is newer, damaged or unsafe."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vkvx import manifest as module
+from vkvx.errors import BundleError
+from vkvx.format import CACHE_NAMES
+from vkvx.manifest import FILE_NAME, FORMAT_VERSION, Manifest, sha256
+
+CONTENTS = {"vision.onnx": b"vision", "decoder.onnx": b"decoder", "processor/tokenizer.json": b"{}"}
+
+
+def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
+    tensor = {"name": "pixel_values", "dtype": "float32", "shape": ["P", 3, 336, 336]}
+    return {
+        "format": "vkvx-bundle",
+        "format_version": FORMAT_VERSION,
+        "vkvx_version": "0.1.0",
+        "operator_version": 1,
+        "model": {
+            "name": "tiny",
+            "source": "somewhere",
+            "revision": None,
+            "architecture": "LlavaForConditionalGeneration",
+            "dtype": "float16",
+            "layers": layers,
+            "query_heads": 4,
+            "kv_heads": 2,
+            "head_dim": 64,
+            "hidden_size": 256,
+            "vocab_size": 128,
+            "max_positions": 4096,
+            "image_token_id": 3,
+            "tokens_per_picture": 576,
+            "eos_token_ids": [2],
+            "pad_token_id": 0,
+        },
+        "quantization": {
+            "key_bits": [bits] * layers,
+            "value_bits": [bits] * layers,
+            "group_size": 640,
+            "quantizer": "lloyd",
+            "quantile_alpha_key": [0.2] * layers,
+            "quantile_alpha_value": [0.2] * layers,
+            "shrink_key": [0.5] * layers,
+            "shrink_value": [0.3] * layers,
+            "score_correction": "expected",
+            "tau": 3,
+            "correction_limit": 3.0,
+        },
+        "graphs": {
+            name: {"file": f"{name}.onnx", "opset": 18, "inputs": [tensor], "outputs": []}
+            for name in ("vision", "decoder")
+        },
+        "processor": "processor",
+        "files": {name: {"bytes": len(data), "sha256": "0" * 64} for name, data in CONTENTS.items()},
+        "tools": {"python": "3.11"},
+    }
+
+
+def write(directory: Path, data: dict[str, Any] | None = None) -> Path:
+    data = data or example()
+    for name, content in CONTENTS.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        data["files"][name] = {"bytes": len(content), "sha256": sha256(path)}
+    (directory / FILE_NAME).write_text(json.dumps(data))
+    return directory
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    manifest = Manifest.load(write(tmp_path))
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    assert json.loads((tmp_path / FILE_NAME).read_text())["format_version"] == FORMAT_VERSION
+
+
+def test_unknown_keys_are_ignored() -> None:
+    data = example()
+    data["model"]["colour"] = "blue"
+    assert Manifest.from_json(data) == Manifest.from_json(example())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_bytes_of_a_picture_are_those_of_its_buffers(bits: int) -> None:
+    manifest = Manifest.from_json(example(bits))
+    capacity = math.ceil(576 / 640) * 640
+    shapes = manifest.cache_shapes(1, capacity, 0)
+    total = sum(module.ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in shapes.values())
+    assert manifest.visual_bytes_per_picture() == total
+    assert manifest.sixteen_bit_bytes_per_picture() == 576 * manifest.text_bytes_per_token
+    assert manifest.bits_per_element() == pytest.approx(8 * total / (576 * 2 * 2 * 2 * 64))
+    assert manifest.is_packed
+
+
+def test_one_bit_picture_takes_at_most_a_twelfth() -> None:
+    manifest = Manifest.from_json(example(1))
+    assert 12 * manifest.visual_bytes_per_picture() <= manifest.sixteen_bit_bytes_per_picture()
+
+
+def test_mixed_bits_give_each_layer_its_planes() -> None:
+    data = example(1)
+    data["quantization"]["key_bits"] = [8, 1]
+    data["quantization"]["value_bits"] = [4, 2]
+    shapes = Manifest.from_json(data).cache_shapes(3, 1280, 7)
+    assert list(shapes) == [f"{layer}.{name}" for layer in range(2) for name in CACHE_NAMES]
+    assert shapes["0.visual_key"] == ("int32", (3, 2, 10, 8, 128, 2))
+    assert shapes["1.visual_value"] == ("int32", (3, 2, 10, 2, 64, 4))
+    assert shapes["0.visual_key_params"] == ("float16", (3, 2, 2, 3, 64))
+    assert shapes["1.visual_value_params"] == ("float16", (3, 2, 2, 2, 64))
+    assert shapes["1.text_key"] == ("float16", (3, 2, 7, 64))
+
+
+def test_sixteen_bits_keep_pictures_with_the_text() -> None:
+    manifest = Manifest.from_json(example(16))
+    assert not manifest.is_packed
+    assert manifest.visual_bytes_per_picture() == manifest.sixteen_bit_bytes_per_picture()
+    assert manifest.bits_per_element() == 16
+    assert manifest.cache_shapes(2, 0, 5)["0.visual_key"] == ("int32", (2, 2, 0, 1, 128, 2))
+    with pytest.raises(ValueError, match="640"):
+        manifest.cache_shapes(2, 640, 5)
+
+
+def test_verify_names_the_file_that_differs(tmp_path: Path) -> None:
+    manifest = Manifest.load(write(tmp_path))
+    calls: list[tuple[str, int, int]] = []
+    manifest.verify(tmp_path, lambda *call: calls.append(call))
+    total = sum(map(len, CONTENTS.values()))
+    assert calls[-1] == ("verify", total, total)
+    (tmp_path / "decoder.onnx").write_bytes(b"DECODER")
+    with pytest.raises(BundleError, match=r"decoder\.onnx"):
+        Manifest.load(tmp_path).verify(tmp_path)
+
+
+def test_missing_and_resized_files(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "vision.onnx").write_bytes(b"longer than it was")
+    with pytest.raises(BundleError, match=r"vision.onnx has 18 bytes, expected 6"):
+        Manifest.load(tmp_path)
+    (tmp_path / "vision.onnx").unlink()
+    with pytest.raises(BundleError, match=r"vision.onnx is missing"):
+        Manifest.load(tmp_path)
+
+
+def test_no_bundle_and_no_json(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no vkvx bundle"):
+        Manifest.load(tmp_path / "absent")
+    (tmp_path / FILE_NAME).write_bytes(b"\xff{")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        Manifest.load(tmp_path)
+
+
+def test_newer_format_asks_for_an_upgrade() -> None:
+    with pytest.raises(BundleError, match="upgrade"):
+        Manifest.from_json({"format": "vkvx-bundle", "format_version": FORMAT_VERSION + 1})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/passwd", "../other", "a/../../b", "a//b", "./a", "", ".", "c:/x", "c:x", "a\\b", "//host/share", "x\0y"],
+)
+def test_paths_that_leave_the_bundle(name: str) -> None:
+    for place in (("files",), ("processor",), ("graphs", "vision", "file")):
+        data = example()
+        if place == ("files",):
+            data["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+        elif place == ("processor",):
+            data["processor"] = name
+        else:
+            data["graphs"]["vision"]["file"] = name
+        with pytest.raises(BundleError):
+            Manifest.from_json(data)
+
+
+def test_links_out_of_the_bundle(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle")
+    outside = tmp_path / "outside"
+    outside.write_bytes(CONTENTS["vision.onnx"])
+    (bundle / "vision.onnx").unlink()
+    (bundle / "vision.onnx").symlink_to(outside)
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        Manifest.load(bundle)
+    (bundle / "vision.onnx").unlink()
+    (bundle / "vision.onnx").symlink_to("vision.onnx")
+    with pytest.raises(BundleError, match="missing"):
+        Manifest.load(bundle)
+
+
+def test_a_linked_bundle_and_a_relative_one_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write(tmp_path / "bundle")
+    (tmp_path / "link").symlink_to(bundle)
+    assert Manifest.load(tmp_path / "link") == Manifest.load(bundle)
+    monkeypatch.chdir(tmp_path)
+    assert Manifest.load("bundle") == Manifest.load(os.curdir + "/link")
+
+
+def set_at(*path: str) -> Callable[[dict[str, Any], Any], None]:
+    def change(data: dict[str, Any], value: Any) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("format",), "other"),
+        (("format_version",), "1"),
+        (("format_version",), True),
+        (("model",), []),
+        (("model", "layers"), 3),
+        (("model", "layers"), "2"),
+        (("model", "head_dim"), 40),
+        (("model", "kv_heads"), 3),
+        (("model", "kv_heads"), 0),
+        (("model", "dtype"), "int8"),
+        (("model", "tokens_per_picture"), 0),
+        (("model", "tokens_per_picture"), True),
+        (("model", "eos_token_ids"), 2),
+        (("quantization", "key_bits"), [16, 1]),
+        (("quantization", "key_bits"), [3, 1]),
+        (("quantization", "key_bits"), [1]),
+        (("quantization", "value_bits"), [16, 16]),
+        (("quantization", "group_size"), 100),
+        (("quantization", "group_size"), 0),
+        (("quantization", "quantizer"), "magic"),
+        (("quantization", "score_correction"), "magic"),
+        (("quantization", "tau"), float("nan")),
+        (("quantization", "tau"), "3"),
+        (("graphs",), {}),
+        (("graphs", "vision", "file"), "absent.onnx"),
+        (("graphs", "vision", "inputs"), [{"name": "x", "dtype": "float32", "shape": [None]}]),
+        (("processor",), "absent"),
+        (("files", "vision.onnx"), {"bytes": 1}),
+        (("files",), []),
+    ],
+)
+def test_values_that_cannot_be(path: tuple[str, ...], value: Any) -> None:
+    data = copy.deepcopy(example())
+    set_at(*path)(data, value)
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_json(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["model", "quantization"])
+def test_each_key_is_needed(section: str) -> None:
+    for key in example()[section]:
+        data = example()
+        del data[section][key]
+        with pytest.raises(BundleError, match=f"{section}.{key} is missing"):
+            Manifest.from_json(data)
+
+
+def test_needs_the_standard_library_only() -> None:
+    code = "import sys, vkvx.manifest; print(*{'numpy', 'torch', 'onnx', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,74 @@
+"""vkvx: multimodal LLMs as ONNX bundles whose visual KV cache takes 1, 2, 4 or 8 bits an element.
+
+The names below are the public Python API. They are loaded on first use, so that `import vkvx` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BundleError": "vkvx.errors",
+    "CapacityError": "vkvx.errors",
+    "Conversation": "vkvx.runtime.session",
+    "DependencyError": "vkvx.errors",
+    "ExportOptions": "vkvx.export",
+    "Generation": "vkvx.runtime.session",
+    "InputError": "vkvx.errors",
+    "Manifest": "vkvx.manifest",
+    "ModelError": "vkvx.errors",
+    "OptionError": "vkvx.errors",
+    "Session": "vkvx.runtime.session",
+    "StorageError": "vkvx.errors",
+    "VkvxError": "vkvx.errors",
+    "export_model": "vkvx.export",
+    "validate_bundle": "vkvx.export.validate",
+}
+
+if TYPE_CHECKING:
+    from vkvx.errors import (
+        BundleError,
+        CapacityError,
+        DependencyError,
+        InputError,
+        ModelError,
+        OptionError,
+        StorageError,
+        VkvxError,
+    )
+    from vkvx.export import ExportOptions, export_model
+    from vkvx.export.validate import validate_bundle
+    from vkvx.manifest import Manifest
+    from vkvx.runtime.session import Conversation, Generation, Session
+
+__all__ = [
+    "BundleError",
+    "CapacityError",
+    "Conversation",
+    "DependencyError",
+    "ExportOptions",
+    "Generation",
+    "InputError",
+    "Manifest",
+    "ModelError",
+    "OptionError",
+    "Session",
+    "StorageError",
+    "VkvxError",
+    "__version__",
+    "export_model",
+    "validate_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vkvx' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,392 @@
+"""The manifest of a bundle, ``vkvx.json``: what the model is, how its cache is quantised, which files belong to it.
+
+Standard library only, so that a deployment needs neither torch nor transformers to read a bundle. Reading is strict
+about what a key must hold and ignores keys it does not know: whatever changes the meaning of a bundle raises
+``FORMAT_VERSION``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
+
+from vkvx.errors import BundleError
+from vkvx.format import BASELINE_BITS, BITS, CACHE_NAMES, QUANTIZERS, SCORE_CORRECTIONS, TILE, WORD_BITS
+
+FILE_NAME = "vkvx.json"
+FORMAT = "vkvx-bundle"
+FORMAT_VERSION = 1
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+KEY_PARAMS, VALUE_PARAMS = 3, 2  # scale, offset, RMS of the rest; scale, offset
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``, in bytes or steps."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the runtime must know of the model. ``tokens_per_picture`` is None where pictures vary in size."""
+
+    name: str
+    source: str
+    revision: str | None
+    architecture: str
+    dtype: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    image_token_id: int
+    tokens_per_picture: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the visual cache is packed. Tuples hold one entry a layer; 16 bits means that nothing is packed."""
+
+    key_bits: tuple[int, ...]
+    value_bits: tuple[int, ...]
+    group_size: int
+    quantizer: str
+    quantile_alpha_key: tuple[float, ...]
+    quantile_alpha_value: tuple[float, ...]
+    shrink_key: tuple[float, ...]
+    shrink_value: tuple[float, ...]
+    score_correction: str
+    tau: float
+    correction_limit: float
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output. ``shape`` holds sizes, and names of dynamic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of the bundle; ``file`` is relative to the bundle."""
+
+    file: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of ``vkvx.json``. Make one with :meth:`load`, :meth:`from_json`, or at export."""
+
+    vkvx_version: str
+    operator_version: int
+    model: ModelInfo
+    quantization: Quantization
+    graphs: dict[str, Graph]
+    processor: str
+    files: dict[str, FileInfo]
+    tools: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, bundle: str | Path) -> Manifest:
+        """Read and check the manifest of a bundle directory, and that each file is there with its size.
+
+        Contents are compared by :meth:`verify`. Raises BundleError.
+        """
+        directory = Path(bundle)
+        path = directory / FILE_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"{directory} is no vkvx bundle: it holds no {FILE_NAME}; "
+                f"make one with `vkvx export MODEL -o {directory}`"
+            ) from None
+        except OSError as error:
+            raise BundleError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+            raise BundleError(f"{path} is not valid JSON ({error}); export the model again") from error
+        manifest = cls.from_json(data)
+        for name, info in manifest.files.items():
+            _check_file(directory, name, info)
+        return manifest
+
+    @classmethod
+    def from_json(cls, data: object) -> Manifest:
+        """Build a manifest from parsed JSON; BundleError if it is newer, incomplete, contradictory or unsafe."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(f'{FILE_NAME} is of no vkvx bundle: expected an object with "format": "{FORMAT}"')
+        version = data.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise BundleError(f"{FILE_NAME}: format_version must be a positive integer, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"the bundle has format version {version}, this vkvx reads up to {FORMAT_VERSION}; "
+                "upgrade it with `pip install --upgrade vkvx`"
+            )
+        manifest = _read(cls, data, "")
+        manifest._check()
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The object to write as ``vkvx.json``."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+
+    def save(self, bundle: str | Path) -> None:
+        """Write ``vkvx.json`` into the directory ``bundle``."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        (Path(bundle) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def verify(self, bundle: str | Path, progress: Progress | None = None) -> None:
+        """Compare the SHA-256 of each file with the manifest; BundleError names the first that differs."""
+        directory = Path(bundle)
+        total = sum(info.bytes for info in self.files.values())
+        done = 0
+        for name, info in self.files.items():
+            _check_file(directory, name, info)
+
+            def report(count: int, before: int = done) -> None:
+                if progress is not None:
+                    progress("verify", before + count, total)
+
+            if sha256(directory / name, report) != info.sha256.lower():
+                raise BundleError(
+                    f"{directory / name} differs from what was exported (SHA-256 mismatch); "
+                    "copy the bundle again or export the model anew"
+                )
+            done += info.bytes
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self.model.layers
+
+    @property
+    def is_packed(self) -> bool:
+        """False for a bundle of ``--bits 16``, whose visual tokens lie among the text rows."""
+        return BASELINE_BITS not in self.quantization.key_bits
+
+    @property
+    def text_bytes_per_token(self) -> int:
+        """Bytes that one text token takes in the cache: all layers, key and value."""
+        model = self.model
+        return 2 * model.layers * model.kv_heads * model.head_dim * ITEM_BYTES[model.dtype]
+
+    def bytes_per_group(self) -> int:
+        """Bytes of one group: words and params of all layers, key and value (0 if nothing is packed)."""
+        if not self.is_packed:
+            return 0
+        model, quantization = self.model, self.quantization
+        channels = model.kv_heads * model.head_dim
+        bits = sum(quantization.key_bits) + sum(quantization.value_bits)
+        words = quantization.group_size * bits * channels // 8
+        params = model.layers * (KEY_PARAMS + VALUE_PARAMS) * channels * ITEM_BYTES["float16"]
+        return words + params
+
+    def visual_bytes_per_picture(self, tokens: int | None = None) -> int:
+        """Bytes that a picture takes in the cache: all layers, key and value, with params and padding to groups."""
+        tokens = self._picture_tokens(tokens)
+        if not self.is_packed:
+            return tokens * self.text_bytes_per_token
+        return math.ceil(tokens / self.quantization.group_size) * self.bytes_per_group()
+
+    def sixteen_bit_bytes_per_picture(self, tokens: int | None = None) -> int:
+        """Bytes that the same picture takes at two bytes an element."""
+        model = self.model
+        return self._picture_tokens(tokens) * 2 * model.layers * model.kv_heads * model.head_dim * 2
+
+    def bits_per_element(self, tokens: int | None = None) -> float:
+        """Bits in the cache for each key or value element of a picture, with params and padding to groups."""
+        return 16 * self.visual_bytes_per_picture(tokens) / self.sixteen_bit_bytes_per_picture(tokens)
+
+    def cache_shapes(
+        self, slots: int, visual_capacity: int, text_capacity: int
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype name and shape of each cache tensor, keyed ``"{layer}.visual_key"`` and so on.
+
+        ``visual_capacity`` counts tokens: a multiple of the group size, and 0 if nothing is packed.
+        """
+        size = self.quantization.group_size
+        if visual_capacity % size or (visual_capacity and not self.is_packed):
+            raise ValueError(f"visual capacity {visual_capacity} does not suit groups of {size}")
+        sizes = (slots, visual_capacity // TILE, visual_capacity // size, text_capacity)
+        specs = (
+            spec for layer in range(self.layers) for spec in layer_caches(self.model, self.quantization, layer, *sizes)
+        )
+        return {spec.name: (spec.dtype, tuple(int(dim) for dim in spec.shape)) for spec in specs}
+
+    def _picture_tokens(self, tokens: int | None) -> int:
+        # Where pictures vary in size, a picture that fills one group stands for all.
+        return tokens or self.model.tokens_per_picture or self.quantization.group_size
+
+    def _check(self) -> None:
+        model, quantization = self.model, self.quantization
+        _require(model.dtype in FLOAT_DTYPES, "model.dtype", f"one of {', '.join(FLOAT_DTYPES)}", model.dtype)
+        for name in ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "max_positions"):
+            _require(getattr(model, name) > 0, f"model.{name}", "positive", getattr(model, name))
+        _require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)
+        shared = model.query_heads % model.kv_heads == 0
+        _require(shared, "model.query_heads", "a multiple of kv_heads", model.query_heads)
+        tokens = model.tokens_per_picture
+        _require(tokens is None or tokens > 0, "model.tokens_per_picture", "positive or null", tokens)
+        for entry in fields(Quantization):
+            value = getattr(quantization, entry.name)
+            if isinstance(value, tuple):
+                _require(
+                    len(value) == model.layers, f"quantization.{entry.name}", f"{model.layers} entries long", len(value)
+                )
+        bits = set(quantization.key_bits + quantization.value_bits)
+        allowed = bits == {BASELINE_BITS} or bits <= set(BITS)
+        _require(allowed, "quantization.key_bits and value_bits", "among 1, 2, 4, 8, or 16 throughout", sorted(bits))
+        size = quantization.group_size
+        _require(size > 0 and size % TILE == 0, "quantization.group_size", f"a positive multiple of {TILE}", size)
+        names = (
+            ("quantizer", quantization.quantizer, QUANTIZERS),
+            ("score_correction", quantization.score_correction, SCORE_CORRECTIONS),
+        )
+        for name, given, known in names:
+            _require(given in known, f"quantization.{name}", f"one of {', '.join(known)}", given)
+        for name in ("vision", "decoder"):
+            _require(name in self.graphs, "graphs", f'an object with the key "{name}"', sorted(self.graphs))
+        for path in self.files:
+            _check_path(path)
+        for name, graph in self.graphs.items():
+            _require(graph.file in self.files, f"graphs.{name}.file", "listed in files", graph.file)
+        _check_path(self.processor)
+        inside = any(PurePosixPath(self.processor) in PurePosixPath(path).parents for path in self.files)
+        _require(inside, "processor", "a folder with files of the bundle", self.processor)
+
+
+def layer_caches(
+    model: ModelInfo,
+    quantization: Quantization,
+    layer: int,
+    slots: int | str,
+    tiles: int | str,
+    groups: int | str,
+    rows: int | str,
+) -> tuple[TensorSpec, ...]:
+    """The six cache tensors of a layer, ``"{layer}.visual_key"`` and so on; sizes may be numbers or symbols."""
+    heads, dim = model.kv_heads, model.head_dim
+    # Where nothing is packed there are no tiles, but shapes still have an axis for the planes.
+    key_planes, value_planes = (
+        1 if bits[layer] == BASELINE_BITS else bits[layer] for bits in (quantization.key_bits, quantization.value_bits)
+    )
+    tensors: tuple[tuple[str, tuple[int | str, ...]], ...] = (
+        ("int32", (slots, heads, tiles, key_planes, TILE, dim // WORD_BITS)),
+        ("float16", (slots, heads, groups, KEY_PARAMS, dim)),
+        ("int32", (slots, heads, tiles, value_planes, dim, TILE // WORD_BITS)),
+        ("float16", (slots, heads, groups, VALUE_PARAMS, dim)),
+        (model.dtype, (slots, heads, rows, dim)),
+        (model.dtype, (slots, heads, rows, dim)),
+    )
+    return tuple(
+        TensorSpec(f"{layer}.{name}", dtype, shape) for name, (dtype, shape) in zip(CACHE_NAMES, tensors, strict=True)
+    )
+
+
+def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:
+    """SHA-256 of a file, hexadecimal; ``report`` gets the number of bytes read so far."""
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(chunk):
+            digest.update(block)
+            done += len(block)
+            if report is not None:
+                report(done)
+    return digest.hexdigest()
+
+
+def _require(condition: bool, what: str, expected: str, given: object) -> None:
+    if not condition:
+        raise BundleError(f"{FILE_NAME}: {what} must be {expected}, got {given!r}; export the model again")
+
+
+def _check_path(name: str) -> None:
+    """Refuse anything but a plain relative path with forward slashes."""
+    path = PurePosixPath(name)
+    plain = name not in ("", ".") and str(path) == name and ".." not in path.parts and not set(name) & set("\\\0")
+    if not plain or path.is_absolute() or PureWindowsPath(name).drive:
+        raise BundleError(f"{FILE_NAME}: the path {name!r} leaves the bundle or is not plain; do not trust this bundle")
+
+
+def _check_file(directory: Path, name: str, info: FileInfo) -> None:
+    path = directory / name
+    try:
+        real = path.resolve(strict=True)
+        inside = real.is_relative_to(directory.resolve())
+        size = real.stat().st_size if real.is_file() else -1
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+        raise BundleError(f"{path} is missing; copy the bundle again or export the model anew") from None
+    if not inside:
+        raise BundleError(f"{path} is a link that leaves the bundle; copy the bundle without links (`cp -rL`)")
+    if size != info.bytes:
+        given = f"has {size} bytes" if size >= 0 else "is no file"
+        raise BundleError(f"{path} {given}, expected {info.bytes}; copy the bundle again or export the model anew")
+
+
+def _read(expected: type[_T], value: object, where: str) -> _T:
+    """Read parsed JSON as a dataclass, or as what a dataclass' field is annotated with."""
+    result: object
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if is_dataclass(expected):
+        if not isinstance(value, Mapping):
+            raise _mismatch(where, "an object", value)
+        hints = typing.get_type_hints(expected)
+        missing = [name for name in hints if name not in value]
+        if missing:
+            path = f"{where}.{missing[0]}" if where else missing[0]
+            raise BundleError(f"{FILE_NAME}: {path} is missing; export the model again")
+        result = expected(**{k: _read(hint, value[k], f"{where}.{k}" if where else k) for k, hint in hints.items()})
+    elif origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _mismatch(where, "a list", value)
+        result = tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is dict:
+        if not isinstance(value, Mapping):
+            raise _mismatch(where, "an object", value)
+        result = {key: _read(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    elif origin is types.UnionType:
+        kinds = [kind for kind in arguments if isinstance(value, kind) and not isinstance(value, bool)]
+        if not kinds:
+            raise _mismatch(where, " or ".join(kind.__name__ for kind in arguments), value)
+        result = value
+    elif expected is float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise _mismatch(where, "a number", value)
+        result = float(value)
+    else:
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise _mismatch(where, {"int": "an integer", "str": "a string"}[expected.__name__], value)
+        result = value
+    return typing.cast(_T, result)
+
+
+def _mismatch(where: str, expected: str, value: object) -> BundleError:
+    return BundleError(f"{FILE_NAME}: {where} must be {expected}, got {value!r}; export the model again")
