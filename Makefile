@@ -1,0 +1,54 @@
+# Set-up, demo and tests. Everything stays inside this folder: the virtual environment in .venv, results in build.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEPENDENCIES := pyproject.toml constraints.txt Makefile
+
+.PHONY: demo test lint types clean help
+
+help:
+	@echo "make demo    export tiny-llava with a 1-bit visual cache and read a page with it"
+	@echo "make test    lint, types, all tests"
+	@echo "make lint    ruff and mypy only"
+	@echo "make clean   remove .venv and build"
+
+demo: .venv/demo-ready
+	@mkdir -p build
+	@$(BIN)/python examples/demo.py
+
+test: lint
+	@echo "tests: about 10 minutes on 2 cores"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# mypy does not see through the package-dir table of pyproject.toml, so it gets the packages as folders of links.
+types: .venv/test-ready
+	@rm -rf build/types && mkdir -p build/types/vkvx
+	@ln -s $(CURDIR)/vkvx/* $(CURDIR)/export $(CURDIR)/models $(CURDIR)/runtime build/types/vkvx/
+	@cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vkvx
+
+# torch comes first and pinned: as a dependency of another package pip would take its newest and largest build.
+.venv/torch-ready: $(DEPENDENCIES)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
+	@echo "installing torch, 1 to 5 minutes, into .venv"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) $(TORCH)
+	@touch $@
+
+.venv/demo-ready: .venv/torch-ready
+	@echo "installing vkvx and what it needs, about 1 minute"
+	@$(PIP) --editable ".[export,onnxruntime]"
+	@touch $@
+
+.venv/test-ready: .venv/torch-ready
+	@echo "installing vkvx and its development tools, about 1 minute"
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,251 @@
+"""The frame around the verbs: help, version, errors in one line, exit codes, laziness."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vkvx
+from vkvx import cli as command_line
+from vkvx.cli import doctor, generation, main, packages, terminal
+from vkvx.errors import CapacityError
+
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "tqdm")
+
+
+def test_help_is_quick() -> None:
+    best = min(_seconds("--help") for _ in range(5))
+    assert best < 0.3
+
+
+def _seconds(*arguments: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "vkvx", *arguments], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["run", "/nowhere", "hello"]])
+def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys; from vkvx.cli import main; code = main(sys.argv[1:]);"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    allowed = {"numpy", "PIL"} if "/nowhere" in arguments else set()
+    assert set(json.loads(done.stderr.splitlines()[-1].replace("'", '"'))) <= allowed
+
+
+def test_import_of_the_package_is_lazy_and_complete() -> None:
+    program = f"import sys, vkvx; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    for name in vkvx.__all__:
+        assert getattr(vkvx, name) is not None
+    assert set(vkvx.__all__) <= set(dir(vkvx))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        vkvx.no_such_name  # noqa: B018
+
+
+def test_every_verb_has_help(cli: Callable) -> None:
+    for verb in ("export", "run", "chat", "validate", "inspect", "doctor"):
+        result = cli(verb, "--help")
+        assert result.code == 0
+        assert f"usage: vkvx {verb}" in result.out
+
+
+def test_version(cli: Callable) -> None:
+    result = cli("--version")
+    assert (result.code, result.out) == (0, f"vkvx {vkvx.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "VERB"),
+        (["unknown"], "invalid choice: 'unknown'"),
+        (["run"], "BUNDLE, PROMPT"),
+        (["run", "b", "p", "--imag", "x"], "unrecognized arguments: --imag x"),
+        (["export", "tiny-llava", "--bit", "1"], "unrecognized arguments: --bit 1"),
+        (["export", "tiny-llava", "--bits", "one"], "invalid int value: 'one'"),
+        (["export", "tiny-llava", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["validate", "b", "--steps", "0"], "--steps 0"),
+        (["run", "b", "p", "--top-p", "0"], "--top-p"),
+        (["run", "b", "p", "--max-new-tokens", "0"], "--max-new-tokens"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(cli: Callable, arguments: list[str], words: str) -> None:
+    result = cli(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("vkvx: error: ")
+    assert result.err.count("\n") == 1
+    assert words in result.err
+
+
+def _raise(error: BaseException) -> Callable[..., int]:
+    def execute(_: object) -> int:
+        raise error
+
+    return execute
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (CapacityError("too\n  long"), 2, "too long"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "no space left on the disk while writing /x/y"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "no permission for /x/y"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x/y"), 2, "No such file or directory: /x/y"),
+        (ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir"), 2, "pip install 'onnx-ir<2,>=1.1'"),
+        (MemoryError(), 2, "not enough memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("division by zero"), 70, "unexpected ZeroDivisionError: division by zero"),
+    ],
+)
+def test_every_error_is_one_line(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str
+) -> None:
+    monkeypatch.setattr(doctor, "run", _raise(error))
+    result = cli("doctor")
+    assert result.code == code
+    assert result.err.startswith("vkvx: error: ")
+    assert result.err.count("\n") == 1
+    assert words in result.err
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "run", _raise(CapacityError("too long")))
+    for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
+        with pytest.raises(CapacityError, match="too long"):
+            main(arguments)
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    program = "from vkvx.cli import main, terminal; import sys; sys.exit(main(['doctor', '--help']))"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # before anything is written
+        error = process.stderr.read()
+        code = process.wait()
+    assert error == b""
+    assert code in (command_line.EXIT_OK, command_line.EXIT_PIPE)
+
+
+def test_ctrl_c_exits_130() -> None:
+    program = (
+        "import sys, time; from vkvx.cli import doctor, main\n"
+        "def wait(args): print('ready', flush=True); time.sleep(60)\n"
+        "doctor.run = wait\n"
+        "sys.exit(main(['doctor']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        os.kill(process.pid, signal.SIGINT)
+        error = process.stderr.read()
+        assert process.wait() == 130
+    assert error == b"vkvx: error: interrupted\n"
+
+
+def test_doctor(cli: Callable) -> None:
+    result = cli("doctor")
+    assert result.code == 0
+    assert "✓ export" in result.out
+    assert "✓ run on a CPU" in result.out
+    found = json.loads(cli("doctor", "--json").out)
+    assert found["vkvx"] == vkvx.__version__
+    assert found["packages"]["torch"]["works"] is True
+    assert "CPUExecutionProvider" in found["onnxruntime_providers"]
+    assert {entry["name"]: entry["works"] for entry in found["works"]}["export"] is True
+
+
+def test_doctor_says_what_to_install(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = packages.probe
+    gone = {"onnxscript": (None, "not installed"), "transformers": ("1.0", "ImportError: broken")}
+    monkeypatch.setattr(packages, "probe", lambda module: gone.get(module) or real(module))
+    result = cli("doctor")
+    assert result.code == 1
+    assert "✗ export: onnxscript: not installed; transformers: ImportError: broken" in result.out
+    assert "pip install 'onnxscript<0.8,>=0.7' 'transformers<6,>=5.20'" in result.out
+
+
+def test_doctor_with_a_gpu_but_no_cuda_provider(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "nvidia_devices", lambda: ["NVIDIA X, 9.0"])
+    monkeypatch.setattr(doctor, "probe_providers", lambda: (["CPUExecutionProvider"], {}))
+    result = cli("doctor")
+    assert result.code == 0
+    assert "✗ run on an NVIDIA GPU: this onnxruntime has no CUDA provider" in result.out
+    assert "pip install 'onnxruntime-gpu>=" in result.out
+
+
+def test_probe_of_a_missing_and_of_a_broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vkvx_broken.py").write_text("raise RuntimeError('bad\\nlibrary')")
+    (tmp_path / "vkvx_needy.py").write_text("import vkvx_absent")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages.probe("vkvx_absent") == (None, "not installed")
+    assert packages.probe("vkvx_broken") == (None, "RuntimeError: bad library")
+    assert packages.probe("vkvx_needy") == (None, "needs the module vkvx_absent")
+
+
+def test_human_bytes() -> None:
+    sizes = [0, 1023, 1024, 1536 * 1024, 5 * 1024**3]
+    assert [terminal.human_bytes(size) for size in sizes] == ["0 B", "1,023 B", "1.0 KiB", "1.5 MiB", "5.00 GiB"]
+
+
+def test_ranges() -> None:
+    assert terminal.ranges([]) == []
+    assert terminal.ranges([8, 8, 1, 2, 2]) == [("0-1", 8), ("2", 1), ("3-4", 2)]
+
+
+def test_leading_space_of_an_answer() -> None:
+    assert list(generation.without_leading_space(["", " ", "\n a ", " b"])) == ["", "", "a ", " b"]
+
+
+def test_progress_without_a_terminal_is_a_line_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.Progress("export") as progress:
+        for done in range(3):
+            progress("trace", done, 2)
+        progress("weights", 10, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines] == ["export: trace", "export: weights"]
+    with terminal.Progress("run", announce=False) as progress:
+        progress("verify", 1, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stage_that_fails_is_not_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with terminal.Progress("export") as progress:
+            progress("weights", 1, 10)
+            raise CapacityError("too long")
+
+    with pytest.raises(CapacityError):
+        fail()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with terminal.Progress("export") as progress:
+        progress("weights", 0, 1 << 21)
+        progress("weights", 1 << 21, 1 << 21)
+    assert "weights" in shown.getvalue()
+    assert "100%" in shown.getvalue()
+    assert "2.00M" in shown.getvalue()

@@ -1,0 +1,105 @@
+"""The command ``vkvx``: one module a verb, each with ``add_parser`` and ``run``.
+
+A verb imports what it needs when it runs, so that ``vkvx --help`` loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vkvx import __version__
+from vkvx.cli import chat, doctor, export, inspect, packages, run, terminal, validate
+from vkvx.errors import OptionError, StorageError, VkvxError
+
+EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141
+"""Done; a check failed; the user can mend it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
+
+VERBS = (export, run, chat, validate, inspect, doctor)
+
+_EPILOG = """\
+example:
+  vkvx export tiny-llava --bits 1 -o tiny
+  vkvx run tiny "Transcribe the page." --image models/tiny_llava/pages/page_0.png
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses abbreviated options, and reports a wrong command line as a VkvxError: one line, like all others."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message} (see `{self.prog} --help`)")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(
+        prog="vkvx",
+        description="Export multimodal LLMs to ONNX with a visual KV cache of 1, 2, 4 or 8 bits, and run them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vkvx {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the log of the libraries")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for module in VERBS:
+        added = module.add_parser(verbs)
+        added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        added.set_defaults(execute=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; nothing is raised but with ``--debug``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        args = build_parser().parse_args(arguments)
+        terminal.quieten(debug)
+        code = args.execute(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help, --version
+        return stop.code if isinstance(stop.code, int) else EXIT_OK
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPT)
+    except BrokenPipeError:
+        # What is still buffered cannot be written: give the interpreter a place to flush it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(*explain(error))
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The one line that tells a user what is wrong, and the exit code."""
+    if isinstance(error, VkvxError):
+        return str(error), EXIT_ERROR
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return str(packages.missing(error.name)), EXIT_ERROR
+    if isinstance(error, OSError):
+        storage = terminal.storage_error(error)
+        if isinstance(storage, StorageError) or error.filename is not None:
+            return str(storage), EXIT_ERROR
+    if isinstance(error, MemoryError):
+        return "not enough memory; try a smaller model, or fewer tokens with --max-visual-tokens", EXIT_ERROR
+    return f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug", EXIT_BUG
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"vkvx: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def entry() -> NoReturn:
+    """Console script."""
+    sys.exit(main())

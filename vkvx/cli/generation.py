@@ -1,0 +1,135 @@
+"""Options and reports that ``run`` and ``chat`` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from vkvx.cli import terminal
+
+if TYPE_CHECKING:
+    from vkvx.runtime.conversation import Conversation
+    from vkvx.runtime.sampling import GenerationOptions
+    from vkvx.runtime.session import Session
+
+PROVIDERS = ("auto", "cpu", "cuda")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of sampling, of the machine, and of the cache's size."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="answer's length (default: 256)")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+    )
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of share P")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--provider", choices=PROVIDERS, default="auto", help="of onnxruntime (default: auto)")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
+    machine.add_argument("--max-visual-tokens", type=int, metavar="N", help="room in the cache for visual tokens")
+    machine.add_argument("--max-text-tokens", type=int, metavar="N", help="room in the cache for text tokens")
+    machine.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
+
+
+def options(args: argparse.Namespace) -> GenerationOptions:
+    """The sampling options, checked."""
+    from vkvx.runtime.sampling import GenerationOptions
+
+    return GenerationOptions(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
+
+
+def load_session(args: argparse.Namespace, visual_tokens: int | None = None, text_tokens: int | None = None) -> Session:
+    """The bundle, ready to answer. The two sizes count where no option asks for others."""
+    from vkvx.runtime.session import Session
+
+    with terminal.Progress(args.verb, announce=False) as progress:
+        return Session.load(
+            args.bundle,
+            provider=args.provider,
+            visual_tokens=visual_tokens if args.max_visual_tokens is None else args.max_visual_tokens,
+            text_tokens=text_tokens if args.max_text_tokens is None else args.max_text_tokens,
+            threads=args.threads,
+            verify=not args.no_verify,
+            progress=progress,
+        )
+
+
+def message(prompt: str, pictures: int) -> dict[str, Any]:
+    """A user's message for the chat template, pictures first."""
+    content: list[dict[str, str]] = [{"type": "image"}] * pictures
+    return {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+
+
+def without_leading_space(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of an answer, without the space that many models begin with."""
+    begun = False
+    for piece in pieces:
+        text = piece if begun else piece.lstrip()
+        begun = begun or bool(text)
+        yield text
+
+
+def figures(session: Session, conversation: Conversation) -> dict[str, Any]:
+    """Speed of the last answer, and what the conversation takes in the cache."""
+    cache, slot = session.backend.cache, conversation.slot
+    visual_tokens, visual_bytes = cache.visual_tokens(slot), cache.visual_bytes_used(slot)
+    last = conversation.last
+    answer: dict[str, Any] = {}
+    if last is not None:
+        answer = {
+            "new_tokens": len(last.token_ids),
+            "finish_reason": last.finish_reason,
+            "prompt_tokens": last.prompt_tokens,
+            "prefill_seconds": last.prefill_seconds,
+            "decode_seconds": last.decode_seconds,
+            "tokens_per_second": last.tokens_per_second,
+        }
+    return {
+        **answer,
+        "visual_tokens": visual_tokens,
+        "visual_bytes": visual_bytes,
+        "bytes_per_visual_token": visual_bytes / visual_tokens if visual_tokens else None,
+        "sixteen_bit_bytes_per_visual_token": session.manifest.sixteen_bit_bytes_per_picture(1),
+        "text_tokens": cache.text_tokens(slot),
+        "text_bytes": cache.bytes_used(slot) - visual_bytes,
+        "cache_bytes_used": cache.bytes_used(slot),
+        "cache_bytes_allocated": cache.allocated_bytes,
+    }
+
+
+def figure_lines(found: dict[str, Any]) -> list[str]:
+    """The figures for a person."""
+    size = terminal.human_bytes
+    lines = []
+    if "new_tokens" in found:
+        lines.append(
+            f"{found['new_tokens']} tokens at {found['tokens_per_second']:.1f} tokens/s ({found['finish_reason']}),"
+            f" {found['prompt_tokens']} tokens of prompt in {found['prefill_seconds']:.2f} s"
+        )
+    if found["visual_tokens"]:
+        plain = found["sixteen_bit_bytes_per_visual_token"]
+        lines.append(
+            f"{found['visual_tokens']} visual tokens in {size(found['visual_bytes'])}:"
+            f" {found['bytes_per_visual_token']:,.0f} bytes each, {plain:,} in 16 bits"
+        )
+    lines.append(
+        f"{found['text_tokens']} text tokens in {size(found['text_bytes'])};"
+        f" cache in use {size(found['cache_bytes_used'])} of {size(found['cache_bytes_allocated'])}"
+    )
+    return lines

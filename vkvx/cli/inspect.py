@@ -1,0 +1,198 @@
+"""``vkvx inspect``: what a bundle holds, and what its cache costs."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vkvx.cli import terminal
+
+if TYPE_CHECKING:
+    from vkvx.manifest import Manifest
+
+_SHOWN_OPERATORS = 8
+
+
+def add_parser(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to the command line."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "inspect",
+        help="show what a bundle holds and what its cache costs",
+        description="Show the parts of a bundle, its quantisation, the bytes that its cache takes, and its graphs.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
+    parser.add_argument("--verify", action="store_true", help="compare each file with its SHA-256")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the manifest and the graphs; weights are not read without ``--verify``."""
+    from vkvx.manifest import Manifest
+
+    bundle = Path(args.bundle)
+    manifest = Manifest.load(bundle)
+    if args.verify:
+        with terminal.Progress("inspect") as progress:
+            manifest.verify(bundle, progress)
+    report = {
+        "bundle": str(bundle),
+        "verified": args.verify,
+        "vkvx_version": manifest.vkvx_version,
+        "operator_version": manifest.operator_version,
+        "model": manifest.to_json()["model"],
+        "parts": parts(manifest),
+        "bytes": sum(info.bytes for info in manifest.files.values()),
+        "quantization": manifest.to_json()["quantization"],
+        "cache": cache_costs(manifest),
+        "graphs": {name: graph_summary(bundle / graph.file) for name, graph in manifest.graphs.items()},
+        "tools": dict(manifest.tools),
+    }
+    if args.json:
+        terminal.print_json(report)
+    else:
+        print("\n".join(_lines(report)))
+    return 0
+
+
+def parts(manifest: Manifest) -> dict[str, int]:
+    """Bytes by part of the bundle: each graph, weights, processor, anything else."""
+    graphs = {graph.file: f"{name} graph" for name, graph in manifest.graphs.items()}
+    sizes: Counter[str] = Counter()
+    for path, info in manifest.files.items():
+        if path in graphs:
+            part = graphs[path]
+        elif path.startswith(f"{manifest.processor}/"):
+            part = "processor and tokenizer"
+        elif path.endswith(".safetensors"):
+            part = "weights"
+        else:
+            part = path.partition("/")[0]
+        sizes[part] += info.bytes
+    return dict(sizes.most_common())
+
+
+def cache_costs(manifest: Manifest) -> dict[str, Any]:
+    """What pictures and text take in the cache; padding to whole groups, scales, offsets and key RMS are counted."""
+    tokens = manifest.model.tokens_per_picture or manifest.quantization.group_size
+    picture, plain = manifest.visual_bytes_per_picture(tokens), manifest.sixteen_bit_bytes_per_picture(tokens)
+    return {
+        "tokens_per_picture": tokens,
+        "bytes_per_picture": picture,
+        "sixteen_bit_bytes_per_picture": plain,
+        "compression": plain / picture,
+        "bits_per_element": manifest.bits_per_element(tokens),
+        "bytes_per_visual_token": picture / tokens,
+        "bytes_per_text_token": manifest.text_bytes_per_token,
+    }
+
+
+def graph_summary(path: Path) -> dict[str, Any]:
+    """Nodes by operator, local functions, opsets and initialisers of an ONNX file, without its weights."""
+    import onnx
+
+    from vkvx.errors import BundleError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises a type of its own
+        raise BundleError(f"{path} is not a readable ONNX file ({error}); export the model again") from error
+    names = [f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node]
+    return {
+        "ir_version": model.ir_version,
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "nodes": len(names),
+        "operators": dict(Counter(names).most_common()),
+        "functions": [
+            {"name": f"{function.domain}::{function.name}", "overload": function.overload, "nodes": len(function.node)}
+            for function in model.functions
+        ],
+        "initializers": len(model.graph.initializer),
+    }
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    model, cache, size = report["model"], report["cache"], terminal.human_bytes
+    state = ", every file matches its SHA-256" if report["verified"] else ""
+    lines = [
+        f"bundle       {report['bundle']}, {size(report['bytes'])}{state}",
+        f"model        {model['name']}: {model['architecture']}, {model['dtype']}",
+        f"             {model['layers']} layers, {model['query_heads']} query heads, {model['kv_heads']} KV heads,"
+        f" head dim {model['head_dim']}, hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
+        f"made with    vkvx {report['vkvx_version']}, "
+        + ", ".join(f"{name} {version}" for name, version in report["tools"].items()),
+        "",
+        "parts",
+        *(_row(name, size(count)) for name, count in report["parts"].items()),
+        "",
+        "visual cache",
+        *_quantization_lines(report["quantization"]),
+        _row("a picture", size(cache["bytes_per_picture"]), f"{cache['tokens_per_picture']} tokens, all layers"),
+        _row(
+            "the same in 16 bits",
+            size(cache["sixteen_bit_bytes_per_picture"]),
+            f"{cache['compression']:.2f} times as much",
+        ),
+        _row("bits an element", f"{cache['bits_per_element']:.3f}", "with scales, offsets, key RMS, padding to groups"),
+        _row("a visual token", size(cache["bytes_per_visual_token"])),
+        _row("a text token", size(cache["bytes_per_text_token"]), "not quantised"),
+    ]
+    for name, graph in report["graphs"].items():
+        lines += ["", f"{name} graph", *_graph_lines(graph)]
+    return lines
+
+
+def _row(name: str, value: str, remark: str = "") -> str:
+    return f"  {name:<25}{value:>12}   {remark}".rstrip()
+
+
+def _quantization_lines(quantization: dict[str, Any]) -> list[str]:
+    fields = (
+        "key_bits",
+        "value_bits",
+        "quantile_alpha_key",
+        "quantile_alpha_value",
+        "shrink_key",
+        "shrink_value",
+    )
+    layers = [
+        dict(zip(fields, row, strict=True)) for row in zip(*(quantization[field] for field in fields), strict=True)
+    ]
+    lines = []
+    for span, layer in terminal.ranges(layers):
+        if layer["key_bits"] == 16:
+            text = "16 bits, not quantised"
+        else:
+            text = f"keys {layer['key_bits']} bit, values {layer['value_bits']} bit, {quantization['quantizer']}"
+            if quantization["quantizer"] == "quantile":
+                text += f" at {layer['quantile_alpha_key']:g} and {layer['quantile_alpha_value']:g}"
+            if quantization["quantizer"] == "shrink":
+                text += f" by {layer['shrink_key']:g} and {layer['shrink_value']:g}"
+        lines.append(f"  layers {span:<18}{text}")
+    if quantization["key_bits"][0] != 16:
+        correction = quantization["score_correction"]
+        bound = {
+            "expected": f", limit {quantization['correction_limit']:g}",
+            "affine": f", tau {quantization['tau']:g}",
+        }
+        lines.append(f"  groups of {quantization['group_size']} visual tokens")
+        lines.append(f"  score correction {correction}{bound.get(correction, '')}")
+    return lines
+
+
+def _graph_lines(graph: dict[str, Any]) -> list[str]:
+    opsets = ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items())
+    shown = list(graph["operators"].items())
+    text = ", ".join(f"{name} {count}" for name, count in shown[:_SHOWN_OPERATORS])
+    rest = sum(count for _, count in shown[_SHOWN_OPERATORS:])
+    size = f"{graph['nodes']} nodes, {graph['initializers']} initializers"
+    lines = [
+        f"  {size}, opset {opsets}, IR version {graph['ir_version']}",
+        f"  {text}" + (f", others {rest}" if rest else ""),
+    ]
+    for function in graph["functions"]:
+        overload = f" ({function['overload']})" if function["overload"] else ""
+        lines.append(f"  function {function['name']}{overload}: {function['nodes']} nodes")
+    return lines

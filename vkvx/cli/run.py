@@ -1,0 +1,71 @@
+"""``vkvx run``: one question, the answer as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vkvx.cli import generation, terminal
+
+if TYPE_CHECKING:
+    from vkvx.manifest import Manifest
+
+PROMPT_TOKENS = 1024
+"""Default room for the text of a prompt."""
+
+
+def add_parser(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to the command line."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "run",
+        help="ask one question",
+        description="Ask one question, with or without pictures. The answer goes to stdout, figures go to stderr.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
+    parser.add_argument("prompt", metavar="PROMPT", help="the question; pictures are put before it")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; may be repeated")
+    parser.add_argument(
+        "--raw-prompt",
+        action="store_true",
+        help="take PROMPT as it is, without the chat template; it then holds one <image> for each picture",
+    )
+    generation.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print answer and figures as JSON when all is done")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer one question."""
+    from vkvx.manifest import Manifest
+    from vkvx.runtime.processor import load_picture
+
+    options = generation.options(args)
+    manifest = Manifest.load(args.bundle)
+    pictures = [load_picture(path) for path in args.image]  # before the weights: a wrong path is told at once
+    text_tokens = min(manifest.model.max_positions, PROMPT_TOKENS + args.max_new_tokens)
+    with generation.load_session(args, _visual_tokens(manifest, len(pictures)), text_tokens) as session:
+        raw = args.raw_prompt
+        prompt = args.prompt if raw else session.format([generation.message(args.prompt, len(pictures))])
+        with session.conversation() as conversation:
+            chunks = conversation.stream(prompt, pictures, options=options)
+            answer = ""
+            for piece in generation.without_leading_space(chunk.text for chunk in chunks):
+                answer += piece
+                if not args.json:
+                    print(piece, end="", flush=True)
+            figures = generation.figures(session, conversation)
+    if args.json:
+        terminal.print_json({"text": answer, **figures})
+        return 0
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    for line in generation.figure_lines(figures):
+        terminal.note(line)
+    return 0
+
+
+def _visual_tokens(manifest: Manifest, pictures: int) -> int | None:
+    """Room for exactly these pictures; None, the session's own choice, where pictures vary in size."""
+    tokens, size = manifest.model.tokens_per_picture, manifest.quantization.group_size
+    return None if tokens is None else pictures * -(-tokens // size) * size
