@@ -31,19 +31,22 @@ class Tolerance:
     """What may differ, by the model's dtype. All but ``codes`` are relative to the range of the reference tensor.
 
     ``codes`` is the share of codes that may differ, by bits; at 8 bits a difference of one step does not count.
+    ``outliers`` is the share of parameters that may lie outside ``cache``: where a channel has two clusters of tokens,
+    rounding can tip the iterations of ``lloyd`` from one pair of levels to another that is as good.
     """
 
     vision: float
     logits: float
     logits_after_code: float
     cache: float
+    outliers: float
     codes: dict[int, float]
 
 
 TOLERANCES = {
-    "float32": Tolerance(1e-4, 1e-5, 2e-3, 1e-4, {1: 1e-4, 2: 1e-4, 4: 1e-3, 8: 1e-4}),
-    "float16": Tolerance(1e-2, 2e-3, 2e-3, 5e-3, {1: 1e-3, 2: 1e-3, 4: 1e-2, 8: 1e-3}),
-    "bfloat16": Tolerance(5e-2, 2e-2, 2e-2, 4e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
+    "float32": Tolerance(1e-4, 1e-5, 2e-3, 1e-3, 1e-3, {1: 1e-4, 2: 1e-4, 4: 1e-3, 8: 1e-4}),
+    "float16": Tolerance(1e-2, 2e-3, 2e-3, 5e-3, 2e-3, {1: 1e-3, 2: 1e-3, 4: 1e-2, 8: 1e-3}),
+    "bfloat16": Tolerance(5e-2, 2e-2, 2e-2, 4e-2, 1e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
 }
 """FP16 and BF16 differ by rounding between every two operators; in FP32 a changed code is the largest difference."""
 
@@ -223,7 +226,8 @@ class _Comparison:
                     self._codes(layer, kind, phase)
                     name = f"visual_{kind}_params"
                     actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :groups] for c in (ours, theirs))
-                    self._close(name, phase, layer, actual, expected, self.tolerances.cache)
+                    outliers = self.tolerances.outliers
+                    self._close(name, phase, layer, actual, expected, self.tolerances.cache, outliers)
                 name = f"text_{kind}"
                 actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :rows] for c in (ours, theirs))
                 self._close(name, phase, layer, actual, expected, self.tolerances.cache)
@@ -261,7 +265,14 @@ class _Comparison:
         self._add(f"visual_{kind}", phase, layer, share, self.tolerances.codes[bits], detail)
 
     def _close(
-        self, name: str, phase: str, layer: int | None, actual: np.ndarray, expected: np.ndarray, relative: float
+        self,
+        name: str,
+        phase: str,
+        layer: int | None,
+        actual: np.ndarray,
+        expected: np.ndarray,
+        relative: float,
+        outliers: float = 0.0,
     ) -> None:
         a, e = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
         if a.shape != e.shape:
@@ -269,10 +280,22 @@ class _Comparison:
             return
         spread = float(e.max() - e.min()) if e.size else 0.0
         atol, rtol = self.override or (0.0, relative)
-        difference = float(np.abs(a - e).max()) if e.size else 0.0
-        self._add(name, phase, layer, difference, atol + rtol * spread, f"range {spread:.4g}")
+        differences, tolerance = np.abs(a - e), atol + rtol * spread
+        # Written so that NaN counts as an outlier.
+        beyond = 1.0 - float(np.mean(differences <= tolerance)) if e.size else 0.0
+        detail = f"range {spread:.4g}" + (f", {100 * beyond:.2g} % beyond the tolerance" if beyond > 0 else "")
+        self._add(name, phase, layer, float(differences.max(initial=0.0)), tolerance, detail, beyond <= outliers)
 
-    def _add(self, name: str, phase: str, layer: int | None, difference: float, tolerance: float, detail: str) -> None:
-        # Written so that NaN fails.
-        passed = bool(difference <= tolerance)
-        self.report.checks.append(Check(name, phase, layer, float(difference), float(tolerance), passed, detail))
+    def _add(
+        self,
+        name: str,
+        phase: str,
+        layer: int | None,
+        difference: float,
+        tolerance: float,
+        detail: str,
+        passed: bool | None = None,
+    ) -> None:
+        if passed is None:
+            passed = difference <= tolerance
+        self.report.checks.append(Check(name, phase, layer, difference, tolerance, passed, detail))

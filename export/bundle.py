@@ -1,0 +1,125 @@
+"""``export_model``: from a checkpoint to a bundle, which is there whole or not at all."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vkvx import __version__
+from vkvx.errors import DependencyError, ModelError
+from vkvx.export.operator import VERSION
+from vkvx.export.options import ExportOptions
+from vkvx.export.storage import check_output, check_room, new_directory
+from vkvx.manifest import FileInfo, Manifest, Progress, sha256
+from vkvx.models.adapter import Source
+from vkvx.models.checkpoint import read_checkpoint
+from vkvx.models.registry import resolve
+
+if TYPE_CHECKING:
+    from vkvx.export.build import BuiltModel
+
+TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+PROCESSOR = "processor"
+_RESERVE = 8 << 20
+"""Bytes that the graphs and the processor may take."""
+
+
+def export_model(
+    name: str | Path, output: str | Path, options: ExportOptions | None = None, progress: Progress | None = None
+) -> Manifest:
+    """Export a model to the bundle directory ``output`` and return the bundle's manifest.
+
+    Args:
+        name: alias, directory of a checkpoint, or hub id.
+        output: where the bundle shall be. With ``options.force`` an older bundle there is replaced once the new one is
+            complete; a directory with anything else in it is never touched.
+        options: see :class:`ExportOptions`.
+        progress: called as progress(stage, done, total) with the stages "load", "decoder", "vision", "weights" (in
+            bytes) and "finish".
+
+    Raises:
+        OptionError, ModelError, StorageError, DependencyError: nothing is left behind.
+    """
+    options = options or ExportOptions()
+    report: Progress = progress or (lambda stage, done, total: None)
+    options.check()
+    target = Path(output).expanduser().absolute()
+    check_output(target, options.force)
+    report("load", 0, 1)
+    try:
+        from vkvx.export.build import build
+    except ImportError as error:
+        raise DependencyError(f"export needs {error.name}; run `pip install 'vkvx[export]'`") from error
+    source = resolve(
+        name,
+        cache_dir=options.cache_dir,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    stored = read_checkpoint(source.directory)
+    processor = _load_processor(source)
+    report("load", 1, 1)
+    model = build(source, stored, options, report)
+    with new_directory(target) as partial:
+        manifest = _write(partial, source, model, processor, report)
+    report("finish", 1, 1)
+    return manifest
+
+
+def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, report: Progress) -> Manifest:
+    from vkvx.export.build import operator_functions, refer, write_graph
+    from vkvx.export.weights import can_share_blocks, place_weights, plan_weights
+
+    graphs = (model.vision, model.decoder)
+    tensors = list(dict.fromkeys(tensor for graph in graphs for tensor in graph.weights.values()))
+    plan = plan_weights(tensors, model.info.dtype)
+    shared = bool(plan.copies) and can_share_blocks(plan.copies[0], directory)
+    check_room(directory, plan.written_bytes(shared) + _RESERVE)
+    total, done = plan.written_bytes(), 0
+
+    def count(written: int) -> None:
+        nonlocal done
+        done += written
+        report("weights", done, total)
+
+    places, files = place_weights(plan, tensors, directory, count)
+    report("finish", 0, 1)
+    for built in graphs:
+        refer(built, places, model.info.dtype)
+        functions = operator_functions(built, model) if built is model.decoder else []
+        write_graph(built.traced.model, directory / built.graph.file, functions)
+    processor.save_pretrained(directory / PROCESSOR)
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name not in files:
+            files[name] = FileInfo(path.stat().st_size, sha256(path))
+    manifest = Manifest(
+        vkvx_version=__version__,
+        operator_version=VERSION,
+        model=model.info,
+        quantization=model.quantization,
+        graphs={"vision": model.vision.graph, "decoder": model.decoder.graph},
+        processor=PROCESSOR,
+        files=dict(sorted(files.items())),
+        tools={"python": platform.python_version(), **{tool: version(tool) for tool in TOOLS}},
+    )
+    manifest.save(directory)
+    return Manifest.load(directory)
+
+
+def _load_processor(source: Source) -> Any:
+    """The checkpoint's processor with what old checkpoints leave out."""
+    from transformers import AutoProcessor
+
+    try:
+        # The pillow version: pixels then do not depend on whether torchvision is installed.
+        processor = AutoProcessor.from_pretrained(
+            source.directory, backend="pil", trust_remote_code=source.trust_remote_code
+        )
+    except Exception as error:  # transformers and tokenizers raise whatever they come across
+        reason = " ".join(str(error).split())
+        raise ModelError(f"transformers cannot read the processor files in {source.directory}: {reason}") from error
+    source.adapter.check_processor(processor, source.config)
+    return processor

@@ -1,0 +1,34 @@
+"""The operator as an ONNX schema, built from its definition table."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import onnx
+
+from vkvx.export import operator
+
+_FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
+
+
+@lru_cache(maxsize=1)
+def operator_schema() -> onnx.defs.OpSchema:
+    """Schema of ``vkvx::VisualKVAttention``. It is not registered: ``onnx.defs.register_schema`` does that."""
+
+    def parameter(definition: operator.TensorDefinition) -> onnx.defs.OpSchema.FormalParameter:
+        kind = "T" if definition.dtype == "T" else f"tensor({definition.dtype})"
+        return onnx.defs.OpSchema.FormalParameter(definition.name, kind, f"[{', '.join(definition.shape)}]")
+
+    return onnx.defs.OpSchema(
+        operator.NAME,
+        operator.DOMAIN,
+        operator.VERSION,
+        doc="Attention over a packed visual and a 16-bit text cache, which are then extended by this call's tokens.",
+        inputs=[parameter(definition) for definition in operator.INPUTS],
+        outputs=[parameter(definition) for definition in operator.OUTPUTS],
+        type_constraints=[("T", _FLOATS, "The model's float type")],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(name, onnx.helper.make_attribute(name, value))
+            for name, value in operator.OperatorAttributes().to_dict().items()
+        ],
+    )

@@ -1,0 +1,120 @@
+"""A directory that appears whole or not at all: written beside its place, flushed, and renamed. No torch here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vkvx.errors import StorageError
+from vkvx.manifest import FILE_NAME, FORMAT
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RUST_FULL = tuple(f"os error {number}" for number in _FULL)
+
+
+def check_output(target: Path, force: bool) -> None:
+    """Raise StorageError unless ``target`` is free or, with ``force``, a bundle or an empty directory."""
+    if not target.parent.is_dir():
+        raise StorageError(f"{target.parent} is no directory; create it, or give another --output")
+    if target.is_symlink():
+        raise StorageError(f"{target} is a link; remove it, or give --output with what it points to")
+    if not target.exists():
+        return
+    if not target.is_dir() or not (_is_bundle(target) or not any(target.iterdir())):
+        raise StorageError(f"{target} exists and is no bundle; it is never replaced, give another --output")
+    if not force:
+        raise StorageError(f"{target} exists; give --force to replace it, or another --output")
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A hidden directory beside ``target`` to write into; at the end it takes the place of ``target``.
+
+    On any exception it is removed and ``target`` is as it was. Failures to write become StorageError.
+    """
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise _storage_error(target, error) from error
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        _flush(partial)
+        _replace(partial, target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # tokenizers, written in Rust, raises bare exceptions.
+        if isinstance(error, OSError) or (type(error) is Exception and any(s in str(error) for s in _RUST_FULL)):
+            raise _storage_error(target, error) from error
+        raise
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Raise StorageError unless the file system of ``directory`` has ``needed`` bytes left."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise StorageError(
+            f"the bundle takes {needed / 1e9:.2f} GB, {directory} has {free / 1e9:.2f} GB left; "
+            "make room, or give --output on another disk"
+        )
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Rename; an older directory moves aside first and is removed once the new one is in place."""
+    check_output(target, force=True)
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if old is not None:
+            old.rename(target)
+        raise
+    _flush_directory(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_bundle(directory: Path) -> bool:
+    try:
+        return json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _storage_error(target: Path, error: BaseException) -> StorageError:
+    if not isinstance(error, OSError) or error.errno in _FULL:
+        return StorageError(f"no room left for {target} ({error}); make room, or give --output on another disk")
+    return StorageError(f"cannot write {target}: {error}")
+
+
+def _flush(directory: Path) -> None:
+    for path, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(path, name), "rb") as file:
+                os.fsync(file.fileno())
+        _flush_directory(Path(path))
+
+
+def _flush_directory(directory: Path) -> None:
+    if os.name != "posix":  # elsewhere directories cannot be opened
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
