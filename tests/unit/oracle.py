@@ -114,25 +114,25 @@ def channel_levels(x: np.ndarray, valid: np.ndarray, bits: int, quantizer: str, 
             if variance == 0:
                 stable = stable and doubtful == 0
                 break
-            if doubtful:
-                stable = stable and (bits > 2 or doubtful < len(c) / 100)
-                # one code that changes by 1 moves the least-squares line by this much; twice that for later rounds
-                moved = 2 * doubtful * scale * steps / (2 * len(c) * variance)
-                slack_scale += moved
-                slack_low += 2 * doubtful * scale / len(c) + moved * centre
+            # one code that changes by 1 moves the least-squares line by so much, and later rounds move it further
+            moved = 4 * doubtful * scale * steps / (2 * len(c) * variance)
+            slack_scale = max(slack_scale, moved)
+            slack_low = max(slack_low, 4 * doubtful * scale / len(c) + moved * centre)
             scale = np.mean((code - centre) * c) / variance
             low = c.mean() - scale * centre
+        stable = stable and slack_scale <= 0.02 * scale
     else:
         raise ValueError(quantizer)
 
-    # values of a few FP32 steps have no accurate spread: say so in the slack
+    uncertain = slack_scale  # of levels that FP32 may take from another pair of elements or other codes
     slack_scale += blur / steps
     slack_low += blur
     scale16 = np.float16(min(max(float(scale), 0.0), LARGEST))
     offset16 = np.float16(min(max(float(low) + mean, -LARGEST), LARGEST))
     if scale16 == 0:
         offset16 = np.float16(mean)
-    if scale < 2**-23:  # near the smallest FP16 number the scale may round to 0 or not, and the offset goes with it
+    # a scale that may round to 0 or not takes the offset with it, from the lowest level to the mean
+    if 0 < scale <= 2**-23 + 2 * slack_scale or (scale <= 0 and uncertain > 0):
         stable = False
     return Levels(scale16, offset16, slack_scale, slack_low, stable)
 

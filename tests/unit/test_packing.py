@@ -18,7 +18,7 @@ HEAD_DIMS = st.sampled_from(range(32, 257, 32))
 
 
 def few(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None)
+    return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 @given(SEEDS, st.sampled_from(BITS), HEAD_DIMS, st.integers(1, 3), st.sampled_from([(), (2,), (2, 1, 2)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ NO_CLAMP = tuple(kind for kind in KINDS if kind != "huge")  # there a 1-bit scal
 
 
 def few(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None)
+    return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 def sample(kind: str, seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -88,12 +88,15 @@ def root_mean_square(x: np.ndarray, dequantised: np.ndarray) -> np.ndarray:
     return np.sqrt(np.mean((x.astype(np.float64) - dequantised) ** 2, axis=-2))
 
 
-def check_group(x: np.ndarray, count: int, bits: int, quantizer: str, alpha: float, gamma: float) -> float:
+def check_group(
+    x: np.ndarray, count: int, bits: int, quantizer: str, alpha: float, gamma: float, device: str = "cpu"
+) -> float:
     """Levels and codes of one group x [n, D] against the oracle; returns the share of channels compared exactly."""
     n, d = x.shape
     mask = prefix_mask(count, n)
-    quantized = q.quantize(torch.from_numpy(x), mask, bits, quantizer, alpha=alpha, gamma=gamma)
-    codes, scale, offset = (t.numpy() for t in quantized)
+    there = torch.from_numpy(x).to(device), mask.to(device)
+    quantized = q.quantize(*there, bits, quantizer, alpha=alpha, gamma=gamma)
+    codes, scale, offset = (t.cpu().numpy() for t in quantized)
     stable = 0
     for channel in range(d):
         expected = oracle.channel_levels(x[:, channel], mask.numpy(), bits, quantizer, alpha, gamma)
@@ -105,7 +108,7 @@ def check_group(x: np.ndarray, count: int, bits: int, quantizer: str, alpha: flo
             ):
                 bound = 2 * max(ulp16(got), ulp16(want)) + slack
                 assert abs(float(got) - float(want)) <= bound, (name, channel, got, want, slack)
-        else:  # another fixed point of the iteration may be reached, but not one worse than where it started
+        else:  # the iteration may reach another fixed point, but none worse than its start
             valid = oracle.sanitise(x[:count, channel])
             start = oracle.channel_levels(x[:, channel], mask.numpy(), bits, "minmax", alpha, gamma)
             errors = []
@@ -150,8 +153,8 @@ def test_groups_agree_with_the_oracle(
 @pytest.mark.parametrize("kind", ["normal", "uniform", "outlier_channels"])
 def test_ordinary_groups_are_compared_exactly(bits: int, quantizer: str, kind: str) -> None:
     """The comparison above makes room where FP32 rounding decides; ordinary data needs that room hardly ever."""
-    chosen = defaults(bits)
-    share = check_group(sample(kind, 5, (640, 32)), 576, bits, quantizer, **chosen)
+    x = sample(kind, 5, (640, 32))
+    share = check_group(x, 576, bits, quantizer, q.QUANTILE_ALPHA[bits], q.SHRINK_KEY[bits])
     assert share >= 0.9
 
 
@@ -183,7 +186,7 @@ def test_any_single_precision_numbers_agree_with_the_oracle(values: list[float],
 def test_every_group_size(group_size: int, quantizer: str) -> None:
     for bits, count in ((1, group_size), (2, group_size - 5), (4, 1), (8, group_size // 2)):
         x = sample("normal", group_size + bits, (group_size, 32))
-        check_group(x, count, bits, quantizer, **defaults(bits))
+        check_group(x, count, bits, quantizer, q.QUANTILE_ALPHA[bits], q.SHRINK_KEY[bits])
         codes = q.quantize(torch.from_numpy(x), prefix_mask(count, group_size), bits, quantizer).codes
         assert torch.equal(q.unpack_keys(q.pack_keys(codes, bits)), codes)
         assert torch.equal(q.unpack_values(q.pack_values(codes, bits)), codes)
@@ -206,6 +209,14 @@ def test_encoding_decoded_codes_gives_them_back(seed: int, bits: int, scale: flo
     scales, offsets = torch.full((32,), scale).half(), torch.full((32,), offset).half()
     again = q.encode(q.decode(codes, scales, offsets), scales, offsets, bits)
     assert torch.equal(again, codes)
+
+
+def test_halves_are_rounded_to_even() -> None:
+    x = torch.tensor([-3.0, -1.0, 1.0, 3.0, 5.0, 7.0, 9.0])[:, None]
+    codes = q.encode(x, torch.tensor([2.0]).half(), torch.tensor([-3.0]).half(), 2)
+    assert codes.flatten().tolist() == [0, 1, 2, 3, 3, 3, 3]
+    codes = q.encode(x, torch.tensor([4.0]).half(), torch.tensor([-3.0]).half(), 2)
+    assert codes.flatten().tolist() == [0, 0, 1, 2, 2, 2, 3]
 
 
 @EVERY
@@ -266,7 +277,7 @@ def test_a_larger_alpha_or_smaller_gamma_narrows_the_levels(seed: int, bits: int
         ([bounds("quantile", alpha=a) for a in (0.0, 0.005, 0.07, 0.2, 0.4)], np.ones(32, bool)),
         ([bounds("shrink", gamma=g) for g in (1.0, 0.5, 0.3)], around_zero),
     ):
-        for (low, high, room), (low2, high2, room2) in pairwise(sweep):
+        for (low, high, room), (low2, high2, room2) in itertools.pairwise(sweep):
             # a channel whose levels have collapsed has its mean as the one level
             open_ = applies & (high2 > low2)
             slack = 2 * (room + room2)
@@ -475,23 +486,15 @@ def test_key_rms(bits: int, quantizer: str, seed: int, kind: str, count: int) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@EVERY
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_gives_the_same_results(bits: int, quantizer: str, kind: str) -> None:
-    x = torch.from_numpy(sample(kind, 11, (3, 640, 64)))
-    mask = torch.stack([prefix_mask(count, 640) for count in (640, 576, 0)])
-    chosen = defaults(bits)
-    here = q.quantize(x, mask, bits, quantizer, **chosen)
-    there = q.Quantized(*(t.cpu() for t in q.quantize(x.cuda(), mask.cuda(), bits, quantizer, **chosen)))
-    # FP32 sums are cut differently: levels within 2 FP16 steps where no token sits on a boundary
-    scale, offset = here.scale.numpy(), here.offset.numpy()
-    near = (np.abs(there.scale.numpy().astype(float) - scale) <= 2 * ulp16(scale)) & (
-        np.abs(there.offset.numpy().astype(float) - offset) <= 2 * ulp16(offset) + 1e-6 * np.abs(x.numpy()).max(-2)
-    )
-    assert near.mean() >= (0.98 if quantizer == "lloyd" and kind in ("integers", "fp16_grid", "sparse") else 1.0)
-    codes = q.encode(x.cuda(), here.scale.cuda(), here.offset.cuda(), bits).cpu()
-    assert torch.equal(codes[mask], q.encode(x, here.scale, here.offset, bits)[mask])
-    for pack in (q.pack_keys, q.pack_values):
-        assert torch.equal(pack(here.codes.cuda(), bits).cpu(), pack(here.codes, bits))
-    assert torch.equal(q.unpack_keys(q.pack_keys(here.codes, bits).cuda()).cpu(), here.codes)
-    assert torch.equal(q.unpack_values(q.pack_values(here.codes, bits).cuda()).cpu(), here.codes)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_gpu_gives_the_same_results(quantizer: str) -> None:
+    for bits, kind in itertools.product(BITS, KINDS):
+        x = sample(kind, 11, (640, 32))
+        check_group(x, 576, bits, quantizer, q.QUANTILE_ALPHA[bits], q.SHRINK_KEY[bits], device="cuda")
+        codes, scale, offset = q.quantize(torch.from_numpy(x), prefix_mask(576, 640), bits, quantizer, **defaults(bits))
+        there = q.encode(torch.from_numpy(x).cuda(), scale.cuda(), offset.cuda(), bits)
+        assert torch.equal(there[:576].cpu(), codes[:576])
+        for pack, unpack in ((q.pack_keys, q.unpack_keys), (q.pack_values, q.unpack_values)):
+            words = pack(codes.cuda(), bits)
+            assert torch.equal(words.cpu(), pack(codes, bits))
+            assert torch.equal(unpack(words).cpu(), codes)

@@ -1,0 +1,214 @@
+"""The packed cache: buffers for a number of sequences, and how full each of them is.
+
+One row of every buffer is a *slot*; a slot holds one sequence. Visual tokens fill groups of ``group_size`` entries,
+text tokens fill rows. Counts say what is valid; whatever lies at or past them is unspecified and is never read, so
+resetting a slot means no more than setting its counts to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from vkvx.errors import CapacityError
+from vkvx.format import CACHE_NAMES, TILE
+from vkvx.manifest import ITEM_BYTES, Manifest
+
+Shape = tuple[int, ...]
+
+
+class Storage(Protocol):
+    """Where the buffers live. :class:`HostStorage` keeps them as NumPy arrays, a backend may keep them on a device."""
+
+    def allocate(self, dtype: str, shape: Shape) -> Any:
+        """A buffer with undefined contents."""
+
+    def copy(self, buffer: Any, source: int, target: int, entries: int) -> None:
+        """Copy the first ``entries`` of axis 2 from row ``source`` of axis 0 to row ``target``."""
+
+    def read(self, buffer: Any) -> np.ndarray:
+        """The contents as an array, without a copy where the buffer is in host memory."""
+
+
+class HostStorage:
+    """Buffers in main memory, as NumPy arrays."""
+
+    def allocate(self, dtype: str, shape: Shape) -> np.ndarray:
+        return np.zeros(shape, numpy_dtype(dtype))  # zeros come from the system lazily: unused rows take no memory
+
+    def copy(self, buffer: np.ndarray, source: int, target: int, entries: int) -> None:
+        buffer[target, :, :entries] = buffer[source, :, :entries]
+
+    def read(self, buffer: np.ndarray) -> np.ndarray:
+        return buffer
+
+
+class PackedCache:
+    """Buffers of all layers for ``slots`` sequences, and their counts.
+
+    ``visual_tokens`` and ``text_tokens`` are capacities a slot. The first is rounded up to whole groups and is at
+    least one group. In a bundle of 16 bits visual tokens lie among the text rows: there the visual buffers are empty
+    and the two capacities add up to text rows.
+
+    ``buffers`` maps ``"{layer}.visual_key"`` and so on (shapes and dtypes: ``docs/format.md``) to what the storage
+    allocates: NumPy arrays unless a backend keeps them on a device. ``visual_count`` is INT32 [slots, groups],
+    ``text_count`` INT32 [slots]; both are always NumPy arrays.
+    """
+
+    def __init__(
+        self, manifest: Manifest, slots: int, visual_tokens: int, text_tokens: int, storage: Storage | None = None
+    ) -> None:
+        if slots < 1 or visual_tokens < 0 or text_tokens < 1:
+            raise CapacityError(
+                "a cache takes at least 1 slot, 0 visual tokens and 1 text token a slot, "
+                f"got slots={slots}, visual_tokens={visual_tokens}, text_tokens={text_tokens}"
+            )
+        size = manifest.quantization.group_size
+        self.manifest = manifest
+        self.slots = slots
+        self.group_size = size
+        if manifest.is_packed:
+            self.visual_capacity, self.text_capacity = max(1, -(-visual_tokens // size)) * size, text_tokens
+        else:
+            self.visual_capacity, self.text_capacity = 0, visual_tokens + text_tokens
+        self.groups = self.visual_capacity // size
+        self._storage: Storage = HostStorage() if storage is None else storage
+        shapes = manifest.cache_shapes(slots, self.visual_capacity, self.text_capacity)
+        self.buffers: dict[str, Any] = {name: self._storage.allocate(*spec) for name, spec in shapes.items()}
+        self.visual_count = np.zeros((slots, self.groups), np.int32)
+        self.text_count = np.zeros(slots, np.int32)
+        self._inline_visual = np.zeros(slots, np.int32)  # visual tokens among the text rows (16 bits)
+        self._used: set[int] = set()
+        counts = self.visual_count.nbytes + self.text_count.nbytes
+        self._bytes = counts + sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in shapes.values())
+
+    # Slots
+
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        """Slots that no sequence holds, ascending."""
+        return tuple(slot for slot in range(self.slots) if slot not in self._used)
+
+    def acquire(self) -> int:
+        """Take the lowest free slot and empty it. Raises CapacityError if all are taken."""
+        free = self.free_slots
+        if not free:
+            raise CapacityError(
+                f"all {self.slots} slots of the cache are in use; close a conversation or load the bundle with more "
+                "slots (slots=)"
+            )
+        self._used.add(free[0])
+        self.reset(free[0])
+        return free[0]
+
+    def release(self, slot: int) -> None:
+        """Give a slot back and empty it."""
+        self._used.discard(slot)
+        self.reset(slot)
+
+    def reset(self, slot: int) -> None:
+        """Empty a slot. Only the counts change."""
+        self.visual_count[slot] = 0
+        self.text_count[slot] = 0
+        self._inline_visual[slot] = 0
+
+    def fork(self, source: int, target: int) -> None:
+        """Make slot ``target`` hold the same sequence as ``source``; only what is valid is copied."""
+        groups, rows = self.group_count(source), int(self.text_count[source])
+        tiles = groups * (self.group_size // TILE)
+        entries = dict(zip(CACHE_NAMES, (tiles, groups, tiles, groups, rows, rows), strict=True))
+        for name, buffer in self.buffers.items():
+            used = entries[name.partition(".")[2]]
+            if used:
+                self._storage.copy(buffer, source, target, used)
+        self.visual_count[target] = self.visual_count[source]
+        self.text_count[target] = self.text_count[source]
+        self._inline_visual[target] = self._inline_visual[source]
+
+    # Lengths
+
+    def group_count(self, slot: int) -> int:
+        """Groups that hold tokens."""
+        return int(np.count_nonzero(self.visual_count[slot]))
+
+    def visual_tokens(self, slot: int) -> int:
+        """Visual tokens in the slot, without padding."""
+        return int(self.visual_count[slot].sum()) + int(self._inline_visual[slot])
+
+    def text_tokens(self, slot: int) -> int:
+        """Text tokens in the slot."""
+        return int(self.text_count[slot]) - int(self._inline_visual[slot])
+
+    def length(self, slot: int) -> int:
+        """All tokens in the slot; the next token takes this position."""
+        return int(self.visual_count[slot].sum()) + int(self.text_count[slot])
+
+    def demand(self, picture_lengths: Sequence[int], text_tokens: int) -> tuple[int, int]:
+        """Groups and text rows that pictures of these lengths and so many text tokens take."""
+        if self.manifest.is_packed:
+            return sum(-(-length // self.group_size) for length in picture_lengths), text_tokens
+        return 0, text_tokens + sum(picture_lengths)
+
+    def check_capacity(self, slot: int | None, groups: int, text_tokens: int) -> None:
+        """Raise CapacityError unless so many more groups and text rows fit into the slot (None: an empty one)."""
+        used = 0 if slot is None else self.group_count(slot)
+        if used + groups > self.groups:
+            size = self.group_size
+            raise CapacityError(
+                f"the pictures need {groups} groups of {size} visual tokens, the cache has {self.groups - used} of "
+                f"{self.groups} free; raise visual_tokens= (--max-visual-tokens) to at least {(used + groups) * size}"
+            )
+        used = 0 if slot is None else int(self.text_count[slot])
+        if used + text_tokens > self.text_capacity:
+            kind = "text tokens" if self.manifest.is_packed else "tokens (at 16 bits pictures count as text)"
+            short = used + text_tokens - self.text_capacity
+            raise CapacityError(
+                f"prompt and answer need room for {text_tokens} {kind}, the cache has {self.text_capacity - used} of "
+                f"{self.text_capacity} free; raise text_tokens= (--max-text-tokens) by at least {short} "
+                "or lower max_new_tokens= (--max-new-tokens)"
+            )
+
+    def commit(
+        self, slots: np.ndarray, visual_count: np.ndarray, text_count: np.ndarray, inline_visual: np.ndarray
+    ) -> None:
+        """Take over the counts [slots, groups] and [slots] that a call returned.
+
+        ``inline_visual`` [B]: visual tokens that the call gave to row ``slots[b]``; they are told apart from text only
+        where visual tokens lie among the text rows.
+        """
+        self.visual_count[...] = visual_count
+        self.text_count[...] = text_count
+        if not self.manifest.is_packed:
+            live = slots >= 0
+            self._inline_visual[slots[live]] += inline_visual[live].astype(np.int32)
+
+    # Bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers and counts."""
+        return self._bytes
+
+    def visual_bytes_used(self, slot: int) -> int:
+        """Bytes of the slot that hold visual tokens: words and params of all layers, padding of groups included."""
+        inline = int(self._inline_visual[slot]) * self.manifest.text_bytes_per_token
+        return self.group_count(slot) * self.manifest.bytes_per_group() + inline
+
+    def bytes_used(self, slot: int) -> int:
+        """Bytes of the slot that hold tokens of either kind, all layers."""
+        return self.visual_bytes_used(slot) + self.text_tokens(slot) * self.manifest.text_bytes_per_token
+
+    def read(self, name: str) -> np.ndarray:
+        """One buffer as an array, for inspection: a view where it is in host memory, a copy where it is on a device."""
+        return self._storage.read(self.buffers[name])
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a dtype name in a manifest; ``bfloat16`` comes from the package ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)

@@ -1,0 +1,99 @@
+"""The arrays of one call, from what each sequence feeds: which position is visual, which is text, which is padding.
+
+The rules are those of the operator (``docs/operator.md``): entries of ``visual_index`` come in groups, a picture
+starts a group and is padded with -1 to whole groups, a row's groups are a prefix, padding ends ``text_index``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vkvx.errors import InputError
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one sequence feeds in a call.
+
+    ``token_ids`` is INT [n] and holds the image token id once for each visual token. ``picture_lengths`` are the visual
+    tokens of each picture, in order. ``position`` is the number of tokens already in the slot.
+    """
+
+    slot: int
+    token_ids: np.ndarray
+    picture_lengths: tuple[int, ...] = ()
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one decoder call but for embeddings and caches, all INT32.
+
+    ``input_ids`` and ``position_ids`` are [B, S], ``visual_index`` and ``visual_rows`` [B, Nv], ``text_index`` [B, Nt],
+    ``last_index`` and ``slot`` [B]. ``visual_rows`` says which row of the embeddings of all pictures (rows'
+    pictures one after another) belongs to which entry of ``visual_index``; both are -1 where there is none.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    visual_index: np.ndarray
+    text_index: np.ndarray
+    last_index: np.ndarray
+    slot: np.ndarray
+    visual_rows: np.ndarray
+
+
+def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> Call:
+    """Lay out the rows of one call. Raises InputError if image tokens and picture lengths of a row disagree.
+
+    A row of slot -1 without tokens is idle. S, Nv and Nt are the largest of any row; Nv is 0 if no row has a picture.
+    """
+    batch = len(rows)
+    visual = [row.token_ids == image_token_id if row.picture_lengths else None for row in rows]
+    groups = [sum(-(-length // group_size) for length in row.picture_lengths) for row in rows]
+    length = max(len(row.token_ids) for row in rows)
+    texts = max(len(row.token_ids) - sum(row.picture_lengths) for row in rows)
+    input_ids = np.zeros((batch, length), np.int32)
+    position_ids = np.zeros((batch, length), np.int32)
+    visual_index = np.full((batch, max(groups) * group_size), -1, np.int32)
+    visual_rows = np.full_like(visual_index, -1)
+    text_index = np.full((batch, texts), -1, np.int32)
+    last_index = np.zeros(batch, np.int32)
+    embedded = 0
+    for b, (row, mask) in enumerate(zip(rows, visual, strict=True)):
+        count = len(row.token_ids)
+        if count == 0:
+            continue
+        input_ids[b, :count] = row.token_ids
+        position_ids[b, :count] = np.arange(row.position, row.position + count)
+        last_index[b] = count - 1
+        if mask is None:
+            text_index[b, :count] = np.arange(count)
+            continue
+        found = np.flatnonzero(mask)
+        if len(found) != sum(row.picture_lengths):
+            raise InputError(
+                f"{len(found)} image tokens in the prompt, but its pictures have {sum(row.picture_lengths)}; "
+                "give one placeholder a picture"
+            )
+        text = np.flatnonzero(~mask)
+        text_index[b, : len(text)] = text
+        entry = taken = 0
+        for size in row.picture_lengths:
+            visual_index[b, entry : entry + size] = found[taken : taken + size]
+            visual_rows[b, entry : entry + size] = np.arange(embedded, embedded + size)
+            taken += size
+            embedded += size
+            entry += -(-size // group_size) * group_size
+    slot = np.array([row.slot for row in rows], np.int32)
+    return Call(input_ids, position_ids, visual_index, text_index, last_index, slot, visual_rows)
+
+
+def place_embeds(call: Call, image_embeds: np.ndarray) -> np.ndarray:
+    """``visual_embeds`` [B, Nv, hidden] of a call, from the embeddings [tokens, hidden] of its pictures."""
+    placed = image_embeds[np.maximum(call.visual_rows, 0)]
+    placed[call.visual_rows < 0] = 0
+    return placed

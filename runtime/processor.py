@@ -1,0 +1,187 @@
+"""Prompts and pictures to what the graphs take, with the processor files of the bundle.
+
+Uses transformers for tokenizer and image processor, but not torch.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from vkvx.errors import BundleError, DependencyError, InputError
+from vkvx.manifest import Manifest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Picture = Union[str, Path, "Image"]
+Message = Mapping[str, Any]
+
+PLACEHOLDER = "<image>"
+"""Stands for a picture in a prompt, whatever the model's own token for it is."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt ready to run: ``token_ids`` INT32 [n] with the image token once a visual token, ``pixel_inputs`` of the
+    vision graph (None without pictures), and the visual tokens of each picture."""
+
+    token_ids: np.ndarray
+    pixel_inputs: dict[str, np.ndarray] | None
+    picture_lengths: tuple[int, ...]
+
+
+class Processor:
+    """Tokenizer, image processor and chat template of a bundle. Raises BundleError if their files do not load."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        directory = bundle / manifest.processor
+        loader = _auto_processor()
+        try:
+            # The PIL variant gives the same pixels whether or not torchvision is installed.
+            self._processor: Any = loader.from_pretrained(str(directory), backend="pil", local_files_only=True)
+            self.tokenizer: Any = self._processor.tokenizer
+            self._images: Any = self._processor.image_processor
+        except Exception as error:  # transformers raises many kinds for damaged files
+            raise BundleError(
+                f"cannot load the processor in {directory} ({_first_line(error)}); export the model again"
+            ) from error
+        self._manifest = manifest
+        self._inputs = {tensor.name: tensor.dtype for tensor in manifest.graphs["vision"].inputs}
+        self._token = str(self.tokenizer.convert_ids_to_tokens(manifest.model.image_token_id))
+
+    def prepare(self, prompt: str, images: Sequence[Picture] = (), *, first: bool = True) -> Prepared:
+        """Tokens and pixels of a prompt that has one ``<image>`` for each picture.
+
+        ``first`` is False for text that continues a sequence: it gets no begin-of-sequence token. Raises InputError if
+        placeholders and pictures differ in number, a picture cannot be read, or the prompt is empty.
+        """
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
+        prompt = prompt.replace(PLACEHOLDER, self._token)
+        begin = self.tokenizer.bos_token
+        special = first and not (begin and prompt.startswith(begin))
+        ids = np.asarray(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], np.int32)
+        image_token = self._manifest.model.image_token_id
+        placeholders = int(np.count_nonzero(ids == image_token))
+        if placeholders != len(images):
+            raise InputError(
+                f"the prompt has {placeholders} {PLACEHOLDER} and comes with {len(images)} "
+                f"{'picture' if len(images) == 1 else 'pictures'}; put one {PLACEHOLDER} into it for each picture"
+            )
+        if not ids.size:
+            raise InputError("the prompt is empty; give at least one character")
+        if not images:
+            return Prepared(ids, None, ())
+        pixels, lengths = self._pixels([load_picture(image) for image in images])
+        repeats = np.ones(len(ids), np.int64)
+        repeats[ids == image_token] = lengths
+        return Prepared(np.repeat(ids, repeats), pixels, lengths)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`format` works."""
+        return self._template is not None
+
+    def format(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation by the model's chat template, up to where the answer begins.
+
+        Messages are ``{"role": "user", "content": "..."}``; content may also be a list of ``{"type": "image"}`` and
+        ``{"type": "text", "text": "..."}``. Raises InputError if the bundle has no template or it refuses the messages.
+        """
+        if self._template is None:
+            raise InputError("this bundle has no chat template; write the prompt as the model expects it")
+        listed = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            listed.append({**message, "content": content})
+        try:
+            text = self.tokenizer.apply_chat_template(
+                listed, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program of the model's authors
+            raise InputError(f"the chat template refuses these messages: {_first_line(error)}") from error
+        return text.replace(self._token, PLACEHOLDER)
+
+    @property
+    def _template(self) -> str | None:
+        return self._processor.chat_template or self.tokenizer.chat_template
+
+    def _pixels(self, images: list[Image]) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+        try:
+            features = self._images(images=images, return_tensors="np")
+        except (ValueError, TypeError) as error:
+            raise InputError(f"the image processor refuses the pictures: {_first_line(error)}") from error
+        pixels = {name: np.ascontiguousarray(features[name], dtype) for name, dtype in self._inputs.items()}
+        tokens = self._manifest.model.tokens_per_picture
+        if tokens is None:
+            raise BundleError("the manifest does not tell tokens_per_picture, which this runtime needs")
+        return pixels, (tokens,) * len(images)
+
+
+def load_picture(source: Picture) -> Image:
+    """Read a picture (a path, or an image of Pillow) as RGB, turned upright by its EXIF orientation.
+
+    Raises InputError, which names the file, if it is missing, no picture, damaged, or has absurdly many pixels.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise DependencyError("reading pictures needs Pillow; install it with `pip install pillow`") from error
+    if isinstance(source, Image.Image):
+        image, name = source, "the picture"
+    elif isinstance(source, (str, Path)):
+        image, name = None, str(source)
+        if not Path(source).is_file():
+            raise InputError(f"no picture at {name}; give the path of an image file")
+    else:
+        raise InputError(f"a picture must be a path or a PIL image, got {type(source).__name__}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if image is None:
+                with Image.open(name) as opened:
+                    return ImageOps.exif_transpose(opened).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; give a smaller picture") from error
+    except PermissionError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+    except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, ValueError, zlib.error, ...
+        raise InputError(
+            f"{name} cannot be read as a picture ({_first_line(error)}); give a PNG, JPEG or WebP file"
+        ) from error
+
+
+def _auto_processor() -> Any:
+    # transformers advises to install torch where it is missing; here it is not needed.
+    advice = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        from transformers import AutoProcessor
+    except ImportError as error:
+        raise DependencyError(
+            f"running a bundle needs transformers ({error}); install it with `pip install vkvx[onnxruntime]`"
+        ) from error
+    finally:
+        del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        if advice is not None:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = advice
+    return AutoProcessor
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
