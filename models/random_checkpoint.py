@@ -1,0 +1,224 @@
+"""Writes a LLaVA checkpoint with random weights, of any size in little memory: to measure and test exports.
+
+    python -m vkvx.models.random_checkpoint --preset llava-1.5-7b DIRECTORY
+
+The checkpoint has the names, shapes and sharding of those on the hub, and the tokenizer of the bundled tiny-llava. What
+such a model says is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vkvx.errors import StorageError, VkvxError
+from vkvx.models.checkpoint import INDEX_FILE, SINGLE_FILE
+from vkvx.models.registry import TINY_LLAVA
+
+STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_BLOCK = 1 << 22
+_HUB_NAMES = {
+    "lm_head.": "language_model.lm_head.",
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+
+PRESETS: dict[str, dict[str, dict[str, int]]] = {
+    "llava-1.5-7b": {
+        "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    },
+    "200m": {
+        "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
+        "text": {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+        },
+    },
+    "tiny": {
+        "vision": {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 56,
+        },
+        "text": {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 512,
+        },
+    },
+}
+"""Sizes that differ from those of a 336-pixel CLIP of patches of 14 and a Llama of 32064 tokens."""
+
+
+def preset_config(preset: str, layers: int | None = None) -> Any:
+    """The transformers config of a preset, with another number of decoder layers if given."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    sizes = PRESETS[preset]
+    vision = CLIPVisionConfig(**{"image_size": 336, "patch_size": 14, **sizes["vision"]})
+    text = LlamaConfig(
+        **{"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **sizes["text"]},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    if layers is not None:
+        text.num_hidden_layers = layers
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=3,
+        image_seq_length=tokens,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        architectures=["LlavaForConditionalGeneration"],
+    )
+
+
+def write_checkpoint(
+    directory: Path, config: Any, *, dtype: str = "float16", seed: int = 0, shard_bytes: int = 5 << 30
+) -> int:
+    """Write config, weights and processor files into a new directory; returns the bytes of the weights.
+
+    Biases are small, norms are ones, all else is normal with variance 1/inputs: activations keep their size. Raises
+    StorageError if the directory exists.
+    """
+    try:
+        directory.mkdir()
+    except OSError as error:
+        raise StorageError(f"cannot make the directory {directory}: {error.strerror}") from error
+    shapes = _parameter_shapes(config)
+    config.dtype = dtype
+    config.save_pretrained(directory)
+    _write_processor(directory, config)
+    item = 4 if dtype == "float32" else 2
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        length = math.prod(shape) * item
+        if shards[-1] and size + length > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += length
+    places: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        sharded = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = sharded if len(shards) > 1 else SINGLE_FILE
+        places |= dict.fromkeys(shard, file)
+        total += _write_shard(directory / file, shard, dtype, np.random.default_rng((seed, number)))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return total
+
+
+def _parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names as on the hub, and shapes, of all parameters that a checkpoint stores."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.tie_weights()
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        prefix = next(prefix for prefix in _HUB_NAMES if name.startswith(prefix))
+        shapes[_HUB_NAMES[prefix] + name.removeprefix(prefix)] = tuple(parameter.shape)
+    return shapes
+
+
+def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, rng: np.random.Generator) -> int:
+    entries, end = {}, 0
+    item = 4 if dtype == "float32" else 2
+    for name, shape in shapes.items():
+        length = math.prod(shape) * item
+        entries[name] = {"dtype": STORED_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + length]}
+        end += length
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    noise = rng.standard_normal(_BLOCK, np.float32)
+    with path.open("xb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            for block in _values(name, shape, noise, rng):
+                file.write(_to_bytes(block, dtype))
+    return end
+
+
+def _values(name: str, shape: tuple[int, ...], noise: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Blocks of a tensor's values. The noise is drawn once and entered anywhere: billions of draws take minutes."""
+    left = math.prod(shape)
+    if "norm" in name and name.endswith("weight"):
+        yield np.ones(left, np.float32)
+        return
+    scale = np.float32(0.02 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:])))
+    while left:
+        start = int(rng.integers(_BLOCK // 2))
+        block = noise[start : start + left] * scale
+        left -= len(block)
+        yield block
+
+
+def _to_bytes(values: np.ndarray, dtype: str) -> bytes:
+    if dtype == "bfloat16":
+        # Nearest, ties to even, as every cast to bfloat16 does.
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
+    return values.astype(dtype).tobytes()
+
+
+def _write_processor(directory: Path, config: Any) -> None:
+    from transformers import AutoProcessor
+
+    size = config.vision_config.image_size
+    processor = AutoProcessor.from_pretrained(TINY_LLAVA, backend="pil")
+    processor.image_processor.size = {"shortest_edge": size}
+    processor.image_processor.crop_size = {"height": size, "width": size}
+    processor.patch_size = config.vision_config.patch_size
+    processor.save_pretrained(directory)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: see the module."""
+    parser = argparse.ArgumentParser(prog="python -m vkvx.models.random_checkpoint", description=__doc__.split("\n")[0])
+    parser.add_argument("directory", type=Path, help="where to write; must not exist")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the sizes (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="decoder layers in place of the preset's")
+    parser.add_argument(
+        "--dtype", choices=STORED_NAMES, default="float16", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        config = preset_config(options.preset, options.layers)
+        total = write_checkpoint(options.directory, config, dtype=options.dtype, seed=options.seed)
+    except VkvxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.directory}: {total / 1e9:.2f} GB of weights")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
