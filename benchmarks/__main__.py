@@ -7,13 +7,18 @@ import importlib
 import json
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = {"unpack": "ways to unpack bit planes in onnxruntime on a CPU"}
-PACKAGES = ("numpy", "onnx", "onnxruntime")
+BENCHMARKS = {
+    "unpack": "ways to unpack bit planes in onnxruntime on a CPU",
+    "agreement": "onnxruntime against torch on tiny-llava, for every way to quantise its cache",
+}
+"""Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns the rows of a table."""
+PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -28,8 +33,15 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -40,23 +52,24 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=BENCHMARKS, help="; ".join(f"{k}: {v}" for k, v in BENCHMARKS.items()))
-    parser.add_argument("--repeats", type=int, default=50, help="runs of each variant (default 50)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of an operator (default: all)")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file (default benchmarks/results/NAME.json)")
-    arguments = parser.parse_args()
-    rows = importlib.import_module(f"benchmarks.{arguments.name}").run(arguments.repeats, arguments.threads)
+    verbs = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, summary in BENCHMARKS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        importlib.import_module(f"benchmarks.{name}").add_arguments(verb)
+        verb.add_argument("-o", "--output", type=Path, help=f"JSON file (default benchmarks/results/{name}.json)")
+    arguments = parser.parse_args(argv)
+    rows = importlib.import_module(f"benchmarks.{arguments.name}").run(arguments)
     print_table(rows)
     output = arguments.output or RESULTS / f"{arguments.name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"repeats": arguments.repeats, "threads": arguments.threads}
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("name", "output")}
     result = {"benchmark": arguments.name, "environment": environment(), "settings": settings, "results": rows}
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {output}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

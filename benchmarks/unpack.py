@@ -6,6 +6,8 @@ compared with NumPy's ``unpackbits`` next to its timing. Variants take turns, so
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -108,17 +110,23 @@ def _session(variant: Callable[[Builder, Value], Value], threads: int) -> onnxru
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def run(repeats: int, threads: int) -> list[dict[str, Any]]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--repeats", type=int, default=50, help="runs of each variant (default 50)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of an operator (default: all)")
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Median milliseconds of each variant for each shape, and the ratio to the first variant's."""
     rows = []
     rng = np.random.default_rng(0)
-    sessions = {name: _session(variant, threads) for name, variant in VARIANTS.items()}
+    sessions = {name: _session(variant, arguments.threads) for name, variant in VARIANTS.items()}
     for shape_name, shape in SHAPES.items():
         words = rng.integers(-(2**31), 2**31, shape).astype(np.int32)
         expected = np.unpackbits(words.view(np.uint8), bitorder="little").astype(np.float32)
         exact: dict[str, bool] = {}
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for _ in range(repeats + 1):
+        for _ in range(arguments.repeats + 1):
             for name, session in sessions.items():
                 start = time.perf_counter()
                 (result,) = session.run(None, {"words": words})

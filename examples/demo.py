@@ -6,6 +6,7 @@ Run by `make demo`; needs vkvx[export,onnxruntime]. Exit code 1: the transcripti
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -35,11 +36,11 @@ def vkvx(*arguments: str) -> str:
 def main() -> int:
     """Export, ask, compare."""
     begun = time.perf_counter()
-    print("demo: export and one answer, about 1 minute on 2 cores", flush=True)
+    print("demo: export and one answer, about half a minute on 2 cores", flush=True)
     page = json.loads((PAGES / "pages.json").read_text(encoding="utf-8"))[0]
     truth = "\n".join("".join(map(str, row)) for row in page["digits"])
     vkvx("export", "tiny-llava", "--bits", "1", "--output", str(BUNDLE), "--force")
-    answer = vkvx("run", str(BUNDLE), "Transcribe the page.", "--image", str(PAGES / page["file"])).strip()
+    answer = vkvx("run", str(BUNDLE), "Transcribe the page.", "--image", os.path.relpath(PAGES / page["file"])).strip()
     correct = answer == truth
     print(f"\nthe page says     {truth.split()}\nthe answer says   {answer.split()}")
     print(f"{'correct' if correct else 'NOT correct'}, after {time.perf_counter() - begun:.0f} s", flush=True)

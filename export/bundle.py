@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from vkvx.export.options import ExportOptions
 from vkvx.export.storage import check_output, check_room, new_directory
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.adapter import Source
-from vkvx.models.checkpoint import read_checkpoint
+from vkvx.models.checkpoint import StoredTensor, read_checkpoint
 from vkvx.models.registry import resolve
 
 if TYPE_CHECKING:
@@ -61,22 +62,30 @@ def export_model(
     stored = read_checkpoint(source.directory)
     processor = _load_processor(source)
     report("load", 1, 1)
-    model = build(source, stored, options, report)
-    with new_directory(target) as partial:
-        manifest = _write(partial, source, model, processor, report)
+    with new_directory(target, options.force) as partial:
+        _check_room(partial, stored, options.dtype)
+        model = build(source, stored, options, report)
+        manifest = _write(partial, model, processor, report)
     report("finish", 1, 1)
     return manifest
 
 
-def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, report: Progress) -> Manifest:
+def _check_room(directory: Path, stored: Mapping[str, StoredTensor], dtype: str) -> None:
+    """Before any work: the weights take nearly all of a bundle."""
+    from vkvx.export.weights import can_share_blocks, plan_weights
+
+    plan = plan_weights(stored.values(), dtype)
+    shared = bool(plan.copies) and can_share_blocks(plan.copies[0], directory)
+    check_room(directory.parent, plan.written_bytes(shared) + _RESERVE)
+
+
+def _write(directory: Path, model: BuiltModel, processor: Any, report: Progress) -> Manifest:
     from vkvx.export.build import operator_functions, refer, write_graph
-    from vkvx.export.weights import can_share_blocks, place_weights, plan_weights
+    from vkvx.export.weights import place_weights, plan_weights
 
     graphs = (model.vision, model.decoder)
     tensors = list(dict.fromkeys(tensor for graph in graphs for tensor in graph.weights.values()))
     plan = plan_weights(tensors, model.info.dtype)
-    shared = bool(plan.copies) and can_share_blocks(plan.copies[0], directory)
-    check_room(directory, plan.written_bytes(shared) + _RESERVE)
     total, done = plan.written_bytes(), 0
 
     def count(written: int) -> None:
@@ -111,12 +120,14 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
 
 def _load_processor(source: Source) -> Any:
     """The checkpoint's processor with what old checkpoints leave out."""
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
 
+    remote = source.trust_remote_code
     try:
+        processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=remote)
         # The pillow version: pixels then do not depend on whether torchvision is installed.
-        processor = AutoProcessor.from_pretrained(
-            source.directory, backend="pil", trust_remote_code=source.trust_remote_code
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            source.directory, backend="pil", trust_remote_code=remote
         )
     except Exception as error:  # transformers and tokenizers raise whatever they come across
         reason = " ".join(str(error).split())

@@ -104,6 +104,8 @@ class DecoderGraph(nn.Module):
         hidden = self.text_model(
             inputs_embeds=embeds, position_ids=position_ids, use_cache=False, vkvx_attention=attention
         ).last_hidden_state
+        if not all(attention.presents):
+            raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
         batch, positions, width = hidden.shape
         # The head is by far the largest product of a prefill: give it one position a row.
         last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index

@@ -42,8 +42,10 @@ def build_model(model_class: Any, config: Any, dtype: str) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
-        with FakeTensorMode():
+        with torch.device("meta"):
             model = model_class(config).eval()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
     finally:
         torch.set_default_dtype(default)
     model.tie_weights()

@@ -18,6 +18,8 @@ def lower_opset(model: ir.Model) -> None:
     for node in model.graph:
         if node.domain:
             continue
+        if not onnx.defs.has(node.op_type, max_inclusive_version=OLD):
+            raise _refusal(node)
         versions = {opset: onnx.defs.get_schema(node.op_type, opset).since_version for opset in (OLD, NEW)}
         if versions[OLD] == versions[NEW]:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from vkvx.errors import StorageError
 from vkvx.manifest import FILE_NAME, FORMAT
 
+_PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RUST_FULL = tuple(f"os error {number}" for number in _FULL)
 
@@ -33,26 +35,32 @@ def check_output(target: Path, force: bool) -> None:
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
     """A hidden directory beside ``target`` to write into; at the end it takes the place of ``target``.
 
-    On any exception it is removed and ``target`` is as it was. Failures to write become StorageError.
+    On any exception it is removed and ``target`` is as it was. What a killed process left of an earlier attempt is
+    removed first. Failures to write become StorageError; ``force`` is that of :func:`check_output`.
     """
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        _remove_leftovers(target)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        lock = _lock(partial)
     except OSError as error:
         raise _storage_error(target, error) from error
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
         _flush(partial)
-        _replace(partial, target)
+        _replace(partial, target, force)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # tokenizers, written in Rust, raises bare exceptions.
         if isinstance(error, OSError) or (type(error) is Exception and any(s in str(error) for s in _RUST_FULL)):
             raise _storage_error(target, error) from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def check_room(directory: Path, needed: int) -> None:
@@ -60,14 +68,42 @@ def check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise StorageError(
-            f"the bundle takes {needed / 1e9:.2f} GB, {directory} has {free / 1e9:.2f} GB left; "
+            f"the bundle takes {_size(needed)}, {directory} has {_size(free)} left; "
             "make room, or give --output on another disk"
         )
 
 
-def _replace(partial: Path, target: Path) -> None:
+def _remove_leftovers(target: Path) -> None:
+    """Remove hidden directories of processes that are gone: nobody holds their locks."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL}"):
+        lock = _lock(path)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds the lock of a directory; None if another process holds it, or there are no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _replace(partial: Path, target: Path, force: bool) -> None:
     """Rename; an older directory moves aside first and is removed once the new one is in place."""
-    check_output(target, force=True)
+    check_output(target, force)
     old = None
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))

@@ -1,7 +1,8 @@
 """Compare a bundle in onnxruntime with its checkpoint in torch, tensor by tensor.
 
-Both sides get the same tokens and the same picture embeddings, so a difference of the vision tower is reported once and
-does not spread. Each side keeps its own cache: what differs in one call is part of the next, as it is in use.
+Both sides get the same tokens and the same picture embeddings. After each prefill, when the caches have been compared,
+the bundle takes over the reference's cache. So every call is compared on equal inputs, and a difference shows where it
+arises: a code that differs because its value lies on the border of two levels would otherwise change all later logits.
 """
 
 from __future__ import annotations
@@ -37,18 +38,17 @@ class Tolerance:
 
     vision: float
     logits: float
-    logits_after_code: float
     cache: float
     outliers: float
     codes: dict[int, float]
 
 
 TOLERANCES = {
-    "float32": Tolerance(1e-4, 1e-5, 2e-3, 1e-3, 1e-3, {1: 1e-4, 2: 1e-4, 4: 1e-3, 8: 1e-4}),
-    "float16": Tolerance(1e-2, 2e-3, 2e-3, 5e-3, 2e-3, {1: 1e-3, 2: 1e-3, 4: 1e-2, 8: 1e-3}),
-    "bfloat16": Tolerance(5e-2, 2e-2, 2e-2, 4e-2, 1e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
+    "float32": Tolerance(1e-4, 1e-5, 1e-3, 1e-3, {1: 1e-4, 2: 1e-4, 4: 1e-3, 8: 1e-4}),
+    "float16": Tolerance(1e-2, 2e-3, 5e-3, 2e-3, {1: 1e-3, 2: 1e-3, 4: 1e-2, 8: 1e-3}),
+    "bfloat16": Tolerance(5e-2, 2e-2, 4e-2, 1e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
 }
-"""FP16 and BF16 differ by rounding between every two operators; in FP32 a changed code is the largest difference."""
+"""torch rounds FP16 and BF16 after every operator; onnxruntime on a CPU does so only where tensors are stored."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def validate_bundle(
         ids = turn.token_ids if token is None else np.concatenate([[np.int32(token)], turn.token_ids])
         token = comparison.step(f"{phase}prefill", ids, turn.picture_lengths, position, embeds)
         comparison.caches(f"{phase}prefill")
+        backend.cache.load(reference.cache)
         position += len(ids)
         done += 2
         report_progress("compare", done, total)
@@ -187,7 +188,6 @@ class _Comparison:
         self.manifest = backend.manifest
         self.tolerances = TOLERANCES[report.dtype]
         self.override = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
-        self.code_differs = False
 
     def vision(self, phase: str, turn: Prepared) -> np.ndarray:
         """Compare the picture embeddings; returns those of the bundle."""
@@ -207,10 +207,7 @@ class _Comparison:
         call = build_call([row], group_size=quantization.group_size, image_token_id=model.image_token_id)
         visual = None if embeds is None else place_embeds(call, embeds)
         expected, actual = self.reference.step(call, visual), self.backend.step(call, visual)
-        if pictures:
-            self.code_differs = self.code_differs or self._any_code_differs()
-        relative = self.tolerances.logits_after_code if self.code_differs else self.tolerances.logits
-        self._close("logits", phase, None, actual, expected, relative)
+        self._close("logits", phase, None, actual, expected, self.tolerances.logits)
         return int(expected[0].argmax())
 
     def caches(self, phase: str) -> None:
@@ -243,15 +240,6 @@ class _Comparison:
         size = self.manifest.quantization.group_size
         codes = unpack(torch.from_numpy(np.array(backend.cache.read(f"{layer}.visual_{kind}")[self.SLOT]))).numpy()
         return codes[:, (np.arange(size) < counts[:, None]).ravel()]
-
-    def _any_code_differs(self) -> bool:
-        if not self.manifest.is_packed:
-            return False
-        return any(
-            (self._read_codes(self.backend, layer, kind) != self._read_codes(self.reference, layer, kind)).any()
-            for layer in range(self.manifest.layers)
-            for kind in ("key", "value")
-        )
 
     def _codes(self, layer: int, kind: str, phase: str) -> None:
         quantization = self.manifest.quantization

@@ -170,7 +170,8 @@ def _share_blocks(reader: BinaryIO, writer: BinaryIO) -> bool:
 def _write_shard(
     shard: list[StoredTensor], path: Path, dtype: str, places: dict[StoredTensor, Place], report: Report
 ) -> FileInfo:
-    entries, end = {}, 0
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
     for tensor in shard:
         length = _count(tensor.shape) * DTYPES[dtype].itemsize
         entries[tensor.name] = {
@@ -188,7 +189,7 @@ def _write_shard(
             digest.update(block)
             writer.write(block)
         for tensor in shard:
-            first, last = entries[tensor.name]["data_offsets"]  # type: ignore[misc]
+            first, last = entries[tensor.name]["data_offsets"]
             places[tensor] = Place(path.name, start + first, last - first)
             for block in _converted(tensor, DTYPES[dtype]):
                 digest.update(block)

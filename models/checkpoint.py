@@ -52,7 +52,7 @@ def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
         return _read_header(single)
     raise ModelError(
         f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}; "
-        "convert other formats with save_pretrained of transformers"
+        "download its weights, or convert other formats with save_pretrained of transformers"
     )
 
 

@@ -44,6 +44,11 @@ class LlavaAdapter(Adapter):
             raise ModelError(f"rotary embeddings of type '{rope}' are not supported; {_one_of(STATIC_ROPE)} is")
         if _head_dim(text) % WORD_BITS:
             raise ModelError(f"the head dim is {_head_dim(text)}; the packed cache needs a multiple of {WORD_BITS}")
+        if not 0 <= config.image_token_id < text.vocab_size:
+            raise ModelError(
+                f"the image token {config.image_token_id} is not among the decoder's {text.vocab_size} tokens; "
+                "mend image_token_index and the size of the embeddings"
+            )
         if vision.image_size % vision.patch_size:
             raise ModelError(f"pictures of {vision.image_size} pixels are not made of patches of {vision.patch_size}")
 

@@ -192,7 +192,7 @@ def _write_processor(directory: Path, config: Any) -> None:
     from transformers import AutoProcessor
 
     size = config.vision_config.image_size
-    processor = AutoProcessor.from_pretrained(TINY_LLAVA, backend="pil")
+    processor = AutoProcessor.from_pretrained(TINY_LLAVA)
     processor.image_processor.size = {"shortest_edge": size}
     processor.image_processor.crop_size = {"height": size, "width": size}
     processor.patch_size = config.vision_config.patch_size

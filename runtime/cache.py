@@ -31,6 +31,9 @@ class Storage(Protocol):
     def read(self, buffer: Any) -> np.ndarray:
         """The contents as an array, without a copy where the buffer is in host memory."""
 
+    def write(self, buffer: Any, contents: np.ndarray) -> None:
+        """Replace the contents; the array has the buffer's shape and dtype."""
+
 
 class HostStorage:
     """Buffers in main memory, as NumPy arrays."""
@@ -43,6 +46,9 @@ class HostStorage:
 
     def read(self, buffer: np.ndarray) -> np.ndarray:
         return buffer
+
+    def write(self, buffer: np.ndarray, contents: np.ndarray) -> None:
+        buffer[...] = contents
 
 
 class PackedCache:
@@ -203,6 +209,19 @@ class PackedCache:
     def read(self, name: str) -> np.ndarray:
         """One buffer as an array, for inspection: a view where it is in host memory, a copy where it is on a device."""
         return self._storage.read(self.buffers[name])
+
+    def load(self, other: PackedCache) -> None:
+        """Take over the contents of another cache of the same capacities; text rows are converted to this one's dtype.
+
+        Raises CapacityError if the shapes differ.
+        """
+        for name, buffer in self.buffers.items():
+            contents, own = other.read(name), self.read(name)
+            if contents.shape != own.shape:
+                raise CapacityError(f"{name} of a cache has shape {contents.shape}, expected {own.shape}")
+            self._storage.write(buffer, contents.astype(own.dtype))
+        for counts in ("visual_count", "text_count", "_inline_visual"):
+            getattr(self, counts)[...] = getattr(other, counts)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ class Conversation:
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Ask as a user, by the model's chat template, and iterate over pieces of the answer.
 
         Pictures go before the text, unless the text says where by ``<image>``. Options as in
@@ -79,7 +79,7 @@ class Conversation:
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts."""
         self._stop_running()
         self._running = chunks = self._start(prompt, _listed(images), options, changes)

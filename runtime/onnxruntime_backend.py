@@ -59,6 +59,9 @@ class DeviceStorage:
         contents = np.array(buffer.numpy())
         return contents.view(numpy_dtype("bfloat16")) if contents.dtype == np.uint16 else contents
 
+    def write(self, buffer: Any, contents: np.ndarray) -> None:
+        buffer.update_inplace(contents.view(np.uint16) if contents.dtype.name == "bfloat16" else contents)
+
 
 class OnnxRuntimeBackend:
     """A bundle opened in onnxruntime, with a cache of its own. See :class:`vkvx.runtime.backend.Backend`.

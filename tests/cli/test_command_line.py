@@ -187,7 +187,7 @@ def test_doctor_with_a_gpu_but_no_cuda_provider(cli: Callable, monkeypatch: pyte
     result = cli("doctor")
     assert result.code == 0
     assert "✗ run on an NVIDIA GPU: this onnxruntime has no CUDA provider" in result.out
-    assert "pip install 'onnxruntime-gpu>=" in result.out
+    assert "pip install 'onnxruntime-gpu[" in result.out
 
 
 def test_probe_of_a_missing_and_of_a_broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

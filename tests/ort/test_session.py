@@ -30,6 +30,7 @@ QUESTIONS = [
 ]
 PICTURES: list[list[Path]] = [[], PAGES[:1], PAGES[1:3], [PAGES[3], PAGES[0], PAGES[2]]]
 LENGTH = 12
+WHOLE: dict[str, Any] = {"max_new_tokens": LENGTH, "ignore_eos": True}
 
 BundleOf = Callable[..., Path]
 
@@ -71,7 +72,7 @@ def alone(bundle: Path) -> list[Generation]:
     results = []
     for number in range(4):
         with load(bundle) as session:
-            results.append(session.generate(prompts(session)[number], PICTURES[number], max_new_tokens=LENGTH))
+            results.append(session.generate(prompts(session)[number], PICTURES[number], **WHOLE))
     return results
 
 
@@ -84,7 +85,7 @@ def test_rows_in_scattered_slots_get_what_they_get_alone(bundle: Path, alone: li
         holders = [session.conversation() for _ in range(8)]
         for slot in (6, 1, 4, 3):
             holders[slot].close()
-        together = session.generate(prompts(session), PICTURES, max_new_tokens=LENGTH)
+        together = session.generate(prompts(session), PICTURES, **WHOLE)
         assert ids(together) == ids(alone)
         assert [one.visual_tokens for one in together] == [0, 576, 1152, 1728]
 

@@ -14,7 +14,7 @@ from typing import Any
 from vkvx import __version__
 from vkvx.cli import packages, terminal
 
-RUN = ("numpy", "PIL", "onnx", "onnxruntime", "transformers")
+RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
 EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
 _MODEL = '<ir_version: 8, opset_import: ["": 13]> probe (float[1] x) => (float[1] y) { y = Identity(x) }'
 

@@ -1,0 +1,285 @@
+"""``export_model`` from end to end: what a bundle holds, and that a failed export leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from transformers import AutoProcessor, CLIPVisionConfig, LlavaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+
+from vkvx import ExportOptions, export_model
+from vkvx.errors import ModelError, OptionError, StorageError
+from vkvx.export.build import BuiltModel, build
+from vkvx.manifest import Manifest
+from vkvx.models.checkpoint import read_checkpoint
+from vkvx.models.random_checkpoint import write_checkpoint
+from vkvx.models.registry import resolve
+from vkvx.runtime.layout import Row, build_call, place_embeds
+
+OPTIONS = ExportOptions(dtype="float16", bits=16)
+
+
+def test_manifest_tells_all(checkpoint: Path, mixed_bundle: Path) -> None:
+    manifest = Manifest.load(mixed_bundle)
+    manifest.verify(mixed_bundle)
+    model = manifest.model
+    assert (model.name, model.source, model.revision) == ("tiny-random", str(checkpoint.resolve()), None)
+    assert (model.architecture, model.dtype, model.layers) == ("LlavaForConditionalGeneration", "float32", 2)
+    assert (model.query_heads, model.kv_heads, model.head_dim, model.hidden_size) == (4, 2, 64, 128)
+    assert (model.vocab_size, model.max_positions, model.image_token_id) == (512, 4096, 3)
+    assert (model.tokens_per_picture, model.eos_token_ids, model.pad_token_id) == (16, (2,), 0)
+    q = manifest.quantization
+    assert (q.key_bits, q.value_bits, q.group_size, q.quantizer) == ((8, 1), (8, 1), 128, "lloyd")
+    assert manifest.tools.keys() >= {"python", "torch", "transformers", "onnx"}
+    files = {path.relative_to(mixed_bundle).as_posix() for path in mixed_bundle.rglob("*") if path.is_file()}
+    assert files == {*manifest.files, "vkvx.json"}
+    assert not any(path.is_symlink() for path in mixed_bundle.rglob("*"))
+
+
+def test_processor_gives_as_many_tokens_as_the_tower(mixed_bundle: Path) -> None:
+    from PIL import Image
+
+    processor = AutoProcessor.from_pretrained(mixed_bundle / "processor", backend="pil")
+    done = processor(images=Image.new("RGB", (70, 50)), text="<image> what?", return_tensors="np")
+    assert done["pixel_values"].shape == (1, 3, 56, 56)
+    assert (done["input_ids"] == 3).sum() == 16
+    config = json.loads((mixed_bundle / "processor" / "processor_config.json").read_text())
+    assert config["image_processor"]["image_processor_type"].startswith("CLIPImageProcessor")
+    assert json.loads((mixed_bundle / "processor" / "tokenizer_config.json").read_text())["backend"] == "tokenizers"
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path) -> BuiltModel:
+    return build(resolve(checkpoint), read_checkpoint(checkpoint), OPTIONS, lambda stage, done, total: None)
+
+
+@pytest.fixture
+def quick(built: BuiltModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace once for all tests that are about what comes before and after."""
+    monkeypatch.setattr("vkvx.export.build.build", lambda *arguments: built)
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to spoil."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """A directory for the output: what is in it after a failure was left behind."""
+    (tmp_path / "room").mkdir()
+    return tmp_path / "room"
+
+
+@pytest.mark.usefixtures("quick")
+def test_progress_and_replacement(checkpoint: Path, room: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    manifest = export_model(checkpoint, room / "out", OPTIONS, lambda *call: calls.append(call))
+    assert manifest == Manifest.load(room / "out")
+    stages = list(dict.fromkeys(stage for stage, _, _ in calls))
+    assert stages == ["load", "weights", "finish"]  # and those of `build`
+    for stage in stages:
+        counts = [(done, total) for name, done, total in calls if name == stage]
+        assert counts == sorted(counts)
+        assert counts[-1][0] == counts[-1][1]
+    before = (room / "out" / "vkvx.json").read_bytes()
+    with pytest.raises(StorageError, match="--force"):
+        export_model(checkpoint, room / "out", OPTIONS)
+    (room / "out" / "engines").mkdir()
+    export_model(checkpoint, room / "out", ExportOptions(**{**OPTIONS.__dict__, "force": True}))
+    assert not (room / "out" / "engines").exists()
+    assert (room / "out" / "vkvx.json").read_bytes() == before  # the same model gives the same bytes
+    assert [path.name for path in room.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("stage", ["load", "weights", "finish"])
+def test_interrupted(checkpoint: Path, room: Path, stage: str) -> None:
+    def interrupt(name: str, done: int, total: int) -> None:
+        if name == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_model(checkpoint, room / "out", OPTIONS, interrupt)
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("limit", [4096, 400_000])
+def test_no_room_for_a_file(checkpoint: Path, room: Path, limit: int) -> None:
+    """The system refuses to write beyond the limit, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(StorageError, match="no room left"):
+            export_model(checkpoint, room / "out", OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_disk_that_is_too_small_is_noticed_first(
+    checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 1 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+    stages: list[str] = []
+    with pytest.raises(StorageError, match=r"takes 9\.\d MB, .* has 1\.0 MB left"):
+        export_model(checkpoint, room / "out", OPTIONS, lambda stage, done, total: stages.append(stage))
+    assert set(stages) == {"load"}
+    assert list(room.iterdir()) == []
+
+
+def refused(source: Path | str, room: Path, message: str, options: ExportOptions = OPTIONS) -> None:
+    with pytest.raises((ModelError, OptionError), match=message) as caught:
+        export_model(source, room / "out", options)
+    assert "\n" not in str(caught.value)
+    assert list(room.iterdir()) == []
+
+
+def test_truncated_weights(copy: Path, room: Path) -> None:
+    with (copy / "model-00003-of-00003.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    refused(copy, room, r"model-00003-of-00003\.safetensors is truncated")
+
+
+def test_missing_weights(copy: Path, room: Path) -> None:
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop("language_model.model.norm.weight")
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(copy, room, r"lacks the tensor model\.language_model\.norm\.weight")
+
+
+def test_weights_of_another_model(copy: Path, room: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 512
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy, room, "belong to different models")
+
+
+def test_bad_options(checkpoint: Path, room: Path) -> None:
+    refused(checkpoint, room, "layers 0 to 1", ExportOptions(bits_per_layer="0-2:8"))
+    refused(checkpoint, room, "3 bits", ExportOptions(bits=3))
+    refused("nonsense", room, "unknown model")
+
+
+def test_without_a_processor(copy: Path, room: Path) -> None:
+    (copy / "processor_config.json").unlink()
+    (copy / "tokenizer.json").unlink()
+    refused(copy, room, "cannot read the processor files")
+
+
+def test_pictures_of_the_wrong_size(copy: Path, room: Path) -> None:
+    change_processor(copy, lambda config: config["image_processor"].update(crop_size={"height": 70, "width": 70}))
+    refused(copy, room, r"pictures of \[70\] pixels, the vision tower takes 56")
+
+
+def test_wrong_image_token(copy: Path, room: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["image_token_index"] = 7
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy, room, "image_token_index")
+
+
+def change_processor(directory: Path, change: Any) -> None:
+    path = directory / "processor_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.usefixtures("quick")
+def test_old_processors_are_completed(copy: Path, room: Path) -> None:
+    """Checkpoints of older transformers do not say how many tokens a picture takes."""
+    for name in ("num_additional_image_tokens", "patch_size", "vision_feature_select_strategy"):
+        change_processor(copy, lambda config, name=name: config.pop(name, None))
+    export_model(copy, room / "out", OPTIONS)
+    processor = AutoProcessor.from_pretrained(room / "out" / "processor", backend="pil")
+    assert (processor.num_additional_image_tokens, processor.patch_size) == (1, 14)
+    assert processor.vision_feature_select_strategy == "default"
+
+
+def test_missing_packages_are_named(checkpoint: Path, room: Path) -> None:
+    code = (
+        "import sys\nsys.modules['onnx_ir'] = None\nfrom vkvx import DependencyError, export_model\n"
+        "try:\n    export_model(sys.argv[1], sys.argv[2])\nexcept DependencyError as error:\n    print(error)"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(room / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "export needs onnx_ir; run `pip install 'vkvx[export]'`" in done.stdout
+    assert list(room.iterdir()) == []
+
+
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 512,
+}
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZE = {"image_size": 56, "patch_size": 14}
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "choice", "tokens"),
+    [
+        (
+            Qwen2Config(**TEXT, tie_word_embeddings=True),
+            SiglipVisionConfig(**VISION, **SIZE, vision_use_head=False),
+            {"vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+            16,
+        ),
+        (
+            MistralConfig(**TEXT, sliding_window=None),
+            CLIPVisionConfig(**VISION, **SIZE),
+            {"vision_feature_select_strategy": "full", "vision_feature_layer": [-2, -1]},
+            17,
+        ),
+    ],
+    ids=["qwen2-siglip", "mistral-clip"],
+)
+def test_relatives_of_llava(tmp_path: Path, text: Any, vision: Any, choice: dict[str, Any], tokens: int) -> None:
+    """Exported with 16 bits they are the plain transformers model in onnxruntime."""
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=3,
+        image_seq_length=tokens,
+        architectures=["LlavaForConditionalGeneration"],
+        tie_word_embeddings=text.tie_word_embeddings,
+        **choice,
+    )
+    source = tmp_path / "source"
+    write_checkpoint(source, config, dtype="float32")
+    manifest = export_model(source, tmp_path / "out", ExportOptions(dtype="float32", bits=16))
+    assert manifest.model.tokens_per_picture == tokens
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype(np.float32)
+    ids = [1, *[3] * tokens, 60, 61]
+    model = resolve(source).adapter.model_class().from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids]), pixel_values=torch.from_numpy(pixels)).logits[:, -1].numpy()
+    sessions = [ort.InferenceSession(tmp_path / "out" / f"{name}.onnx") for name in ("vision", "decoder")]
+    (embeds,) = sessions[0].run(None, {"pixel_values": pixels})
+    call = build_call([Row(0, np.array(ids), (tokens,))], group_size=128, image_token_id=3)
+    names = ("input_ids", "position_ids", "visual_index", "text_index", "last_index", "slot")
+    feed = {name: getattr(call, name) for name in names}
+    feed |= {"visual_count": np.zeros((1, 0), np.int32), "text_count": np.zeros(1, np.int32)}
+    feed["visual_embeds"] = place_embeds(call, embeds)
+    caches = manifest.cache_shapes(1, 0, 32)
+    feed |= {f"past.{name}": np.zeros(shape, dtype) for name, (dtype, shape) in caches.items()}
+    logits = sessions[1].run(["logits"], feed)[0]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)

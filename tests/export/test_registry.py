@@ -1,0 +1,169 @@
+"""Finding a checkpoint: aliases, directories, hub ids, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vkvx.errors import ModelError
+from vkvx.models.registry import ALIASES, resolve, sample_pages
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def edited(checkpoint: Path, directory: Path, edit: Edit) -> Path:
+    """A copy of the checkpoint's config.json with changes."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    edit(config)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_alias() -> None:
+    source = resolve("tiny-llava")
+    assert (source.name, source.origin, source.revision) == ("tiny-llava", "tiny-llava", None)
+    info = source.adapter.info(source, "float16")
+    assert (info.tokens_per_picture, info.head_dim, info.image_token_id, info.eos_token_ids) == (576, 64, 3, (2,))
+    assert resolve(info.source).directory == source.directory
+
+
+def test_an_alias_hides_a_directory_of_its_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "tiny-llava")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("tiny-llava").directory != (tmp_path / "tiny-llava").resolve()
+    assert resolve("./tiny-llava").directory == (tmp_path / "tiny-llava").resolve()
+
+
+def test_directory(checkpoint: Path) -> None:
+    source = resolve(checkpoint)
+    assert (source.name, source.origin) == ("tiny-random", str(checkpoint.resolve()))
+    info = source.adapter.info(source, "bfloat16")
+    assert (info.tokens_per_picture, info.layers, info.query_heads, info.kv_heads) == (16, 2, 4, 2)
+    assert (info.dtype, info.eos_token_ids, info.pad_token_id) == ("bfloat16", (2,), 0)
+
+
+def test_generation_config_may_list_ends(checkpoint: Path, tmp_path: Path) -> None:
+    edited(checkpoint, tmp_path, lambda config: None)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7], "pad_token_id": null}')
+    source = resolve(tmp_path)
+    info = source.adapter.info(source, "float16")
+    assert info.eos_token_ids == (2, 7)
+    assert info.pad_token_id == 0
+
+
+def test_sample_pages() -> None:
+    pages = sample_pages()
+    assert len(pages) >= 2
+    assert all(page.suffix == ".png" for page in pages)
+
+
+def test_unknown_alias_lists_the_known_ones() -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve("llama")
+    assert all(alias in str(caught.value) for alias in ALIASES)
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c", "~/absent-model", "..", "a\\b"])
+def test_paths_that_hold_no_checkpoint(name: str) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        resolve(name)
+
+
+def test_a_file_is_no_checkpoint(checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match="is not a directory"):
+        resolve(checkpoint / "config.json")
+
+
+def test_revision_of_a_directory_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match="--revision"):
+        resolve(checkpoint, revision="main")
+
+
+def test_unsupported_architecture_is_named_with_those_that_work(checkpoint: Path, tmp_path: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config.update(architectures=["BertModel"], model_type="bert")
+
+    with pytest.raises(ModelError, match=r"BertModel is not supported; supported: .*LlavaForConditionalGeneration"):
+        resolve(edited(checkpoint, tmp_path, change))
+
+
+def test_no_architecture(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"none \(model type llava\)"):
+        resolve(edited(checkpoint, tmp_path, lambda config: config.pop("architectures")))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("text_config", {"head_dim": 40}, r"head dim is 40.*multiple of 32"),
+        ("text_config", {"model_type": "gemma"}, r"'gemma' decoder is not supported; llama, mistral or qwen2"),
+        ("text_config", {"model_type": "mistral", "sliding_window": 4096}, "sliding window of 4096"),
+        ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("vision_config", {"model_type": "dinov2"}, r"'dinov2' tower is not supported; clip_vision_model or siglip"),
+        ("vision_config", {"image_size": 57}, "57 pixels"),
+        (None, {"image_token_index": 512}, "image token 512 is not among the decoder's 512 tokens"),
+        (None, {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
+        (None, {"vision_feature_select_strategy": "best"}, "transformers cannot read"),
+    ],
+)
+def test_refused_configs(
+    checkpoint: Path, tmp_path: Path, part: str | None, changes: dict[str, Any], message: str
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        (config if part is None else config[part]).update(changes)
+
+    with pytest.raises(ModelError, match=message) as caught:
+        resolve(edited(checkpoint, tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\xff"])
+def test_unreadable_config(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
+        resolve(tmp_path)
+
+
+def test_without_a_network_a_directory_is_asked_for(tmp_path: Path) -> None:
+    code = (
+        "from vkvx.errors import ModelError\n"
+        "from vkvx.models.registry import resolve\n"
+        "try:\n    resolve('llava')\nexcept ModelError as error:\n    print(error)"
+    )
+    # Nothing listens on port 9: what a machine without a network comes to, whatever the network of this one.
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "cannot download 'llava-hf/llava-1.5-7b-hf'" in done.stdout
+    assert "give the directory of a checkpoint" in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+def test_a_cached_checkpoint_needs_no_network(checkpoint: Path, tmp_path: Path) -> None:
+    """A hub cache as huggingface_hub lays it out: a snapshot of links, and a ref that names its commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "models--somebody--tiny"
+    snapshot = home / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    for file in checkpoint.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    code = (
+        "from vkvx.models.registry import resolve\n"
+        f"source = resolve('somebody/tiny', cache_dir={str(tmp_path)!r})\n"
+        "print(source.name, source.origin, source.revision, len(list(source.directory.glob('*.safetensors'))))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["tiny", "somebody/tiny", commit, "3"]
