@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from vkvx.errors import ModelError
+from vkvx.errors import ModelError, VkvxError
 from vkvx.export import (
     operator,
     torch_op,  # noqa: F401 (registers the operator)
@@ -107,7 +107,7 @@ def trace(
             torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=DTYPES[spec.dtype])
             for spec in inputs
         )
-        with _quiet():
+        with _quiet(), _export_errors(module):
             program = torch.onnx.export(
                 torch.export.export(module, example, dynamic_shapes=nested, strict=False),
                 dynamo=True,
@@ -216,6 +216,21 @@ def _check_nodes(model: ir.Model) -> None:
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type in _REFUSED or (node.domain not in ("", operator.DOMAIN)):
             raise ModelError(f"the exporter made a node {node.domain}::{node.op_type}, which TensorRT lacks")
+
+
+@contextmanager
+def _export_errors(module: nn.Module) -> Iterator[None]:
+    """Turn what torch says about a model that it cannot export, or only for fixed sizes, into one line."""
+    try:
+        yield
+    except VkvxError:
+        raise
+    except Exception as error:  # torch has dozens of exception types for this
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"torch {torch.__version__} cannot export {type(module).__name__}: {reason}; "
+            "--debug shows where, and constraints.txt the versions that are known to work"
+        ) from error
 
 
 @contextmanager

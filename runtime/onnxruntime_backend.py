@@ -39,7 +39,8 @@ _CALL_INPUTS = ("input_ids", "position_ids", "visual_index", "text_index", "last
 class DeviceStorage:
     """Buffers in the memory of a device, as OrtValues; bfloat16 as UINT16, which NumPy knows.
 
-    onnxruntime offers no copy between parts of a device buffer, so :meth:`copy` goes through main memory.
+    onnxruntime offers no copy between parts of a device buffer, so :meth:`copy` goes through main memory. Empty buffers
+    are NumPy arrays: onnxruntime binds no device address that is null.
     """
 
     def __init__(self, ort: Any, device: str) -> None:
@@ -48,6 +49,8 @@ class DeviceStorage:
 
     def allocate(self, dtype: str, shape: Shape) -> Any:
         kind = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)
+        if 0 in shape:
+            return np.empty(shape, kind)
         return self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, self._device, 0)
 
     def copy(self, buffer: Any, source: int, target: int, entries: int) -> None:
@@ -56,10 +59,14 @@ class DeviceStorage:
         buffer.update_inplace(contents)
 
     def read(self, buffer: Any) -> np.ndarray:
+        if isinstance(buffer, np.ndarray):
+            return buffer
         contents = np.array(buffer.numpy())
         return contents.view(numpy_dtype("bfloat16")) if contents.dtype == np.uint16 else contents
 
     def write(self, buffer: Any, contents: np.ndarray) -> None:
+        if isinstance(buffer, np.ndarray):
+            return
         buffer.update_inplace(contents.view(np.uint16) if contents.dtype.name == "bfloat16" else contents)
 
 
@@ -93,6 +100,8 @@ class OnnxRuntimeBackend:
         self._widen = manifest.model.dtype == "bfloat16" and self.provider == "cpu"
         dtype = "float32" if self._widen else manifest.model.dtype
         self._dtype = numpy_dtype(dtype)
+        # The CUDA provider reduces no empty axis; a group of padding means the same as no group.
+        self._fills_empty = self.provider == "cuda"
         self._weights: list[dict[str, np.ndarray]] = []
         self._vision: Any = None  # opened with the first picture
         self._decoder = self._open(manifest.graphs["decoder"].file)
@@ -122,6 +131,9 @@ class OnnxRuntimeBackend:
 
     def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
         cache, binding = self.cache, self._binding
+        if self._fills_empty and not call.visual_index.size:
+            group = np.full((len(call.slot), cache.group_size), -1, np.int32)
+            call = replace(call, visual_index=group)
         batch, entries = call.visual_index.shape
         if visual_embeds is None:
             visual_embeds = np.zeros((batch, entries, self.manifest.model.hidden_size), self._dtype)

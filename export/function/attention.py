@@ -54,7 +54,7 @@ def _float(b: Builder, x: Value, dtype: int) -> Value:
 def _rows(b: Builder, call: Call, cache: Value, new: Value, dtype: int) -> Value:
     """Cached text rows, then the call's tokens by entry: [B, Hkv, n + M, D] FP32."""
     cached = _float(b, b.op("GatherND", cache, call.text_rows), dtype)
-    # A row without cached text has read another slot's, whose values must not reach it, not even as 0 * NaN.
+    # Where there is no cached text, the row read is unspecified: it must not get in, not even as 0 * NaN.
     has_text = b.unsqueeze(b.op("Greater", call.text_count, 0), 1, 2, 3)
     cached = b.op("Where", has_text, cached, 0.0)
     return b.op("Concat", cached, _float(b, b.op("GatherND", new, call.new_rows), dtype), axis=2)

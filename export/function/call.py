@@ -37,7 +37,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """Index tensors of a call, INT64. ``n`` is the longest cached text, ``g`` the most cached groups in the call."""
+    """Index tensors of a call, INT64. ``n`` is the longest cached text, ``g`` the most cached groups; at least 1."""
 
     live: Value  # [B] 1 where the row has a slot
     row: Value  # [B] cache row, 0 for idle rows
@@ -64,8 +64,8 @@ def indices(b: Builder, shape: Shape, outer: Value, inner: Value, rank: int = 4)
     return b.op("Add", b.op("Add", outer, b.op("Mul", heads, [0, 1, 0])), inner)
 
 
-def read_call(b: Builder, shape: Shape, packed: bool, least_groups: int) -> Call:
-    """Nodes for ``Call``; at least ``least_groups`` groups are read from the cache."""
+def read_call(b: Builder, shape: Shape, packed: bool) -> Call:
+    """Nodes for ``Call``."""
     with b.scope("call"):
         slot = b.cast("slot", INT64)
         live_rows = b.op("Greater", slot, -1)
@@ -82,14 +82,13 @@ def read_call(b: Builder, shape: Shape, packed: bool, least_groups: int) -> Call
         source = b.op("Where", valid, entry, first)
         new_rows = indices(b, shape, b.arange(b.size("slot", 0)), source)
 
-        # Rows past a count are unspecified: read a valid row of the slot, or of the longest slot, instead.
-        longest = b.op("ReduceMax", text_count, keepdims=0)
-        donor = b.op("Gather", row, b.op("ArgMax", b.cast(text_count, FLOAT), keepdims=0))
-        text_slot = b.op("Where", b.op("Greater", text_count, 0), row, donor)
+        # Rows past a count are unspecified: read the last valid one instead. Where there is none, attention drops what
+        # is read. At least one row and one group are read, because not every provider can reduce an empty axis.
+        longest = b.op("Max", b.op("ReduceMax", text_count, keepdims=0), 1)
         cached = b.unsqueeze(b.arange(longest), 0)
         count = b.unsqueeze(text_count, 1)
         text_row = b.op("Max", b.op("Min", cached, b.op("Sub", count, 1)), 0)
-        text_rows = indices(b, shape, text_slot, text_row)
+        text_rows = indices(b, shape, row, text_row)
         columns = [b.op("Where", b.op("Less", cached, count), -1, FAR), position]
 
         used = groups = visual_count = visual_seen = ""
@@ -97,7 +96,7 @@ def read_call(b: Builder, shape: Shape, packed: bool, least_groups: int) -> Call
             counts = b.cast(b.op("Gather", "visual_count", row), INT64)
             counts = b.op("Mul", counts, b.unsqueeze(live, 1))
             used = b.reduce("ReduceSum", b.cast(b.op("Greater", counts, 0), INT64), 1, keepdims=False)
-            groups = b.op("Max", b.op("ReduceMax", used, keepdims=0), least_groups)
+            groups = b.op("Max", b.op("ReduceMax", used, keepdims=0), 1)
             visual_count = b.head(counts, groups, 1)
             token = b.reshape(b.arange(shape.group_size), [1, 1, shape.group_size])
             visual_seen = b.op("Less", token, b.unsqueeze(visual_count, 2))

@@ -139,7 +139,7 @@ def test_too_little_room_is_told_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9, free=10**6))
     message = refused("export", "tiny-llava", "-o", tmp_path / "out")
-    assert "0.00 GB left" in message
+    assert "1.0 MB left" in message
     assert "another disk" in message
 
 

@@ -144,7 +144,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_ctrl_c_exits_130() -> None:
     program = (
-        "import sys, time; from vkvx.cli import doctor, main\n"
+        "import signal, sys, time; from vkvx.cli import doctor, main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it is ignored in a background job
         "def wait(args): print('ready', flush=True); time.sleep(60)\n"
         "doctor.run = wait\n"
         "sys.exit(main(['doctor']))"
@@ -187,7 +188,7 @@ def test_doctor_with_a_gpu_but_no_cuda_provider(cli: Callable, monkeypatch: pyte
     result = cli("doctor")
     assert result.code == 0
     assert "✗ run on an NVIDIA GPU: this onnxruntime has no CUDA provider" in result.out
-    assert "pip install 'onnxruntime-gpu[" in result.out
+    assert "pip install 'onnxruntime-gpu" in result.out
 
 
 def test_probe_of_a_missing_and_of_a_broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,12 @@ def test_a_frozen_dimension_is_refused() -> None:
         traced(lambda x: x + 1, ("B", 5))
 
 
+def test_code_for_one_size_only_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"cannot export Function: .*B") as caught:
+        traced(lambda x: x.reshape(3, 4) + 1, ("B", 4))
+    assert "\n" not in str(caught.value)
+
+
 def test_data_dependent_shapes_are_refused() -> None:
     with pytest.raises(ModelError, match="NonZero"):
         traced(lambda x: x.nonzero().float(), ("n", 2))

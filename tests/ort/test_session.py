@@ -57,13 +57,13 @@ def poison(cache: PackedCache, seed: int | None = None) -> None:
 
 
 @pytest.fixture(scope="module", params=[1, 16])
-def bundle(request: pytest.FixtureRequest, bundle_of: BundleOf) -> Path:
-    return bundle_of(bits=request.param)
+def bundle(request: pytest.FixtureRequest, bundle_factory: BundleOf) -> Path:
+    return bundle_factory(bits=request.param)
 
 
 @pytest.fixture(scope="module")
-def one_bit(bundle_of: BundleOf) -> Path:
-    return bundle_of(bits=1)
+def one_bit(bundle_factory: BundleOf) -> Path:
+    return bundle_factory(bits=1)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +214,17 @@ def test_later_turns_stand_on_the_packed_history(bundle: Path) -> None:
             assert logits[0].argmax() == last.token_ids[0]
 
 
+def test_a_group_of_padding_is_no_group(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the CUDA provider, which reduces no empty axis, gets calls without pictures."""
+    answers = []
+    for fills in (False, True):
+        with load(bundle) as session:
+            monkeypatch.setattr(session.backend, "_fills_empty", fills)
+            texts = zip(prompts(session)[:2], PICTURES[:2], strict=True)
+            answers.append([session.generate(text, pictures, **WHOLE).token_ids for text, pictures in texts])
+    assert answers[0] == answers[1]
+
+
 def test_fork_answers_as_the_original(bundle: Path) -> None:
     with load(bundle, slots=3) as session:
         poison(session.backend.cache)
@@ -301,8 +312,8 @@ def test_caches_are_updated_in_place(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_other_dtypes(bundle_of: BundleOf, dtype: str) -> None:
-    bundle = bundle_of(bits=1, dtype=dtype)
+def test_other_dtypes(bundle_factory: BundleOf, dtype: str) -> None:
+    bundle = bundle_factory(bits=1, dtype=dtype)
     with load(bundle, slots=2) as session:
         cache = session.backend.cache
         assert cache.buffers["0.text_key"].dtype == np.float32  # a bfloat16 bundle runs widened on a CPU
