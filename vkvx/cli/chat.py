@@ -120,7 +120,7 @@ class Chat:
                 if asked():
                     stopped = True
                     break
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         print(" [stopped]" if stopped else "")
 
 

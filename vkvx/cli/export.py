@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
 from vkvx.errors import OptionError
+from vkvx.format import QUANTIZERS, SCORE_CORRECTIONS
 
 if TYPE_CHECKING:
     from vkvx.export import ExportOptions
     from vkvx.manifest import Manifest
 
 DTYPES = ("float16", "bfloat16", "float32")
-QUANTIZERS = ("lloyd", "quantile", "shrink", "minmax")
-SCORE_CORRECTIONS = ("expected", "affine", "none")
 _PLAIN_OPTIONS = (
     "dtype",
     "bits",
