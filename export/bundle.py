@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx import __version__
-from vkvx.errors import DependencyError, ModelError
+from vkvx.errors import ModelError
 from vkvx.export.operator import VERSION
 from vkvx.export.options import ExportOptions
 from vkvx.export.storage import check_output, check_room, new_directory
@@ -17,6 +17,7 @@ from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.adapter import Source
 from vkvx.models.checkpoint import StoredTensor, read_checkpoint
 from vkvx.models.registry import resolve
+from vkvx.packages import missing
 
 if TYPE_CHECKING:
     from vkvx.export.build import BuiltModel
@@ -52,7 +53,7 @@ def export_model(
     try:
         from vkvx.export.build import build
     except ImportError as error:
-        raise DependencyError(f"export needs {error.name}; run `pip install 'vkvx[export]'`") from error
+        raise missing(error.name or "torch") from error
     source = resolve(
         name,
         cache_dir=options.cache_dir,

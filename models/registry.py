@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vkvx.errors import DependencyError, ModelError
+from vkvx.errors import ModelError
 from vkvx.models.adapter import Adapter, Source
 from vkvx.models.llava import LlavaAdapter
+from vkvx.packages import missing
 
 TINY_LLAVA = Path(__file__).resolve().parent / "tiny_llava"
 ALIASES: dict[str, str | Path] = {
@@ -79,7 +80,7 @@ def _download(hub_id: str, patterns: tuple[str, ...], cache_dir: str | Path | No
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
-        raise DependencyError("downloading needs huggingface_hub; run `pip install 'vkvx[export]'`") from error
+        raise missing(error.name or "huggingface_hub") from error
     local = "give the directory of a checkpoint that is on this machine instead of its hub id"
     try:
         path = snapshot_download(hub_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns))
@@ -111,7 +112,7 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Adapter
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise DependencyError("export needs torch and transformers; run `pip install 'vkvx[export]'`") from error
+        raise missing(error.name or "transformers") from error
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its validators of the day raise

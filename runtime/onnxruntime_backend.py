@@ -12,6 +12,8 @@ all, so there a bfloat16 bundle runs as a float32 copy made on load, with text r
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 
 from vkvx.errors import BundleError, DependencyError, OptionError
 from vkvx.manifest import Manifest
+from vkvx.packages import missing, requirement
 from vkvx.runtime.backend import PROVIDERS
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage, numpy_dtype
 from vkvx.runtime.layout import Call
@@ -210,9 +213,7 @@ def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise DependencyError(
-            f"the onnxruntime backend needs onnxruntime ({error}); install it with `pip install vkvx[onnxruntime]`"
-        ) from error
+        raise missing(error.name or "onnxruntime") from error
     return onnxruntime
 
 
@@ -221,9 +222,16 @@ def _choose_provider(ort: Any, provider: str) -> str:
         raise OptionError(f"unknown provider '{provider}' (--provider): give one of {', '.join(PROVIDERS)}")
     cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if provider == "cuda" and not cuda:
-        raise DependencyError("this onnxruntime has no CUDA provider; install it with `pip install vkvx[gpu]`")
+        raise DependencyError(
+            "this onnxruntime has no CUDA provider; run `pip uninstall onnxruntime` and then "
+            f"`pip install '{requirement('onnxruntime-gpu')}'`"
+        )
     if provider == "auto":
-        return "cuda" if cuda else "cpu"
+        provider = "cuda" if cuda else "cpu"
+    if provider == "cuda" and hasattr(ort, "preload_dlls"):
+        # Finds the CUDA libraries that pip installs. What it prints is no result.
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
     return provider
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from vkvx.errors import BundleError, DependencyError, InputError
+from vkvx.errors import BundleError, InputError
 from vkvx.manifest import Manifest
+from vkvx.packages import missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,7 +140,7 @@ def load_picture(source: Picture) -> Image:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise DependencyError("reading pictures needs Pillow; install it with `pip install pillow`") from error
+        raise missing("PIL") from error
     if isinstance(source, Image.Image):
         image, name = source, "the picture"
     elif isinstance(source, (str, Path)):
@@ -172,9 +173,7 @@ def _auto_processor() -> Any:
     try:
         from transformers import AutoProcessor
     except ImportError as error:
-        raise DependencyError(
-            f"running a bundle needs transformers ({error}); install it with `pip install vkvx[onnxruntime]`"
-        ) from error
+        raise missing(error.name or "transformers") from error
     finally:
         del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
         if advice is not None:

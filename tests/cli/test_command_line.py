@@ -17,7 +17,8 @@ import pytest
 
 import vkvx
 from vkvx import cli as command_line
-from vkvx.cli import doctor, generation, main, packages, terminal
+from vkvx import packages
+from vkvx.cli import doctor, generation, main, terminal
 from vkvx.errors import CapacityError
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "tqdm")

@@ -217,7 +217,7 @@ def test_missing_packages_are_named(checkpoint: Path, room: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(checkpoint), str(room / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "export needs onnx_ir; run `pip install 'vkvx[export]'`" in done.stdout
+    assert "the Python package 'onnx-ir' is missing; run `pip install 'onnx-ir" in done.stdout
     assert list(room.iterdir()) == []
 
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from vkvx import __version__
-from vkvx.cli import chat, doctor, export, inspect, packages, run, terminal, validate
+from vkvx import __version__, packages
+from vkvx.cli import chat, doctor, export, inspect, run, terminal, validate
 from vkvx.errors import OptionError, StorageError, VkvxError
 
 EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141

@@ -11,8 +11,8 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vkvx import __version__
-from vkvx.cli import packages, terminal
+from vkvx import __version__, packages
+from vkvx.cli import terminal
 
 RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
 EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
