@@ -103,6 +103,8 @@ class VisualCacheHandle:
             raise InputError("the packed cache tells pictures from text by input_ids; give these, not inputs_embeds")
         if given.get("output_attentions"):
             raise OptionError("the packed cache has no attention weights to return; leave out output_attentions")
+        if model.training and getattr(model.config.text_config, "attention_dropout", 0.0):
+            raise ModelError("the packed cache knows no attention dropout; call model.eval() first")
         past = given.get("past_key_values")
         cache = self._cache(past)
         valid = _new_part_of_mask(given.get("attention_mask"), ids, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import vkvx
 from vkvx import InputError, ModelError, OptionError, Session, quantize_visual_cache
 from vkvx.export.torch_cache import PackedVisualCache
 
+ROOT = Path(__file__).parents[2]
 TRANSCRIBE = "USER: <image>\nTranscribe the page. ASSISTANT:"
 FOLLOW_UP = " USER: <image>\nRead row 2. ASSISTANT:"
 IMAGE_TOKEN = 3
@@ -172,6 +174,33 @@ def test_rows_of_a_padded_batch_are_as_alone(model: Any, processor: Any, pages: 
             )
             used += picture
             torch.testing.assert_close(result.logits[0, -1], second.logits[row, -1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"bits": 8, "group_size": 128}, 0.02),
+        ({"key_bits": 8, "value_bits": 4, "group_size": 256, "quantizer": "minmax", "score_correction": "none"}, 0.1),
+        ({"bits": 4, "bits_per_layer": "1-2:8", "quantizer": "quantile", "quantile_alpha": 0.0}, 0.1),
+    ],
+)
+def test_options_reach_the_cache(
+    model: Any, processor: Any, pages: list[Page], options: dict[str, Any], tolerance: float
+) -> None:
+    """Several groups a picture, bits by layer: after two pictures a step is near that of plain attention."""
+    inputs = prepare(processor, ["USER: <image><image>\nRead row 1. ASSISTANT:"], pages[:2])
+    step = torch.tensor([[50]])
+    plain = model(input_ids=step, past_key_values=model(**inputs).past_key_values).logits
+    with quantize_visual_cache(model, **options) as handle:
+        cache = model(**inputs).past_key_values
+        packed = model(input_ids=step, past_key_values=cache).logits
+    torch.testing.assert_close(packed, plain, rtol=0, atol=tolerance * float(plain.abs().max()))
+    size = handle.layout.quantization.group_size
+    assert cache._visual_count.sum(1).tolist() == [2 * TOKENS]
+    assert cache._visual_count.max() == min(size, TOKENS)
+    planes = [layer["visual_key"].shape[3] for layer in cache._buffers]
+    assert planes == list(handle.layout.quantization.key_bits)
+    assert {layer["visual_key"].dtype for layer in cache._buffers} == {torch.int32}
 
 
 def test_bytes_of_a_picture(model: Any, processor: Any, pages: list[Page]) -> None:
@@ -334,6 +363,28 @@ def test_calls_that_are_refused(model: Any, processor: Any, pages: list[Page]) -
             model(input_ids=step, past_key_values=handle.new_cache())
         model.set_attn_implementation({"text_config": "vkvx"})
     model.set_attn_implementation("sdpa")
+
+
+def test_attention_dropout_is_refused(model: Any) -> None:
+    model.config.text_config.attention_dropout = 0.1
+    model.train()
+    try:
+        with quantize_visual_cache(model), pytest.raises(ModelError, match=r"call model\.eval"):
+            model(input_ids=torch.tensor([[50]]))
+    finally:
+        model.eval()
+        model.config.text_config.attention_dropout = 0.0
+
+
+def test_the_example_of_the_documentation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pages: list[Page]
+) -> None:
+    text = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    exec(compile(example, "torch.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == f"{pages[0].truth}\n{85 * 1024} bytes of picture in the cache"
+    assert f"# {85 * 1024}; unquantised {TOKENS * 4096}\n" in example
 
 
 def test_public_name() -> None:
