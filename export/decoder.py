@@ -7,7 +7,7 @@ operator through :class:`Attention`, passed along as a keyword argument of the f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ from vkvx.format import CACHE_NAMES
 from vkvx.manifest import ModelInfo, Quantization, TensorSpec, layer_caches
 
 IMPLEMENTATION = "vkvx"
+
+
+class LayerAttention(Protocol):
+    """What the attention function hands a layer's query, key and value to."""
+
+    attributes: Sequence[OperatorAttributes]
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
 
 
 class Attention:
@@ -53,11 +62,22 @@ class Attention:
         return output
 
 
+def use_attention_function(model: Any) -> None:
+    """Let the text model of ``model`` call the attention function in each layer, with ``vkvx_attention`` given."""
+    from transformers import AttentionInterface
+
+    # No mask function is registered under this name, so transformers builds no mask.
+    AttentionInterface.register(IMPLEMENTATION, _attention_function)
+    model.set_attn_implementation({"text_config": IMPLEMENTATION})
+
+
 def _attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What the text model calls in each layer; transformers wants [B, S, Hq, D] and the attention weights, if any."""
-    attention: Attention = kwargs["vkvx_attention"]
+    attention: LayerAttention | None = kwargs.get("vkvx_attention")
+    if attention is None:
+        raise ModelError("the decoder was called by itself; call the whole model, or remove() its packed cache first")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = attention.attributes[layer].scale
     if kwargs["scaling"] != scale or kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
@@ -74,12 +94,8 @@ class DecoderGraph(nn.Module):
     """
 
     def __init__(self, model: Any, text_model: nn.Module, head: nn.Module, attributes: Sequence[OperatorAttributes]):
-        from transformers import AttentionInterface
-
         super().__init__()
-        # No mask function is registered under this name, so transformers builds no mask.
-        AttentionInterface.register(IMPLEMENTATION, _attention_function)
-        model.set_attn_implementation({"text_config": IMPLEMENTATION})
+        use_attention_function(model)
         self.text_model = text_model
         self.head = head
         self.attributes = tuple(attributes)

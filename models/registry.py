@@ -62,6 +62,15 @@ def resolve(
     return Source(label, hub_id, directory, config, adapter, directory.name, trust_remote_code)
 
 
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a loaded transformers model. Raises ModelError if its class is not supported."""
+    names = [base.__name__ for base in type(model).__mro__]
+    adapter = next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
+    if adapter is None:
+        raise ModelError(f"models of class {names[0]} are not supported; supported: {', '.join(ADAPTERS)}")
+    return adapter
+
+
 def sample_pages() -> list[Path]:
     """The pages that come with tiny-llava, as PNG files, sorted."""
     return sorted((TINY_LLAVA / "pages").glob("*.png"))

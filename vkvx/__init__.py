@@ -25,6 +25,7 @@ _HOMES = {
     "StorageError": "vkvx.errors",
     "VkvxError": "vkvx.errors",
     "export_model": "vkvx.export",
+    "quantize_visual_cache": "vkvx.export.plug_in",
     "validate_bundle": "vkvx.export.validate",
 }
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         VkvxError,
     )
     from vkvx.export import ExportOptions, export_model
+    from vkvx.export.plug_in import quantize_visual_cache
     from vkvx.export.validate import validate_bundle
     from vkvx.manifest import Manifest
     from vkvx.runtime.session import Conversation, Generation, Session
@@ -60,6 +62,7 @@ __all__ = [
     "VkvxError",
     "__version__",
     "export_model",
+    "quantize_visual_cache",
     "validate_bundle",
 ]
 
