@@ -31,7 +31,8 @@ PROMPT = "Describe the picture."
 class Tolerance:
     """What may differ, by the model's dtype. All but ``codes`` are relative to the range of the reference tensor.
 
-    ``codes`` is the share of codes that may differ, by bits; at 8 bits a difference of one step does not count.
+    ``codes`` is the share of codes of all layers that may differ, by bits; at 8 bits a difference of one step does not
+    count. The keys or values of one layer may have ``LAYER_CODES`` times that.
     ``outliers`` is the share of parameters that may lie outside ``cache``: where a channel has two clusters of tokens,
     rounding can tip the iterations of ``lloyd`` from one pair of levels to another that is as good.
     """
@@ -45,10 +46,12 @@ class Tolerance:
 
 TOLERANCES = {
     "float32": Tolerance(1e-4, 1e-5, 1e-3, 1e-3, {1: 1e-4, 2: 1e-4, 4: 1e-3, 8: 1e-4}),
-    "float16": Tolerance(1e-2, 2e-3, 5e-3, 2e-3, {1: 1e-3, 2: 1e-3, 4: 1e-2, 8: 1e-3}),
-    "bfloat16": Tolerance(5e-2, 2e-2, 4e-2, 1e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
+    "float16": Tolerance(1e-2, 2e-3, 5e-3, 1e-2, {1: 1e-3, 2: 2e-3, 4: 1e-2, 8: 1e-3}),
+    "bfloat16": Tolerance(5e-2, 2e-2, 4e-2, 5e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
 }
 """torch rounds FP16 and BF16 after every operator; onnxruntime on a CPU does so only where tensors are stored."""
+LAYER_CODES = 5
+"""Where ``lloyd`` settles on other levels, many codes of that channel differ, and a layer has few channels."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +220,12 @@ class _Comparison:
             different = int(np.count_nonzero(getattr(ours, name) != getattr(theirs, name)))
             self._add(name, phase, None, different, 0, "counts that differ")
         groups, rows = theirs.group_count(self.SLOT), int(theirs.text_count[self.SLOT])
+        shares: dict[int, list[float]] = {}
         for layer in range(self.manifest.layers):
             for kind in ("key", "value"):
                 if groups:
-                    self._codes(layer, kind, phase)
+                    bits, share = self._codes(layer, kind, phase)
+                    shares.setdefault(bits, []).append(share)
                     name = f"visual_{kind}_params"
                     actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :groups] for c in (ours, theirs))
                     outliers = self.tolerances.outliers
@@ -228,6 +233,9 @@ class _Comparison:
                 name = f"text_{kind}"
                 actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :rows] for c in (ours, theirs))
                 self._close(name, phase, layer, actual, expected, self.tolerances.cache)
+        for bits, layers in sorted(shares.items()):
+            share = sum(layers) / len(layers)
+            self._add("visual_codes", phase, None, share, self.tolerances.codes[bits], _agreement(bits, share))
 
     def _read_codes(self, backend: Backend, layer: int, kind: str) -> np.ndarray:
         """Codes of the valid tokens, uint8 [Hkv, tokens, D]."""
@@ -241,16 +249,17 @@ class _Comparison:
         codes = unpack(torch.from_numpy(np.array(backend.cache.read(f"{layer}.visual_{kind}")[self.SLOT]))).numpy()
         return codes[:, (np.arange(size) < counts[:, None]).ravel()]
 
-    def _codes(self, layer: int, kind: str, phase: str) -> None:
+    def _codes(self, layer: int, kind: str, phase: str) -> tuple[int, float]:
+        """Compare the codes of a layer's keys or values; returns their bits and the share that differs."""
         quantization = self.manifest.quantization
         bits = (quantization.key_bits if kind == "key" else quantization.value_bits)[layer]
         assert bits != BASELINE_BITS
         actual, expected = (self._read_codes(side, layer, kind).astype(int) for side in (self.backend, self.reference))
         steps = np.abs(actual - expected)
         share = float(np.mean(steps > (1 if bits == 8 else 0)))
-        unit = "share of codes more than one step apart" if bits == 8 else "share of codes that differ"
-        detail = f"{unit}, {100 * (1 - share):.4g} % agree at {bits} bit"
-        self._add(f"visual_{kind}", phase, layer, share, self.tolerances.codes[bits], detail)
+        tolerance = LAYER_CODES * self.tolerances.codes[bits]
+        self._add(f"visual_{kind}", phase, layer, share, tolerance, _agreement(bits, share))
+        return bits, share
 
     def _close(
         self,
@@ -287,3 +296,8 @@ class _Comparison:
         if passed is None:
             passed = difference <= tolerance
         self.report.checks.append(Check(name, phase, layer, difference, tolerance, passed, detail))
+
+
+def _agreement(bits: int, share: float) -> str:
+    unit = "share of codes more than one step apart" if bits == 8 else "share of codes that differ"
+    return f"{unit}, {100 * (1 - share):.4g} % agree at {bits} bit"
