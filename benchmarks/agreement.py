@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     bundle = Path(directory) / "bundle"
                     export_model("tiny-llava", bundle, ExportOptions(dtype=dtype, bits=bits, **options))
                     report = validate_bundle(bundle, steps=arguments.steps)
-                rows.append({"dtype": dtype, "bits": bits, **options, **_summary(report.checks)})
+                columns = {"quantizer": "-", "score_correction": "-", **options}
+                rows.append({"dtype": dtype, "bits": bits, **columns, **_summary(report.checks)})
                 print(*rows[-1].values(), flush=True)
     return rows
 
