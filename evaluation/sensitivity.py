@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -11,9 +12,10 @@ from typing import Any
 from vkvx import __version__
 from vkvx.errors import OptionError
 from vkvx.evaluation.records import Records
-from vkvx.evaluation.result import bits_per_element, mean_divergence
+from vkvx.evaluation.result import mean_divergence
 from vkvx.evaluation.run import BATCH, MAX_NEW_TOKENS, is_bundle, make_plan, run
 from vkvx.evaluation.tasks import open_task
+from vkvx.evaluation.torch_runner import manifest_of
 from vkvx.export.options import ExportOptions
 from vkvx.format import BITS
 from vkvx.manifest import Progress
@@ -99,9 +101,22 @@ def measure_sensitivity(
         )
     if force and output is None:
         raise OptionError("--force has no effect without --output; leave it out, or give --output FILE")
+    source = resolve(target)
+    info = source.adapter.info(source, "float16")  # bits an element are those of the packed cache in any dtype
+    raised = {
+        (layer, bits): replace(base, bits_per_layer=f"{layer}:{bits}")
+        for layer in range(info.layers)
+        for bits in higher
+    }
+    sizes = [
+        manifest_of(info, entry.resolve(info.layers, info.tokens_per_picture)).bits_per_element()
+        for entry in (base, *raised.values())
+    ]
+    if budget is None:
+        budget = sizes[0] + (higher[0] - base.bits) / 2
+    if not sizes[0] <= budget < math.inf:
+        raise OptionError(f"--budget {budget} is not above the {sizes[0]:.2f} bits an element of the base; give more")
     asked = open_task(task, data, samples, None, progress)
-    layers = resolve(target).config.text_config.num_hidden_layers
-    raised = {(i, bits): replace(base, bits_per_layer=f"{i}:{bits}") for i in range(layers) for bits in higher}
     plan = make_plan(
         target, asked, [base, *raised.values()], device=device, dtype=dtype, batch=batch,
         max_new_tokens=max_new_tokens, generate=False,
@@ -109,15 +124,11 @@ def measure_sensitivity(
     with Records(output, plan.fingerprint, force=force) as records:
         run(plan, records, progress)
         found = [records.of(setting.name, asked.count) for setting in plan.settings[1:]]
-    divergences, sizes = [mean_divergence(entry) or 0.0 for entry in found], [bits_per_element(e) for e in found]
+    divergences = [mean_divergence(entry) or 0.0 for entry in found]
     steps = [
         Step(layer, bits, kl, divergences[0] - kl, size - sizes[0])
         for (layer, bits), kl, size in zip(raised, divergences[1:], sizes[1:], strict=True)
     ]
-    if budget is None:
-        budget = sizes[0] + (higher[0] - base.bits) / 2
-    if budget < sizes[0]:
-        raise OptionError(f"--budget {budget} is below the {sizes[0]:.2f} bits an element of the base; give more")
     chosen = choose(steps, base.bits, budget - sizes[0])
     added = {(step.layer, step.bits): step.added for step in steps}
     return Sensitivity(
@@ -164,9 +175,8 @@ def choose(steps: Sequence[Step], bits: int, budget: float) -> dict[int, int]:
 def write_bits_per_layer(chosen: Mapping[int, int]) -> str | None:
     """``{0: 2, 1: 2, 3: 4}`` as ``"0-1:2,3:4"``; None if it is empty."""
     parts = []
-    for (_, bits), group in groupby(
-        enumerate(sorted(chosen)), key=lambda entry: (entry[1] - entry[0], chosen[entry[1]])
-    ):
-        run_of = [layer for _, layer in group]
-        parts.append(f"{run_of[0]}:{bits}" if len(run_of) == 1 else f"{run_of[0]}-{run_of[-1]}:{bits}")
+    layers = sorted(chosen)
+    for (_, bits), group in groupby(enumerate(layers), key=lambda entry: (entry[1] - entry[0], chosen[entry[1]])):
+        first, *others = [layer for _, layer in group]
+        parts.append(f"{first}-{others[-1]}:{bits}" if others else f"{first}:{bits}")
     return ",".join(parts) or None

@@ -1,10 +1,10 @@
 """Runs a checkpoint in torch with the packed cache of :func:`vkvx.quantize_visual_cache`, setting by setting.
 
-A batch is prefilled once: a picture is exact in the call that brings it, so keys, values and logits of the prompt are the
-same in all settings. Each setting then packs these keys and values into a cache of its own and decodes twice. Once
-freely, by ``generate``; once along the 16-bit answer, all its tokens in one call, because text between tokens of a call
-is exact and so the cut into calls does not matter. The second pass gives next-token distributions and, layer by layer,
-the attention output to compare.
+A batch is prefilled once: a picture is exact in the call that brings it, so keys, values and logits of the prompt are
+the same in all settings. Each setting then packs these keys and values into a cache of its own and decodes twice. Once
+freely, by ``generate``; once along the 16-bit answer, all its tokens in one call, because text is exact within a call
+and afterwards, so the cut into calls does not matter. The second pass gives next-token distributions and, layer by
+layer, the attention output to compare.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vkvx.export.operator import VERSION
 from vkvx.export.plug_in import VisualCacheHandle, quantize_visual_cache
 from vkvx.export.reference import load_model
 from vkvx.export.torch_cache import CacheCall, CacheLayout, PackedVisualCache
-from vkvx.manifest import Graph, Manifest, Quantization
+from vkvx.manifest import Graph, Manifest, ModelInfo, Quantization, TensorSpec
 from vkvx.models.adapter import Source
 from vkvx.runtime.processor import Prepared, Processor
 
@@ -130,11 +130,10 @@ class TorchRunner:
             cache.observer = None
             first = self._allowed(output.logits[:, -1].float())
             batch = Batch(samples, prepared, ids, mask, first, kinds[0], prompt, cache, self._clock() - begun)
-            new = self._generate(batch, cache) if None in answers else answers
+            known = [answer for answer in answers if answer is not None]
+            new = known if len(known) == len(answers) else self._generate(batch, cache)
             batch.reference_seconds = self._clock() - begun
-            batch.answers = [
-                list(one or ()) if known is None else known for known, one in zip(answers, new, strict=True)
-            ]
+            batch.answers = [old or one for old, one in zip(answers, new, strict=True)]
             batch.expected = [logits.log_softmax(-1) for logits in self._follow(batch, cache)]
         return batch
 
@@ -201,7 +200,7 @@ class TorchRunner:
         return quantize_visual_cache(self.model, **{name: getattr(setting.options, name) for name in FIELDS})
 
     def _manifest(self, quantization: Quantization) -> Manifest:
-        return _manifest_of(self.info, quantization, ())
+        return manifest_of(self.info, quantization)
 
     def _prepare(self, sample: Sample) -> Prepared:
         prepared = self.processor.prepare(prompt_of(sample, self.processor), sample.pictures)
@@ -340,13 +339,13 @@ def choose_device(name: str) -> str:
     return "cuda" if available and name != "cpu" else "cpu"
 
 
-def _processor(source: Source, info: Any) -> Processor:
+def _processor(source: Source, info: ModelInfo) -> Processor:
     """The checkpoint's processor, used in the same way as that of a bundle."""
     pixels = source.adapter.pixel_inputs(source.config)
-    return Processor(source.directory, _manifest_of(info, None, pixels))
+    return Processor(source.directory, manifest_of(info, None, pixels))
 
 
-def _manifest_of(info: Any, quantization: Any, pixels: Any) -> Manifest:
+def manifest_of(info: ModelInfo, quantization: Any, pixels: tuple[TensorSpec, ...] = ()) -> Manifest:
     """What a bundle of this model would say of itself, as far as prompts and bytes go."""
     graphs = {"vision": Graph("", 0, pixels, ())}
     return Manifest(__version__, VERSION, info, quantization, graphs, processor=".", files={})
