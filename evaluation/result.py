@@ -135,7 +135,7 @@ def _attention_error(records: Sequence[Record]) -> list[list[float]] | None:
     """None as well where no answer has a second token: then nothing attends to the quantised cache."""
     if any(record.attention is None for record in records):
         return None
-    error, exact = np.moveaxis(np.sum([record.attention for record in records], axis=0), -1, 0)
+    error, exact = np.moveaxis(np.sum(np.array([record.attention for record in records]), axis=0), -1, 0)
     if not exact.all():
         return None
     return np.sqrt(error / exact).tolist()

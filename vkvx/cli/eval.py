@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
 from vkvx.cli.export import DTYPES
 from vkvx.cli.generation import PROVIDERS
-from vkvx.errors import OptionError
+from vkvx.errors import OptionError, StorageError
 from vkvx.format import BASELINE_BITS, QUANTIZERS, SCORE_CORRECTIONS
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         return _sensitivity(args)
     if args.budget is not None:
         raise OptionError("--budget has no effect without --sensitivity; leave it out, or give that as well")
+    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
+        raise StorageError(f"there is no directory for {args.html}; create it, or choose another --html")
     from vkvx.evaluation import evaluate
     from vkvx.evaluation.report import table
 
@@ -97,9 +100,7 @@ def run(args: argparse.Namespace) -> int:
             reference=not args.no_reference,
             **_common(args, progress),
         )
-    if args.html:
-        from pathlib import Path
-
+    if args.html is not None:
         from vkvx.evaluation.html import write_html
 
         write_html(result.to_json(), Path(args.html))
@@ -163,7 +164,7 @@ def _sensitivity_lines(result: Sensitivity) -> list[str]:
         "",
     ]
     if result.bits_per_layer is None:
-        return [*lines, f"no step gains anything within {result.budget:.2f} bits an element"]
+        return [*lines, f"no step that gains anything fits into {result.budget:.2f} bits an element"]
     taken = f"{result.chosen_bits_per_element:.2f} of {result.budget:.2f} bits an element"
     return [*lines, f"--bits {result.bits} --bits-per-layer {result.bits_per_layer}    ({taken})"]
 
