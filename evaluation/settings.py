@@ -108,8 +108,10 @@ def product(values: Mapping[str, Sequence[Any]]) -> list[ExportOptions]:
         given = dict(zip(values, combination, strict=True))
         options, idle = _without_idle(given)
         for name, value in given.items():
-            if name in idle:
+            if name in idle and given.get("bits") == BASELINE_BITS:
                 reasons.setdefault((name, value), idle[name])
+            elif name in idle:  # tells more than that nothing has an effect at 16 bits
+                reasons[name, value] = idle[name]
             else:
                 used[name].append(value)
         if options not in result:

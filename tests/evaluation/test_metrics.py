@@ -60,7 +60,7 @@ def test_the_best_answer_counts(name: str) -> None:
 
 
 def test_cider_by_hand() -> None:
-    """Of n-grams up to 4 each text of two words has 1-grams and a 2-gram, none occurs in both samples: cosine 1, 1, 0, 0."""
+    """Texts of two words have 1-grams and a 2-gram, none of which both samples share: cosines 1, 1, 0, 0."""
     scores = TEXT_METRICS["cider"](["red cat", "blue bird"], [["a red cat"], ["green frog"]])
     assert scores == pytest.approx([10 * 2 / 4, 0])
     # Half of the words: dot (ln 2)^2 over norms of sqrt(2) ln 2 each; the answers' mean, not the best, counts.
