@@ -18,8 +18,14 @@ def table(result: Result) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name, "-") for row in rows] for name in names}
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    head = f"{result.target} ({result.kind}, {result.device}, {result.dtype}), {result.task}: {result.samples} samples"
+    engine = f"{result.kind}, {result.device}, {result.dtype}"
+    head = f"{result.target} ({engine}), {result.task}: {count_samples(result.samples)}"
     return [head, "", *align(list(columns), zip(*columns.values(), strict=True))]
+
+
+def count_samples(count: int) -> str:
+    """``1 sample``, ``2 samples``."""
+    return f"{count} sample" if count == 1 else f"{count} samples"
 
 
 def align(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

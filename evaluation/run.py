@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx import __version__
-from vkvx.errors import OptionError
+from vkvx.errors import CapacityError, OptionError
 from vkvx.evaluation.records import Record, Records
 from vkvx.evaluation.result import Result, summarise
 from vkvx.evaluation.settings import Setting, options_of, product, setting_name, settle
@@ -250,6 +250,10 @@ def run(plan: Plan, records: Records, progress: Progress | None = None) -> None:
                 records.add(made)
                 done += len(indices)
                 report("evaluate", done, total)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which a bundle alone does not need
+            raise
+        raise CapacityError(f"no room on the GPU for {plan.batch} samples at a time; lower --batch") from error
     finally:
         engine.close()
 

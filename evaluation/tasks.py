@@ -93,7 +93,7 @@ def _digits(count: int) -> Task:
 def _questions(path: Path, count: int | None, metrics: tuple[str, ...], progress: Progress | None) -> Task:
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8-sig").split("\n")  # not splitlines(): text may hold other line ends
     except FileNotFoundError:
         raise InputError(f"no file at {path}; give --data a file of JSON lines") from None
     except OSError as error:

@@ -28,7 +28,7 @@ def test_table(cli: Callable) -> None:
     result = cli("eval", "tiny-llava", "--samples", "1", "--bits", "16,8", *FAST)
     assert result.code == 0, result.err
     head, empty, titles, *rows = result.out.splitlines()
-    assert (head, empty) == ("tiny-llava (torch, cpu, float32), digits: 1 samples", "")
+    assert (head, empty) == ("tiny-llava (torch, cpu, float32), digits: 1 sample", "")
     assert titles.split("  ")[0] == "setting"
     assert [title in titles for title in ("digits %", "exact % - 16 bits", "tokens %", "KL", "attention", "bits")]
     reference, packed = (row.split() for row in rows)

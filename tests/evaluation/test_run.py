@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vkvx
-from vkvx import ExportOptions, ModelError, OptionError, StorageError, evaluate
+from vkvx import CapacityError, ExportOptions, ModelError, OptionError, StorageError, evaluate
 from vkvx.evaluation import run as module
 from vkvx.evaluation.sensitivity import Step, choose, measure_sensitivity, write_bits_per_layer
 from vkvx.export.options import parse_bits_per_layer
@@ -90,6 +91,15 @@ def test_a_run_that_was_interrupted_goes_on(
     with pytest.raises(StorageError, match="its settings: "):
         evaluate("tiny-llava", **{**arguments, "settings": [ExportOptions(bits=2)]})
     assert output.read_bytes() == before
+
+
+def test_a_full_gpu(questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module._Engine, "measure", fail)
+    with pytest.raises(CapacityError, match="for 1 samples at a time; lower --batch"):
+        evaluate("tiny-llava", data=questions, **FAST)
 
 
 def test_a_missing_record_of_a_known_answer_is_made_again(questions: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vkvx import ExportOptions, OptionError
-from vkvx.cli.eval import SETTING_OPTIONS
+from vkvx.cli.eval import HELP
 from vkvx.evaluation import settings
 from vkvx.format import QUANTIZERS, SCORE_CORRECTIONS
 
@@ -19,9 +19,9 @@ def names(options: list[ExportOptions]) -> list[str]:
     return [setting.name for setting in settings.settle(options, LAYERS, TOKENS)]
 
 
-def test_every_field_of_the_cache_has_an_option() -> None:
+def test_every_field_of_the_cache_is_an_option_and_explained() -> None:
     others = {"dtype", "opset", "force", "cache_dir", "revision", "trust_remote_code"}
-    assert set(SETTING_OPTIONS) == set(settings.FIELDS) == {f.name for f in fields(ExportOptions)} - others
+    assert set(HELP) == set(settings.FIELDS) == {f.name for f in fields(ExportOptions)} - others
 
 
 def test_the_default_is_four_two_one() -> None:

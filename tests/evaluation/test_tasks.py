@@ -32,11 +32,12 @@ GOOD = {"image": "page.png", "prompt": "What?", "answers": ["x", "y"]}
 
 
 def test_questions(write: Callable[..., Path]) -> None:
-    path = write(GOOD, "", {"images": ["page.png", "page.png"], "prompt": "Two?", "answers": ["z"], "id": 7}, GOOD)
+    unusual = json.dumps({**GOOD, "prompt": "Wh\u2028at?"}, ensure_ascii=False)
+    path = write(unusual, "", {"images": ["page.png", "page.png"], "prompt": "Two?", "answers": ["z"], "id": 7}, GOOD)
     task = open_task(None, path, 2, ["f1", "anls", "f1"])
     assert (task.name, task.count, task.metrics) == ("questions.jsonl", 2, ("f1", "anls"))
     first, second = task.samples([0, 1])
-    assert (first.prompt, first.answers, len(first.pictures)) == ("What?", ("x", "y"), 1)
+    assert (first.prompt, first.answers, len(first.pictures)) == ("Wh\u2028at?", ("x", "y"), 1)
     assert second.pictures == (path.parent / "page.png",) * 2
     assert open_task(None, path, None, None).metrics == ("exact", "f1")
 

@@ -10,25 +10,26 @@ from vkvx.cli import terminal
 from vkvx.cli.export import DTYPES
 from vkvx.cli.generation import PROVIDERS
 from vkvx.errors import OptionError, StorageError
+from vkvx.evaluation.settings import FIELDS, option_name
 from vkvx.format import BASELINE_BITS, QUANTIZERS, SCORE_CORRECTIONS
 
 if TYPE_CHECKING:
     from vkvx.evaluation.sensitivity import Sensitivity
     from vkvx.export import ExportOptions
 
-SETTING_OPTIONS = {
-    "bits": ("LIST", f"bits of keys and values, such as 4,2,1 (default: 4,2,1; {BASELINE_BITS} always runs)"),
-    "key_bits": ("LIST", "bits of the keys, where they differ"),
-    "value_bits": ("LIST", "bits of the values, where they differ"),
-    "bits_per_layer": ("SPEC", "for example 0-1:8,2-:1; repeat the option for several"),
-    "group_size": ("LIST", "visual tokens that share scales, or auto"),
-    "quantizer": ("LIST", f"some of {','.join(QUANTIZERS)}"),
-    "quantile_alpha": ("LIST", "with the quantizer quantile"),
-    "score_correction": ("LIST", f"some of {','.join(SCORE_CORRECTIONS)}"),
-    "tau": ("LIST", "with the score correction affine"),
-    "correction_limit": ("LIST", "with the score correction expected"),
+HELP = {
+    "bits": f"bits of keys and values, such as 4,2,1 (default: 4,2,1; {BASELINE_BITS} always runs)",
+    "key_bits": "bits of the keys, where they differ",
+    "value_bits": "bits of the values, where they differ",
+    "bits_per_layer": "for example 0-1:8,2-:1; repeat the option for several",
+    "group_size": "visual tokens that share scales, or auto",
+    "quantizer": f"some of {','.join(QUANTIZERS)}",
+    "quantile_alpha": "with the quantizer quantile",
+    "score_correction": f"some of {','.join(SCORE_CORRECTIONS)}",
+    "tau": "with the score correction affine",
+    "correction_limit": "with the score correction expected",
 }
-"""An option for each field of ExportOptions that says how the cache is quantised."""
+"""What to say of the fields of ExportOptions that are options here."""
 REPEATED = ("bits_per_layer",)
 
 
@@ -50,9 +51,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     task.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="answer's length (default: 64)")
 
     settings = parser.add_argument_group("settings", "lists are comma-separated; all combinations run")
-    for name, (metavar, text) in SETTING_OPTIONS.items():
-        action = "append" if name in REPEATED else "store"
-        settings.add_argument(f"--{name.replace('_', '-')}", action=action, metavar=metavar, help=text)
+    for name in FIELDS:
+        action, metavar = ("append", "SPEC") if name in REPEATED else ("store", "LIST")
+        settings.add_argument(option_name(name), action=action, metavar=metavar, help=HELP.get(name, "as in export"))
     settings.add_argument(
         "--setting",
         action="append",
@@ -116,7 +117,7 @@ def settings(args: argparse.Namespace) -> list[ExportOptions] | None:
     from vkvx.evaluation.settings import parse_setting, parse_value, parse_values, product
 
     values = {}
-    for name in SETTING_OPTIONS:
+    for name in FIELDS:
         given = getattr(args, name)
         if given is not None:
             values[name] = (
@@ -150,14 +151,14 @@ def _sensitivity(args: argparse.Namespace) -> int:
 
 
 def _sensitivity_lines(result: Sensitivity) -> list[str]:
-    from vkvx.evaluation.report import align
+    from vkvx.evaluation.report import align, count_samples
 
     rows = [
         (str(s.layer), str(s.bits), f"{s.kl:.3e}", f"{s.gain:.3e}", f"{s.added:.3f}", f"{s.gain / s.added:.3e}")
         for s in result.steps
     ]
     lines = [
-        f"{result.target} ({result.device}, {result.dtype}), {result.task}: {result.samples} samples",
+        f"{result.target} ({result.device}, {result.dtype}), {result.task}: {count_samples(result.samples)}",
         f"base: {result.base}; KL {result.kl:.3e}, {result.bits_per_element:.2f} bits an element",
         "",
         *align(("layer", "bits", "KL", "gain", "added bits", "gain a bit"), rows),
