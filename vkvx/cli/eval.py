@@ -86,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
         return _sensitivity(args)
     if args.budget is not None:
         raise OptionError("--budget has no effect without --sensitivity; leave it out, or give that as well")
-    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
-        raise StorageError(f"there is no directory for {args.html}; create it, or choose another --html")
+    if args.html is not None:  # before anything runs: what cannot be written is told at once
+        if not Path(args.html).absolute().parent.is_dir():
+            raise StorageError(f"there is no directory for {args.html}; create it, or choose another --html")
+        from vkvx.evaluation.html import write_html
     from vkvx.evaluation import evaluate
     from vkvx.evaluation.report import table
 
@@ -102,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
             **_common(args, progress),
         )
     if args.html is not None:
-        from vkvx.evaluation.html import write_html
-
         write_html(result.to_json(), Path(args.html))
     if args.json:
         terminal.print_json(result.to_json())
