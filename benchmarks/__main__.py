@@ -16,6 +16,7 @@ from typing import Any
 BENCHMARKS = {
     "unpack": "ways to unpack bit planes in onnxruntime on a CPU",
     "agreement": "onnxruntime against torch on tiny-llava, for every way to quantise its cache",
+    "token_agreement": "equal tokens by the plug-in, a bundle and vkvx eval on pages of tiny-llava, float32",
 }
 """Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns the rows of a table."""
 PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")

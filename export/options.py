@@ -25,6 +25,15 @@ from vkvx.manifest import FLOAT_DTYPES, Quantization
 OPSETS = range(17, 24)
 DEFAULT_QUANTIZER, DEFAULT_SCORE_CORRECTION = "lloyd", "expected"
 DEFAULT_TAU = DEFAULT_CORRECTION_LIMIT = 3.0
+_DEFAULTS = {"quantizer": DEFAULT_QUANTIZER, "score_correction": DEFAULT_SCORE_CORRECTION}
+_NUMBERS = {
+    "quantile_alpha": ("quantizer", "quantile", "at least 0 and less than 0.5", 0.0, 0.5),
+    "tau": ("score_correction", "affine", "at least 0", 0.0, math.inf),
+    "correction_limit": ("score_correction", "expected", "greater than 0", math.nextafter(0.0, 1.0), math.inf),
+}
+"""Options of one method: the option that chooses it, its name there, what is allowed in words and as a range."""
+_METHODS = (*_DEFAULTS, *_NUMBERS)
+"""Options that have no effect where nothing is quantised."""
 
 _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>-(?P<last>\d+)?)?:(?P<bits>\d+)")
 
@@ -89,15 +98,31 @@ class ExportOptions:
         ):
             if value is not None and value not in known:
                 raise OptionError(f"unknown {name} '{value}'; give --{name} with one of {', '.join(known)}")
+        for name, (_, _, allowed, low, high) in _NUMBERS.items():
+            value, option = getattr(self, name), name.replace("_", "-")
+            if value is not None and not low <= value < high:
+                raise OptionError(f"{option.replace('-', ' ')} {value} is not supported; give --{option} {allowed}")
+        for reason in self.without_effect().values():
+            raise OptionError(reason)
+
+    def without_effect(self) -> dict[str, str]:
+        """The options given that would change nothing, and for each the line that says so."""
+        given = {name for name in _METHODS if getattr(self, name) is not None}
         if self._pair == (BASELINE_BITS, BASELINE_BITS):
-            for name in ("quantizer", "quantile_alpha", "score_correction", "tau", "correction_limit"):
-                if getattr(self, name) is not None:
-                    raise OptionError(f"--{name.replace('_', '-')} has no effect at 16 bits; leave it out")
-        self._check_number("quantile_alpha", "quantizer", "quantile", "at least 0 and less than 0.5", 0.0, 0.5)
-        self._check_number("tau", "score_correction", "affine", "at least 0", 0.0, math.inf)
-        self._check_number(
-            "correction_limit", "score_correction", "expected", "greater than 0", math.nextafter(0.0, 1.0), math.inf
-        )
+            return {
+                name: f"--{name.replace('_', '-')} has no effect at 16 bits; leave it out"
+                for name in _METHODS
+                if name in given
+            }
+        reasons = {}
+        for name, (of, needed, *_) in _NUMBERS.items():
+            chosen = getattr(self, of) or _DEFAULTS[of]
+            if name in given and chosen != needed:
+                reasons[name] = (
+                    f"--{name.replace('_', '-')} has no effect with {chosen}; "
+                    f"give --{of.replace('_', '-')} {needed} as well"
+                )
+        return reasons
 
     def resolve(self, layers: int, tokens_per_picture: int | None) -> Quantization:
         """The quantisation of a model with this many layers and tokens a picture; OptionError."""
@@ -146,16 +171,6 @@ class ExportOptions:
             if BASELINE_BITS in self._pair:
                 raise OptionError("16 bits are for the whole model; leave out --bits-per-layer or --bits 16")
             parse_bits_per_layer(self.bits_per_layer)
-
-    def _check_number(self, name: str, of: str, needed: str, allowed: str, low: float, high: float) -> None:
-        value, option = getattr(self, name), name.replace("_", "-")
-        if value is None:
-            return
-        if not low <= value < high:
-            raise OptionError(f"{option.replace('-', ' ')} {value} is not supported; give --{option} {allowed}")
-        chosen = getattr(self, of) or {"quantizer": DEFAULT_QUANTIZER, "score_correction": DEFAULT_SCORE_CORRECTION}[of]
-        if chosen != needed:
-            raise OptionError(f"--{option} has no effect with {chosen}; give --{of.replace('_', '-')} {needed} as well")
 
 
 def parse_bits_per_layer(text: str, layers: int | None = None) -> dict[int, int]:

@@ -31,7 +31,7 @@ class TorchReference:
         self.manifest = manifest
         self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens)
         adapter, info, dtype = source.adapter, manifest.model, DTYPES[manifest.model.dtype]
-        model = _load(source, dtype)
+        model = load_model(source, dtype)
         attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
         self._decoder = DecoderGraph(model, adapter.text_model(model), adapter.head(model), attributes)
         self._vision = VisionGraph(model, adapter, dtype)
@@ -72,6 +72,12 @@ def load_reference(
 
     Raises ModelError if the checkpoint is another model than the bundle's.
     """
+    check_same_model(source, manifest)
+    return TorchReference(source, manifest, slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens)
+
+
+def check_same_model(source: Source, manifest: Manifest) -> None:
+    """Raise ModelError unless the checkpoint can be what the bundle was exported from."""
     info = source.adapter.info(source, manifest.model.dtype)
     for name in ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size"):
         given, expected = getattr(info, name), getattr(manifest.model, name)
@@ -80,10 +86,10 @@ def load_reference(
                 f"{source.directory} has {name} {given}, the bundle's model has {expected}; "
                 "give the checkpoint that the bundle was exported from"
             )
-    return TorchReference(source, manifest, slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens)
 
 
-def _load(source: Source, dtype: torch.dtype) -> Any:
+def load_model(source: Source, dtype: torch.dtype) -> Any:
+    """The transformers model of a checkpoint, on the CPU, for inference. Raises ModelError if its files are damaged."""
     from transformers.utils import logging
 
     read_checkpoint(source.directory)  # names what is wrong with damaged files

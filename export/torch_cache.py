@@ -69,7 +69,7 @@ class PackedVisualCache(Cache):
             self._clear(len(kinds))
         elif len(kinds) != len(self._kinds):
             raise InputError(f"the cache holds {len(self._kinds)} rows, the call has {len(kinds)}; give as many")
-        call = CacheCall(self, kinds)
+        call = self._new_call(kinds)
         missing = call.visual_count.shape[1] - self._visual_count.shape[1]
         self._visual_count = pad(self._visual_count, (0, missing))
         needed = int(call.text_count.max())
@@ -77,6 +77,9 @@ class PackedVisualCache(Cache):
             self._text_capacity = needed + max(MIN_SPARE_ROWS, needed // 4)
         self._running = call
         return call
+
+    def _new_call(self, kinds: Tensor) -> CacheCall:
+        return CacheCall(self, kinds)
 
     def finish(self, call: CacheCall, *, succeeded: bool) -> None:
         """End a forward call; its tokens are in the cache if it succeeded, otherwise the cache is as before it.

@@ -92,7 +92,7 @@ class OnnxRuntimeBackend:
         threads: int | None = None,
     ) -> None:
         self._ort = _import_onnxruntime()
-        self.provider = _choose_provider(self._ort, provider)
+        self.provider = choose_provider(self._ort, provider)
         if threads is not None and threads < 1:
             raise OptionError(f"threads (--threads) must be at least 1, got {threads}")
         self.threads = threads or default_threads()
@@ -217,7 +217,8 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _choose_provider(ort: Any, provider: str) -> str:
+def choose_provider(ort: Any, provider: str) -> str:
+    """cpu or cuda, as :class:`OnnxRuntimeBackend` takes ``provider``. Raises OptionError and DependencyError."""
     if provider not in PROVIDERS:
         raise OptionError(f"unknown provider '{provider}' (--provider): give one of {', '.join(PROVIDERS)}")
     cuda = "CUDAExecutionProvider" in ort.get_available_providers()

@@ -24,6 +24,7 @@ _HOMES = {
     "Session": "vkvx.runtime.session",
     "StorageError": "vkvx.errors",
     "VkvxError": "vkvx.errors",
+    "evaluate": "vkvx.evaluation",
     "export_model": "vkvx.export",
     "quantize_visual_cache": "vkvx.export.plug_in",
     "validate_bundle": "vkvx.export.validate",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         StorageError,
         VkvxError,
     )
+    from vkvx.evaluation import evaluate
     from vkvx.export import ExportOptions, export_model
     from vkvx.export.plug_in import quantize_visual_cache
     from vkvx.export.validate import validate_bundle
@@ -61,6 +63,7 @@ __all__ = [
     "StorageError",
     "VkvxError",
     "__version__",
+    "evaluate",
     "export_model",
     "quantize_visual_cache",
     "validate_bundle",

@@ -164,6 +164,13 @@ def transcription(digits: np.ndarray) -> str:
     return "\n".join("".join(str(digit) for digit in row) for row in digits)
 
 
+def right_digits(given: str, truth: str) -> float:
+    """Share of the digits of the truth that stand at the same row and column in the given transcription."""
+    read = {(r, c): d for r, line in enumerate(given.strip().split("\n")) for c, d in enumerate(line)}
+    wanted = [((r, c), d) for r, line in enumerate(truth.split("\n")) for c, d in enumerate(line)]
+    return sum(read.get(place) == digit for place, digit in wanted) / len(wanted)
+
+
 def question(
     digits: np.ndarray, marks: Sequence[Mark], kind: str, rng: np.random.Generator, name: str = "page"
 ) -> tuple[str, str]:

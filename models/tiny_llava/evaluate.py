@@ -91,17 +91,10 @@ def evaluate(
             given += answers(model, processor, prompts, [pixels[i] for _, images, _ in chosen for i in images])
         truth = [answer for _, _, answer in cases]
         if kind == "transcribe" or kind in PAIRS:
-            right = [_right_digits(a, b) for a, b in zip(given, truth, strict=True)]
+            right = [data.right_digits(a, b) for a, b in zip(given, truth, strict=True)]
             result[f"{kind}, digits"] = float(np.mean(right))
         result[kind] = float(np.mean([a.strip() == b for a, b in zip(given, truth, strict=True)]))
     return result
-
-
-def _right_digits(given: str, truth: str) -> float:
-    """Share of the digits of the truth that stand at the same row and column in the given transcription."""
-    read = {(r, c): d for r, line in enumerate(given.strip().split("\n")) for c, d in enumerate(line)}
-    wanted = [((r, c), d) for r, line in enumerate(truth.split("\n")) for c, d in enumerate(line)]
-    return sum(read.get(place) == digit for place, digit in wanted) / len(wanted)
 
 
 def main() -> None:

@@ -1,0 +1,96 @@
+"""Questions from files, and what is wrong with them, by line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import Page
+
+from vkvx.errors import InputError, OptionError
+from vkvx.evaluation.tasks import open_task
+
+
+@pytest.fixture
+def write(tmp_path: Path, pages: list[Page]) -> Callable[..., Path]:
+    """A file of these lines; ``page.png`` and ``bad.png`` lie beside it."""
+    (tmp_path / "page.png").write_bytes(pages[0].path.read_bytes())
+    (tmp_path / "bad.png").write_bytes(pages[0].path.read_bytes()[:3000])
+
+    def call(*lines: Any) -> Path:
+        path = tmp_path / "questions.jsonl"
+        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+        return path
+
+    return call
+
+
+GOOD = {"image": "page.png", "prompt": "What?", "answers": ["x", "y"]}
+
+
+def test_questions(write: Callable[..., Path]) -> None:
+    unusual = json.dumps({**GOOD, "prompt": "Wh\u2028at?"}, ensure_ascii=False)
+    path = write(unusual, "", {"images": ["page.png", "page.png"], "prompt": "Two?", "answers": ["z"], "id": 7}, GOOD)
+    task = open_task(None, path, 2, ["f1", "anls", "f1"])
+    assert (task.name, task.count, task.metrics) == ("questions.jsonl", 2, ("f1", "anls"))
+    first, second = task.samples([0, 1])
+    assert (first.prompt, first.answers, len(first.pictures)) == ("Wh\u2028at?", ("x", "y"), 1)
+    assert second.pictures == (path.parent / "page.png",) * 2
+    assert open_task(None, path, None, None).metrics == ("exact", "f1")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "an object is expected"),
+        ({**GOOD, "images": ["page.png"]}, "both 'image' and 'images'"),
+        ({"prompt": "What?", "answers": ["x"]}, "neither 'image' nor 'images'"),
+        ({**GOOD, "image": 3}, "'image' must be a path"),
+        ({"images": [], "prompt": "What?", "answers": ["x"]}, "at least one"),
+        ({"image": "page.png", "answers": ["x"]}, "'prompt' must be text"),
+        ({**GOOD, "prompt": ""}, "'prompt' must be text"),
+        ({"image": "page.png", "prompt": "What?"}, "'answers' must be a list"),
+        ({**GOOD, "answers": "x"}, "'answers' must be a list"),
+        ({**GOOD, "answers": []}, "at least one text"),
+        ({**GOOD, "image": "absent.png"}, "no picture at .*absent.png"),
+        ({**GOOD, "image": "bad.png"}, "bad.png cannot be read as a picture"),
+    ],
+)
+def test_a_bad_line_is_named(write: Callable[..., Path], line: Any, words: str) -> None:
+    with pytest.raises(InputError, match=rf"questions\.jsonl:2: .*{words}"):
+        open_task(None, write(GOOD, line), None, None)
+
+
+def test_files_that_hold_nothing(write: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no samples"):
+        open_task(None, write(""), None, None)
+    with pytest.raises(InputError, match="no file at"):
+        open_task(None, tmp_path / "absent", None, None)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        open_task(None, tmp_path / "binary", None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("chess", None, None, None), "unknown task 'chess'"),
+        (("digits", "x.jsonl", None, None), "--task digits has no effect"),
+        ((None, None, None, ["f1"]), "--metrics has no effect"),
+        ((None, None, 0, None), "--samples 0"),
+        ((None, "x.jsonl", None, ["bleu"]), "unknown metric 'bleu'"),
+    ],
+)
+def test_arguments_that_are_refused(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        open_task(*arguments)
+
+
+def test_digits_are_held_out_pages(pages: list[Page]) -> None:
+    task = open_task(None, None, 2, None)
+    assert [sample.answers[0] for sample in task.samples([0, 1])] == [page.truth for page in pages[:2]]
+    assert (task.name, task.count, open_task("digits", None, None, None).count) == ("digits", 2, 100)
