@@ -138,7 +138,7 @@ def test_every_option_is_documented() -> None:
 
 def test_packaging_knows_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {"vkvx", "export", "models", "runtime"}
+    folders = {"vkvx", "evaluation", "export", "models", "runtime"}
     found = set()
     for top in folders:
         for path in (ROOT / top).rglob("*.py"):

@@ -1,0 +1,1 @@
+"""What a quantised visual cache costs in accuracy: measured, stressed, and shown."""
