@@ -16,6 +16,7 @@ from typing import Any
 BENCHMARKS = {
     "unpack": "ways to unpack bit planes in onnxruntime on a CPU",
     "agreement": "onnxruntime against torch on tiny-llava, for every way to quantise its cache",
+    "stress": "every way to quantise a cache on cases with known answers, through the torch operator",
 }
 """Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns the rows of a table."""
 PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")

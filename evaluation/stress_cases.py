@@ -23,11 +23,12 @@ FP16_STEP = 2.0**-10
 def outlier_channels(setting: Setting) -> Outcome:
     """A few channels of the keys have 10 to 50 times the spread of the others, and means of 2 to 5 times that.
 
-    A picture shows 32 objects, 32 tokens each; a query asks for one and the answer is its code. The query is scaled
-    inversely to the channels, so exact attention is what it would be without outliers and gives every answer. The 8
-    outlying channels of 64 carry half of the scores, and objects come in pairs that differ in these channels alone.
-    Levels are per channel, so outliers should cost nothing: figures without them are the same to the rounding of
-    levels. Figure: share of right answers. Limit: 0.99, since a user needs them and exact attention has all.
+    A picture shows 32 objects, 32 tokens each; a query asks for one and the answer is its code. Objects come in pairs
+    that differ in the 8 outlying channels of 64 alone, which carry half of the scores. The query is scaled inversely to
+    the channels, so exact attention is what it would be without outliers, and gives every answer. Levels are per
+    channel, so outliers should cost nothing. Figure: error of the outputs divided by what it is without outliers.
+    Limit: 1.25, and 0.99 of the answers right. In mathematics the first is 1; rounding an offset of up to 8 spreads to
+    FP16 adds up to 0.004 spreads to the at least 0.006 of 8 bits, and less than that to coarser codes.
     """
     random = _generator(1)
     heads, channels, objects, outliers = 4, 64, 32, 8
@@ -44,11 +45,17 @@ def outlier_channels(setting: Setting) -> Outcome:
     mean[:outliers] = spread[:outliers] * (2 + 3 * torch.rand(outliers, generator=random)) * _signs(random, outliers)
     weight = torch.full((channels,), math.sqrt(channels / 2 / (channels - outliers)))
     weight[:outliers] = math.sqrt(channels / 2 / outliers)
-    query = SHARPNESS * centre * weight / spread
-    sequences = Sequences(setting, heads, channels, key.shape[1])
-    sequences.picture((key * spread + mean)[None, :, order], value[None, :, order])
-    answer = sequences.ask(query.flatten(0, 1)[None]).cpu()
-    return _recall(sequences, answer.unflatten(1, (heads, objects))[0], codes, limit=0.99)
+    query = (SHARPNESS * centre * weight).flatten(0, 1)[None]
+    errors = []
+    for factor, shift in ((torch.ones(channels), torch.zeros(channels)), (spread, mean)):
+        k, v, q = (key * factor + shift)[None, :, order], value[None, :, order], query / factor
+        sequences = Sequences(setting, heads, channels, key.shape[1])
+        sequences.picture(k, v)
+        answer = sequences.ask(q).cpu()
+        errors.append(float((answer - exact(q, k, v)).square().mean().sqrt()))
+        right = (answer[0].unflatten(0, (heads, objects)) @ codes.transpose(-1, -2)).argmax(-1) == torch.arange(objects)
+    figure = errors[1] / errors[0]
+    return _outcome(sequences, figure, figure <= 1.25 and float(right.float().mean()) >= 0.99)
 
 
 def needle(setting: Setting) -> Outcome:
@@ -69,7 +76,9 @@ def needle(setting: Setting) -> Outcome:
     after = (0, tokens // 3, group, group + 200, 3 * tokens // 4, tokens - GROUP_SIZE)
     positions = [p + i for p in after for i in range(4)] + [p - i for p in (group - 1, tokens - 1) for i in range(4)]
     margins = torch.tensor([0.0, 3.0, 10.0, 30.0]).repeat(len(positions) // 4)
-    query = SHARPNESS * torch.randn(len(positions), channels, generator=random)
+    # Orthogonal queries, so that no needle is in the way of another.
+    query = SHARPNESS * math.sqrt(channels) * torch.linalg.qr(torch.randn(channels, channels, generator=random)).Q
+    query = query[: len(positions)]
     _place(key, query, positions, math.log(tokens) + SHARPNESS**2 / 2 + margins, channels**-0.5)
     sequences = Sequences(setting, 1, channels, tokens)
     sequences.picture(key[None, None], codes[choice][None, None])
@@ -294,13 +303,6 @@ CASES: dict[str, Case] = {
 def _outcome(sequences: Sequences, figure: float, passed: bool) -> Outcome:
     """An outcome that fails as well if any output was NaN or infinite."""
     return Outcome(figure, passed and math.isfinite(figure) and bool(sequences.finite.all()))
-
-
-def _recall(sequences: Sequences, output: Tensor, codes: Tensor, limit: float) -> Outcome:
-    """Answers [H, n, D] that are nearest to the code [H, n, D] of the same index."""
-    found = (output @ codes.transpose(-1, -2)).argmax(-1) == torch.arange(codes.shape[1])
-    figure = float(found.float().mean())
-    return _outcome(sequences, figure, figure >= limit)
 
 
 def _generator(seed: int) -> torch.Generator:
