@@ -18,14 +18,17 @@ FORMAT, VERSION = "vkvx-eval", 1
 """Result documents that the page can be made from."""
 
 _CSS = """
-:root { color-scheme: light dark; --ink: #1f2328; --faint: #8b949e; --paper: #ffffff; --rule: #d8dee4; --soft: #f6f8fa }
+:root { color-scheme: light dark; --ink: #1f2328; --faint: #8b949e; --paper: #ffffff; --rule: #d8dee4; --soft: #f6f8fa;
+  --c0: #0069a6; --c1: #c25400; --c2: #00805d; --c3: #b0568f; --c4: #2d8bc4; --c5: #a87400 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --faint: #848d97; --paper: #0d1117; --rule: #30363d; --soft: #161b22 }
+  :root { --ink: #e6edf3; --faint: #848d97; --paper: #0d1117; --rule: #30363d; --soft: #161b22;
+    --c0: #5aa9e0; --c1: #f58a4b; --c2: #35c29b; --c3: #e0a0c4; --c4: #86cdf7; --c5: #efb73e }
 }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 .5rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .25rem }
 p { max-width: 44rem; margin: .5rem 0 }
 .lead { opacity: .75 }
 .wide { overflow-x: auto }
@@ -188,7 +191,7 @@ def _facts(result: dict[str, Any]) -> str:
 
 
 def _options(settings: list[dict[str, Any]]) -> str:
-    return "<p>Options of each setting:</p>\n" + _two_columns({s["name"]: s["options"] for s in settings})
+    return "<h3>Options of each setting</h3>\n" + _two_columns({s["name"]: s["options"] for s in settings})
 
 
 def _two_columns(entries: dict[str, Any]) -> str:

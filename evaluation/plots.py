@@ -1,7 +1,8 @@
 """Figures of an evaluation as SVG text, by matplotlib. ``vkvx.evaluation.html`` has the page around them.
 
 Every function takes settings of a result document and returns an ``<svg>`` element, or None where there is nothing to
-draw. Text and lines have the colours ``var(--ink)`` and ``var(--faint)`` of the page, so that it can be light or dark.
+draw. Colours are variables of the page, ``var(--ink)``, ``var(--faint)``, ``var(--c0)`` and on, so that it can be light
+or dark.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK, FAINT = "#1a1b1c", "#9a9b9c"
-"""Stand for the page's colours while matplotlib draws; nothing else may use them."""
+"""Stand for colours of the page while matplotlib draws; nothing else may use them."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""The palette of Okabe and Ito, which people with any colour vision tell apart, less black and yellow."""
+"""The palette of Okabe and Ito, which people with any colour vision tell apart, less black and yellow. Stand for
+``--c0`` and on; the page has them darker or lighter, as text needs."""
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":")
 WIDTH = 9.2
 """Inches, 72 points each: the width of the page's column."""
@@ -124,19 +127,21 @@ def error_maps(settings: list[dict[str, Any]]) -> str | None:
             axes.set_visible(False)
             continue
         errors = shown[i]["attention_error"]
-        mesh = axes.pcolormesh(errors, cmap="cividis", norm=norm)
+        # An image: one path a cell would make pages of large models huge.
+        extent = (0, len(errors[0]), len(errors), 0)
+        image = axes.imshow(errors, cmap="cividis", norm=norm, extent=extent, aspect="auto", interpolation="none")
         axes.set_title(_wrap(shown[i]["name"], 26), fontsize=9)
         axes.grid(False)
         for axis, count in ((axes.xaxis, len(errors[0])), (axes.yaxis, len(errors))):
             step = max(1, math.ceil(count / 8))
             axis.set_ticks([j + 0.5 for j in range(0, count, step)], [str(j) for j in range(0, count, step)])
-        axes.set_ylim(len(errors), 0)
         if i % columns == 0:
             axes.set_ylabel("layer")
         if i + columns >= len(shown):
             axes.set_xlabel("query head")
             axes.tick_params(labelbottom=True)
-    bar = figure.colorbar(mesh, ax=grid, shrink=min(0.9, 2.2 / rows), aspect=15, pad=0.015, anchor=(0, 1))
+    bar = figure.colorbar(image, ax=list(grid.flat[: len(shown)]), shrink=min(0.9, 2.2 / rows), aspect=15, pad=0.015, anchor=(0, 1))
+    _plain_decades(bar.ax.yaxis)
     bar.set_label("relative error (logarithmic)")
     bar.outline.set_visible(False)
     return _svg(figure)
@@ -162,6 +167,7 @@ def error_lines(settings: list[dict[str, Any]]) -> str | None:
     last = max(len(s["attention_error"]) for s in shown) - 1
     axes.set_xlim(-0.03 * max(1, last), 1.03 * max(1, last))
     axes.set_yscale("log")
+    _plain_decades(axes.yaxis)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative error (logarithmic)")
@@ -255,6 +261,15 @@ def _series_style(i: int, reference: bool) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": marker, "linestyle": DASHES[turn % len(DASHES)]}
 
 
+def _plain_decades(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], at: float, align: str) -> None:
     """Names of points (x, y) in a column at ``at`` on the x axis, near them in height, with lines to the points."""
     figure = axes.get_figure()
@@ -300,4 +315,7 @@ def _svg(figure: Figure) -> str:
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text))
-    return text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").strip()
+    names = {INK: "--ink", FAINT: "--faint"} | {colour: f"--c{i}" for i, colour in enumerate(COLOURS)}
+    for colour, name in names.items():
+        text = text.replace(colour, f"var({name})")
+    return text.strip()
