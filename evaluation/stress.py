@@ -125,8 +125,7 @@ class Sequences:
             entries = -(-tokens // GROUP_SIZE) * GROUP_SIZE
             index = torch.arange(entries, dtype=torch.int32, device=self.device)
             index = torch.where(index < tokens, index, -1)
-            _, caches = self._call(part_key, part_key, part_value, visual=index, text=index[:0])
-            self.caches = caches
+            self._call(part_key, part_key, part_value, visual=index, text=index[:0], keep=True)
             counts = (index >= 0).unflatten(0, (-1, GROUP_SIZE)).sum(1, dtype=torch.int32)
             first = int((self.visual_count[0] > 0).sum())
             self.visual_count[:, first : first + len(counts)] = counts
@@ -139,33 +138,37 @@ class Sequences:
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Append S text tokens and return their attention output: query [B, Hq, S, D], key and value [B, Hkv, S, D]."""
         index = torch.arange(key.shape[2], dtype=torch.int32, device=self.device)
-        output, self.caches = self._call(query, key, value, visual=index[:0], text=index)
+        output = self._call(query, key, value, visual=index[:0], text=index, keep=True)
         self.text_count += key.shape[2]
         return output
 
-    def ask(self, query: Tensor) -> Tensor:
+    def ask(self, query: Tensor, own_key: Tensor | None = None) -> Tensor:
         """Output of one decode step for each of n queries [B, n, D]: [B, n, D] FP32; the cache stays as it was.
 
         Queries are heads of one call with ``q_len`` 1. Query i asks KV head ``i // (n / Hkv)``. The step's own token has
-        a key and a value of zeros, so its score is 0.
+        the key ``own_key`` [D], zeros by default, and a value of zeros.
         """
         query = query[:, :, None].to(self.device)
         nothing = torch.zeros(self.rows, self.kv_heads, 1, self.head_dim, device=self.device)
+        key = nothing if own_key is None else own_key.to(self.device).expand_as(nothing)
         index = torch.zeros(1, dtype=torch.int32, device=self.device)
-        output, _ = self._call(query, nothing, nothing, visual=index[:0], text=index)
+        output = self._call(query, key, nothing, visual=index[:0], text=index, keep=False)
         return output[:, :, 0].float()
 
-    def _call(
-        self, query: Tensor, key: Tensor, value: Tensor, visual: Tensor, text: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, visual: Tensor, text: Tensor, *, keep: bool) -> Tensor:
+        """Output of one call for all rows; ``keep`` updates the cache, in place."""
         own = {"query": query, "key": key, "value": value}
         named = {name: x.to(self.device, self.dtype) for name, x in own.items()}
         named.update(visual_index=visual.expand(self.rows, -1), text_index=text.expand(self.rows, -1), **self.caches)
         named["slot"] = torch.arange(self.rows, dtype=torch.int32, device=self.device)
         named.update(visual_count=self.visual_count, text_count=self.text_count)
-        results = torch.ops.vkvx.visual_kv_attention(*(named[t.name] for t in INPUTS), **self.attributes.to_dict())
-        self.finite &= results[0].isfinite().flatten(1).all(1)
-        return results[0], dict(zip(CACHE_NAMES, results[1:], strict=True))
+        arguments, attributes = [named[t.name] for t in INPUTS], self.attributes.to_dict()
+        if keep:
+            output = torch.ops.vkvx.visual_kv_attention_(*arguments, **attributes)
+        else:
+            output = torch.ops.vkvx.visual_kv_attention(*arguments, **attributes)[0]
+        self.finite &= output.isfinite().flatten(1).all(1)
+        return output
 
     def _poison(self, dtype: str, shape: tuple[str, ...], sizes: dict[str, int]) -> Tensor:
         """A cache tensor whose unused part would spoil any result that reads it: NaN, or all bits set."""
@@ -177,8 +180,8 @@ class Sequences:
         return torch.full(dims, float("nan") if kind.is_floating_point else -1, dtype=kind, device=self.device)
 
 
-def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention at full precision, with the zero token of ``Sequences.ask``: the same shapes, float64.
+def exact(query: Tensor, key: Tensor, value: Tensor, own_key: Tensor | None = None) -> Tensor:
+    """Attention at full precision, with the step's own token as in ``Sequences.ask``: the same shapes, float64.
 
     Args:
         query: [B, n, D]; query i asks KV head ``i // (n / Hkv)``.
@@ -187,6 +190,8 @@ def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     rows, heads, _, channels = key.shape
     q = query.double().reshape(rows, heads, -1, channels)
     key, value = (torch.nn.functional.pad(x.double(), (0, 0, 0, 1)) for x in (key, value))
+    if own_key is not None:
+        key[:, :, -1] = own_key
     weights = (q @ key.transpose(-1, -2) * channels**-0.5).softmax(-1)
     return (weights @ value).flatten(1, 2)
 
