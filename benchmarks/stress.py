@@ -1,7 +1,7 @@
 """The stress set: every quantiser with every score correction on cases with known answers.
 
-One row a method. A cell says whether the method keeps to the limit of the case, and its figure; what these are stands in
-``docs/stress.md``.
+One row a method. A cell says whether the method keeps to the limit of the case, and its figure; ``docs/stress.md`` has
+what these are.
 """
 
 from __future__ import annotations

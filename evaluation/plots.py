@@ -140,7 +140,9 @@ def error_maps(settings: list[dict[str, Any]]) -> str | None:
         if i + columns >= len(shown):
             axes.set_xlabel("query head")
             axes.tick_params(labelbottom=True)
-    bar = figure.colorbar(image, ax=list(grid.flat[: len(shown)]), shrink=min(0.9, 2.2 / rows), aspect=15, pad=0.015, anchor=(0, 1))
+    bar = figure.colorbar(
+        image, ax=list(grid.flat[: len(shown)]), shrink=min(0.9, 2.2 / rows), aspect=15, pad=0.015, anchor=(0, 1)
+    )
     _plain_decades(bar.ax.yaxis)
     bar.set_label("relative error (logarithmic)")
     bar.outline.set_visible(False)
@@ -168,7 +170,7 @@ def error_lines(settings: list[dict[str, Any]]) -> str | None:
     axes.set_xlim(-0.03 * max(1, last), 1.03 * max(1, last))
     axes.set_yscale("log")
     _plain_decades(axes.yaxis)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative error (logarithmic)")
     _label_ends(axes, ends, 1.1 * max(1, last), "left")
@@ -177,12 +179,12 @@ def error_lines(settings: list[dict[str, Any]]) -> str | None:
 
 def divergence_bars(settings: list[dict[str, Any]]) -> str | None:
     """KL divergence from the reference and agreement of tokens with it, one bar a setting."""
-    panels = (
+    panels = [
         ("kl", 1.0, "KL divergence from the reference, nats a token", "{:.3g}"),
         ("token_agreement", 100.0, "tokens equal to the reference's, %", "{:.1f}"),
-    )
+    ]
     shown = [s for s in settings if not s["reference"] and any(_number(s[key]) for key, *_ in panels)]
-    panels = tuple(panel for panel in panels if any(_number(s[panel[0]]) for s in shown))
+    panels = [panel for panel in panels if any(_number(s[panel[0]]) for s in shown)]
     if not shown:
         return None
     figure = _figure(0.28 * len(shown) + 0.85)
@@ -236,7 +238,7 @@ def drawing_style() -> Any:
     """The context in which the functions above are to be called."""
     import matplotlib
 
-    return matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+    return matplotlib.rc_context(_STYLE)
 
 
 def _number(x: Any) -> bool:
@@ -281,8 +283,8 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], at: float
     wanted = _apart([heights[i] for i in order], step)
     for i, height in zip(order, wanted, strict=True):
         x, y, name, colour = ends[i]
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4}
-        text = {"color": colour, "va": "center", "ha": align, "fontsize": 9.5}
+        line: dict[str, Any] = {"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4}
+        text: dict[str, Any] = {"color": colour, "va": "center", "ha": align, "fontsize": 9.5}
         # The line starts at the middle of the side of the text that faces the points.
         line["relpos"] = (1.0, 0.5) if align == "right" else (0.0, 0.5)
         where = ("data", "axes fraction")
@@ -311,7 +313,7 @@ def _svg(figure: Figure) -> str:
     """The element alone, sized by the page, with the page's colours."""
     out = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(out, format="svg", metadata=metadata)  # type: ignore[arg-type]
+    figure.savefig(out, format="svg", metadata=metadata)
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text))

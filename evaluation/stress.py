@@ -53,15 +53,17 @@ class Sizes:
         needle_tokens: visual tokens among which a needle hides.
         text_tokens: text tokens after a picture.
         steps: decode steps over one cache.
+        heads: independent draws of the cases that ask for objects.
     """
 
     needle_tokens: int = 10_000
     text_tokens: int = 4_096
     steps: int = 4_096
+    heads: int = 2
 
 
 FULL = Sizes()
-REDUCED = Sizes(needle_tokens=1_500, text_tokens=1_024, steps=64)
+REDUCED = Sizes(needle_tokens=1_500, text_tokens=1_024, steps=64, heads=1)
 """For a quick check; harder or easier in places, so figures of the two sizes are not to be compared."""
 
 
@@ -111,7 +113,14 @@ class Sequences:
         self.device, self.dtype = setting.device, dtype
         self.rows, self.kv_heads, self.head_dim = rows, kv_heads, head_dim
         groups = -(-visual_tokens // GROUP_SIZE)
-        sizes = {"Bc": rows, "Hkv": kv_heads, "D": head_dim, "G": groups, "C": groups * GROUP_SIZE, "N": text_tokens + 1}
+        sizes = {
+            "Bc": rows,
+            "Hkv": kv_heads,
+            "D": head_dim,
+            "G": groups,
+            "C": groups * GROUP_SIZE,
+            "N": text_tokens + 1,
+        }
         sizes.update(bk=self.attributes.key_bits, bv=self.attributes.value_bits)
         self.caches = {t.name: self._poison(t.dtype, t.shape, sizes) for t in INPUTS if t.name in CACHE_NAMES}
         self.visual_count = torch.zeros(rows, groups, dtype=torch.int32, device=self.device)
@@ -145,8 +154,8 @@ class Sequences:
     def ask(self, query: Tensor, own_key: Tensor | None = None) -> Tensor:
         """Output of one decode step for each of n queries [B, n, D]: [B, n, D] FP32; the cache stays as it was.
 
-        Queries are heads of one call with ``q_len`` 1. Query i asks KV head ``i // (n / Hkv)``. The step's own token has
-        the key ``own_key`` [D], zeros by default, and a value of zeros.
+        Queries are heads of one call with ``q_len`` 1. Query i asks KV head ``i // (n / Hkv)``. The step's own token
+        has the key ``own_key`` [D], zeros by default, and a value of zeros.
         """
         query = query[:, :, None].to(self.device)
         nothing = torch.zeros(self.rows, self.kv_heads, 1, self.head_dim, device=self.device)

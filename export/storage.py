@@ -64,7 +64,7 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
 
 
 def write_file(target: Path, text: str) -> None:
-    """Write UTF-8 text to a file, which appears or is replaced as a whole; StorageError, and then nothing has changed."""
+    """Write UTF-8 text to a file, whole or not at all; an older one is replaced. Raises StorageError."""
     partial = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)

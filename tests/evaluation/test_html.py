@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import itertools
 import os
 import re
 import sys
@@ -23,7 +24,11 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def metric(mean: float, reference: bool) -> dict[str, float | None]:
     shift = None if reference else mean - 0.9
-    difference = {"difference": shift, "difference_low": shift and shift - 0.02, "difference_high": shift and shift + 0.02}
+    difference = {
+        "difference": shift,
+        "difference_low": shift and shift - 0.02,
+        "difference_high": shift and shift + 0.02,
+    }
     return {"mean": mean, "low": mean - 0.03, "high": mean + 0.03, **difference}
 
 
@@ -212,7 +217,7 @@ def test_many_settings_and_large_models(tmp_path: Path) -> None:
         labels = [e for e in figure.iter(f"{SVG}text") if "".join(e.itertext()).startswith(start)]
         heights = sorted(float(e.get("y", "nan")) for e in labels)
         assert len(heights) >= 24
-        assert min(b - a for a, b in zip(heights, heights[1:])) > 9.5
+        assert min(b - a for a, b in itertools.pairwise(heights)) > 9.5
 
 
 def test_the_same_document_gives_the_same_page(tmp_path: Path) -> None:
