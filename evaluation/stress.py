@@ -53,7 +53,7 @@ class Sizes:
         needle_tokens: visual tokens among which a needle hides.
         text_tokens: text tokens after a picture.
         steps: decode steps over one cache.
-        heads: independent draws of the cases that ask for objects.
+        heads: independent draws in the cases that have more than one.
     """
 
     needle_tokens: int = 10_000

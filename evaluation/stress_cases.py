@@ -16,8 +16,6 @@ from vkvx.evaluation.stress import GROUP_SIZE, Case, Outcome, Sequences, Setting
 
 SHARPNESS = 1.5
 """Standard deviation of scores, in nats."""
-FP16_STEP = 2.0**-10
-"""Distance of FP16 numbers near 1, and the largest relative one."""
 
 
 def outlier_channels(setting: Setting) -> Outcome:
@@ -27,8 +25,8 @@ def outlier_channels(setting: Setting) -> Outcome:
     that differ in the 8 outlying channels of 64 alone, which carry half of the scores. The query is scaled inversely to
     the channels, so exact attention is what it would be without outliers, and gives every answer. Levels are per
     channel, so outliers should cost nothing. Figure: error of the outputs divided by what it is without outliers.
-    Limit: 1.25, and all answers right. In mathematics the first is 1; rounding an offset of 13 spreads to FP16
-    adds an error of at most 0.004 spreads to one of at least 0.006 at 8 bits, and of more at fewer.
+    Limit: 1.25, and all answers right. In mathematics the first is 1; rounding an offset of 13 spreads to FP16 adds an
+    RMS error of at most 0.004 spreads to one of at least 0.006 at 8 bits, and of more at fewer.
     """
     random = _generator(1)
     heads, channels, objects, outliers = setting.sizes.heads, 64, 32, 8
@@ -97,7 +95,7 @@ def flat_attention(setting: Setting) -> Outcome:
     and only a bias exceeds it.
     """
     random = _generator(3)
-    heads, channels, tokens = 2, 64, 2_000
+    heads, channels, tokens = setting.sizes.heads, 64, 2_000
     key = torch.randn(1, heads, tokens, channels, generator=random)
     value = 1 - torch.rand(1, heads, tokens, channels, generator=random).clamp(min=1e-6).log()
     query = 1e-3 * torch.randn(1, heads, channels, generator=random)

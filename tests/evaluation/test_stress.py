@@ -44,7 +44,16 @@ def test_what_no_method_may_fail(results: Results, case: str) -> None:
     assert [method for method, outcomes in results.items() if not outcomes[case].passed] == []
 
 
-@pytest.mark.parametrize("case", ["needle", "flat_attention", "tiny_variance", "long_text", "several_pictures"])
+def test_extreme_values_stay_in_their_row(results: Results) -> None:
+    """At most the row of the largest FP16 numbers, one of six, is not finite, and at one bit not even that."""
+    for method, outcomes in results.items():
+        assert outcomes["extreme_values"].figure <= 1 / 6
+        assert outcomes["extreme_values"].passed or method.bits > 1
+
+
+@pytest.mark.parametrize(
+    "case", ["outlier_channels", "needle", "flat_attention", "tiny_variance", "long_text", "several_pictures"]
+)
 def test_the_set_discriminates(results: Results, case: str) -> None:
     """Each of these is passed by some methods and failed by others."""
     verdicts = {outcomes[case].passed for outcomes in results.values()}
