@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all: written beside its place, flushed, and renamed. No torch here."""
+"""Directories and files that appear whole or not at all: written beside their place, flushed, and renamed. No torch."""
 
 from __future__ import annotations
 
@@ -61,6 +61,27 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def write_file(target: Path, text: str) -> None:
+    """Write UTF-8 text to a file, whole or not at all; an older one is replaced. Raises StorageError."""
+    partial = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
+        partial = Path(name)
+        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(target)
+        _flush_directory(target.parent)
+    except BaseException as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _storage_error(target, error) from error
+        raise
 
 
 def check_room(directory: Path, needed: int) -> None:
