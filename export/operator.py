@@ -10,7 +10,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vkvx.errors import OptionError
-from vkvx.format import BASELINE_BITS, CACHE_NAMES, SCORE_CORRECTIONS, check_bits, check_group_size, check_quantizer
+from vkvx.format import (
+    BASELINE_BITS,
+    CACHE_NAMES,
+    METRIC_QUANTIZERS,
+    SCORE_CORRECTIONS,
+    check_bits,
+    check_group_size,
+    check_quantizer,
+)
 
 DOMAIN = "vkvx"
 NAME = "VisualKVAttention"
@@ -51,6 +59,12 @@ INPUTS = (
     *_CACHES[4:],
     _TEXT_COUNT,
 )
+METRIC_INPUTS = (
+    TensorDefinition("key_metric", "float16", ("Hkv", "D", "D"), "metric of keys, rotated back to position 0"),
+    TensorDefinition("value_metric", "float16", ("Hkv", "D", "D"), "metric of values"),
+    TensorDefinition("rotation", "float32", ("B", "2", "D"), "cosine and sine of RoPE at each row's last position"),
+)
+"""Three more inputs of nodes whose quantiser needs metrics; other nodes do not have them."""
 OUTPUTS = (TensorDefinition("output", "T", ("B", "Hq", "S", "D"), "attention output, 0 on padding"), *_CACHES)
 
 
@@ -99,6 +113,16 @@ class OperatorAttributes:
             raise OptionError(
                 "softcap and sliding_window are reserved in version 1 of the operator: only 0 is accepted"
             )
+
+    @property
+    def needs_metrics(self) -> bool:
+        """Whether the node has the inputs ``METRIC_INPUTS``."""
+        return self.is_packed and self.quantizer in METRIC_QUANTIZERS
+
+    @property
+    def inputs(self) -> tuple[TensorDefinition, ...]:
+        """Inputs of a node with these attributes, in order."""
+        return (*INPUTS, *METRIC_INPUTS) if self.needs_metrics else INPUTS
 
     @property
     def is_packed(self) -> bool:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vkvx import quantization
+from vkvx import quantization, shaping
 from vkvx.errors import CapacityError, OptionError
-from vkvx.export.operator import INPUTS, OperatorAttributes
+from vkvx.export.operator import INPUTS, METRIC_INPUTS, OperatorAttributes
 from vkvx.format import CACHE_NAMES, TILE
 
 MASKED = -1e30
@@ -32,6 +32,13 @@ class Call(NamedTuple):
     text_position: Tensor  # [B, Nt'] int64; at 16 bits all tokens, otherwise the text tokens
     text_valid: Tensor  # [B, Nt'] bool
     token: Tensor  # [B, S] bool, the position is a token of this call
+
+
+class Metrics(NamedTuple):
+    """What counts as an error of a key and of a value, FP32: [B, Hkv, 1, D, D] and [Hkv, 1, D, D]."""
+
+    key: Tensor
+    value: Tensor
 
 
 class Cache(NamedTuple):
@@ -147,8 +154,36 @@ def _take(x: Tensor, position: Tensor) -> Tensor:
     return x.gather(2, index)
 
 
+def _read_metrics(named: dict[str, Tensor]) -> Metrics:
+    """The metric of keys as the queries that follow the call's last position see it, and that of values."""
+    cosine, sine = named["rotation"].unsqueeze(2).unbind(1)  # [B, 1, D]
+    key = shaping.rotate(named["key_metric"].unsqueeze(0), cosine, sine)
+    return Metrics(key.unsqueeze(2), named["value_metric"].float().unsqueeze(1))
+
+
+def _quantize(
+    key: Tensor, value: Tensor, mask: Tensor, attributes: OperatorAttributes, metrics: Metrics | None
+) -> tuple[quantization.Quantized, Tensor, quantization.Quantized]:
+    """Quantised keys, the RMS of what they leave over, and quantised values of groups [B, Hkv, g, group_size, D]."""
+    a = attributes
+    if metrics is not None:
+        k = shaping.shape(key, mask, a.key_bits, metrics.key)
+        v = shaping.shape(value, mask, a.value_bits, metrics.value)
+        return k, shaping.shaped_rms(key, mask, k, metrics.key), v
+    k = quantization.quantize(key, mask, a.key_bits, a.quantizer, alpha=a.quantile_alpha_key, gamma=a.shrink_key)
+    alpha, gamma = a.quantile_alpha_value, a.shrink_value
+    v = quantization.quantize(value, mask, a.value_bits, a.quantizer, alpha=alpha, gamma=gamma)
+    return k, quantization.residual_rms(key, mask, k), v
+
+
 def _append(
-    caches: dict[str, Tensor], key: Tensor, value: Tensor, call: Call, cache: Cache, attributes: OperatorAttributes
+    caches: dict[str, Tensor],
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    cache: Cache,
+    attributes: OperatorAttributes,
+    metrics: Metrics | None,
 ) -> None:
     """Quantise the call's pictures and write them, and the text rows, into the caches in place."""
     groups, size = call.visual_valid.shape[1:]
@@ -170,14 +205,11 @@ def _append(
     position = call.visual_position.flatten(1)
     key = _take(key, position).unflatten(2, (groups, size))
     value = _take(value, position).unflatten(2, (groups, size))
-    a = attributes
-    k = quantization.quantize(key, mask, a.key_bits, a.quantizer, alpha=a.quantile_alpha_key, gamma=a.shrink_key)
-    alpha, gamma = a.quantile_alpha_value, a.shrink_value
-    v = quantization.quantize(value, mask, a.value_bits, a.quantizer, alpha=alpha, gamma=gamma)
+    k, rms, v = _quantize(key, value, mask, attributes, metrics)
     updates = {
-        "visual_key": quantization.pack_keys(k.codes, a.key_bits),
-        "visual_key_params": torch.stack([k.scale, k.offset, quantization.residual_rms(key, mask, k)], -2),
-        "visual_value": quantization.pack_values(v.codes, a.value_bits),
+        "visual_key": quantization.pack_keys(k.codes, attributes.key_bits),
+        "visual_key_params": torch.stack([k.scale, k.offset, rms], -2),
+        "visual_value": quantization.pack_values(v.codes, attributes.value_bits),
         "visual_value_params": torch.stack([v.scale, v.offset], -2),
     }
     batch, group = filled.nonzero(as_tuple=True)
@@ -195,7 +227,11 @@ def _check(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> None:
     if not attributes.is_packed:
         dims.update(bk=1, bv=1)
     model_dtype = tensors["query"].dtype
-    for definition in INPUTS:
+    if tuple(tensors) != tuple(t.name for t in attributes.inputs):
+        names = ", ".join(t.name for t in METRIC_INPUTS)
+        verb = "needs" if attributes.needs_metrics else "takes no"
+        raise OptionError(f"quantizer '{attributes.quantizer}' {verb} {names}")
+    for definition in attributes.inputs:
         tensor = tensors[definition.name]
         dtype = model_dtype if definition.dtype == "T" else getattr(torch, definition.dtype)
         expected = f"{definition.name} must be {dtype} [{', '.join(definition.shape)}]"
@@ -218,17 +254,23 @@ def _check(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> None:
         )
 
 
-def _run(tensors: tuple[Tensor, ...], attributes: OperatorAttributes, in_place: bool) -> tuple[Tensor, ...]:
-    named = dict(zip((t.name for t in INPUTS), tensors, strict=True))
+def _run(tensors: tuple[Tensor | None, ...], attributes: OperatorAttributes, in_place: bool) -> tuple[Tensor, ...]:
+    names = (t.name for t in (*INPUTS, *METRIC_INPUTS))
+    named = {name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
     _check(named, attributes)
     query, key, value = named["query"], named["key"], named["value"]
     call = _read_call(named["visual_index"], named["text_index"], named["slot"], query.shape[2], attributes)
     cache = Cache(*(named[name][call.row] for name in Cache._fields))
     live = call.live.to(torch.int32)
     cache = cache._replace(visual_count=cache.visual_count * live[:, None], text_count=cache.text_count * live)
-    output = _attend(query, key, value, call, cache, attributes).to(query.dtype)
+    output = _attend(query, key, value, call, cache, attributes)
+    if query.dtype is torch.float16:
+        # A mean of levels can lie a little beyond the largest FP16 number.
+        output = output.clamp(-quantization.FP16_MAX, quantization.FP16_MAX)
+    output = output.to(query.dtype)
     caches = {name: named[name] if in_place else named[name].clone() for name in CACHE_NAMES}
-    _append(caches, key, value, call, cache, attributes)
+    metrics = _read_metrics(named) if call.visual_valid.shape[1] and attributes.needs_metrics else None
+    _append(caches, key, value, call, cache, attributes, metrics)
     return output, *caches.values()
 
 
@@ -236,27 +278,28 @@ def _signature(in_place: bool) -> str:
     def annotate(name: str, index: int) -> str:
         return f"Tensor({chr(ord('a') + index)}!) {name}" if in_place and name in CACHE_NAMES else f"Tensor {name}"
 
-    inputs = ", ".join(annotate(t.name, i) for i, t in enumerate(INPUTS))
+    optional = [f"Tensor? {t.name}=None" for t in METRIC_INPUTS]
+    inputs = ", ".join([*(annotate(t.name, i) for i, t in enumerate(INPUTS)), *optional])
     outputs = "Tensor" if in_place else f"({', '.join(['Tensor'] * (1 + len(CACHE_NAMES)))})"
     attributes = ", ".join(f"{f.type} {f.name}" for f in fields(OperatorAttributes))
     return f"({inputs}, *, {attributes}) -> {outputs}"
 
 
 @torch.library.custom_op("vkvx::visual_kv_attention", mutates_args=(), schema=_signature(in_place=False))
-def visual_kv_attention(*tensors: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
+def visual_kv_attention(*tensors: Tensor | None, **attributes: Any) -> tuple[Tensor, ...]:
     """Attention over the packed cache and append, functional: returns (output, *updated caches); see the module."""
     return _run(tensors, OperatorAttributes(**attributes), in_place=False)
 
 
 @torch.library.custom_op("vkvx::visual_kv_attention_", mutates_args=CACHE_NAMES, schema=_signature(in_place=True))
-def visual_kv_attention_(*tensors: Tensor, **attributes: Any) -> Tensor:
+def visual_kv_attention_(*tensors: Tensor | None, **attributes: Any) -> Tensor:
     """The same with the caches updated in place: returns the output."""
     return _run(tensors, OperatorAttributes(**attributes), in_place=True)[0]
 
 
 @visual_kv_attention.register_fake
 def _(*tensors: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
-    caches = dict(zip((t.name for t in INPUTS), tensors, strict=True))
+    caches = dict(zip((t.name for t in INPUTS), tensors, strict=False))
     return torch.empty_like(tensors[0]), *(torch.empty_like(caches[name]) for name in CACHE_NAMES)
 
 

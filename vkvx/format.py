@@ -10,7 +10,9 @@ WORD_BITS = 32
 BITS = (1, 2, 4, 8)
 BASELINE_BITS = 16
 """Stands for the unquantised baseline, which stores visual tokens with the text; for a whole model only."""
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd")
+QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
+METRIC_QUANTIZERS = ("shaped",)
+"""Quantisers that need the metrics of keys and values; see ``docs/format.md``."""
 SCORE_CORRECTIONS = ("none", "affine", "expected")
 CACHE_NAMES = ("visual_key", "visual_key_params", "visual_value", "visual_value_params", "text_key", "text_value")
 """Cache tensors of a layer, in the order of the operator's outputs."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from vkvx.errors import OptionError
 from vkvx.format import (
     BITS,
+    METRIC_QUANTIZERS,
     QUANTILE_ALPHA,
     QUANTIZERS,
     SHRINK_KEY,
@@ -78,7 +79,7 @@ def levels(
         x: [..., n, D], any float dtype; the tokens of a group are axis -2.
         mask: [..., n] bool, true for valid tokens; padding never enters the statistics.
         bits: 1, 2, 4 or 8.
-        quantizer: one of ``QUANTIZERS``.
+        quantizer: one of ``QUANTIZERS``, but for those that need a metric (``vkvx.shaping``).
         alpha: tail of ``quantile``, 0 <= alpha < 0.5.
         gamma: factor of ``shrink``.
 
@@ -86,10 +87,12 @@ def levels(
         scale and offset, [..., D] FP16. A constant channel has scale 0 and its value as offset.
 
     Raises:
-        OptionError: for an unknown quantiser or number of bits.
+        OptionError: for an unknown number of bits, or a quantiser that is unknown or needs a metric.
     """
     check_bits(bits)
     check_quantizer(quantizer)
+    if quantizer in METRIC_QUANTIZERS:
+        raise OptionError(f"the quantizer '{quantizer}' needs a metric: use vkvx.shaping")
     valid = mask.unsqueeze(-1)
     count = valid.sum(-2).clamp(min=1).float()
     x = torch.where(valid, sanitize(x), 0.0)
