@@ -43,8 +43,8 @@ class ObservedCache(PackedVisualCache):
         super().__init__(layout)
         self.observer: Observer | None = None
 
-    def _new_call(self, kinds: Tensor) -> CacheCall:
-        return _ObservedCall(self, kinds)
+    def _new_call(self, kinds: Tensor, last: Tensor) -> CacheCall:
+        return _ObservedCall(self, kinds, last)
 
 
 class _ObservedCall(CacheCall):

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+from torch import Tensor
 
 from vkvx.errors import ModelError
 from vkvx.export.decoder import DecoderGraph, decoder_inputs, decoder_outputs
 from vkvx.export.function import attention_function
-from vkvx.export.graph import DTYPES, IR_DTYPES, Traced, build_model, trace
+from vkvx.export.graph import DTYPES, IR_DTYPES, Traced, build_model, fake_weight, trace
+from vkvx.export.metric import compute_metrics
 from vkvx.export.operator import DOMAIN, VERSION, OperatorAttributes
 from vkvx.export.options import ExportOptions, layer_attributes
 from vkvx.export.vision import VisionGraph, vision_outputs
-from vkvx.export.weights import Place, match_parameters
+from vkvx.export.weights import Place, load_tensor, match_parameters
 from vkvx.manifest import Graph, ModelInfo, Progress, Quantization
-from vkvx.models.adapter import Source
-from vkvx.models.checkpoint import StoredTensor
+from vkvx.models.adapter import AttentionWeights, Source
+from vkvx.models.checkpoint import StoredTensor, read_header
 
 IR_VERSION = 10
 """The first that tells functions of one name apart by overload."""
+METRICS_FILE = "vkvx-metrics.safetensors"
+"""FP16 tensors ``key.{layer}`` and ``value.{layer}``, [Hkv, D, D]."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A traced graph, its description for the manifest, and the stored tensor of each of its weights."""
+    """A traced graph, its description for the manifest, and the stored tensor of each of its weights.
+
+    ``metrics`` are initializers that no checkpoint holds, by the name of their tensor in ``METRICS_FILE``.
+    """
 
     traced: Traced
     graph: Graph
     weights: dict[str, StoredTensor]
+    metrics: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class BuiltModel:
     attributes: tuple[OperatorAttributes, ...]
     vision: Built
     decoder: Built
+    metrics: Callable[[], dict[str, Tensor]] | None
+    """Computes the tensors of ``METRICS_FILE`` from the stored weights, one layer at a time."""
 
 
 def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOptions, report: Progress) -> BuiltModel:
@@ -54,10 +65,21 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     attributes = layer_attributes(quantization, info.head_dim**-0.5)
     model = build_model(adapter.model_class(), source.config, options.dtype)
     found = match_parameters(model, stored)
+    metrics: tuple[tuple[Tensor, Tensor], ...] = ()
+    if attributes[0].needs_metrics:
+        size = (info.kv_heads, info.head_dim, info.head_dim)
+        weight = partial(fake_weight, model, size, DTYPES["float16"])
+        metrics = tuple((weight(), weight()) for _ in attributes)
     report("decoder", 0, 1)
     inputs, outputs = decoder_inputs(info, quantization), decoder_outputs(info, quantization)
+    graph = DecoderGraph(model, adapter, attributes, metrics)
+    names = {
+        id(parameter): f"{kind}.{layer}"
+        for kind, parameters in (("key", graph.key_metrics), ("value", graph.value_metrics))
+        for layer, parameter in enumerate(parameters)
+    }
     decoder = trace(
-        DecoderGraph(model, adapter.text_model(model), adapter.head(model), attributes),
+        graph,
         inputs,
         outputs,
         opset=options.opset,
@@ -70,8 +92,26 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     report("vision", 1, 1)
 
     def finish(name: str, traced: Traced, inputs: Any, outputs: Any) -> Built:
-        weights = {weight: found[id(parameter)] for weight, parameter in traced.parameters.items()}
-        return Built(traced, Graph(f"{name}.onnx", options.opset, inputs, outputs), weights)
+        weights, computed = {}, {}
+        for weight, parameter in traced.parameters.items():
+            if id(parameter) in names:
+                computed[weight] = names[id(parameter)]
+            else:
+                weights[weight] = found[id(parameter)]
+        return Built(traced, Graph(f"{name}.onnx", options.opset, inputs, outputs), weights, computed)
+
+    def compute() -> dict[str, Tensor]:
+        dtype = DTYPES[options.dtype]
+
+        def load(parameter: Any) -> Any:
+            return None if parameter is None else load_tensor(found[id(parameter)], dtype)
+
+        layers = (
+            AttentionWeights(*(load(parameter) for parameter in vars(adapter.attention_weights(model, i)).values()))
+            for i in range(info.layers)
+        )
+        keys, values = compute_metrics(layers, adapter.rotary_embedding(model), info)
+        return {f"{kind}.{i}": t for kind, all_ in (("key", keys), ("value", values)) for i, t in enumerate(all_)}
 
     return BuiltModel(
         info,
@@ -79,6 +119,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
         attributes,
         finish("vision", vision, pixels, embeds),
         finish("decoder", decoder, inputs, outputs),
+        compute if metrics else None,
     )
 
 
@@ -88,6 +129,21 @@ def refer(built: Built, places: Mapping[StoredTensor, Place], dtype: str) -> Non
         place = places[tensor]
         built.traced.model.graph.initializers[name].const_value = ir.ExternalTensor(
             place.file, place.offset, place.length, IR_DTYPES[dtype], shape=ir.Shape(tensor.shape), name=name
+        )
+
+
+def write_metrics(model: BuiltModel, directory: Path) -> None:
+    """Compute the metrics, write them to ``METRICS_FILE``, and make the decoder's initializers point to them."""
+    if model.metrics is None:
+        return
+    from safetensors.torch import save
+
+    path = directory / METRICS_FILE
+    path.write_bytes(save(model.metrics()))
+    stored = read_header(path)
+    for name, tensor in ((name, stored[key]) for name, key in model.decoder.metrics.items()):
+        model.decoder.traced.model.graph.initializers[name].const_value = ir.ExternalTensor(
+            path.name, tensor.offset, tensor.length, ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape), name=name
         )
 
 

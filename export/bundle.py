@@ -81,7 +81,7 @@ def _check_room(directory: Path, stored: Mapping[str, StoredTensor], dtype: str)
 
 
 def _write(directory: Path, model: BuiltModel, processor: Any, report: Progress) -> Manifest:
-    from vkvx.export.build import operator_functions, refer, write_graph
+    from vkvx.export.build import operator_functions, refer, write_graph, write_metrics
     from vkvx.export.weights import place_weights, plan_weights
 
     graphs = (model.vision, model.decoder)
@@ -96,6 +96,7 @@ def _write(directory: Path, model: BuiltModel, processor: Any, report: Progress)
 
     places, files = place_weights(plan, tensors, directory, count)
     report("finish", 0, 1)
+    write_metrics(model, directory)
     for built in graphs:
         refer(built, places, model.info.dtype)
         functions = operator_functions(built, model) if built is model.decoder else []

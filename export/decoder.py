@@ -16,9 +16,11 @@ from vkvx.errors import ModelError
 from vkvx.export import (
     torch_op,  # noqa: F401 (registers the operator)
 )
+from vkvx.export.metric import rotation
 from vkvx.export.operator import OperatorAttributes
 from vkvx.format import CACHE_NAMES
 from vkvx.manifest import ModelInfo, Quantization, TensorSpec, layer_caches
+from vkvx.models.adapter import Adapter
 
 IMPLEMENTATION = "vkvx"
 
@@ -42,8 +44,11 @@ class Attention:
         visual_count: Tensor,
         text_count: Tensor,
         caches: Sequence[Tensor],
+        metrics: Sequence[Sequence[Tensor]],
     ) -> None:
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none."""
         self.attributes = attributes
+        self.metrics = metrics
         self.indices = indices
         self.visual_count, self.text_count = visual_count, text_count
         self.caches = [caches[i : i + len(CACHE_NAMES)] for i in range(0, len(caches), len(CACHE_NAMES))]
@@ -56,6 +61,7 @@ class Attention:
             *(query, key, value),
             *self.indices,
             *(*visual, self.visual_count, *text, self.text_count),
+            *self.metrics[layer],
             **self.attributes[layer].to_dict(),
         )
         self.presents[layer] = present
@@ -90,15 +96,27 @@ def _attention_function(
 class DecoderGraph(nn.Module):
     """The decoder as one function of a call's arrays and the caches; runs eagerly and can be exported.
 
-    ``attributes`` holds the operator's attributes of each layer. ``model`` is set to the attention function ``vkvx``.
+    ``attributes`` holds the operator's attributes of each layer, ``metrics`` the key and value metric of each layer if
+    the quantiser needs them. ``model`` is set to the attention function ``vkvx``.
     """
 
-    def __init__(self, model: Any, text_model: nn.Module, head: nn.Module, attributes: Sequence[OperatorAttributes]):
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        attributes: Sequence[OperatorAttributes],
+        metrics: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
         super().__init__()
         use_attention_function(model)
-        self.text_model = text_model
-        self.head = head
+        self.text_model = adapter.text_model(model)
+        self.rotary = adapter.rotary_embedding(model)
+        self.head = adapter.head(model)
         self.attributes = tuple(attributes)
+        # Parameters, so that the exporter takes them for weights.
+        self.key_metrics, self.value_metrics = (
+            nn.ParameterList(nn.Parameter(pair[i], requires_grad=False) for pair in metrics) for i in range(2)
+        )
 
     def forward(
         self,
@@ -116,7 +134,8 @@ class DecoderGraph(nn.Module):
         """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches."""
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         embeds = place_embeds(embeds, visual_embeds, visual_index)
-        attention = Attention(self.attributes, (visual_index, text_index, slot), visual_count, text_count, caches)
+        indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
+        attention = Attention(self.attributes, indices, visual_count, text_count, caches, metrics)
         hidden = self.text_model(
             inputs_embeds=embeds, position_ids=position_ids, use_cache=False, vkvx_attention=attention
         ).last_hidden_state
@@ -128,6 +147,14 @@ class DecoderGraph(nn.Module):
         logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last)).float()
         counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, caches[4].shape[2])
         return logits, *counts, *(tensor for present in attention.presents for tensor in present)
+
+    def _metrics(self, position_ids: Tensor, last_index: Tensor) -> list[tuple[Tensor, ...]]:
+        """Metrics of each layer, and the rotation at the row's last position, which all share."""
+        if not self.key_metrics:
+            return [()] * len(self.attributes)
+        last = position_ids.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
+        turn = rotation(self.rotary, last)
+        return [(key, value, turn) for key, value in zip(self.key_metrics, self.value_metrics, strict=True)]
 
     def _updated_counts(
         self,

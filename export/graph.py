@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vkvx.errors import ModelError, VkvxError
@@ -51,6 +51,12 @@ def build_model(model_class: Any, config: Any, dtype: str) -> Any:
     model.tie_weights()
     _compute_buffers(model, model)
     return model.requires_grad_(False)
+
+
+def fake_weight(model: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor without memory beside the weights of ``model``, for one that is computed after the export."""
+    with next(p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)):
+        return torch.empty(tuple(shape), dtype=dtype)
 
 
 def _compute_buffers(module: nn.Module, owner: Any) -> None:

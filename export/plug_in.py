@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.export.decoder import IMPLEMENTATION, use_attention_function
+from vkvx.export.metric import model_metrics
 from vkvx.export.options import ExportOptions, layer_attributes
 from vkvx.export.torch_cache import PADDING, TEXT, VISUAL, CacheLayout, PackedVisualCache
 from vkvx.manifest import FLOAT_DTYPES
@@ -112,11 +113,9 @@ class VisualCacheHandle:
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if given.get("pixel_values") is not None or encoded is not None:
             kinds[valid & (ids.cpu() == self.layout.info.image_token_id)] = VISUAL
-        if given.get("position_ids") is None:
-            # Rows count their own tokens, as generate() has it: padding does not shift what follows.
-            known = cache.mask.sum(1, keepdim=True) if cache.is_initialized else 0
-            given["position_ids"] = (valid.cumsum(1) - 1 + known).clamp(min=0).to(ids.device)
-        call = cache.begin(kinds)
+        if given.get("position_ids") is None:  # count as generate() does
+            given["position_ids"] = cache.positions(kinds).to(ids.device)
+        call = cache.begin(kinds, given["position_ids"])
         use_cache = given.get("use_cache")
         if use_cache is None:
             use_cache = model.config.text_config.use_cache
@@ -161,7 +160,9 @@ def _layout(model: Any, options: ExportOptions) -> CacheLayout:
     if info.tokens_per_picture is None:
         raise ModelError(f"pictures of varying size are not supported in torch; export {info.name} instead")
     quantization = options.resolve(info.layers, info.tokens_per_picture)
-    return CacheLayout(info, quantization, layer_attributes(quantization, info.head_dim**-0.5))
+    attributes = layer_attributes(quantization, info.head_dim**-0.5)
+    metrics = model_metrics(adapter, model, info) if attributes[0].needs_metrics else None
+    return CacheLayout(info, quantization, attributes, metrics)
 
 
 def _new_part_of_mask(mask: Tensor | None, ids: Tensor, cache: PackedVisualCache) -> Tensor:

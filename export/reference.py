@@ -12,6 +12,7 @@ from torch import Tensor
 from vkvx.errors import ModelError
 from vkvx.export.decoder import DecoderGraph, decoder_inputs
 from vkvx.export.graph import DTYPES
+from vkvx.export.metric import model_metrics
 from vkvx.export.options import layer_attributes
 from vkvx.export.vision import VisionGraph
 from vkvx.manifest import Manifest
@@ -33,7 +34,11 @@ class TorchReference:
         adapter, info, dtype = source.adapter, manifest.model, DTYPES[manifest.model.dtype]
         model = load_model(source, dtype)
         attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
-        self._decoder = DecoderGraph(model, adapter.text_model(model), adapter.head(model), attributes)
+        metrics: tuple[tuple[Tensor, Tensor], ...] = ()
+        if attributes[0].needs_metrics:
+            found = model_metrics(adapter, model, info)
+            metrics = tuple(zip(found.key, found.value, strict=True))
+        self._decoder = DecoderGraph(model, adapter, attributes, metrics)
         self._vision = VisionGraph(model, adapter, dtype)
         self._inputs = decoder_inputs(info, manifest.quantization)
 

@@ -6,7 +6,7 @@ and values through. Shapes and symbols are those of ``docs/format.md``; row b of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.export import (
     torch_op,  # noqa: F401 (registers the operator)
 )
+from vkvx.export.metric import Metrics
 from vkvx.export.operator import OperatorAttributes
 from vkvx.format import CACHE_NAMES, TILE
 from vkvx.manifest import ModelInfo, Quantization, layer_caches
@@ -29,11 +30,15 @@ MIN_SPARE_ROWS = 64
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What the caches of a model look like: its shapes, the quantisation, and the operator's attributes by layer."""
+    """What the caches of a model look like: its shapes, the quantisation, and the operator's attributes by layer.
+
+    ``metrics`` are there if the quantiser needs them; they follow from the model.
+    """
 
     info: ModelInfo
     quantization: Quantization
     attributes: tuple[OperatorAttributes, ...]
+    metrics: Metrics | None = field(default=None, compare=False)
 
 
 class PackedVisualCache(Cache):
@@ -59,8 +64,10 @@ class PackedVisualCache(Cache):
 
     # What a forward call of the model does
 
-    def begin(self, kinds: Tensor) -> CacheCall:
-        """Prepare a forward call that feeds positions of these kinds, UINT8 [B, S] on the CPU; makes room for them.
+    def begin(self, kinds: Tensor, positions: Tensor | None = None) -> CacheCall:
+        """Prepare a forward call that feeds tokens of these kinds, UINT8 [B, S] on the CPU; makes room for them.
+
+        ``positions``, [B or 1, S], are those of the rotary embedding; without them each row counts its own tokens.
 
         Raises InputError for another number of rows than the cache has, or a row whose visual tokens are not whole
         pictures.
@@ -69,7 +76,10 @@ class PackedVisualCache(Cache):
             self._clear(len(kinds))
         elif len(kinds) != len(self._kinds):
             raise InputError(f"the cache holds {len(self._kinds)} rows, the call has {len(kinds)}; give as many")
-        call = self._new_call(kinds)
+        if positions is None:
+            positions = self.positions(kinds)
+        last = positions.cpu().expand(len(kinds), -1).masked_fill(kinds == PADDING, 0).amax(1)
+        call = self._new_call(kinds, last)
         missing = call.visual_count.shape[1] - self._visual_count.shape[1]
         self._visual_count = pad(self._visual_count, (0, missing))
         needed = int(call.text_count.max())
@@ -78,8 +88,14 @@ class PackedVisualCache(Cache):
         self._running = call
         return call
 
-    def _new_call(self, kinds: Tensor) -> CacheCall:
-        return CacheCall(self, kinds)
+    def _new_call(self, kinds: Tensor, last: Tensor) -> CacheCall:
+        return CacheCall(self, kinds, last)
+
+    def positions(self, kinds: Tensor) -> Tensor:
+        """Positions INT64 [B, S] of new tokens if every row counts its own: padding does not shift what follows."""
+        valid = kinds != PADDING
+        known = self.mask.sum(1, keepdim=True) if self.get_seq_length() else 0
+        return (valid.cumsum(1) - 1 + known).clamp(min=0)
 
     def finish(self, call: CacheCall, *, succeeded: bool) -> None:
         """End a forward call; its tokens are in the cache if it succeeded, otherwise the cache is as before it.
@@ -255,8 +271,10 @@ class CacheCall:
     ``kinds`` is UINT8 [B, S]; the counts INT32 [B, groups needed] and [B] are those after the call, on the CPU.
     """
 
-    def __init__(self, cache: PackedVisualCache, kinds: Tensor) -> None:
+    def __init__(self, cache: PackedVisualCache, kinds: Tensor, last: Tensor) -> None:
+        """``last``, [B], is the position of each row's last token."""
         layout = cache.layout
+        self._last = last
         self.attributes = layout.attributes
         self.kinds = kinds
         self.layers_done: set[int] = set()
@@ -292,6 +310,7 @@ class CacheCall:
         else:
             self.text_count = cache._text_count + (kinds != PADDING).sum(1, dtype=torch.int32)
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._rotations: dict[torch.device, Tensor] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of a layer and storage of its new tokens: query [B, Hq, S, D], key, value [B, Hkv, S, D]."""
@@ -300,10 +319,20 @@ class CacheCall:
         output = torch.ops.vkvx.visual_kv_attention_(
             *(query, key, value, visual_index, text_index, slot),
             *(*tensors[:4], visual_count, *tensors[4:], text_count),
+            *self._metrics(layer, key.device),
             **self.attributes[layer].to_dict(),
         )
         self.layers_done.add(layer)
         return output
+
+    def _metrics(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The operator's further inputs if the quantiser needs metrics."""
+        metrics = self.cache.layout.metrics
+        if metrics is None:
+            return ()
+        if device not in self._rotations:
+            self._rotations[device] = metrics.rotation(self._last.to(device))
+        return metrics.key[layer], metrics.value[layer], self._rotations[device]
 
     def _inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """Indices, slots and the counts before the call, on a layer's device."""

@@ -198,6 +198,12 @@ def _write_shard(
     return FileInfo(start + end, digest.hexdigest())
 
 
+def load_tensor(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A stored tensor in memory, converted. Raises ModelError if its file is truncated or ``dtype`` cannot hold it."""
+    values = bytearray(b"".join(_converted(tensor, dtype)))
+    return torch.frombuffer(values, dtype=dtype).reshape(tensor.shape)
+
+
 def _converted(tensor: StoredTensor, dtype: torch.dtype) -> Iterable[bytes]:
     """The tensor's bytes in another dtype, block by block."""
     stored = _STORED_DTYPES[tensor.dtype]

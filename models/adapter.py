@@ -30,6 +30,20 @@ class Source:
     trust_remote_code: bool = False
 
 
+@dataclass(frozen=True)
+class AttentionWeights:
+    """What stands before the queries and after the attention of a layer: parameters of the model, or their values.
+
+    ``query`` is [Hq * D, hidden], ``query_bias`` [Hq * D] or None, ``norm`` [hidden] the weight of the norm before the
+    projection, ``output`` [hidden, Hq * D].
+    """
+
+    query: Tensor
+    query_bias: Tensor | None
+    norm: Tensor
+    output: Tensor
+
+
 class Adapter(ABC):
     """One model family. ``config`` and ``model`` are the family's transformers objects."""
 
@@ -55,6 +69,14 @@ class Adapter(ABC):
     @abstractmethod
     def image_embeds(self, model: Any, *pixel_inputs: Tensor) -> Tensor:
         """Embeddings [tokens of all pictures, hidden] of the pictures in ``pixel_inputs``."""
+
+    @abstractmethod
+    def attention_weights(self, model: Any, layer: int) -> AttentionWeights:
+        """The weights around the attention of a decoder layer."""
+
+    @abstractmethod
+    def rotary_embedding(self, model: Any) -> nn.Module:
+        """The decoder's rotary embedding: from a tensor and positions [B, S] to cosine and sine [B, S, D]."""
 
     def model_class(self) -> Any:
         """The transformers class of the model."""

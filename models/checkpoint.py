@@ -42,14 +42,14 @@ def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     index = directory / INDEX_FILE
     if index.is_file():
         places = _read_index(index)
-        files = {name: _read_header(directory / name) for name in sorted(set(places.values()))}
+        files = {name: read_header(directory / name) for name in sorted(set(places.values()))}
         for name, file in places.items():
             if name not in files[file]:
                 raise ModelError(f"{directory / file} lacks the tensor {name} that its index names; download it again")
         return {name: files[file][name] for name, file in places.items()}
     single = directory / SINGLE_FILE
     if single.is_file():
-        return _read_header(single)
+        return read_header(single)
     raise ModelError(
         f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}; "
         "download its weights, or convert other formats with save_pretrained of transformers"
@@ -67,7 +67,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return places
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Tensors of one file, once the file is known to hold every byte that its header promises."""
     try:
         size = path.stat().st_size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vkvx.errors import ModelError
 from vkvx.format import WORD_BITS
 from vkvx.manifest import ModelInfo, TensorSpec
-from vkvx.models.adapter import Adapter, Source
+from vkvx.models.adapter import Adapter, AttentionWeights, Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,6 +97,19 @@ class LlavaAdapter(Adapter):
     def text_model(self, model: Any) -> nn.Module:
         """The Llama-like decoder."""
         return model.model.language_model
+
+    def attention_weights(self, model: Any, layer: int) -> AttentionWeights:
+        """Llama, Mistral and Qwen2 name them alike."""
+        layers: Any = self.text_model(model).layers
+        block = layers[layer]
+        attention = block.self_attn
+        return AttentionWeights(
+            attention.q_proj.weight, attention.q_proj.bias, block.input_layernorm.weight, attention.o_proj.weight
+        )
+
+    def rotary_embedding(self, model: Any) -> nn.Module:
+        """One for all layers."""
+        return self.text_model(model).rotary_emb  # type: ignore[return-value]
 
     def image_embeds(self, model: Any, *pixel_inputs: Tensor) -> Tensor:
         """Tower, choice of features, projector: as ``get_image_features``, which cannot be traced for any P."""

@@ -36,7 +36,7 @@ class Decoder:
         q = ExportOptions(**options).resolve(self.info.layers, self.info.tokens_per_picture)
         attributes = layer_attributes(q, self.info.head_dim**-0.5)
         adapter = source.adapter
-        self.graph = DecoderGraph(model, adapter.text_model(model), adapter.head(model), attributes)
+        self.graph = DecoderGraph(model, adapter, attributes)
         packed = q.key_bits[0] != 16
         tiles = groups * q.group_size // 128 if packed else 0
         groups = groups if packed else 0
