@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vkvx.errors import ModelError
 from vkvx.export.graph import trace
-from vkvx.export.operator import INPUTS, NAME, OUTPUTS, OperatorAttributes
+from vkvx.export.operator import INPUTS, METRIC_INPUTS, NAME, OUTPUTS, OperatorAttributes
 from vkvx.export.options import layer_attributes
 from vkvx.export.reference import load_reference
 from vkvx.export.schema import operator_schema
@@ -200,7 +200,9 @@ def test_baseline_in_onnxruntime(checkpoint: Path, baseline_bundle: Path) -> Non
 
 def test_schema_is_the_definition_table() -> None:
     schema = operator_schema()
-    assert [entry.name for entry in schema.inputs] == [entry.name for entry in INPUTS]
+    assert [entry.name for entry in schema.inputs] == [entry.name for entry in (*INPUTS, *METRIC_INPUTS)]
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    assert [entry.name for entry in schema.inputs if entry.option == optional] == [t.name for t in METRIC_INPUTS]
     assert [entry.name for entry in schema.outputs] == [entry.name for entry in OUTPUTS]
     defaults = {name: onnx.helper.get_attribute_value(entry.default_value) for name, entry in schema.attributes.items()}
     expected = OperatorAttributes().to_dict()

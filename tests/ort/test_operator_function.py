@@ -15,16 +15,18 @@ from vkvx.errors import OptionError
 from vkvx.export import operator
 from vkvx.export.function import attention_function
 
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd")
+QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
 
 
 @pytest.mark.parametrize("float_type", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("bits", [1, 4, 16])
-def test_the_model_is_valid(float_type: str, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "quantizer"), [(1, "lloyd"), (4, "lloyd"), (2, "shaped"), (16, "lloyd")])
+def test_the_model_is_valid(float_type: str, bits: int, quantizer: str) -> None:
     dims = Dims(float_type=float_type)
-    model = model_for(attributes_for(bits, bits), dims)
+    model = model_for(attributes_for(bits, bits, quantizer=quantizer), dims)
     onnx.checker.check_model(model, full_check=True)
     function = model.functions[0]
+    inputs = [*operator.INPUTS, *(operator.METRIC_INPUTS if quantizer == "shaped" else ())]
+    assert list(function.input) == [t.name for t in inputs]
     assert list(function.attribute) == list(operator.OperatorAttributes().to_dict())
     names = [node.name for node in all_nodes(function.node)]
     assert all(names)
@@ -109,6 +111,7 @@ KERNELS = {
     "Identity": "*",
     "If": "*",
     "Reshape": "*",
+    "Scan": "*",
     "ScatterND": "*",
     "Shape": "*",
     "Slice": "*",

@@ -149,13 +149,43 @@ def test_visual_caches_beside_16_bits_are_refused() -> None:
         run_op(named, baseline)
 
 
+@pytest.mark.parametrize(("quantizer", "others"), [("shaped", "lloyd"), ("lloyd", "shaped")])
+def test_metrics_go_with_the_quantisers_that_need_them(quantizer: str, others: str) -> None:
+    attributes, dims = attributes_for(1, 1, quantizer=quantizer), Dims(slots=3)
+    rng = np.random.default_rng(0)
+    inputs = new_call([(1, "t2 p4")], empty_state(dims, attributes, rng), dims, attributes, rng)
+    run_op(tensors(inputs), attributes)
+    with pytest.raises(OptionError, match=r"(needs|takes no) key_metric, value_metric, rotation"):
+        run_op(tensors(inputs), attributes_for(1, 1, quantizer=others))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("key_metric", _part("key_metric", 0, 1)),
+        ("key_metric", _cast("key_metric", torch.float32)),
+        ("value_metric", _part("value_metric", 2, 16)),
+        ("rotation", _part("rotation", 0, 1)),
+        ("rotation", _part("rotation", 1, 1)),
+        ("rotation", _cast("rotation", torch.float16)),
+    ],
+)
+def test_metrics_of_another_shape_or_type_are_refused(name: str, wrong: Callable[[dict[str, Tensor]], Tensor]) -> None:
+    attributes, dims = attributes_for(2, 2, quantizer="shaped"), Dims(slots=3)
+    rng = np.random.default_rng(0)
+    named = tensors(new_call([(1, "t2 p4"), (0, "t3")], empty_state(dims, attributes, rng), dims, attributes, rng))
+    named[name] = wrong(named)
+    with pytest.raises(OptionError, match=f"^{name} must be"):
+        run_op(named, attributes)
+
+
 # --- as a torch op ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [1, 16])
+@pytest.mark.parametrize(("bits", "quantizer"), [(1, "lloyd"), (1, "shaped"), (16, "lloyd")])
 @pytest.mark.parametrize("op", ["visual_kv_attention", "visual_kv_attention_"])
-def test_opcheck(op: str, bits: int) -> None:
-    attributes, dims = attributes_for(bits, bits), Dims(slots=3)
+def test_opcheck(op: str, bits: int, quantizer: str) -> None:
+    attributes, dims = attributes_for(bits, bits, quantizer=quantizer), Dims(slots=3)
     rng = np.random.default_rng(0)
     state = empty_state(dims, attributes, rng)
     for name in CACHES:  # opcheck compares caches before and after with ==, which NaN fails
