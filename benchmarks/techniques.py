@@ -240,7 +240,7 @@ def _all(x: Tensor) -> Tensor:
 
 
 def _as_codes(x: Tensor) -> quantization.Quantized:
-    """Dequantised [..., n, D] as codes of scale 1, for functions of the product that compare these with the original."""
+    """Dequantised [..., n, D] as codes of scale 1, for functions of the product that compare with the original."""
     one = torch.ones_like(x[..., 0, :], dtype=torch.float16)
     return quantization.Quantized(x, one, torch.zeros_like(one))
 
