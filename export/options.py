@@ -23,7 +23,7 @@ from vkvx.format import (
 from vkvx.manifest import FLOAT_DTYPES, Quantization
 
 OPSETS = range(17, 24)
-DEFAULT_QUANTIZER, DEFAULT_SCORE_CORRECTION = "lloyd", "expected"
+DEFAULT_QUANTIZER, DEFAULT_SCORE_CORRECTION = "shaped", "expected"
 DEFAULT_TAU = DEFAULT_CORRECTION_LIMIT = 3.0
 _DEFAULTS = {"quantizer": DEFAULT_QUANTIZER, "score_correction": DEFAULT_SCORE_CORRECTION}
 _NUMBERS = {

@@ -16,7 +16,7 @@ from vkvx.export.function.attention import attend
 from vkvx.export.function.builder import Builder
 from vkvx.export.function.call import Shape, read_call
 from vkvx.export.function.visual import VisualCache
-from vkvx.export.operator import DOMAIN, INPUTS, NAME, OUTPUTS, OperatorAttributes
+from vkvx.export.operator import DOMAIN, NAME, OUTPUTS, OperatorAttributes
 from vkvx.format import CACHE_NAMES, WORD_BITS
 
 DTYPES = {
@@ -39,8 +39,9 @@ def attention_function(
 ) -> onnx.FunctionProto:
     """Build the function ``vkvx::VisualKVAttention`` for one set of attributes.
 
-    Inputs and outputs are those of the definition table (``vkvx.export.operator``), the updated caches being named
-    ``present_*``. All attributes are declared, so that nodes may carry them for plugins; the body holds their values.
+    Inputs (``attributes.inputs``) and outputs are those of the definition table (``vkvx.export.operator``), the updated
+    caches being named ``present_*``. All attributes are declared, so that nodes may carry them for plugins; the body
+    holds their values.
 
     Args:
         attributes: of the nodes that refer to this function.
@@ -80,7 +81,7 @@ def attention_function(
     return helper.make_function(
         DOMAIN,
         NAME,
-        [t.name for t in INPUTS],
+        [t.name for t in attributes.inputs],
         outputs,
         b.nodes,
         [helper.make_opsetid("", opset)],

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from onnx import helper
 
-from vkvx.export.function.builder import FLOAT, FLOAT16, INT32, INT64, Builder, Value
+from vkvx.export.function.builder import FLOAT, FLOAT16, INT32, INT64, Builder, Typed, Value
 from vkvx.export.function.call import FAR, Call, Placement, Shape, indices, place
 from vkvx.export.function.pack import bit_planes, pack_keys, pack_values
-from vkvx.export.function.quantize import Quantizer, center, encode, levels
+from vkvx.export.function.quantize import Quantizer, center, quantize, residual_rms
+from vkvx.export.function.shape import read_metrics, shape_pair, shaped_rms
 from vkvx.export.operator import OperatorAttributes
 from vkvx.format import TILE, WORD_BITS
 
@@ -74,11 +75,11 @@ def append_visual(b: Builder, shape: Shape, attributes: OperatorAttributes, call
             b.add("ScatterND", [params, results["groups"], results[params]], [f"present_{params}"])
 
 
-def _no_updates(b: Builder, shape: Shape, attributes: OperatorAttributes) -> list[tuple[Value, int, int]]:
+def _no_updates(b: Builder, shape: Shape, attributes: OperatorAttributes) -> list[Typed]:
     """Empty tensors of the types and ranks of ``_quantized_updates``."""
     heads, tiles, dim = shape.kv_heads, shape.tiles, shape.head_dim
 
-    def empty(elem_type: int, *dims: int) -> tuple[Value, int, int]:
+    def empty(elem_type: int, *dims: int) -> Typed:
         value = helper.make_tensor("value", elem_type, [1], [0])
         return b.op("ConstantOfShape", list(dims), value=value), elem_type, len(dims)
 
@@ -92,9 +93,7 @@ def _no_updates(b: Builder, shape: Shape, attributes: OperatorAttributes) -> lis
     ]
 
 
-def _quantized_updates(
-    b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call, dtype: int
-) -> list[tuple[Value, int, int]]:
+def _quantized_updates(b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call, dtype: int) -> list[Typed]:
     """Where to write tiles and groups, and what: (value, type, rank), in the order of ``_UPDATES``."""
     size = shape.group_size
     index = b.reshape(b.cast("visual_index", INT64), [0, -1, size])
@@ -111,19 +110,30 @@ def _quantized_updates(
         (indices(b, shape, placement.row, placement.target), INT64, 4),
     ]
     a = attributes
-    for name, quantizer, pack in (
-        ("key", Quantizer(a.quantizer, a.key_bits, a.quantile_alpha_key, a.shrink_key), pack_keys),
-        ("value", Quantizer(a.quantizer, a.value_bits, a.quantile_alpha_value, a.shrink_value), pack_values),
+    pair = []
+    for name, quantizer in (
+        ("key", Quantizer(a.quantizer, a.key_bits, a.quantile_alpha_key, a.shrink_key)),
+        ("value", Quantizer(a.quantizer, a.value_bits, a.quantile_alpha_value, a.shrink_value)),
     ):
         with b.scope(name):
             x = b.op("GatherND", name, tokens)
-            groups = center(b, x if dtype == FLOAT else b.cast(x, FLOAT), weight, size)
-            scale, offset = levels(b, groups, quantizer)
-            codes, rms = encode(b, groups, quantizer, scale, offset)
-            words = pack(b, shape, bit_planes(b, codes, quantizer.bits))
+            pair.append((center(b, x if dtype == FLOAT else b.cast(x, FLOAT), weight, size), quantizer))
+    if a.needs_metrics:
+        metrics = read_metrics(b, shape.head_dim, placement.batch)
+        key, value = shape_pair(b, shape.head_dim, pair, metrics)
+        rms = shaped_rms(b, pair[0][0], key, metrics[0])
+    else:
+        key, value = (quantize(b, groups, quantizer) for groups, quantizer in pair)
+        rms = residual_rms(b, pair[0][0], key)
+    for name, encoded, bits, pack, more in (
+        ("key", key, a.key_bits, pack_keys, [rms]),
+        ("value", value, a.value_bits, pack_values, []),
+    ):
+        with b.scope(name):
+            words = pack(b, shape, bit_planes(b, encoded.codes, bits))
             old = _old(b, f"visual_{name}", placement, tiles)
             outputs.append((b.op("Where", placement.fits, words, old), INT32, 7))
-            params = b.op("Concat", *([scale, offset, rms] if name == "key" else [scale, offset]), axis=3)
+            params = b.op("Concat", encoded.scale, encoded.offset, *more, axis=3)
             old = b.cast(_old(b, f"visual_{name}_params", placement, placement.target), FLOAT)
             params = b.op("Where", placement.fits, b.cast(params, FLOAT), old)
             outputs.append((b.cast(params, FLOAT16), FLOAT16, 5))

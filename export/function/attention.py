@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vkvx.export.function.builder import FLOAT, Builder, Value
+from vkvx.export.function.builder import FLOAT, FLOAT16, Builder, Value
 from vkvx.export.function.call import Call, Shape
+from vkvx.export.function.quantize import FP16_MAX
 from vkvx.export.function.visual import VisualCache
 from vkvx.export.operator import OperatorAttributes
 
@@ -44,6 +45,9 @@ def attend(
             output = b.op("MatMul", weights, rows)
         output = b.reshape(output, [0, shape.query_heads, -1, shape.head_dim])
         output = b.op("Where", is_token, output, 0.0)
+        if dtype == FLOAT16:
+            # A mean of levels can lie a little beyond the largest FP16 number.
+            output = b.op("Clip", output, -FP16_MAX, FP16_MAX)
         return output if dtype == FLOAT else b.cast(output, dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -12,6 +12,8 @@ from onnx import helper, numpy_helper
 
 Value: TypeAlias = str
 Operand: TypeAlias = "Value | int | float | Sequence[int] | np.ndarray | np.generic"
+Typed: TypeAlias = tuple[Value, int, int]
+"""A value, its element type and rank."""
 
 FLOAT = onnx.TensorProto.FLOAT
 FLOAT16 = onnx.TensorProto.FLOAT16
@@ -123,10 +125,36 @@ class Builder:
         return self.op("MatMul", a, self.transpose(b, *range(rank - 2), rank - 1, rank - 2))
 
     def branch(self) -> Builder:
-        """A builder for a branch of an If: it sees the values of this one."""
+        """A builder for a branch of an If or the body of a Scan: it sees the values of this one."""
         return Builder(self.opset, self)
 
-    def graph(self, name: str, outputs: Sequence[tuple[Value, int, int]]) -> onnx.GraphProto:
-        """The nodes as a subgraph whose outputs are (value, element type, rank)."""
-        infos = [helper.make_tensor_value_info(v, dtype, [None] * rank) for v, dtype, rank in outputs]
-        return helper.make_graph(self.nodes, name, [], infos)
+    def graph(self, name: str, outputs: Sequence[Typed], inputs: Sequence[Typed] = ()) -> onnx.GraphProto:
+        """The nodes as a subgraph."""
+
+        def infos(values: Sequence[Typed]) -> list[onnx.ValueInfoProto]:
+            return [helper.make_tensor_value_info(v, dtype, [None] * rank) for v, dtype, rank in values]
+
+        return helper.make_graph(self.nodes, name, infos(inputs), infos(outputs))
+
+    def scan(
+        self,
+        name: str,
+        state: Typed,
+        sequences: Mapping[str, Typed],
+        body: Callable[[Builder, Value, dict[str, Value]], list[Typed]],
+    ) -> list[Value]:
+        """A Scan with one state over the first axis of ``sequences``.
+
+        ``body`` adds the nodes of one step to a builder, from the state and the step's entry of each sequence, and
+        returns the new state and what to collect along a new first axis. The result is the last state and these.
+        """
+        inner = self.branch()
+        with self.scope(name):
+            names = {key: inner._name(key) for key in ("state", *sequences)}
+            step = [(names[key], dtype, rank - 1) for key, (_, dtype, rank) in sequences.items()]
+            outputs = body(inner, names["state"], {key: names[key] for key in sequences})
+            graph = inner.graph(name, outputs, [(names["state"], *state[1:]), *step])
+            results = [self._name("Scan") for _ in outputs]
+        operands = [state[0], *(value for value, _, _ in sequences.values())]
+        self.add("Scan", operands, results, body=graph, num_scan_inputs=len(sequences))
+        return results

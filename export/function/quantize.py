@@ -16,7 +16,7 @@ LLOYD_ITERATIONS = 8
 FP16_MAX = 65504.0
 _BEYOND = 2.0**18
 """More than the distance of any two sanitised values."""
-_NO_STEP = 1e30
+NO_STEP = 1e30
 """Divisor that turns any sanitised value into code 0."""
 
 
@@ -51,6 +51,15 @@ class Groups:
     group_size: int
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Quantised groups."""
+
+    codes: Value  # [B, Hkv, g, group_size, D] FP32, 0 on padding
+    scale: Value  # FP16
+    offset: Value  # FP16
+
+
 def center(b: Builder, x: Value, weight: Value, group_size: int) -> Groups:
     """Sanitise groups of tokens (padding may be anything) and take their mean, minimum and maximum."""
     x = b.op("Where", b.op("IsNaN", x), 0.0, x)
@@ -65,8 +74,9 @@ def center(b: Builder, x: Value, weight: Value, group_size: int) -> Groups:
 
 
 def levels(b: Builder, groups: Groups, quantizer: Quantizer) -> tuple[Value, Value]:
-    """Scale and offset of each channel, FP16."""
+    """Scale and offset of each channel, FP16; of ``shaped`` those it starts from, Lloyd's."""
     low, high, mean = groups.low, groups.high, groups.mean
+    is_lloyd = quantizer.name in ("lloyd", "shaped")
     varies = b.op("Greater", high, low)
     if quantizer.name == "quantile":
         low, high = _quantiles(b, groups, quantizer.alpha)
@@ -74,10 +84,10 @@ def levels(b: Builder, groups: Groups, quantizer: Quantizer) -> tuple[Value, Val
         low, high = (
             b.op("Sub", b.op("Mul", b.op("Add", end, mean), float(quantizer.gamma)), mean) for end in (low, high)
         )
-    elif quantizer.name == "lloyd" and quantizer.bits == 1:
+    elif is_lloyd and quantizer.bits == 1:
         low, high = _lloyd_two_levels(b, groups)
     scale = b.op("Div", b.op("Sub", high, low), quantizer.top)
-    if quantizer.name == "lloyd" and quantizer.bits > 1:
+    if is_lloyd and quantizer.bits > 1:
         low, scale = _lloyd_uniform(b, groups, low, scale, quantizer.top)
     scale = b.op("Clip", b.op("Where", varies, scale, 0.0), 0.0, FP16_MAX)
     scale = b.cast(scale, FLOAT16)
@@ -160,13 +170,29 @@ def _or_one(b: Builder, condition: Value, x: Value, count: Value) -> Value:
     return b.op("Where", condition, b.op("Div", x, count), 1.0)
 
 
-def encode(b: Builder, groups: Groups, quantizer: Quantizer, scale: Value, offset: Value) -> tuple[Value, Value]:
-    """Codes [B, Hkv, g, group_size, D] FP32, 0 on padding, and the RMS of what they leave over [B, Hkv, g, 1, D]."""
+def nearest(b: Builder, groups: Groups, quantizer: Quantizer, scale: Value, offset: Value) -> Value:
+    """Codes of the levels nearest to the tokens [B, Hkv, g, group_size, D] FP32, 0 on padding."""
     scale, offset = b.cast(scale, FLOAT), b.cast(offset, FLOAT)
-    step = b.op("Where", b.op("Greater", scale, 0.0), scale, _NO_STEP)
+    step = b.op("Where", b.op("Greater", scale, 0.0), scale, NO_STEP)
     code = b.op("Round", b.op("Div", b.op("Sub", groups.x, offset), step))
-    code = b.op("Mul", b.op("Clip", code, 0.0, quantizer.top), groups.weight)
-    rest = b.op("Sub", groups.x, b.op("Add", offset, b.op("Mul", scale, code)))
-    rest = b.op("Mul", rest, groups.weight)
-    rms = b.op("Sqrt", b.op("Div", b.reduce("ReduceSum", b.op("Mul", rest, rest), 3), groups.count))
-    return code, b.cast(b.op("Min", rms, FP16_MAX), FLOAT16)
+    return b.op("Mul", b.op("Clip", code, 0.0, quantizer.top), groups.weight)
+
+
+def quantize(b: Builder, groups: Groups, quantizer: Quantizer) -> Encoded:
+    """Levels, and for each token the nearest of them."""
+    scale, offset = levels(b, groups, quantizer)
+    return Encoded(nearest(b, groups, quantizer, scale, offset), scale, offset)
+
+
+def rest(b: Builder, groups: Groups, encoded: Encoded) -> Value:
+    """What codes leave over [B, Hkv, g, group_size, D] FP32, 0 on padding."""
+    scale, offset = b.cast(encoded.scale, FLOAT), b.cast(encoded.offset, FLOAT)
+    left = b.op("Sub", groups.x, b.op("Add", offset, b.op("Mul", scale, encoded.codes)))
+    return b.op("Mul", left, groups.weight)
+
+
+def residual_rms(b: Builder, groups: Groups, encoded: Encoded) -> Value:
+    """RMS of what codes leave over in each channel, FP16."""
+    left = rest(b, groups, encoded)
+    rms = b.op("Sqrt", b.op("Div", b.reduce("ReduceSum", b.op("Mul", left, left), 3), groups.count))
+    return b.cast(b.op("Min", rms, FP16_MAX), FLOAT16)

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx import helper
-from operator_cases import CACHES, INPUTS, Arrays, Dims, empty_state, new_call, same_bits
+from operator_cases import CACHES, Arrays, Dims, empty_state, metric_of, new_call, same_bits
 from oracle import Attributes, ulp16
 from torch_calls import arrays, run_op, tensors
 
@@ -38,7 +38,7 @@ def function_for(attributes: Attributes, dims: Dims, opset: int = 18, overload: 
 
 def model_for(attributes: Attributes, dims: Dims, opset: int = 18) -> onnx.ModelProto:
     """One node with the names of the definition; caches come out as ``present_*``; all shapes but heads dynamic."""
-    types = {"int32": onnx.TensorProto.INT32, "float16": onnx.TensorProto.FLOAT16, "T": DTYPES[dims.float_type]}
+    types = {**DTYPES, "int32": onnx.TensorProto.INT32, "T": DTYPES[dims.float_type]}
     bits = (1, 1) if attributes.key_bits == 16 else (attributes.key_bits, attributes.value_bits)
     sizes = {"Hq": dims.query_heads, "Hkv": dims.kv_heads, "D": dims.head_dim, "D/32": dims.head_dim // 32}
     sizes |= {"bk": bits[0], "bv": bits[1]}
@@ -49,14 +49,20 @@ def model_for(attributes: Attributes, dims: Dims, opset: int = 18) -> onnx.Model
 
     present = [f"present_{t.name}" if t.name in CACHES else t.name for t in operator.OUTPUTS]
     function = function_for(attributes, dims, opset)
-    values = operator.OperatorAttributes(**asdict(attributes)).to_dict()
+    definition = operator.OperatorAttributes(**asdict(attributes))
     node = helper.make_node(
-        operator.NAME, list(INPUTS), present, "attention", domain=operator.DOMAIN, overload=function.overload, **values
+        operator.NAME,
+        [t.name for t in definition.inputs],
+        present,
+        "attention",
+        domain=operator.DOMAIN,
+        overload=function.overload,
+        **definition.to_dict(),
     )
     graph = helper.make_graph(
         [node],
         "one_layer",
-        [info(t, t.name) for t in operator.INPUTS],
+        [info(t, t.name) for t in definition.inputs],
         [info(t, name) for t, name in zip(operator.OUTPUTS, present, strict=True)],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(operator.DOMAIN, operator.VERSION)]
@@ -163,37 +169,86 @@ def compare(inputs: Arrays, results: Arrays, expected: Arrays, attributes: Attri
         for g, positions in enumerate(new.groups):
             for name in ("key", "value"):
                 x = inputs[name][new.row][:, positions]
-                compare_group(name, x, new.slot, new.first_group + g, results, expected, attributes)
+                metric = metric_of(inputs, name, new.row)
+                compare_group(name, x, new.slot, new.first_group + g, results, expected, attributes, metric)
     return {name: results[name] for name in CACHES} | counts
 
 
 def compare_group(
-    name: str, x: np.ndarray, slot: int, group: int, results: Arrays, expected: Arrays, attributes: Attributes
+    name: str,
+    x: np.ndarray,
+    slot: int,
+    group: int,
+    results: Arrays,
+    expected: Arrays,
+    attributes: Attributes,
+    metric: np.ndarray | None = None,
 ) -> None:
-    """Levels within 2 FP16 ulp; codes those of the levels, unless within 1e-3 of a half-integer; x is [Hkv, n, D]."""
-    count, tiles = x.shape[1], attributes.group_size // 128
+    """Levels, codes and key RMS of one appended group; x is [Hkv, n, D], the metric [Hkv, D, D].
+
+    Without a metric levels are within 2 FP16 ulp, and codes those of the levels unless within 1e-3 of a half-integer.
+    """
+    count = x.shape[1]
     params, wanted = (r[f"visual_{name}_params"][slot, :, group] for r in (results, expected))
     assert np.isfinite(params).all()
     levels, wanted_levels = params[:, :2].astype(np.float64), wanted[:, :2].astype(np.float64)
     clean = np.clip(np.nan_to_num(x.astype(np.float64)), -65504, 65504)
     # FP32 sums of large values that cancel: less than a FP16 ulp unless the offset is tiny beside the values.
     rounding = 2.0**-22 * np.abs(clean).max(1, keepdims=True)
-    assert np.all(np.abs(levels - wanted_levels) <= 2 * ulp16(wanted_levels) + rounding), name
-
-    words = results[f"visual_{name}"][slot, :, group * tiles : (group + 1) * tiles]
-    unpack = quantization.unpack_keys if name == "key" else quantization.unpack_values
-    codes = unpack(torch.from_numpy(words.copy())).numpy()
+    codes = codes_of(name, results, slot, group, attributes)
     assert not codes[:, count:].any(), f"{name}: bits of padding are set"
-    bits = attributes.key_bits if name == "key" else attributes.value_bits
+    codes = codes[:, :count]
     scale, offset = levels[:, :1], levels[:, 1:]
-    ratio = (clean - offset) / np.where(scale > 0, scale, np.inf)
-    certain = np.abs(ratio - np.floor(ratio) - 0.5) > 1e-3
-    wanted_codes = np.clip(np.round(ratio), 0, 2**bits - 1)
-    assert np.array_equal(codes[:, :count][certain], wanted_codes[certain]), name
+    rest = clean - (offset + scale * codes)
+    rms = np.sqrt((rest**2).mean(1))
+    if metric is None:
+        assert np.all(np.abs(levels - wanted_levels) <= 2 * ulp16(wanted_levels) + rounding), name
+        bits = attributes.key_bits if name == "key" else attributes.value_bits
+        ratio = (clean - offset) / np.where(scale > 0, scale, np.inf)
+        certain = np.abs(ratio - np.floor(ratio) - 0.5) > 1e-3
+        wanted_codes = np.clip(np.round(ratio), 0, 2**bits - 1)
+        assert np.array_equal(codes[certain], wanted_codes[certain]), name
+    else:
+        wanted_codes = codes_of(name, expected, slot, group, attributes)[:, :count]
+        wanted_rest = clean - (wanted_levels[:, 1:] + wanted_levels[:, :1] * wanted_codes)
+        compare_shaped(name, (codes, wanted_codes), (levels, wanted_levels), (rest, wanted_rest), metric)
+        whole = ((rest @ metric) * rest).sum((1, 2)) / count
+        apart = (rms**2 * np.diagonal(metric, axis1=1, axis2=2)).sum(1)
+        rms *= np.sqrt(whole / np.where(apart > 0, apart, 1.0))[:, None]
     if name == "key":
-        rest = clean - (offset + scale * codes[:, :count])
-        rms = np.minimum(np.sqrt((rest**2).mean(1)), 65504)
-        assert np.all(np.abs(params[:, 2] - rms) <= 2 * ulp16(rms) + rounding[:, 0]), "key RMS"
+        assert np.all(np.abs(params[:, 2] - np.minimum(rms, 65504)) <= 2 * ulp16(rms) + rounding[:, 0]), "key RMS"
+
+
+def codes_of(name: str, caches: Arrays, slot: int, group: int, attributes: Attributes) -> np.ndarray:
+    """Codes [Hkv, group_size, D] of a group."""
+    tiles = attributes.group_size // 128
+    words = torch.from_numpy(caches[f"visual_{name}"][slot, :, group * tiles : (group + 1) * tiles].copy())
+    return (quantization.unpack_keys if name == "key" else quantization.unpack_values)(words).numpy()
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def compare_shaped(name: str, codes: Pair, levels: Pair, rests: Pair, metric: np.ndarray) -> None:
+    """Results and those of the torch op, each [Hkv, n or 2, D], by their errors in the metric and by what is equal."""
+    errors = [((rest @ metric) * rest).sum() for rest in rests]
+    import os
+
+    if os.environ.get("SHAPED_LOG"):
+        with open(os.environ["SHAPED_LOG"], "a") as f:
+            eq = (codes[0] == codes[1]).mean()
+            far = np.abs(codes[0].astype(int) - codes[1]).max()
+            lev = (np.abs(levels[0] - levels[1]) / ulp16(levels[1])).max()
+            step = np.abs(levels[0] - levels[1]).max(1) / np.maximum(levels[1][:, 0], 1e-9)
+            live = levels[1][:, 0] > 0
+            print(
+                os.environ.get("PYTEST_CURRENT_TEST"),
+                name,
+                codes[0].shape,
+                f"errors {errors[0]:.6g} {errors[0] / max(errors[1], 1e-30) - 1:.3g} equal {eq:.5f} far {far} ulp {lev:.1f} step {step[live].max(initial=0):.4f}",
+                file=f,
+            )
+    assert abs(errors[0] - errors[1]) <= 0.01 * errors[1] + 1e-9, name
 
 
 def call_and_compare(inputs: Arrays, attributes: Attributes, dims: Dims, opset: int = 18) -> Arrays:

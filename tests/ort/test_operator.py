@@ -16,11 +16,11 @@ from function_calls import (
     run_in_place,
     used_parts,
 )
-from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, empty_state, new_call, same_bits
+from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, empty_state, metric_of, new_call, same_bits
 from oracle import Attributes
 from torch_calls import arrays, run_op, tensors
 
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd")
+QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
 CORRECTIONS = ("none", "affine", "expected")
 
 # calls on one cache: scattered slots, idle rows, no to three groups a row, decode steps with and without an empty
@@ -147,7 +147,8 @@ def test_constant_and_non_finite_channels(bits: int, quantizer: str) -> None:
         for group, positions in enumerate(new.groups):
             for name in ("key", "value"):
                 x = inputs[name][new.row][:, positions]
-                compare_group(name, x, new.slot, group, results, expected, attributes)
+                metric = metric_of(inputs, name, new.row)
+                compare_group(name, x, new.slot, group, results, expected, attributes, metric)
                 levels = results[f"visual_{name}_params"][new.slot, :, group]
                 assert np.array_equal(levels[:, 0, :3], np.zeros_like(levels[:, 0, :3]))
                 assert np.array_equal(levels[0, 1, :3], np.array([0, -3.25, 65504], np.float16))

@@ -16,6 +16,8 @@ INPUTS = (
     *("query", "key", "value", "visual_index", "text_index", "slot"),
     *(*CACHES[:4], "visual_count", *CACHES[4:], "text_count"),
 )
+METRIC_INPUTS = ("key_metric", "value_metric", "rotation")
+"""Further inputs of calls whose quantizer is `shaped`."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -122,7 +124,7 @@ def new_call(
     garbage: float = 1e4,
     sharpness: float = 1.0,
 ) -> Arrays:
-    """All 14 inputs for rows of (slot, layout), slot -1 for an idle row.
+    """All inputs, 14 or 17, for rows of (slot, layout), slot -1 for an idle row.
 
     `empty_groups` more groups of -1 and `spare` more text entries and positions pad every row; padding positions of
     query, key and value hold `garbage`.  `sharpness` scales the queries.
@@ -147,7 +149,38 @@ def new_call(
     inputs.update(
         visual_index=visual_index, text_index=text_index, slot=np.array([slot for slot, _ in rows], np.int32), **state
     )
-    return {name: inputs[name] for name in INPUTS}
+    inputs = {name: inputs[name] for name in INPUTS}
+    return inputs | new_metrics(len(rows), dims, rng) if needs_metrics(attributes) else inputs
+
+
+def needs_metrics(attributes: Attributes) -> bool:
+    return attributes.quantizer == "shaped" and attributes.key_bits != 16
+
+
+def new_metrics(rows: int, dims: Dims, rng: np.random.Generator) -> Arrays:
+    """Random metrics, of mean diagonal 1 but for 0.1 more on it, and a random rotation of each row."""
+    d, metrics = dims.head_dim, {}
+    for name in METRIC_INPUTS[:2]:
+        factor = rng.standard_normal((dims.kv_heads, d, d)) * np.exp(0.3 * rng.standard_normal((dims.kv_heads, d, 1)))
+        metric = factor @ factor.transpose(0, 2, 1)
+        metric /= np.trace(metric, axis1=1, axis2=2)[:, None, None] / d
+        metrics[name] = (metric + 0.1 * np.eye(d)).astype(np.float16)
+    angle = np.tile(rng.uniform(0, 2 * np.pi, (rows, d // 2)), 2)
+    return metrics | {"rotation": np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)}
+
+
+def metric_of(inputs: Arrays, name: str, row: int) -> np.ndarray | None:
+    """The metric [Hkv, D, D] of the `key` or `value` of a row, FP64; None if the call has none."""
+    if "rotation" not in inputs:
+        return None
+    metric = inputs[f"{name}_metric"].astype(np.float64)
+    if name == "value":
+        return metric
+    cosine, sine = inputs["rotation"][row].astype(np.float64)
+    half = len(cosine) // 2
+    rotate_half = np.roll(np.eye(2 * half), half, axis=1) * np.repeat([-1.0, 1.0], half)[:, None]
+    rotation = np.diag(cosine) + sine[:, None] * rotate_half
+    return rotation @ metric @ rotation.T
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from operator_cases import CACHES, INPUTS, Arrays
+from operator_cases import CACHES, INPUTS, METRIC_INPUTS, Arrays
 from oracle import Attributes
 from torch import Tensor
 
@@ -15,7 +15,7 @@ TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 
 def tensors(inputs: Arrays, float_type: str = "float32") -> dict[str, Tensor]:
-    out = {name: torch.from_numpy(inputs[name].copy()) for name in INPUTS}
+    out = {name: torch.from_numpy(inputs[name].copy()) for name in inputs}
     for name in ("query", "key", "value", "text_key", "text_value"):
         out[name] = out[name].to(TORCH_TYPES[float_type])
     return out
@@ -38,5 +38,6 @@ def arguments(attributes: Attributes) -> dict[str, object]:
 
 
 def run_op(named: dict[str, Tensor], attributes: Attributes) -> dict[str, Tensor]:
-    results = torch.ops.vkvx.visual_kv_attention(*(named[n] for n in INPUTS), **arguments(attributes))
+    tensors_in_order = (named[n] for n in (*INPUTS, *METRIC_INPUTS) if n in named)
+    results = torch.ops.vkvx.visual_kv_attention(*tensors_in_order, **arguments(attributes))
     return dict(zip(("output", *CACHES), results, strict=True))
