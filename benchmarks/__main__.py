@@ -17,6 +17,7 @@ BENCHMARKS = {
     "unpack": "ways to unpack bit planes in onnxruntime on a CPU",
     "agreement": "onnxruntime against torch on tiny-llava, for every way to quantise its cache",
     "token_agreement": "equal tokens by the plug-in, a bundle and vkvx eval on pages of tiny-llava, float32",
+    "methods": "ways to quantise the visual cache of tiny-llava that were tried, simulated densely",
     "stress": "every way to quantise a cache on cases with known answers, through the torch operator",
 }
 """Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns the rows of a table."""

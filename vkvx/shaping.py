@@ -32,7 +32,7 @@ def rotate(metric: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return rows(half.transpose(-1, -2), cosine, sine).transpose(-1, -2)
 
 
-def shape(x: Tensor, mask: Tensor, bits: int, metric: Tensor) -> Quantized:
+def shape(x: Tensor, mask: Tensor, bits: int, metric: Tensor, *, fits: int = FITS) -> Quantized:
     """Scale, offset and codes of groups by coordinate descent on the sum of e . H e.
 
     Args:
@@ -40,6 +40,7 @@ def shape(x: Tensor, mask: Tensor, bits: int, metric: Tensor) -> Quantized:
         mask: [..., n] bool, true for valid tokens; padding takes no part and gets code 0.
         bits: 1, 2, 4 or 8.
         metric: H, FP32 [..., D, D], symmetric with a positive diagonal; its leading axes broadcast.
+        fits: sweeps that choose codes and levels; the format's is ``FITS``, others are for comparison.
 
     Returns:
         as :func:`vkvx.quantization.quantize`. A constant channel keeps scale 0 and is exact.
@@ -54,7 +55,7 @@ def shape(x: Tensor, mask: Tensor, bits: int, metric: Tensor) -> Quantized:
     varies = start[0] > 0
     scale, low = start[0].float(), start[1].float() - mean
     codes = encode(x, *start, bits).transpose(-1, -2).float()
-    for _ in range(FITS):
+    for _ in range(fits):
         value = (low.unsqueeze(-1) + scale.unsqueeze(-1) * codes) * valid
         scale, low, codes = _sweep(target, valid, count, value, scale, low, metric, top, fit=True)
     scale16, offset16 = _rounded(scale, low, mean, varies)
