@@ -170,14 +170,23 @@ class Sequences:
         named = {name: x.to(self.device, self.dtype) for name, x in own.items()}
         named.update(visual_index=visual.expand(self.rows, -1), text_index=text.expand(self.rows, -1), **self.caches)
         named["slot"] = torch.arange(self.rows, dtype=torch.int32, device=self.device)
-        named.update(visual_count=self.visual_count, text_count=self.text_count)
-        arguments, attributes = [named[t.name] for t in INPUTS], self.attributes.to_dict()
+        named.update(visual_count=self.visual_count, text_count=self.text_count, **self._metrics())
+        arguments, attributes = [named[t.name] for t in self.attributes.inputs], self.attributes.to_dict()
         if keep:
             output = torch.ops.vkvx.visual_kv_attention_(*arguments, **attributes)
         else:
             output = torch.ops.vkvx.visual_kv_attention(*arguments, **attributes)[0]
         self.finite &= output.isfinite().flatten(1).all(1)
         return output
+
+    def _metrics(self) -> dict[str, Tensor]:
+        """Plain distance: the queries and values of the cases come from no weights, and no direction is preferred."""
+        if not self.attributes.needs_metrics:
+            return {}
+        one = torch.eye(self.head_dim, dtype=torch.float16, device=self.device).expand(self.kv_heads, -1, -1)
+        still = torch.ones(self.rows, 2, self.head_dim, device=self.device)
+        still[:, 1] = 0.0
+        return {"key_metric": one, "value_metric": one, "rotation": still}
 
     def _poison(self, dtype: str, shape: tuple[str, ...], sizes: dict[str, int]) -> Tensor:
         """A cache tensor whose unused part would spoil any result that reads it: NaN, or all bits set."""

@@ -53,8 +53,8 @@ TOLERANCES = {
 LAYER_CODES = 5
 """Where ``lloyd`` settles on other levels, many codes of that channel differ, and a layer has few channels."""
 SHAPED_CODES, SHAPED_OUTLIERS = 20, 0.25
-"""For ``shaped``: times ``codes``, and in place of ``outliers``. It chooses each code and level to make up for those before,
-so one that rounding tips changes later ones, to others that are as good."""
+"""For ``shaped``: times ``codes``, and in place of ``outliers``. It chooses each code and level to make up for those
+before, so one that rounding tips changes later ones, to others that are as good."""
 
 
 @dataclass(frozen=True)

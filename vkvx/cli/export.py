@@ -55,7 +55,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     cache.add_argument(
         "--group-size", metavar="N", help="visual tokens that share scales, a multiple of 128, or auto (the default)"
     )
-    cache.add_argument("--quantizer", choices=QUANTIZERS, help="how levels are chosen (default: lloyd)")
+    cache.add_argument("--quantizer", choices=QUANTIZERS, help="how levels and codes are chosen (default: shaped)")
     cache.add_argument(
         "--quantile-alpha", type=float, metavar="A", help="with --quantizer quantile: the quantile of the outer levels"
     )
