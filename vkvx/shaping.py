@@ -1,7 +1,7 @@
 """The quantiser ``shaped``: levels and codes whose error lies where attention does not look.
 
-Attention sees an error e of a key through scores, q . e, and an error of a value through the output projection, W e.
-So what counts is not e . e but e . H e, with the *metric* H the second moment of the queries to come, or W^T W. Both are
+Attention sees an error e of a key through scores, q . e, and an error of a value through the output projection, W e. So
+what counts is not e . e but e . H e, with the *metric* H the second moment of the queries to come, or W^T W. Both are
 known from the weights (``vkvx.export.metric``). ``shape`` minimises the sum of e . H e over the tokens of a group, one
 channel after the other: each channel makes up for the errors that the others have left. That is Lloyd's algorithm in
 the metric H; with H = 1 it is Lloyd's algorithm. Levels and codes change, the format and the cost of reading do not.
