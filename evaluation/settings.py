@@ -158,7 +158,7 @@ def settle(options: Iterable[ExportOptions], layers: int, tokens_per_picture: in
 
 
 def setting_name(options: ExportOptions, quantization: Quantization) -> str:
-    """A name that no other setting has: ``1 bit, lloyd, expected``, with what else is not at its default."""
+    """A name that no other setting has: ``1 bit, shaped, expected``, with what else is not at its default."""
     if BASELINE_BITS in quantization.key_bits:
         return _bits(BASELINE_BITS)
     pairs = list(zip(quantization.key_bits, quantization.value_bits, strict=True))

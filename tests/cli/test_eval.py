@@ -33,7 +33,7 @@ def test_table(cli: Callable) -> None:
     assert [title in titles for title in ("digits %", "exact % - 16 bits", "tokens %", "KL", "attention", "bits")]
     reference, packed = (row.split() for row in rows)
     assert reference[:6] == ["16", "bits", "100.00", "±", "0.00", "-"]
-    assert packed[:4] == ["8", "bits,", "lloyd,", "expected"]
+    assert packed[:4] == ["8", "bits,", "shaped,", "expected"]
     assert packed[4:10] == ["100.00", "±", "0.00", "+0.00", "±", "0.00"]
     assert len({len(line.rstrip()) for line in (titles, *rows)}) == 1  # aligned
 
@@ -41,15 +41,15 @@ def test_table(cli: Callable) -> None:
 def test_json_is_all_there_is_on_stdout(cli: Callable, questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "records.jsonl"
     arguments = ("eval", "tiny-llava", "--data", questions, "--json", "-o", output, *FAST)
-    settings = ("--bits", "1", "--quantizer", "lloyd,minmax", "--setting", "bits=8,score-correction=none")
+    settings = ("--bits", "1", "--quantizer", "shaped,minmax", "--setting", "bits=8,score-correction=none")
     result = cli(*arguments, *settings, "--metrics", "exact, anls,f1,cider")
     assert result.code == 0, result.err
     document = json.loads(result.out)
     assert [setting["name"] for setting in document["settings"]] == [
         "16 bits",
-        "1 bit, lloyd, expected",
+        "1 bit, shaped, expected",
         "1 bit, minmax, expected",
-        "8 bits, lloyd, none",
+        "8 bits, shaped, none",
     ]
     assert list(document["settings"][0]["metrics"]) == ["exact", "anls", "f1", "cider"]
     assert document["settings"][0]["metrics"]["exact"]["mean"] == 1
@@ -66,7 +66,7 @@ def test_sensitivity(cli: Callable, questions: Path) -> None:
     result = cli(*arguments)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[1].startswith("base: 1 bit, lloyd, expected; KL ")
+    assert lines[1].startswith("base: 1 bit, shaped, expected; KL ")
     assert [line.split()[:2] for line in lines[4:12]] == [[str(i), bits] for i in range(4) for bits in ("2", "4")]
     assert lines[-1].startswith("--bits 1 --bits-per-layer ")
     assert lines[-1].endswith(" of 2.50 bits an element)")

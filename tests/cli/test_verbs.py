@@ -213,7 +213,7 @@ def test_inspect(cli: Callable, tiny_bundle: Path) -> None:
     result = cli("inspect", tiny_bundle, "--verify")
     assert result.code == 0, result.err
     assert "every file matches its SHA-256" in result.out
-    assert "layers 0-3               keys 1 bit, values 1 bit, lloyd" in result.out
+    assert "layers 0-3               keys 1 bit, values 1 bit, shaped" in result.out
     assert f"{manifest.bits_per_element():.3f}" in result.out
     found = json.loads(cli("inspect", tiny_bundle, "--json").out)
     assert sum(found["parts"].values()) == found["bytes"]

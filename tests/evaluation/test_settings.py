@@ -27,9 +27,9 @@ def test_every_field_of_the_cache_is_an_option_and_explained() -> None:
 def test_the_default_is_four_two_one() -> None:
     assert names(settings.product({})) == [
         "16 bits",
-        "4 bits, lloyd, expected",
-        "2 bits, lloyd, expected",
-        "1 bit, lloyd, expected",
+        "4 bits, shaped, expected",
+        "2 bits, shaped, expected",
+        "1 bit, shaped, expected",
     ]
 
 
@@ -53,17 +53,17 @@ def test_options_without_effect_make_combinations_one() -> None:
 
 
 def test_what_the_model_cannot_tell_apart_is_one_setting() -> None:
-    """640 is what auto gives for 576 tokens, lloyd and 3 are the defaults."""
+    """640 is what auto gives for 576 tokens, shaped and 3 are the defaults."""
     given = [
         ExportOptions(),
         ExportOptions(group_size=640),
-        ExportOptions(quantizer="lloyd"),
+        ExportOptions(quantizer="shaped"),
         ExportOptions(correction_limit=3.0),
         ExportOptions(key_bits=1, value_bits=1),
         ExportOptions(bits_per_layer="0-3:1"),
         ExportOptions(bits=16, group_size=128),
     ]
-    assert names(given) == ["16 bits", "1 bit, lloyd, expected"]
+    assert names(given) == ["16 bits", "1 bit, shaped, expected"]
 
 
 def test_the_reference_comes_first_and_once() -> None:
@@ -75,9 +75,9 @@ def test_the_reference_comes_first_and_once() -> None:
     ("options", "name"),
     [
         ({"bits": 8, "quantizer": "minmax", "score_correction": "none"}, "8 bits, minmax, none"),
-        ({"key_bits": 2, "value_bits": 1}, "keys 2 bits, values 1 bit, lloyd, expected"),
-        ({"bits_per_layer": "0:8,2-:4"}, "8 bits in 0, 1 bit in 1, 4 bits in 2-3, lloyd, expected"),
-        ({"group_size": 256, "correction_limit": 2.0}, "1 bit, lloyd, expected, group size 256, correction limit 2.0"),
+        ({"key_bits": 2, "value_bits": 1}, "keys 2 bits, values 1 bit, shaped, expected"),
+        ({"bits_per_layer": "0:8,2-:4"}, "8 bits in 0, 1 bit in 1, 4 bits in 2-3, shaped, expected"),
+        ({"group_size": 256, "correction_limit": 2.0}, "1 bit, shaped, expected, group size 256, correction limit 2.0"),
     ],
 )
 def test_names(options: dict[str, Any], name: str) -> None:

@@ -38,7 +38,7 @@ def test_manifest_tells_all(checkpoint: Path, mixed_bundle: Path) -> None:
     assert (model.vocab_size, model.max_positions, model.image_token_id) == (512, 4096, 3)
     assert (model.tokens_per_picture, model.eos_token_ids, model.pad_token_id) == (16, (2,), 0)
     q = manifest.quantization
-    assert (q.key_bits, q.value_bits, q.group_size, q.quantizer) == ((8, 1), (8, 1), 128, "lloyd")
+    assert (q.key_bits, q.value_bits, q.group_size, q.quantizer) == ((8, 1), (8, 1), 128, "shaped")
     assert manifest.tools.keys() >= {"python", "torch", "transformers", "onnx"}
     files = {path.relative_to(mixed_bundle).as_posix() for path in mixed_bundle.rglob("*") if path.is_file()}
     assert files == {*manifest.files, "vkvx.json"}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vkvx.errors import ModelError
 from vkvx.export.decoder import DecoderGraph, decoder_inputs, decoder_outputs, place_embeds
+from vkvx.export.metric import model_metrics
 from vkvx.export.options import ExportOptions, layer_attributes
 from vkvx.export.reference import load_reference
 from vkvx.manifest import Manifest, layer_caches
@@ -36,7 +37,9 @@ class Decoder:
         q = ExportOptions(**options).resolve(self.info.layers, self.info.tokens_per_picture)
         attributes = layer_attributes(q, self.info.head_dim**-0.5)
         adapter = source.adapter
-        self.graph = DecoderGraph(model, adapter, attributes)
+        metrics = model_metrics(adapter, model, self.info)
+        pairs = tuple(zip(metrics.key, metrics.value, strict=True)) if attributes[0].needs_metrics else ()
+        self.graph = DecoderGraph(model, adapter, attributes, pairs)
         packed = q.key_bits[0] != 16
         tiles = groups * q.group_size // 128 if packed else 0
         groups = groups if packed else 0

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from vkvx.errors import ModelError
+from vkvx.export.build import METRICS_FILE
 from vkvx.export.graph import trace
 from vkvx.export.operator import INPUTS, METRIC_INPUTS, NAME, OUTPUTS, OperatorAttributes
 from vkvx.export.options import layer_attributes
@@ -91,7 +92,7 @@ def test_one_node_a_layer_with_all_attributes(mixed_bundle: Path) -> None:
         caches = [f"{layer}.{tensor.name}" for tensor in OUTPUTS[1:]]
         assert [name for name in node.input if name.startswith("past.")] == [f"past.{name}" for name in caches]
         assert list(node.output[1:]) == [f"present.{name}" for name in caches]
-        assert len(node.input) == len(INPUTS)
+        assert len(node.input) == len(attributes.inputs)
 
 
 def test_structure(bundle: Path) -> None:
@@ -120,7 +121,9 @@ def test_weights_lie_beside_the_graphs_and_are_shared(bundle: Path) -> None:
                 data = {item.key: item.value for item in entry.external_data}
                 assert data["location"] in {path.name for path in bundle.glob("*.safetensors")}
                 places.setdefault(name, set()).add((data["location"], data["offset"], data["length"]))
-    assert len(places["decoder"]) == 2 * 9 + 3
+    metrics = 2 * 2 if (bundle / METRICS_FILE).exists() else 0
+    assert (metrics > 0) == (Manifest.load(bundle).quantization.key_bits[0] != 16)
+    assert len(places["decoder"]) == 2 * 9 + 3 + metrics
     assert not places["decoder"] & places["vision"]
 
 

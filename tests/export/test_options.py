@@ -105,7 +105,7 @@ def test_defaults() -> None:
         "key_bits": (1, 1),
         "value_bits": (1, 1),
         "group_size": 640,
-        "quantizer": "lloyd",
+        "quantizer": "shaped",
         "quantile_alpha_key": (0.2, 0.2),
         "quantile_alpha_value": (0.2, 0.2),
         "shrink_key": (0.5, 0.5),

@@ -46,7 +46,10 @@ def test_examples(page: Path) -> None:
     assert runner.tries == sum(block.count(">>> ") for block in blocks)
 
 
-@pytest.mark.parametrize(("column", "definitions"), [("input", operator.INPUTS), ("output", operator.OUTPUTS)])
+@pytest.mark.parametrize(
+    ("column", "definitions"),
+    [("input", operator.INPUTS), ("metric input", operator.METRIC_INPUTS), ("output", operator.OUTPUTS)],
+)
 def test_tensors_of_the_operator(column: str, definitions: tuple[operator.TensorDefinition, ...]) -> None:
     rows = table("docs/operator.md", column)
     documented = [(name.strip("`"), dtype, shape.strip("`")) for name, dtype, shape, _ in rows]
