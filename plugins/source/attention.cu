@@ -1,0 +1,59 @@
+// Which kernel takes a call, and the plain one.
+#include "../kernels/plain.cuh"
+#include "../kernels/workspace.cuh"
+#include "internal.h"
+
+namespace vkvx {
+
+namespace {
+
+int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p.positions; }
+
+}  // namespace
+
+bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
+  const bool packed = p.key_bits != 16;
+  if (device.capability < 80 || p.positions > kMaxDecodePositions || p.dtype == VKVX_FLOAT32) return false;
+  const int64_t strides[] = {p.key_stride[0], p.key_stride[1], p.key_stride[2], p.value_stride[0], p.value_stride[1], p.value_stride[2]};
+  for (const int64_t stride : strides)
+    if (stride % 8) return false;  // rows are copied by 16 bytes
+  if (reinterpret_cast<uintptr_t>(p.key) % 16 || reinterpret_cast<uintptr_t>(p.value) % 16) return false;
+  if (kernel == VKVX_CODES) return p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256;
+  return kernel == VKVX_PLANES && packed && p.head_dim == 128 && p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits &&
+         p.key_bits <= 2;
+}
+
+int choose_decode_kernel(const VkvxParams& p, const Device& device) {
+  // The binary product is native on 8.0 to 9.0. It costs by query vector, the product of codes does not.
+  const int few = p.key_bits == 1 ? 2 : 1;
+  if (decode_takes(p, device, VKVX_PLANES) && device.capability <= 90 && queries_of_head(p) <= few) return VKVX_PLANES;
+  return decode_takes(p, device, VKVX_CODES) ? VKVX_CODES : VKVX_PLAIN;
+}
+
+size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
+  const int columns = 8, queries = queries_of_head(p);
+  const int64_t column_tiles = kernel == VKVX_PLANES ? queries : divide_up(queries, columns);
+  const int64_t tiles = p.rows * static_cast<int64_t>(p.kv_heads) * column_tiles;
+  // No engine has more than 4 blocks on a multiprocessor.
+  return Workspace(p, column_tiles, choose_splits(p, tiles, device.processors * 4), columns).bytes;
+}
+
+int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {
+  if (kernel == VKVX_PLANES) return decode_planes(p, device, stream);
+  switch (p.head_dim) {
+    case 64: return decode_codes<64>(p, device, stream);
+    case 128: return decode_codes<128>(p, device, stream);
+    default: return decode_codes<256>(p, device, stream);
+  }
+}
+
+size_t plain_workspace(const VkvxParams& p) { return Workspace(p, 0, 1, 0).bytes; }
+
+int plain(const VkvxParams& p, cudaStream_t stream) {
+  const Workspace workspace(p, 0, 1, 0);
+  rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, workspace.rank);
+  plain_kernel<<<dim3(p.positions, p.query_heads, p.rows), kPlainThreads, 0, stream>>>(p, workspace.rank);
+  return check_cuda("plain attention");
+}
+
+}  // namespace vkvx
