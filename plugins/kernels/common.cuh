@@ -49,6 +49,9 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// A condition that is the same in all lanes, so that the compiler knows it too.
+__device__ __forceinline__ bool uniform(bool x) { return __any_sync(kFull, x); }
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -87,18 +90,35 @@ __device__ __forceinline__ void collect_tokens(const VkvxParams& p, int b, unsig
   if (mine) atomicOr(bits, mine);
 }
 
+// Instructions of compute capability 8.0; kernels that use them have no body below it, and are not launched there.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define VKVX_HAS_TENSOR_CORES 1
+#define VKVX_ASM(...) asm(__VA_ARGS__)
+#define VKVX_ASM_VOLATILE(...) asm volatile(__VA_ARGS__)
+#else
+#define VKVX_HAS_TENSOR_CORES 0
+#define VKVX_ASM(...)
+#define VKVX_ASM_VOLATILE(...)
+#endif
+
+__device__ __forceinline__ int reduce_max(int x) {
+#if VKVX_HAS_TENSOR_CORES
+  return __reduce_max_sync(kFull, x);
+#else
+  return x;
+#endif
+}
 
 // D += A B with fp16 or bf16 A [16, 16] and B [16, 8], FP32 D. A subnormal fp16 counts as what it is.
 __device__ __forceinline__ void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
+  VKVX_ASM(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void mma_bfloat(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
+  VKVX_ASM(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -107,7 +127,7 @@ __device__ __forceinline__ void mma_bfloat(float (&d)[4], uint32_t a0, uint32_t 
 // D = popc(A & B), bits: A [16, 128], B [128, 8].
 __device__ __forceinline__ void mma_bits(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   const int zero = 0;
-  asm volatile(
+  VKVX_ASM(
       "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a0), "r"(a1), "r"(b), "r"(zero));
@@ -117,12 +137,12 @@ __device__ __forceinline__ void mma_bits(int (&d)[4], uint32_t a0, uint32_t a1, 
 template <bool kSigned>
 __device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1) {
   if constexpr (kSigned)
-    asm volatile(
+    VKVX_ASM(
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
-    asm volatile(
+    VKVX_ASM(
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -130,14 +150,14 @@ __device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, i
 
 // Four 8x8 matrices of 16-bit elements (or 8 rows of 4 words): lane 8m + r gives the address of row r of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+  VKVX_ASM_VOLATILE("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
 }
 
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+  VKVX_ASM_VOLATILE("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
@@ -146,22 +166,20 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
 // Transpose of an 8x8 matrix of 16-bit elements spread over the warp.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  VKVX_ASM("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
 
 // 16 bytes to shared memory, asynchronously; `valid` false writes zeros and reads nothing.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+  VKVX_ASM_VOLATILE("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() { VKVX_ASM_VOLATILE("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  VKVX_ASM_VOLATILE("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-
-#endif
 
 }  // namespace vkvx

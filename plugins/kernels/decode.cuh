@@ -48,18 +48,14 @@ struct DecodeLayout {
   }
 };
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-
 // Walks the tiles of a slot's groups in order.
 struct TileCursor {
   const int* starts;  // [groups + 1], first tile of each group in the list
-  int tile, group, ordinal;
+  int tile = 0, group = 0, ordinal = 0;
 
   __device__ __forceinline__ void start(const int* s, int first) {
     starts = s;
     tile = first;
-    group = 0;
-    ordinal = 0;
     while (starts[group + 1] <= tile) ++group;
   }
   // Step to the next tile; true if it is of another group.
@@ -74,32 +70,38 @@ struct TileCursor {
 
 template <class Engine, bool kScan, int kLookahead>
 __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
+#if VKVX_HAS_TENSOR_CORES
   constexpr int D = Engine::kHeadDim, KP = Engine::kKeyPlanes, VP = Engine::kValuePlanes;
   extern __shared__ __align__(128) char shared[];
   __shared__ unsigned tokens;
   __shared__ bool last;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(kFull, tid >> 5, 0);
   const int part = blockIdx.x % plan.splits, column_tile = blockIdx.x / plan.splits, head = blockIdx.y, b = blockIdx.z;
   const int ratio = p.query_heads / p.kv_heads, S = p.positions;
   const int first_column = column_tile * Engine::kColumns, columns = min(Engine::kColumns, ratio * S - first_column);
   const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0;
   const DecodeLayout layout(KP, VP, D, Engine::kColumns, plan.columns, kLookahead, groups);
   const int slot = p.slot[b];
-  auto output_index = [&](int column) {
-    const int at = first_column + column;
-    return ((static_cast<int64_t>(b) * p.query_heads + head * ratio + at / S) * S + at % S) * D;
-  };
+  // Of each column: its position, where its query starts, where its output does.
+  __shared__ int position_of[Engine::kColumns];
+  __shared__ int64_t query_at[Engine::kColumns], output_at[Engine::kColumns];
+  if (tid == 0) tokens = 0;
+  if (tid < columns) {
+    const unsigned at = first_column + tid, h = at / S, s = at - h * S;
+    position_of[tid] = s;
+    query_at[tid] = b * p.query_stride[0] + (head * ratio + h) * p.query_stride[1] + s * p.query_stride[2];
+    output_at[tid] = ((static_cast<int64_t>(b) * p.query_heads + head * ratio + h) * S + s) * D;
+  }
   if (slot < 0) {
+    __syncthreads();
     if (!kScan && part == 0)
-      for (int i = tid; i < columns * D; i += blockDim.x) store_float(p.output, output_index(i / D) + i % D, p.dtype, 0.0f);
+      for (int i = tid; i < columns * D; i += blockDim.x) store_float(p.output, output_at[i / D] + i % D, p.dtype, 0.0f);
     return;
   }
   float* queries = reinterpret_cast<float*>(shared + layout.queries);
   uint16_t* raw_queries = reinterpret_cast<uint16_t*>(shared + layout.raw_queries);
   int* starts = reinterpret_cast<int*>(shared + layout.starts);
   float2* affine = reinterpret_cast<float2*>(shared + layout.affine);
-  if (tid == 0) tokens = 0;
-  __syncthreads();
   const int* counts = p.visual_count + static_cast<int64_t>(slot) * groups;
   const int text_count = p.text_count[slot];
   if (warp == 0) {  // first tile of each group
@@ -116,32 +118,25 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
       before += __shfl_sync(kFull, x, 31);
     }
     if (lane == 0) starts[0] = 0;
-    if (lane == 0 && groups == 0) starts[1] = 0;
-  }
-  collect_tokens(p, b, &tokens);
-  const float factor = p.scale * kLog2e;
-  for (int i = tid; i < Engine::kColumns * D; i += blockDim.x) {
-    const int column = i / D, c = i % D;
-    uint16_t raw = 0;
-    float x = 0.0f;
-    if (column < columns) {
-      const int at = first_column + column;
-      const int64_t index = b * p.query_stride[0] + (head * ratio + at / S) * p.query_stride[1] + at % S * p.query_stride[2] + c;
-      raw = static_cast<const uint16_t*>(p.query)[index];
-      x = load_float(p.query, index, p.dtype);
-    }
-    raw_queries[column * (D + 8) + c] = raw;
-    queries[column * (D + D / 8) + c + 4 * (c >> 5)] = x * factor;
   }
   __syncthreads();
-  // Positions that are no tokens hold anything: their queries count as 0.
-  for (int i = tid; i < columns * D; i += blockDim.x) {
-    const int column = i / D, c = i % D;
-    if (!(tokens >> ((first_column + column) % S) & 1)) {
-      raw_queries[column * (D + 8) + c] = 0;
-      queries[column * (D + D / 8) + c + 4 * (c >> 5)] = 0.0f;
+  // Queries into shared memory; those of positions that are no tokens, which hold anything, as 0.
+  const float factor = p.scale * kLog2e;
+  auto load_queries = [&]() {
+    collect_tokens(p, b, &tokens);
+    __syncthreads();
+    for (int i = tid; i < Engine::kColumns * D; i += blockDim.x) {
+      const int column = i / D, c = i % D;
+      uint16_t raw = 0;
+      float x = 0.0f;
+      if (column < columns && tokens >> position_of[column] & 1) {
+        raw = static_cast<const uint16_t*>(p.query)[query_at[column] + c];
+        x = p.dtype == VKVX_BFLOAT16 ? __uint_as_float(static_cast<uint32_t>(raw) << 16) : __half2float(__ushort_as_half(raw));
+      }
+      raw_queries[column * (D + 8) + c] = raw;
+      queries[column * (D + D / 8) + c + 4 * (c >> 5)] = x * factor;
     }
-  }
+  };
   const int64_t tile_id = (static_cast<int64_t>(b) * p.kv_heads + head) * plan.column_tiles + column_tile;
   const bool is_affine = p.correction == VKVX_CORRECTION_AFFINE && starts[groups] > 0;
   if (!kScan && is_affine && tid < 8) {
@@ -153,7 +148,6 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
     const float slope = all.y > all.x ? fmaxf(0.0f, (all.y - p.tau * kLog2e - all.x) / (all.y - all.x)) : 1.0f;
     affine[tid] = make_float2(slope, all.x * (1.0f - slope));
   }
-  __syncthreads();
 
   // This warp's share of the units.
   char* mine = shared + layout.warps + warp * layout.warp_bytes;
@@ -179,8 +173,8 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
   result.empty = true;
   float low_score[2] = {INFINITY, INFINITY}, high_score[2] = {-INFINITY, -INFINITY};
 
-  if (tile_begin < tile_end) {
-    Engine engine;
+  const bool has_tiles = uniform(tile_begin < tile_end);
+  {
     const int tiles_of_group = p.group_size / kTile;
     const int64_t slot_head = static_cast<int64_t>(slot) * p.kv_heads + head;
     const int* keys = p.visual_key + slot_head * (p.visual_capacity / kTile) * KP * D * 4;
@@ -188,7 +182,7 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
     const __half* key_params = static_cast<const __half*>(p.visual_key_params) + slot_head * groups * 3 * D;
     const __half* value_params = static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
     TileCursor load_cursor, value_cursor, cursor;
-    load_cursor.start(starts, tile_begin);
+    if (has_tiles) load_cursor.start(starts, tile_begin);
     value_cursor = cursor = load_cursor;
     auto tile_index = [&](const TileCursor& c) { return static_cast<int64_t>(c.group) * tiles_of_group + c.tile - starts[c.group]; };
     int key_stage = 0, value_stage = 0;  // of the next load
@@ -227,15 +221,20 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
     };
 #pragma unroll
     for (int i = 0; i < kLookahead; ++i) {
-      load_keys();
-      load_values();
+      if (has_tiles) {
+        load_keys();
+        load_values();
+      }
     }
+    load_queries();
+    __syncthreads();
+    Engine engine;
     auto params_of = [&](int ordinal) { return reinterpret_cast<const __half*>(mine + layout.params + ordinal % (kLookahead + 1) * 10 * D); };
     bool starts_group = true;
-    while (cursor.tile < tile_end) {
+    while (has_tiles && uniform(cursor.tile < tile_end)) {
       copy_wait<2 * kLookahead - 1>();
       __syncwarp();
-      if (starts_group) {
+      if (uniform(starts_group)) {
         engine.start_group(params_of(cursor.ordinal), queries, D + D / 8, p.correction, p.correction_limit, !kScan && is_affine ? affine : nullptr);
         engine.start_segment();
       }
@@ -262,7 +261,7 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
       const int ordinal = cursor.ordinal;
       starts_group = cursor.next();
       if constexpr (!kScan)
-        if (starts_group || cursor.tile == tile_end) engine.end_segment(result, params_of(ordinal) + 3 * D);
+        if (uniform(starts_group || cursor.tile == tile_end)) engine.end_segment(result, params_of(ordinal) + 3 * D);
     }
     copy_wait<0>();
     __syncwarp();
@@ -285,7 +284,7 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
     }
     return;
   } else {
-    if (row_begin < row_end) {
+    if (uniform(row_begin < row_end)) {
       RowsEngine<D> rows;
       rows.start(raw_queries, Engine::kColumns);
       const int t = lane & 3;
@@ -302,7 +301,7 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
                     static_cast<const char*>(p.value) + (b * p.value_stride[0] + head * p.value_stride[1]) * 2, p.key_stride[2] * 2, p.value_stride[2] * 2};
           first = 0;
 #pragma unroll
-          for (int c = 0; c < 2; ++c) seen[c] = (2u << ((first_column + 2 * t + c) % S)) - 1;
+          for (int c = 0; c < 2; ++c) seen[c] = 2 * t + c < columns ? (2u << position_of[2 * t + c]) - 1 : kFull;
         }
         if (p.dtype == VKVX_BFLOAT16)
           rows.template attend<true>(source, first, present, seen, factor, buffer);
@@ -331,8 +330,8 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
         if (l > 0.0f) sum = fmaf(reinterpret_cast<const float*>(shared + layout.warps + w * layout.warp_bytes + layout.sums)[c * plan.columns + column], weight, sum);
       }
       if (plan.splits == 1) {
-        const bool token = tokens >> ((first_column + column) % S) & 1;
-        store_float(p.output, output_index(column) + c, p.dtype, token ? sum / total : 0.0f);
+        const bool token = tokens >> position_of[column] & 1;
+        store_float(p.output, output_at[column] + c, p.dtype, token ? sum / total : 0.0f);
       } else {
         partial[i] = sum;
         if (c == 0) {
@@ -361,12 +360,11 @@ __global__ void __launch_bounds__(kWarps * 32, Engine::kBlocks) decode_kernel(co
         sum = fmaf(__ldcg(x + i), weight, sum * fade);
         most = now;
       }
-      const bool token = tokens >> ((first_column + column) % S) & 1;
-      store_float(p.output, output_index(column) + c, p.dtype, token ? sum / total : 0.0f);
+      const bool token = tokens >> position_of[column] & 1;
+      store_float(p.output, output_at[column] + c, p.dtype, token ? sum / total : 0.0f);
     }
   }
-}
-
 #endif
+}
 
 }  // namespace vkvx

@@ -14,8 +14,6 @@
 
 namespace vkvx {
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-
 __device__ __forceinline__ constexpr int field_shift(int j, int bits) { return (j & ~(bits - 1)) & 7; }
 
 // The planes of a word as pairs: pair j holds codes j and j + 16, times 2^(field_shift(j) - 24), as two fp16.
@@ -189,32 +187,37 @@ struct CodesEngine {
               const int token = 16 * g + 4 * pair + k;
               const uint32_t at = keys + (p * kDim + place_key_chunk(token >> 1)) * 16 + (token & 1) * 8 + (t >> 1) * 4;
               uint32_t x;
-              asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+              VKVX_ASM_VOLATILE("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
               words[p][w][k] = x >> (8 * (t & 1));
             }
           }
         }
+      // Two chains of products for each of the two row tiles, so that they overlap.
+      float s[2][2][4] = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float(&s)[4] = score[2 * pair + half];
-        s[0] = s[1] = s[2] = s[3] = 0.0f;
+      for (int w = 0; w < kWordsOfLane; ++w) {
+        Pairs<kKeyBits> rows[2][2];
 #pragma unroll
-        for (int w = 0; w < kWordsOfLane; ++w) {
-          Pairs<kKeyBits> rows[2];
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             uint32_t planes[kKeyBits];
 #pragma unroll
             for (int p = 0; p < kKeyBits; ++p) planes[p] = words[p][w][2 * half + r];
-            rows[r].set(planes);
+            rows[half][r].set(planes);
           }
 #pragma unroll
-          for (int j = 0; j < kPairs; j += 2) {
+        for (int j = 0; j < kPairs; j += 2)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
             const uint32_t(&q)[2] = query[w * 8 + j / 2];
-            mma_half(s, rows[0][j], rows[1][j], rows[0][j + 1], rows[1][j + 1], q[0], q[1]);
+            mma_half(s[half][(j >> 1) & 1], rows[half][0][j], rows[half][1][j], rows[half][0][j + 1], rows[half][1][j + 1], q[0], q[1]);
           }
-        }
       }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) score[2 * pair + half][j] = s[half][0][j] + s[half][1][j];
     }
   }
 
@@ -270,7 +273,7 @@ struct CodesEngine {
       top[c] = fmaf(top[c], map[c].step, map[c].bias);
       grew |= top[c] > most[c] + kMargin;
     }
-    if (__any_sync(kFull, grew)) {
+    if (uniform(grew)) {
       float fade[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -302,25 +305,32 @@ struct CodesEngine {
       const uint32_t a = 0x00010001u << field_shift(j, kValueBits), b = 0x00010001u << field_shift(j + 1, kValueBits);
       mma_half(total, a, a, b, b, weight[j], weight[j + 1]);
     }
+    // Row tiles at a time: independent chains of products, as many as registers allow.
+    constexpr int kPairsAtOnce = kValueBits == 1 ? 2 : 1;
 #pragma unroll
-    for (int pair = 0; pair < kDim / 32; ++pair) {
-      uint32_t words[kValueBits][4];
+    for (int first = 0; first < kDim / 32; first += kPairsAtOnce) {
+      Pairs<kValueBits> rows[kPairsAtOnce][4];
 #pragma unroll
-      for (int p = 0; p < kValueBits; ++p) load_matrices(words[p], values + (p * kDim + 32 * pair + lane()) * 16);
+      for (int i = 0; i < kPairsAtOnce; ++i) {
+        uint32_t words[kValueBits][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Pairs<kValueBits> rows[2];
+        for (int p = 0; p < kValueBits; ++p) load_matrices(words[p], values + (p * kDim + 32 * (first + i) + lane()) * 16);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
+        for (int r = 0; r < 4; ++r) {
           uint32_t planes[kValueBits];
 #pragma unroll
-          for (int p = 0; p < kValueBits; ++p) planes[p] = words[p][2 * half + r];
-          rows[r].set(planes);
+          for (int p = 0; p < kValueBits; ++p) planes[p] = words[p][r];
+          rows[i][r].set(planes);
         }
-#pragma unroll
-        for (int j = 0; j < 16; j += 2)
-          mma_half(sum[2 * pair + half], rows[0][j], rows[1][j], rows[0][j + 1], rows[1][j + 1], weight[j], weight[j + 1]);
       }
+#pragma unroll
+      for (int j = 0; j < 16; j += 2)
+#pragma unroll
+        for (int tile = 0; tile < 2 * kPairsAtOnce; ++tile) {
+          const auto& low = rows[tile >> 1][2 * (tile & 1)];
+          const auto& high = rows[tile >> 1][2 * (tile & 1) + 1];
+          mma_half(sum[2 * first + tile], low[j], high[j], low[j + 1], high[j + 1], weight[j], weight[j + 1]);
+        }
     }
   }
 
@@ -341,7 +351,5 @@ struct CodesEngine {
     result.end();
   }
 };
-
-#endif
 
 }  // namespace vkvx

@@ -11,8 +11,6 @@
 
 namespace vkvx {
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-
 // In each byte: bit b of lane 4g + t to bit g of lane 4b + t.
 __device__ __forceinline__ uint32_t transpose_bits(uint32_t x) {
   const int lane = threadIdx.x & 31;
@@ -62,7 +60,7 @@ struct PlanesEngine {
         const float rest = q * __half2float(params[256 + c]);
         spread = fmaf(rest, rest, spread);
       }
-      largest = __uint_as_float(__reduce_max_sync(kFull, __float_as_uint(largest)));
+      largest = __int_as_float(reduce_max(__float_as_int(largest)));  // not negative, so the order is that of the integers
       const float inverse = fmaxf(largest, 1e-30f) / 32767.0f, factor = 1.0f / inverse;
       float rounding = 0.0f;
       uint32_t x[4];
@@ -149,7 +147,7 @@ struct PlanesEngine {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         if (place(j) < count) top = max(top, score[n][j]);
-      top = __reduce_max_sync(kFull, top);
+      top = reduce_max(top);
       const float here = fmaf(static_cast<float>(top), step[n], bias[n]), now = fmaxf(most[n], here);
       fade[n] = exp2_fast(most[n] - now);
       gain[n] = exp2_fast(here - now);
@@ -193,7 +191,5 @@ struct PlanesEngine {
     result.end();
   }
 };
-
-#endif
 
 }  // namespace vkvx

@@ -7,8 +7,6 @@ namespace vkvx {
 
 constexpr int kRowsAtOnce = 16;
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-
 // What a warp has found so far, in shared memory: sums [D][columns], the score that weights are relative to, and the sum of the weights.
 // Columns are 2t and 2t + 1 in lane 4g + t; sums of column pairs past `columns` (even) are dropped.
 struct WarpResult {
@@ -151,7 +149,7 @@ struct RowsEngine {
       most[c] = now;
       grew |= mine;
     }
-    if (__any_sync(kFull, grew)) {
+    if (uniform(grew)) {
 #pragma unroll
       for (int i = 0; i < kDim / 16; ++i)
 #pragma unroll
@@ -191,7 +189,5 @@ struct RowsEngine {
     result.end();
   }
 };
-
-#endif
 
 }  // namespace vkvx

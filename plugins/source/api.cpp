@@ -88,17 +88,18 @@ int check_cuda(const char* what) {
 
 const Device& current_device() {
   static std::mutex mutex;
-  static std::vector<Device> devices(64, Device{-1, 0, 0});
+  static std::vector<Device> devices(64, Device{-1, 0, 0, 0});
   int index = 0;
   if (cudaGetDevice(&index) != cudaSuccess || index < 0 || index >= 64) index = 0;
   const std::lock_guard<std::mutex> lock(mutex);
   Device& device = devices[index];
   if (device.index < 0) {
-    int major = 0, minor = 0, processors = 0;
+    int major = 0, minor = 0, processors = 0, shared = 0;
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
-        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess)
-      device = Device{index, processors, 10 * major + minor};
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess)
+      device = Device{index, processors, 10 * major + minor, shared};
     cudaGetLastError();
   }
   return device;
@@ -132,5 +133,14 @@ int vkvx_attention(const VkvxParams* params, void* stream) {
   if (const int code = vkvx::check_call(*params, vkvx::attention_workspace(*params, device, kernel))) return code;
   const auto on = static_cast<cudaStream_t>(stream);
   return kernel == VKVX_PLAIN ? vkvx::plain(*params, on) : vkvx::decode(*params, device, kernel, on);
+}
+
+int vkvx_append(const VkvxParams* params, void* stream) {
+  if (const int code = vkvx::check(params)) return code;
+  const vkvx::Device& device = vkvx::current_device();
+  if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  if (params->rows == 0 || params->positions == 0) return VKVX_OK;
+  if (const int code = vkvx::check_call(*params, vkvx::plain_workspace(*params))) return code;
+  return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
 }
 }

@@ -18,9 +18,12 @@ bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
   for (const int64_t stride : strides)
     if (stride % 8) return false;  // rows are copied by 16 bytes
   if (reinterpret_cast<uintptr_t>(p.key) % 16 || reinterpret_cast<uintptr_t>(p.value) % 16) return false;
-  if (kernel == VKVX_CODES) return p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256;
+  if (kernel == VKVX_CODES) {
+    if (p.head_dim == 256) return !packed || (p.key_bits == p.value_bits && p.key_bits <= 4);
+    return p.head_dim == 64 || p.head_dim == 128;
+  }
   return kernel == VKVX_PLANES && packed && p.head_dim == 128 && p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits &&
-         p.key_bits <= 2;
+         p.key_bits <= 4;
 }
 
 int choose_decode_kernel(const VkvxParams& p, const Device& device) {
@@ -49,9 +52,11 @@ int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t s
 
 size_t plain_workspace(const VkvxParams& p) { return Workspace(p, 0, 1, 0).bytes; }
 
+void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream) { rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, rank); }
+
 int plain(const VkvxParams& p, cudaStream_t stream) {
   const Workspace workspace(p, 0, 1, 0);
-  rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, workspace.rank);
+  rank_tokens(p, workspace.rank, stream);
   plain_kernel<<<dim3(p.positions, p.query_heads, p.rows), kPlainThreads, 0, stream>>>(p, workspace.rank);
   return check_cuda("plain attention");
 }

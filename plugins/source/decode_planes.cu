@@ -20,7 +20,8 @@ int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream
     if (queries == 2) return launch<1, 1, 2>(p, device, stream);
     return launch<1, 1, 4>(p, device, stream);
   }
-  return launch<2, 2, 1>(p, device, stream);
+  if (p.key_bits == 2) return launch<2, 2, 1>(p, device, stream);
+  return launch<4, 4, 1>(p, device, stream);
 }
 
 }  // namespace vkvx

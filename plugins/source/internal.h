@@ -12,6 +12,7 @@ namespace vkvx {
 // Facts about the current device.
 struct Device {
   int index, processors, capability;  // capability: 90 for 9.0
+  int shared_memory;                  // bytes that a block may ask for
 };
 
 int fail(int code, const std::string& message);  // remembers the message, returns the code
@@ -27,6 +28,10 @@ int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t s
 template <int kDim>
 int decode_codes(const VkvxParams& p, const Device& device, cudaStream_t stream);
 int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream);
+
+// Fills the token numbers of the workspace.
+void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream);
+int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
 
 size_t plain_workspace(const VkvxParams& p);
 int plain(const VkvxParams& p, cudaStream_t stream);

@@ -8,8 +8,9 @@ namespace vkvx {
 
 template <class Engine>
 constexpr int lookahead_of() {
-  const int tiles = 512 / ((Engine::kKeyPlanes + Engine::kValuePlanes) * Engine::kHeadDim);
-  return tiles < 1 ? 1 : tiles > 4 ? 4 : tiles;
+  const int planes = Engine::kKeyPlanes + Engine::kValuePlanes, tiles = 512 / (planes * Engine::kHeadDim);
+  const int least = planes == 2 ? 2 : 1;  // the same buffers hold 16 text rows later
+  return tiles < least ? least : tiles > 4 ? 4 : tiles;
 }
 
 template <class Engine>
