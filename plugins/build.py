@@ -104,7 +104,9 @@ def build(architectures: str = "native", *, force: bool = False, jobs: int | Non
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix="build-", dir=cache_folder())
     except OSError as error:
-        raise StorageError(f"cannot write to {target.parent}: {error.strerror}; name another folder with {CACHE}") from error
+        raise StorageError(
+            f"cannot write to {target.parent}: {error.strerror}; name another folder with {CACHE}"
+        ) from error
     try:
         definitions = {"CMAKE_CUDA_ARCHITECTURES": ";".join(chosen), "CMAKE_CUDA_COMPILER": nvcc}
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
@@ -118,7 +120,9 @@ def build(architectures: str = "native", *, force: bool = False, jobs: int | Non
 
 def _nvcc() -> str:
     candidates = [shutil.which("nvcc")]
-    candidates += [str(Path(root) / "bin" / "nvcc") for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root]
+    candidates += [
+        str(Path(root) / "bin" / "nvcc") for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root
+    ]
     for candidate in candidates:
         if candidate and Path(candidate).is_file():
             return candidate

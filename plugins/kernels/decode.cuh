@@ -41,7 +41,9 @@ struct DecodeLayout {
     keys = 0;
     values = keys + lookahead * key_planes * dim * 16;
     params = align(values + lookahead * value_planes * dim * 16);
-    sums = align(params + (lookahead + 1) * 10 * dim);
+    // The same buffers hold text rows later.
+    const int tiles_end = params + (lookahead + 1) * 10 * dim, rows_end = 2 * kRowsAtOnce * dim * 2;
+    sums = align(tiles_end > rows_end ? tiles_end : rows_end);
     scalars = align(sums + dim * columns * 4);
     warp_bytes = align(scalars + 16 * 4);
     total = warps + kWarps * warp_bytes;

@@ -66,7 +66,7 @@ struct ScoreMap {
 template <int kKeyBits, int kValueBits, int kDim>
 struct CodesEngine {
   static constexpr int kColumns = 8;
-  static constexpr int kBlocks = kDim > 128 || kKeyBits + kValueBits > 8 ? 1 : 3;  // of a multiprocessor
+  static constexpr int kBlocks = kDim > 128 || kKeyBits + kValueBits > 8 ? 1 : kKeyBits + kValueBits == 2 ? 4 : 3;  // of a multiprocessor
   static constexpr int kKeyPlanes = kKeyBits, kValuePlanes = kValueBits, kHeadDim = kDim;
   static constexpr int kWordsOfLane = kDim >= 128 ? kDim / 128 : 1;  // key words that a lane takes of a token
   static constexpr int kPairs = kDim >= 128 ? 16 : 8;                // pairs of each
@@ -192,8 +192,11 @@ struct CodesEngine {
             }
           }
         }
-      // Two chains of products for each of the two row tiles, so that they overlap.
-      float s[2][2][4] = {};
+      // The two row tiles in turn, so that their chains of products overlap.
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) score[2 * pair + half][j] = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWordsOfLane; ++w) {
         Pairs<kKeyBits> rows[2][2];
@@ -211,13 +214,9 @@ struct CodesEngine {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const uint32_t(&q)[2] = query[w * 8 + j / 2];
-            mma_half(s[half][(j >> 1) & 1], rows[half][0][j], rows[half][1][j], rows[half][0][j + 1], rows[half][1][j + 1], q[0], q[1]);
+            mma_half(score[2 * pair + half], rows[half][0][j], rows[half][1][j], rows[half][0][j + 1], rows[half][1][j + 1], q[0], q[1]);
           }
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) score[2 * pair + half][j] = s[half][0][j] + s[half][1][j];
     }
   }
 

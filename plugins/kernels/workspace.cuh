@@ -7,11 +7,11 @@ namespace vkvx {
 
 constexpr int kCounters = 16384;  // at the start of the workspace, zero between calls
 
-// Parts of a decode: enough blocks for the GPU, no more than there is work for.
-inline int choose_splits(const VkvxParams& p, int64_t tiles, int resident_blocks) {
+// Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for their start and their end.
+inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
   const int64_t units = p.visual_capacity / kTile + divide_up(p.text_capacity, kRowsAtOnce) + 1;
-  int64_t splits = p.splits > 0 ? p.splits : resident_blocks / (tiles > 0 ? tiles : 1);
-  const int64_t most = divide_up(units, kWarps);
+  int64_t splits = p.splits > 0 ? p.splits : divide_up(processors, tiles > 0 ? tiles : 1);
+  const int64_t most = p.splits > 0 ? divide_up(units, kWarps) : divide_up(units, 2 * kWarps);
   splits = splits < most ? splits : most;
   return tiles > kCounters || splits < 1 ? 1 : static_cast<int>(splits);
 }

@@ -37,8 +37,7 @@ size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
   const int columns = 8, queries = queries_of_head(p);
   const int64_t column_tiles = kernel == VKVX_PLANES ? queries : divide_up(queries, columns);
   const int64_t tiles = p.rows * static_cast<int64_t>(p.kv_heads) * column_tiles;
-  // No engine has more than 4 blocks on a multiprocessor.
-  return Workspace(p, column_tiles, choose_splits(p, tiles, device.processors * 4), columns).bytes;
+  return Workspace(p, column_tiles, choose_splits(p, tiles, device.processors), columns).bytes;
 }
 
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {

@@ -8,9 +8,10 @@ namespace vkvx {
 
 template <class Engine>
 constexpr int lookahead_of() {
-  const int planes = Engine::kKeyPlanes + Engine::kValuePlanes, tiles = 512 / (planes * Engine::kHeadDim);
-  const int least = planes == 2 ? 2 : 1;  // the same buffers hold 16 text rows later
-  return tiles < least ? least : tiles > 4 ? 4 : tiles;
+  // More blocks on a multiprocessor hide more than deeper buffers, but for planes, which take little time a tile.
+  const int tiles = 512 / ((Engine::kKeyPlanes + Engine::kValuePlanes) * Engine::kHeadDim);
+  const int most = Engine::kColumns == 8 ? 1 : 4;
+  return tiles < 1 ? 1 : tiles > most ? most : tiles;
 }
 
 template <class Engine>
@@ -22,7 +23,7 @@ DecodePlan plan_decode(const VkvxParams& p, const Device& device) {
   plan.columns = most + (most & 1);
   plan.lookahead = lookahead_of<Engine>();
   const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * plan.column_tiles;
-  plan.splits = choose_splits(p, tiles, device.processors * Engine::kBlocks);
+  plan.splits = choose_splits(p, tiles, device.processors);
   const Workspace workspace(p, plan.column_tiles, plan.splits, plan.columns);
   plan.arrived = workspace.counters;
   plan.partial = workspace.partial;
@@ -33,11 +34,8 @@ DecodePlan plan_decode(const VkvxParams& p, const Device& device) {
 template <class Engine, bool kScan>
 int launch_decode(const VkvxParams& p, const DecodePlan& plan, const Device& device, cudaStream_t stream) {
   constexpr int kLookahead = lookahead_of<Engine>();
-  constexpr int D = Engine::kHeadDim;
-  static_assert(kLookahead * (Engine::kKeyPlanes + Engine::kValuePlanes) * D * 16 + (kLookahead + 1) * 10 * D >= RowsEngine<D>::kBytes,
-                "a warp's buffers must hold its rows");
   const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0;
-  const DecodeLayout layout(Engine::kKeyPlanes, Engine::kValuePlanes, D, Engine::kColumns, plan.columns, kLookahead, groups);
+  const DecodeLayout layout(Engine::kKeyPlanes, Engine::kValuePlanes, Engine::kHeadDim, Engine::kColumns, plan.columns, kLookahead, groups);
   auto kernel = decode_kernel<Engine, kScan, kLookahead>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.total) != cudaSuccess)
     return check_cuda("the shared memory that decode needs");
