@@ -75,6 +75,13 @@ __device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
 // What correction `expected` adds to the scores of a group, in natural units: t / (1 + t / limit).
 __device__ __forceinline__ float expected_correction(float t, float limit) { return t / (1.0f + t / limit); }
 
+// The code of one element, whose planes are `plane` words apart: bit `bit` of each.
+__device__ __forceinline__ int gather_code(const int* words, int64_t plane, int bits, int bit) {
+  int code = 0;
+  for (int p = 0; p < bits; ++p) code |= (words[p * plane] >> bit & 1) << p;
+  return code;
+}
+
 // Which positions of row b are tokens, one bit each, for calls of at most 32 positions; all threads of the block take part and
 // `bits` is shared memory that held 0. Needs a barrier before it is read.
 __device__ __forceinline__ void collect_tokens(const VkvxParams& p, int b, unsigned* bits) {

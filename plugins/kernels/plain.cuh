@@ -44,13 +44,6 @@ __global__ void rank_tokens_kernel(const __grid_constant__ VkvxParams p, int* ra
 constexpr int kPlainThreads = 128;
 constexpr int kPlainMaxDim = 256;
 
-// Codes of one element: planes `plane` words apart, bit `bit`.
-__device__ __forceinline__ int gather_code(const int* words, int64_t plane, int bits, int bit) {
-  int code = 0;
-  for (int p = 0; p < bits; ++p) code |= (words[p * plane] >> bit & 1) << p;
-  return code;
-}
-
 __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
   const int s = blockIdx.x, head = blockIdx.y, b = blockIdx.z, tid = threadIdx.x;
   const int D = p.head_dim, S = p.positions, kv = head / (p.query_heads / p.kv_heads);

@@ -62,15 +62,16 @@ int check_call(const VkvxParams& p, size_t needed) {
 
 // The kernel that a call runs, or -1 with a message.
 int attention_kernel(const VkvxParams& p, const Device& device) {
-  if (p.kernel == VKVX_AUTO) return choose_decode_kernel(p, device);
+  if (p.kernel == VKVX_AUTO) return choose_kernel(p, device);
   if (p.kernel == VKVX_PLAIN) return VKVX_PLAIN;
+  if (p.kernel == VKVX_PREFILL && prefill_takes(p, device)) return VKVX_PREFILL;
   if ((p.kernel == VKVX_CODES || p.kernel == VKVX_PLANES) && decode_takes(p, device, p.kernel)) return p.kernel;
   fail(VKVX_UNSUPPORTED, "the kernel that was asked for does not take these sizes, bits or types on this device; give VKVX_AUTO");
   return -1;
 }
 
 size_t attention_workspace(const VkvxParams& p, const Device& device, int kernel) {
-  return kernel == VKVX_PLAIN ? plain_workspace(p) : decode_workspace(p, device, kernel);
+  return kernel == VKVX_PLAIN || kernel == VKVX_PREFILL ? plain_workspace(p) : decode_workspace(p, device, kernel);
 }
 
 }  // namespace
@@ -132,7 +133,9 @@ int vkvx_attention(const VkvxParams* params, void* stream) {
   if (params->rows == 0 || params->positions == 0) return VKVX_OK;
   if (const int code = vkvx::check_call(*params, vkvx::attention_workspace(*params, device, kernel))) return code;
   const auto on = static_cast<cudaStream_t>(stream);
-  return kernel == VKVX_PLAIN ? vkvx::plain(*params, on) : vkvx::decode(*params, device, kernel, on);
+  if (kernel == VKVX_PLAIN) return vkvx::plain(*params, on);
+  if (kernel == VKVX_PREFILL) return vkvx::prefill(*params, on);
+  return vkvx::decode(*params, device, kernel, on);
 }
 
 int vkvx_append(const VkvxParams* params, void* stream) {

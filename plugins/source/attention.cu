@@ -11,13 +11,14 @@ int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p
 
 }  // namespace
 
+bool rows_are_aligned(const void* data, const int64_t (&stride)[3]) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[2] % 8 == 0;
+}
+
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
   const bool packed = p.key_bits != 16;
   if (device.capability < 80 || p.positions > kMaxDecodePositions || p.dtype == VKVX_FLOAT32) return false;
-  const int64_t strides[] = {p.key_stride[0], p.key_stride[1], p.key_stride[2], p.value_stride[0], p.value_stride[1], p.value_stride[2]};
-  for (const int64_t stride : strides)
-    if (stride % 8) return false;  // rows are copied by 16 bytes
-  if (reinterpret_cast<uintptr_t>(p.key) % 16 || reinterpret_cast<uintptr_t>(p.value) % 16) return false;
+  if (!rows_are_aligned(p.key, p.key_stride) || !rows_are_aligned(p.value, p.value_stride)) return false;
   if (kernel == VKVX_CODES) {
     if (p.head_dim == 256) return !packed || (p.key_bits == p.value_bits && p.key_bits <= 4);
     return p.head_dim == 64 || p.head_dim == 128;
@@ -26,11 +27,12 @@ bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
          p.key_bits <= 4;
 }
 
-int choose_decode_kernel(const VkvxParams& p, const Device& device) {
+int choose_kernel(const VkvxParams& p, const Device& device) {
   // The binary product is native on 8.0 to 9.0. It costs by query vector, the product of codes does not.
   const int few = p.key_bits == 1 ? 2 : 1;
   if (decode_takes(p, device, VKVX_PLANES) && device.capability <= 90 && queries_of_head(p) <= few) return VKVX_PLANES;
-  return decode_takes(p, device, VKVX_CODES) ? VKVX_CODES : VKVX_PLAIN;
+  if (decode_takes(p, device, VKVX_CODES)) return VKVX_CODES;
+  return prefill_takes(p, device) ? VKVX_PREFILL : VKVX_PLAIN;
 }
 
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {

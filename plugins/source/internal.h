@@ -21,7 +21,7 @@ const Device& current_device();
 
 // Bytes and launch of decode attention; `codes` and `planes` take fp16 and bf16 of head dim 64, 128 and 256.
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel);
-int choose_decode_kernel(const VkvxParams& p, const Device& device);
+int choose_kernel(const VkvxParams& p, const Device& device);
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel);
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream);
 
@@ -32,6 +32,10 @@ int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream
 // Fills the token numbers of the workspace.
 void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream);
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
+
+bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes
+bool prefill_takes(const VkvxParams& p, const Device& device);
+int prefill(const VkvxParams& p, cudaStream_t stream);
 
 size_t plain_workspace(const VkvxParams& p);
 int plain(const VkvxParams& p, cudaStream_t stream);

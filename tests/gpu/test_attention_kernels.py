@@ -59,7 +59,18 @@ def test_plain(head_dim: int, correction: str) -> None:
         compare(case, "plain")
 
 
-@pytest.mark.parametrize("kernel", ["codes", "planes", "plain"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("correction", ["none", "expected"])
+def test_prefill(head_dim: int, dtype: torch.dtype, correction: str) -> None:
+    padding = [[], [0, 1, 2], [2, 63, 64, 150], list(range(40, 200))]
+    for i, positions in enumerate((1, 63, 64, 200, 333)):
+        bits = BITS[i % 4]
+        case = Case(bits, bits, head_dim, 2, (1, 4)[i % 2], positions, correction, dtype, padding=padding)
+        compare(case, "prefill")
+
+
+@pytest.mark.parametrize("kernel", ["codes", "planes", "plain", "prefill"])
 def test_idle_rows_are_zero(kernel: str) -> None:
     case = Case()
     tensors = make(case)
