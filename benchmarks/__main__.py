@@ -16,6 +16,9 @@ from typing import Any
 BENCHMARKS = {
     "unpack": "ways to unpack bit planes in onnxruntime on a CPU",
     "agreement": "onnxruntime against torch on tiny-llava, for every way to quantise its cache",
+    "attention": "decode attention over the packed cache on a GPU, against torch on 16 bits",
+    "pack": "quantise-and-pack of new visual tokens on a GPU",
+    "prefill": "prefill attention on a GPU, against torch's flash attention",
 }
 """Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns the rows of a table."""
 PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")

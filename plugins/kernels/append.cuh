@@ -23,7 +23,7 @@ __device__ __forceinline__ float clean(float x) {
   return fminf(fmaxf(x, -kHalfMax), kHalfMax);
 }
 
-// Sum, or least or greatest, over the warps of the block for each lane; `scratch` holds kAppendWarps * 32 floats.
+// Sum, or least or greatest, over the warps of the block for each lane; `scratch` holds 3 * kAppendWarps * 32 floats.
 template <class Combine>
 __device__ __forceinline__ float over_warps(float x, float* scratch, Combine combine) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -34,6 +34,21 @@ __device__ __forceinline__ float over_warps(float x, float* scratch, Combine com
 #pragma unroll
   for (int w = 1; w < kAppendWarps; ++w) y = combine(y, scratch[w * 32 + lane]);
   return y;
+}
+
+// Three sums at once.
+__device__ __forceinline__ void add_over_warps(float (&x)[3], float* scratch) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < 3; ++k) scratch[(k * kAppendWarps + warp) * 32 + lane] = x[k];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    x[k] = scratch[k * kAppendWarps * 32 + lane];
+#pragma unroll
+    for (int w = 1; w < kAppendWarps; ++w) x[k] += scratch[(k * kAppendWarps + w) * 32 + lane];
+  }
 }
 
 struct Add {
@@ -112,24 +127,20 @@ __device__ Levels find_levels(Value value, int count, float mean, int quantizer,
     high = gamma * (high + mean) - mean;
     scale = (high - low) / top;
   } else if (quantizer == VKVX_LLOYD && bits == 1) {
-    float all = 0.0f;
-    for (int i = warp; i < count; i += kAppendWarps) all += value(i);
-    all = over_warps(all, scratch, Add());
     float threshold = 0.0f;
     for (int round = 0; round < kLloydIterations; ++round) {
-      float above = 0.0f, below = 0.0f, number = 0.0f;
+      float sums[3] = {};  // above the threshold, at or below it, how many are above
+#pragma unroll 8
       for (int i = warp; i < count; i += kAppendWarps) {
         const float x = value(i);
         const bool up = x > threshold;
-        above += up ? x : 0.0f;
-        below += up ? 0.0f : x;
-        number += up ? 1.0f : 0.0f;
+        sums[0] += up ? x : 0.0f;
+        sums[1] += up ? 0.0f : x;
+        sums[2] += up ? 1.0f : 0.0f;
       }
-      above = over_warps(above, scratch, Add());
-      below = over_warps(below, scratch, Add());
-      number = over_warps(number, scratch, Add());
-      high = number > 0.0f ? above / number : threshold;
-      low = number < n ? below / (n - number) : threshold;
+      add_over_warps(sums, scratch);
+      high = sums[2] > 0.0f ? sums[0] / sums[2] : threshold;
+      low = sums[2] < n ? sums[1] / (n - sums[2]) : threshold;
       threshold = (low + high) / 2.0f;
     }
     scale = high - low;
@@ -184,7 +195,7 @@ __device__ __forceinline__ bool place_group(const VkvxParams& p, int b, int g, i
 // Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: the group's values if `cached`.
 __global__ void __launch_bounds__(kAppendWarps * 32) quantize_kernel(const __grid_constant__ VkvxParams p, bool cached) {
   extern __shared__ float numbers[];  // [group_size][32]
-  __shared__ float scratch[kAppendWarps * 32];
+  __shared__ float scratch[3 * kAppendWarps * 32];
   __shared__ int found[2];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, D = p.head_dim, words = D / 32;
   const int call_groups = p.visual_entries / p.group_size;
@@ -198,11 +209,24 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_kernel(const __gri
   const int64_t* stride = is_key ? p.key_stride : p.value_stride;
   const int64_t base = b * stride[0] + head * stride[1] + 32 * word + lane;
   const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries + static_cast<int64_t>(g) * p.group_size;
+  // Several loads at a time, or each would wait for the one before.
+  constexpr int kBatch = 16;
   float sum = 0.0f;
-  for (int i = warp; i < count; i += kAppendWarps) {
-    const float x = clean(load_float(source, base + index[i] * stride[2], p.dtype));
-    if (cached) numbers[i * kChannels + lane] = x;
-    sum += x;
+  for (int first = warp; first < count; first += kBatch * kAppendWarps) {
+    int at[kBatch];
+    float x[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) at[n] = index[min(first + n * kAppendWarps, count - 1)];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) x[n] = load_float(source, base + at[n] * stride[2], p.dtype);
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int i = first + n * kAppendWarps;
+      if (i >= count) break;
+      x[n] = clean(x[n]);
+      if (cached) numbers[i * kChannels + lane] = x[n];
+      sum += x[n];
+    }
   }
   const float mean = over_warps(sum, scratch, Add()) / static_cast<float>(count);
   // Groups that shared memory cannot hold are read again.

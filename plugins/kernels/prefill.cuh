@@ -13,7 +13,12 @@ constexpr int kPrefillWarps = 4;
 constexpr int kPrefillRows = 16 * kPrefillWarps;
 constexpr int kPrefillKeys = 64;
 
-constexpr int prefill_shared_bytes(int dim) { return (kPrefillRows + 4 * kPrefillKeys) * dim * 2; }
+constexpr int kPrefillMaxPositions = 1 << 17;
+
+// Queries, two stages of keys and values, and a bit for each position.
+constexpr int prefill_shared_bytes(int dim, int positions) {
+  return (kPrefillRows + 4 * kPrefillKeys) * dim * 2 + (positions + kPrefillRows - 1) / kPrefillRows * kPrefillRows / 8;
+}
 
 template <bool kBfloat>
 __device__ __forceinline__ uint32_t pack_pair(float x, float y) {
@@ -42,6 +47,14 @@ __global__ void __launch_bounds__(kPrefillWarps * 32, 2) prefill_kernel(const __
       if (first_row + i / kDim < S) store_float(p.output, (out + first_row) * kDim + i, p.dtype, 0.0f);
     return;
   }
+  // Which positions are tokens, up to this block's last one.
+  uint32_t* present = reinterpret_cast<uint32_t*>(shared + (kPrefillRows + 4 * kPrefillKeys) * kDim * 2);
+  for (int i = warp; i < (first_row + kPrefillRows) / 32; i += kPrefillWarps) {
+    const uint32_t bits = __ballot_sync(kFull, 32 * i + lane < S && tokens[32 * i + lane] >= 0);
+    if (lane == 0) present[i] = bits;
+  }
+  __syncthreads();
+  auto is_token = [&](int at) { return present[at >> 5] >> (at & 31) & 1; };
   const uint32_t query_buffer = shared_address(shared), tile_buffer = query_buffer + kPrefillRows * kDim * 2;
   constexpr int kTileBytes = kPrefillKeys * kDim * 2;
   auto place = [](int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7 & (kChunks - 1)))) * 16; };
@@ -49,7 +62,7 @@ __global__ void __launch_bounds__(kPrefillWarps * 32, 2) prefill_kernel(const __
 #pragma unroll
     for (int i = tid; i < 64 * kChunks; i += kPrefillWarps * 32) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const bool valid = first + row < count && (!own || tokens[first + row] >= 0);
+      const bool valid = first + row < count && (!own || is_token(first + row));
       copy_async(buffer + place(row, chunk), static_cast<const char*>(data) + (base + (valid ? first + row : 0) * stride + chunk * 8) * 2, valid);
     }
   };
@@ -168,7 +181,8 @@ __global__ void __launch_bounds__(kPrefillWarps * 32, 2) prefill_kernel(const __
     }
     const bool own = cursor.group == -2;
     const int limit = own ? S : cursor.group == -1 ? text_count : counts[cursor.group];
-    const bool masked = cursor.first + kPrefillKeys > limit || own;
+    const bool gaps = own && (present[cursor.first >> 5] & present[(cursor.first >> 5) + 1]) != kFull;
+    const bool masked = cursor.first + kPrefillKeys > limit || gaps || (own && cursor.first + kPrefillKeys > first_row);
     float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -177,7 +191,7 @@ __global__ void __launch_bounds__(kPrefillWarps * 32, 2) prefill_kernel(const __
         float x = fmaf(s[n][j], factor, cursor.group >= 0 ? excess[j >> 1] : 0.0f);
         if (masked) {
           const int key = cursor.first + 8 * n + 2 * t + (j & 1);
-          const bool seen = key < limit && (!own || (key <= first_row + 16 * warp + g + 8 * (j >> 1) && tokens[key] >= 0));
+          const bool seen = key < limit && (!own || (key <= first_row + 16 * warp + g + 8 * (j >> 1) && is_token(key)));
           x = seen ? x : -INFINITY;
         }
         s[n][j] = x;
@@ -231,11 +245,12 @@ __global__ void __launch_bounds__(kPrefillWarps * 32, 2) prefill_kernel(const __
     total[r] += __shfl_xor_sync(kFull, total[r], 2);
     const int row = first_row + 16 * warp + g + 8 * r;
     if (row >= S) continue;
-    const float inverse = tokens[row] >= 0 ? 1.0f / total[r] : 0.0f;
+    const bool token = is_token(row);
+    const float inverse = token ? 1.0f / total[r] : 0.0f;
     uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.output) + (out + row) * kDim) + t;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n)
-      to[4 * n] = tokens[row] >= 0 ? pack_pair<kBfloat>(sum[n][2 * r] * inverse, sum[n][2 * r + 1] * inverse) : 0u;
+      to[4 * n] = token ? pack_pair<kBfloat>(sum[n][2 * r] * inverse, sum[n][2 * r + 1] * inverse) : 0u;
   }
 #endif
 }

@@ -18,7 +18,7 @@ int append(const VkvxParams& p, const Device& device, cudaStream_t stream) {
     if (const int code = check_cuda("append of text rows")) return code;
   }
   if (p.visual_entries == 0 || p.visual_capacity == 0) return VKVX_OK;
-  const int wanted = p.group_size * kChannels * static_cast<int>(sizeof(float)), statics = 4096;
+  const int wanted = p.group_size * kChannels * static_cast<int>(sizeof(float)), statics = 8192;
   const bool cached = wanted + statics <= device.shared_memory;
   const int bytes = cached ? wanted : 0;
   if (cudaFuncSetAttribute(quantize_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)

@@ -8,12 +8,12 @@ namespace {
 
 template <int kDim, bool kBfloat>
 int launch(const VkvxParams& p, const int* rank, cudaStream_t stream) {
-  constexpr int kBytes = prefill_shared_bytes(kDim);
+  const int bytes = prefill_shared_bytes(kDim, p.positions);
   auto kernel = prefill_kernel<kDim, kBfloat>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess)
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return check_cuda("the shared memory that prefill needs");
   const dim3 grid((p.positions + kPrefillRows - 1) / kPrefillRows, p.query_heads, p.rows);
-  kernel<<<grid, kPrefillWarps * 32, kBytes, stream>>>(p, rank);
+  kernel<<<grid, kPrefillWarps * 32, bytes, stream>>>(p, rank);
   return check_cuda("prefill attention");
 }
 
@@ -28,7 +28,7 @@ bool prefill_takes(const VkvxParams& p, const Device& device) {
   // `affine` needs the extremes of all scores first: the plain kernel does that.
   const bool affine = p.correction == VKVX_CORRECTION_AFFINE && p.visual_capacity;
   const bool aligned = rows_are_aligned(p.key, p.key_stride) && rows_are_aligned(p.value, p.value_stride) && rows_are_aligned(p.query, p.query_stride);
-  return device.capability >= 80 && p.dtype != VKVX_FLOAT32 && !affine && aligned && (p.head_dim == 64 || p.head_dim == 128);
+  return device.capability >= 80 && p.positions <= kPrefillMaxPositions && prefill_shared_bytes(p.head_dim, p.positions) <= device.shared_memory && p.dtype != VKVX_FLOAT32 && !affine && aligned && (p.head_dim == 64 || p.head_dim == 128);
 }
 
 int prefill(const VkvxParams& p, cudaStream_t stream) {
