@@ -214,18 +214,25 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_kernel(const __gri
   float sum = 0.0f;
   for (int first = warp; first < count; first += kBatch * kAppendWarps) {
     int at[kBatch];
-    float x[kBatch];
+    uint32_t bits[kBatch];
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) at[n] = index[min(first + n * kAppendWarps, count - 1)];
+    if (p.dtype == VKVX_FLOAT32) {
 #pragma unroll
-    for (int n = 0; n < kBatch; ++n) x[n] = load_float(source, base + at[n] * stride[2], p.dtype);
+      for (int n = 0; n < kBatch; ++n) bits[n] = static_cast<const uint32_t*>(source)[base + at[n] * stride[2]];
+    } else {
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) bits[n] = static_cast<const uint16_t*>(source)[base + at[n] * stride[2]];
+    }
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
       const int i = first + n * kAppendWarps;
       if (i >= count) break;
-      x[n] = clean(x[n]);
-      if (cached) numbers[i * kChannels + lane] = x[n];
-      sum += x[n];
+      const float x = clean(p.dtype == VKVX_FLOAT16    ? __half2float(__ushort_as_half(bits[n]))
+                            : p.dtype == VKVX_BFLOAT16 ? __uint_as_float(bits[n] << 16)
+                                                       : __uint_as_float(bits[n]));
+      if (cached) numbers[i * kChannels + lane] = x;
+      sum += x;
     }
   }
   const float mean = over_warps(sum, scratch, Add()) / static_cast<float>(count);

@@ -25,7 +25,7 @@ def compare(case: Case, kernel: str, splits: int = 0) -> None:
     assert off < TOLERANCE[case.dtype], f"{kernel}, {splits} splits, {case}: {off:.2e}"
 
 
-@pytest.mark.parametrize(("key_bits", "value_bits"), itertools.product(BITS, BITS))
+@pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, BITS)))
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_codes(key_bits: int, value_bits: int, head_dim: int) -> None:
     for i, (ratio, positions) in enumerate(SHAPES):
