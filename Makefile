@@ -30,7 +30,7 @@ lint: types
 # mypy does not see through the package-dir table of pyproject.toml, so it gets the packages as folders of links.
 types: .venv/test-ready
 	@rm -rf build/types && mkdir -p build/types/vkvx
-	@ln -s $(CURDIR)/vkvx/* $(CURDIR)/evaluation $(CURDIR)/export $(CURDIR)/models $(CURDIR)/runtime build/types/vkvx/
+	@ln -s $(CURDIR)/vkvx/* $(CURDIR)/evaluation $(CURDIR)/export $(CURDIR)/models $(CURDIR)/plugins $(CURDIR)/runtime build/types/vkvx/
 	@cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vkvx
 
 # torch comes first and pinned: as a dependency of another package pip would take its newest and largest build.

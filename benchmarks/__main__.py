@@ -19,6 +19,9 @@ BENCHMARKS = {
     "token_agreement": "equal tokens by the plug-in, a bundle and vkvx eval on pages of tiny-llava, float32",
     "methods": "ways to quantise the visual cache of tiny-llava that were tried, simulated densely",
     "stress": "every way to quantise a cache on cases with known answers, through the torch operator",
+    "attention": "decode attention over the packed cache on a GPU, against torch on 16 bits",
+    "pack": "quantise-and-pack of new visual tokens on a GPU",
+    "prefill": "prefill attention on a GPU, against torch's flash attention",
 }
 """Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns the rows of a table."""
 PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")

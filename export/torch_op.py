@@ -1,8 +1,8 @@
-"""``torch.ops.vkvx.visual_kv_attention``: the reference of the operator, in plain torch, on any device.
+"""``torch.ops.vkvx.visual_kv_attention``: the operator in torch; in plain torch on any device, which is its reference.
 
 Two ops share one body: the functional one returns updated caches (reference, export), the other (trailing underscore)
-updates them in place and returns the output alone. ``docs/operator.md`` has the semantics; shapes are those of
-``export/operator.py``.
+updates them in place and returns the output alone. On CUDA tensors both run the kernels of ``vkvx.plugins``, if built.
+``docs/operator.md`` has the semantics; shapes are those of ``export/operator.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vkvx import quantization, shaping
 from vkvx.errors import CapacityError, OptionError
+from vkvx.export import torch_cuda
 from vkvx.export.operator import INPUTS, METRIC_INPUTS, OperatorAttributes
 from vkvx.format import CACHE_NAMES, TILE
 
@@ -258,6 +259,9 @@ def _run(tensors: tuple[Tensor | None, ...], attributes: OperatorAttributes, in_
     names = (t.name for t in (*INPUTS, *METRIC_INPUTS))
     named = {name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
     _check(named, attributes)
+    if named["query"].is_cuda and torch_cuda.takes(named, attributes):
+        caches = {name: named[name] if in_place else named[name].clone() for name in CACHE_NAMES}
+        return torch_cuda.run(named | caches, attributes), *caches.values()
     query, key, value = named["query"], named["key"], named["value"]
     call = _read_call(named["visual_index"], named["text_index"], named["slot"], query.shape[2], attributes)
     cache = Cache(*(named[name][call.row] for name in Cache._fields))

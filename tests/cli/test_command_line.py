@@ -58,7 +58,7 @@ def test_import_of_the_package_is_lazy_and_complete() -> None:
 
 
 def test_every_verb_has_help(cli: Callable) -> None:
-    for verb in ("export", "run", "chat", "validate", "eval", "inspect", "doctor"):
+    for verb in ("export", "run", "chat", "validate", "eval", "inspect", "plugin", "doctor"):
         result = cli(verb, "--help")
         assert result.code == 0
         assert f"usage: vkvx {verb}" in result.out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import re
 from dataclasses import fields
@@ -114,12 +115,19 @@ def test_links() -> None:
                 assert target[1] in anchors, f"{page.name} links to #{target[1]}"
 
 
+def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """All actions of a parser, those of its verbs included."""
+    found = []
+    for action in parser._actions:
+        found.append(action)
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                found += _actions(verb)
+    return found
+
+
 def test_options_that_the_pages_name_exist() -> None:
-    parser = cli.build_parser()
-    verbs = next(action for action in parser._actions if action.dest == "verb").choices
-    assert verbs is not None
-    known = {option for verb in verbs.values() for action in verb._actions for option in action.option_strings}  # type: ignore[attr-defined]
-    known |= {option for action in parser._actions for option in action.option_strings}
+    known = {option for action in _actions(cli.build_parser()) for option in action.option_strings}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         used = {
@@ -132,16 +140,13 @@ def test_options_that_the_pages_name_exist() -> None:
 
 def test_every_option_is_documented() -> None:
     page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
-    parser = cli.build_parser()
-    verbs = next(action for action in parser._actions if action.dest == "verb").choices
-    assert verbs is not None
-    options = {a.option_strings[-1] for verb in verbs.values() for a in verb._actions if a.option_strings}  # type: ignore[attr-defined]
+    options = {action.option_strings[-1] for action in _actions(cli.build_parser()) if action.option_strings}
     assert {option for option in options if not re.search(rf"{option}\b", page)} == set()
 
 
 def test_packaging_knows_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {"vkvx", "evaluation", "export", "models", "runtime"}
+    folders = {"vkvx", "evaluation", "export", "models", "plugins", "runtime"}
     found = set()
     for top in folders:
         for path in (ROOT / top).rglob("*.py"):

@@ -1,0 +1,195 @@
+// What the kernels share: conversions, reductions over a warp, and the instructions that CUDA C++ has no name for.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../vkvx.h"
+
+namespace vkvx {
+
+constexpr int kTile = 128;            // visual tokens a tile
+constexpr int kMaxDecodePositions = 8;  // longest call that the decode kernels take
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kHalfMax = 65504.0f;
+constexpr unsigned kFull = 0xffffffffu;
+
+// Element i of an array of the model's float type, as FP32.
+__device__ __forceinline__ float load_float(const void* data, int64_t i, int dtype) {
+  if (dtype == VKVX_FLOAT16) return __half2float(static_cast<const __half*>(data)[i]);
+  if (dtype == VKVX_BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+
+// A mean of rounded levels can lie a little beyond the largest FP16 number; NaN stays.
+__device__ __forceinline__ float within_half(float x) { return x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x; }
+
+__device__ __forceinline__ void store_float(void* data, int64_t i, int dtype, float x) {
+  if (dtype == VKVX_FLOAT16)
+    static_cast<__half*>(data)[i] = __float2half_rn(within_half(x));
+  else if (dtype == VKVX_BFLOAT16)
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+  else
+    static_cast<float*>(data)[i] = x;
+}
+
+__host__ __device__ __forceinline__ int element_size(int dtype) { return dtype == VKVX_FLOAT32 ? 4 : 2; }
+
+__host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(kFull, x, o);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) x = fmaxf(x, __shfl_xor_sync(kFull, x, o));
+  return x;
+}
+
+// A condition that is the same in all lanes, so that the compiler knows it too.
+__device__ __forceinline__ bool uniform(bool x) { return __any_sync(kFull, x); }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  __half2 h = __floats2half2_rn(low, high);
+  return reinterpret_cast<uint32_t&>(h);
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
+  __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(h);
+}
+
+// What correction `expected` adds to the scores of a group, in natural units: t / (1 + t / limit).
+__device__ __forceinline__ float expected_correction(float t, float limit) { return t / (1.0f + t / limit); }
+
+// The code of one element, whose planes are `plane` words apart: bit `bit` of each.
+__device__ __forceinline__ int gather_code(const int* words, int64_t plane, int bits, int bit) {
+  int code = 0;
+  for (int p = 0; p < bits; ++p) code |= (words[p * plane] >> bit & 1) << p;
+  return code;
+}
+
+// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; all threads of the block take part and
+// `bits` is shared memory that held 0. Needs a barrier before it is read.
+__device__ __forceinline__ void collect_tokens(const VkvxParams& p, int b, unsigned* bits) {
+  unsigned mine = 0;
+  for (int i = threadIdx.x; i < p.visual_entries; i += blockDim.x) {
+    const int at = p.visual_index[static_cast<int64_t>(b) * p.visual_entries + i];
+    if (at >= 0) mine |= 1u << at;
+  }
+  for (int i = threadIdx.x; i < p.text_entries; i += blockDim.x) {
+    const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
+    if (at >= 0) mine |= 1u << at;
+  }
+  if (mine) atomicOr(bits, mine);
+}
+
+// Instructions of compute capability 8.0; kernels that use them have no body below it, and are not launched there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define VKVX_HAS_TENSOR_CORES 1
+#define VKVX_ASM(...) asm(__VA_ARGS__)
+#define VKVX_ASM_VOLATILE(...) asm volatile(__VA_ARGS__)
+#else
+#define VKVX_HAS_TENSOR_CORES 0
+#define VKVX_ASM(...)
+#define VKVX_ASM_VOLATILE(...)
+#endif
+
+__device__ __forceinline__ int reduce_max(int x) {
+#if VKVX_HAS_TENSOR_CORES
+  return __reduce_max_sync(kFull, x);
+#else
+  return x;
+#endif
+}
+
+// D += A B with fp16 or bf16 A [16, 16] and B [16, 8], FP32 D. A subnormal fp16 counts as what it is.
+__device__ __forceinline__ void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  VKVX_ASM(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_bfloat(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  VKVX_ASM(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// D = popc(A & B), bits: A [16, 128], B [128, 8].
+__device__ __forceinline__ void mma_bits(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const int zero = 0;
+  VKVX_ASM(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "r"(zero));
+}
+
+// D += A B in integers: A [16, 32] of u8, B [32, 8] of u8 or s8.
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1) {
+  if constexpr (kSigned)
+    VKVX_ASM(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    VKVX_ASM(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices of 16-bit elements (or 8 rows of 4 words): lane 8m + r gives the address of row r of matrix m.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  VKVX_ASM_VOLATILE("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  VKVX_ASM_VOLATILE("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Transpose of an 8x8 matrix of 16-bit elements spread over the warp.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  VKVX_ASM("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// 16 bytes to shared memory, asynchronously; `valid` false writes zeros and reads nothing.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid = true) {
+  VKVX_ASM_VOLATILE("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { VKVX_ASM_VOLATILE("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  VKVX_ASM_VOLATILE("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace vkvx

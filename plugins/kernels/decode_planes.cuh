@@ -1,0 +1,195 @@
+// Decode attention on 1- and 2-bit codes with the binary tensor cores: few query vectors a KV head, so that unpacking would dominate.
+//
+// The query, scaled and rounded to 16 bits, is split into bit planes; popc(key word & query plane), summed by the tensor core over 128 channels, is a
+// count in 0..128 for each token and plane. A second product, of bytes, weighs the counts by powers of two: a count fills a register of that
+// product's operand as it is, and weights that differ from zero in column i alone for row tile i collect the scores of 128 tokens
+// in four registers a lane. Values likewise, with the weights of the tokens rounded to 16 bits and turned to planes.
+// Native on compute capability 8.0 to 9.0; emulated later, where decode_codes.cuh is the better choice.
+#pragma once
+
+#include "common.cuh"
+
+namespace vkvx {
+
+// In each byte: bit b of lane 4g + t to bit g of lane 4b + t.
+__device__ __forceinline__ uint32_t transpose_bits(uint32_t x) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const int shift = 1 << k;
+    const uint32_t low = k == 0 ? 0x55555555u : k == 1 ? 0x33333333u : 0x0f0f0f0fu;
+    const bool upper = lane & (4 << k);
+    const uint32_t y = __shfl_xor_sync(kFull, x, 4 << k);
+    const uint32_t moved = __funnelshift_l(y, y, upper ? 32 - shift : shift);
+    const uint32_t keep = upper ? ~low : low;
+    x = (x & keep) | (moved & ~keep);
+  }
+  return x;
+}
+
+template <int kKeyBits, int kValueBits, int kQueries>
+struct PlanesEngine {
+  static constexpr int kColumns = kQueries;
+  static constexpr int kKeyPlanes = kKeyBits, kValuePlanes = kValueBits, kHeadDim = 128;
+  static constexpr int kBlocks = kQueries == 1 ? 4 : 3;
+
+  uint32_t query[kQueries][2];
+  float step[kQueries], bias[kQueries];
+  int score[kQueries][4];
+  uint32_t weight[kQueries][2];
+  float sum[kQueries][4], total[kQueries], most[kQueries], fade[kQueries], gain[kQueries];
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
+  // Token or channel of number j of the lane's four.
+  __device__ __forceinline__ static int place(int j) { return 32 * (lane() & 3) + (lane() >> 2) + 8 * j; }
+
+  __device__ __forceinline__ static int place_key_chunk(int c) { return c ^ ((c >> 4) & 7); }
+
+  __device__ __forceinline__ void start_group(const __half* params, const float* queries, int stride, int correction, float limit, const float2*) {
+    const int t = lane() & 3;
+#pragma unroll
+    for (int n = 0; n < kQueries; ++n) {
+      float u[4], largest = 0.0f, b = 0.0f, spread = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int c = place(j);
+        const float q = queries[n * stride + c + 4 * t];
+        u[j] = q * __half2float(params[c]);
+        largest = fmaxf(largest, fabsf(u[j]));
+        b = fmaf(q, __half2float(params[128 + c]), b);
+        const float rest = q * __half2float(params[256 + c]);
+        spread = fmaf(rest, rest, spread);
+      }
+      largest = __int_as_float(reduce_max(__float_as_int(largest)));  // not negative, so the order is that of the integers
+      const float inverse = fmaxf(largest, 1e-30f) / 32767.0f, factor = 1.0f / inverse;
+      float rounding = 0.0f;
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int r = __float2int_rn(u[j] * factor);
+        rounding += fmaf(-static_cast<float>(r), inverse, u[j]);
+        x[j] = static_cast<uint32_t>(r);
+      }
+      constexpr float kMiddle = 0.5f * ((1 << kKeyBits) - 1);
+      b = warp_sum(fmaf(rounding, kMiddle, b));
+      if (correction == VKVX_CORRECTION_EXPECTED) b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * warp_sum(spread), limit);
+      bias[n] = b;
+      step[n] = inverse;
+      to_planes(x, query[n]);
+    }
+  }
+
+  // 16-bit integers of the lane's four tokens or channels to planes 0-7 and 8-15 of their words.
+  __device__ __forceinline__ static void to_planes(const uint32_t (&x)[4], uint32_t (&planes)[2]) {
+    const uint32_t a = __byte_perm(x[0], x[1], 0x5140), b = __byte_perm(x[2], x[3], 0x5140);  // low, low, high, high
+    planes[0] = transpose_bits(__byte_perm(a, b, 0x5410));
+    planes[1] = transpose_bits(__byte_perm(a, b, 0x7632));
+  }
+
+  __device__ __forceinline__ void start_segment() {
+#pragma unroll
+    for (int n = 0; n < kQueries; ++n) {
+      sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = total[n] = 0.0f;
+      most[n] = -1e30f;
+    }
+  }
+
+  // product[n][row of row tile i] for all n: words of the rows of one plane times the planes of x, the top one negative if kSigned.
+  template <int kPlanes, bool kSigned, class Address>
+  __device__ __forceinline__ void multiply(Address address, const uint32_t (&x)[kQueries][2], int (&product)[kQueries][4]) {
+    const int g = lane() >> 2, t = lane() & 3;
+    int low[kPlanes][kQueries][4], high[kPlanes][kQueries][4];
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p)
+#pragma unroll
+      for (int n = 0; n < kQueries; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) low[p][n][j] = high[p][n][j] = 0;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+#pragma unroll
+      for (int p = 0; p < kPlanes; ++p) {
+        uint32_t words[4];
+        load_matrices(words, address(p, 32 * pair + lane()));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t b0 = g == 2 * pair + half ? 1u << (2 * t) : 0u, b1 = b0 << 1;
+#pragma unroll
+          for (int n = 0; n < kQueries; ++n) {
+            int c[4], d[4];
+            mma_bits(c, words[2 * half], words[2 * half + 1], x[n][0]);
+            mma_bits(d, words[2 * half], words[2 * half + 1], x[n][1]);
+            mma_bytes<false>(low[p][n], c[0], c[2], c[1], c[3], b0, b1);
+            mma_bytes<kSigned>(high[p][n], d[0], d[2], d[1], d[3], b0, b1);
+          }
+        }
+      }
+#pragma unroll
+    for (int n = 0; n < kQueries; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        // Registers hold rows g and g + 8 of row tiles 2t and 2t + 1: 0, 16, 8, 24 from the lane's first row.
+        const int from = j == 1 ? 2 : j == 2 ? 1 : j;
+        product[n][j] = 0;
+#pragma unroll
+        for (int p = 0; p < kPlanes; ++p) product[n][j] += (high[p][n][from] * 256 + low[p][n][from]) << p;
+      }
+  }
+
+  __device__ __forceinline__ void scores(uint32_t keys) {
+    multiply<kKeyBits, true>([&](int p, int row) { return keys + (p * 128 + place_key_chunk(row)) * 16; }, query, score);
+  }
+
+  __device__ __forceinline__ void softmax(int count) {
+#pragma unroll
+    for (int n = 0; n < kQueries; ++n) {
+      int top = INT32_MIN;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (place(j) < count) top = max(top, score[n][j]);
+      top = reduce_max(top);
+      const float here = fmaf(static_cast<float>(top), step[n], bias[n]), now = fmaxf(most[n], here);
+      fade[n] = exp2_fast(most[n] - now);
+      gain[n] = exp2_fast(here - now);
+      most[n] = now;
+      uint32_t x[4];
+      float l = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float w = place(j) < count ? exp2_fast(static_cast<float>(score[n][j] - top) * step[n]) : 0.0f;
+        const float shifted = fmaf(w, 65535.0f, 8388608.0f);  // the integer is in the low bits
+        l += shifted - 8388608.0f;
+        x[j] = __float_as_uint(shifted);
+      }
+      total[n] = fmaf(total[n], fade[n], l * gain[n]);
+      to_planes(x, weight[n]);
+    }
+  }
+
+  __device__ __forceinline__ void values(uint32_t values) {
+    int product[kQueries][4];
+    multiply<kValueBits, false>([&](int p, int row) { return values + (p * 128 + row) * 16; }, weight, product);
+#pragma unroll
+    for (int n = 0; n < kQueries; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[n][j] = fmaf(static_cast<float>(product[n][j]), gain[n], sum[n][j] * fade[n]);
+  }
+
+  template <class Result>
+  __device__ __forceinline__ void end_segment(Result& result, const __half* params) {
+    constexpr float kUnit = 1.0f / 65535.0f;
+#pragma unroll
+    for (int n = 0; n < kQueries; ++n) {
+      const float all = warp_sum(total[n]) * kUnit;
+      result.begin_column(n, most[n], all);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int c = place(j);
+        result.add_to_column(n, c, fmaf(__half2float(params[c]), sum[n][j] * kUnit, __half2float(params[128 + c]) * all));
+      }
+    }
+    result.end();
+  }
+};
+
+}  // namespace vkvx

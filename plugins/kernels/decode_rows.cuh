@@ -1,0 +1,193 @@
+// Decode attention on 16-bit rows: cached text, and the call's own tokens.
+#pragma once
+
+#include "common.cuh"
+
+namespace vkvx {
+
+constexpr int kRowsAtOnce = 16;
+
+// What a warp has found so far, in shared memory: sums [D][columns], the score that weights are relative to, and the sum of the weights.
+// Columns are 2t and 2t + 1 in lane 4g + t; sums of column pairs past `columns` (even) are dropped.
+struct WarpResult {
+  float* sums;
+  float* most;   // [8]
+  float* total;  // [8]
+  int columns;
+  bool empty;
+  float fade[2], gain[2];
+
+  __device__ __forceinline__ void begin(const float (&m)[2], const float (&l)[4], float unit) {
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float before = empty ? -1e30f : most[2 * t + c];
+      const float now = fmaxf(before, m[c]);
+      fade[c] = exp2_fast(before - now);
+      gain[c] = exp2_fast(m[c] - now);
+      const float sum = fmaf(l[c] * unit, gain[c], empty ? 0.0f : total[2 * t + c] * fade[c]);
+      __syncwarp();
+      if ((threadIdx.x & 31) < 4) {
+        most[2 * t + c] = now;
+        total[2 * t + c] = sum;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(int channel, float x, float y) {
+    const int t = threadIdx.x & 3;
+    if (2 * t < columns) {
+      float2* at = reinterpret_cast<float2*>(sums + channel * columns + 2 * t);
+      float2 old = empty ? make_float2(0.0f, 0.0f) : *at;
+      *at = make_float2(fmaf(x, gain[0], old.x * fade[0]), fmaf(y, gain[1], old.y * fade[1]));
+    }
+  }
+
+  // The same for one column at a time, m and l the same in all lanes.
+  __device__ __forceinline__ void begin_column(int column, float m, float l) {
+    const float before = empty ? -1e30f : most[column];
+    const float now = fmaxf(before, m);
+    fade[0] = exp2_fast(before - now);
+    gain[0] = exp2_fast(m - now);
+    const float sum = fmaf(l, gain[0], empty ? 0.0f : total[column] * fade[0]);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) {
+      most[column] = now;
+      total[column] = sum;
+    }
+  }
+
+  __device__ __forceinline__ void add_to_column(int column, int channel, float x) {
+    float* at = sums + channel * columns + column;
+    *at = fmaf(x, gain[0], empty ? 0.0f : *at * fade[0]);
+  }
+
+  __device__ __forceinline__ void end() {
+    empty = false;
+    __syncwarp();
+  }
+};
+
+// Rows of one KV head: keys and values start at element `first` of each row, rows are `stride` elements apart.
+struct RowSource {
+  const char* key;
+  const char* value;
+  int64_t key_stride, value_stride;  // in bytes
+};
+
+template <int kDim>
+struct RowsEngine {
+  static constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
+  static constexpr int kBytes = 2 * kRowsAtOnce * kDim * 2;
+  static constexpr int kWeightShift = 11;
+  static constexpr float kMargin = 4.0f;
+
+  float sum[kDim / 16][4], total[4], most[2];
+  uint32_t query[kDim / 16][2];
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
+
+  // queries: shared memory, [columns][kDim + 8] of the model's type.
+  __device__ __forceinline__ void start(const uint16_t* queries, int columns) {
+    const int g = lane() >> 2, t = lane() & 3;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) query[i][r] = g < columns ? *reinterpret_cast<const uint32_t*>(queries + g * (kDim + 8) + 16 * i + 8 * r + 2 * t) : 0u;
+    }
+    total[0] = total[1] = total[2] = total[3] = 0.0f;
+    most[0] = most[1] = -1e30f;
+  }
+
+  __device__ __forceinline__ static uint32_t place(int row, int chunk) {
+    return (row * kChunks + (chunk ^ (row & 7 & (kChunks - 1)))) * 16;
+  }
+
+  // Attend to rows [first, first + 16): bit r of `present` tells whether row first + r exists, that of `seen[c]` whether column 2t + c sees it.
+  template <bool kBfloat>
+  __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present, const uint32_t (&seen)[2], float scale, uint32_t buffer) {
+    const uint32_t value_buffer = buffer + kRowsAtOnce * kDim * 2;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce * kChunks / 32; ++i) {
+      const int row = (i * 32 + lane()) / kChunks, chunk = (i * 32 + lane()) % kChunks;
+      const bool valid = present >> row & 1;
+      const int64_t at = valid ? first + row : 0;
+      copy_async(buffer + place(row, chunk), source.key + at * source.key_stride + chunk * 16, valid);
+      copy_async(value_buffer + place(row, chunk), source.value + at * source.value_stride + chunk * 16, valid);
+    }
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+    const int g = lane() >> 2;
+    float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      uint32_t a[4];
+      load_matrices(a, buffer + place(lane() & 15, 2 * i + (lane() >> 4)));
+      if constexpr (kBfloat)
+        mma_bfloat(s, a[0], a[1], a[2], a[3], query[i][0], query[i][1]);
+      else
+        mma_half(s, a[0], a[1], a[2], a[3], query[i][0], query[i][1]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = g + 8 * (j >> 1);
+      s[j] = present & seen[j & 1] & (1u << row) ? s[j] * scale : -INFINITY;
+    }
+    float fade[2];
+    bool grew = false;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float top = fmaxf(s[c], s[2 + c]);
+#pragma unroll
+      for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, o));
+      const bool mine = top > most[c] + kMargin;
+      const float now = mine ? top : most[c];
+      fade[c] = exp2_fast(most[c] - now);
+      most[c] = now;
+      grew |= mine;
+    }
+    if (uniform(grew)) {
+#pragma unroll
+      for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i][j] *= fade[j & 1];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total[j] *= fade[j & 1];
+    }
+    uint32_t weight[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float x = exp2_fast(s[2 * r] - most[0] + kWeightShift), y = exp2_fast(s[2 * r + 1] - most[1] + kWeightShift);
+      weight[r] = transpose_matrix(kBfloat ? pack_bfloat2(x, y) : pack_half2(x, y));
+    }
+    constexpr uint32_t kOnes = kBfloat ? 0x3f803f80u : 0x3c003c00u;
+    if constexpr (kBfloat)
+      mma_bfloat(total, kOnes, kOnes, kOnes, kOnes, weight[0], weight[1]);
+    else
+      mma_half(total, kOnes, kOnes, kOnes, kOnes, weight[0], weight[1]);
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      uint32_t a[4];
+      load_matrices_transposed(a, value_buffer + place((lane() & 7) + 8 * (lane() >> 4), 2 * i + (lane() >> 3 & 1)));
+      if constexpr (kBfloat)
+        mma_bfloat(sum[i], a[0], a[1], a[2], a[3], weight[0], weight[1]);
+      else
+        mma_half(sum[i], a[0], a[1], a[2], a[3], weight[0], weight[1]);
+    }
+  }
+
+  __device__ __forceinline__ void finish(WarpResult& result) {
+    constexpr float kUnit = 1.0f / (1 << kWeightShift);
+    result.begin(most, total, kUnit);
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) result.add(16 * i + 8 * r + (lane() >> 2), sum[i][2 * r] * kUnit, sum[i][2 * r + 1] * kUnit);
+    result.end();
+  }
+};
+
+}  // namespace vkvx

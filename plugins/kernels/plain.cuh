@@ -1,0 +1,148 @@
+// Attention without tensor cores, one block for each query vector: any head dim, type and architecture, any number of positions.
+#pragma once
+
+#include "common.cuh"
+
+namespace vkvx {
+
+// Number of each position among the row's tokens, or -1 on padding: [B, S]. One block a row.
+__global__ void rank_tokens_kernel(const __grid_constant__ VkvxParams p, int* rank) {
+  const int b = blockIdx.x, S = p.positions;
+  int* mine = rank + static_cast<int64_t>(b) * S;
+  __shared__ int sums[32];
+  __shared__ int before;
+  for (int i = threadIdx.x; i < S; i += blockDim.x) mine[i] = 0;
+  if (threadIdx.x == 0) before = 0;
+  __syncthreads();
+  if (p.slot[b] >= 0) {
+    for (int i = threadIdx.x; i < p.visual_entries; i += blockDim.x) {
+      const int at = p.visual_index[static_cast<int64_t>(b) * p.visual_entries + i];
+      if (at >= 0 && at < S) mine[at] = 1;
+    }
+    for (int i = threadIdx.x; i < p.text_entries; i += blockDim.x) {
+      const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
+      if (at >= 0 && at < S) mine[at] = 1;
+    }
+  }
+  __syncthreads();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  for (int base = 0; base < S; base += blockDim.x) {
+    const int i = base + threadIdx.x;
+    const bool token = i < S && mine[i];
+    const unsigned votes = __ballot_sync(kFull, token);
+    if (lane == 0) sums[warp] = __popc(votes);
+    __syncthreads();
+    int at = before + __popc(votes & ((1u << lane) - 1));
+    for (int w = 0; w < warp; ++w) at += sums[w];
+    if (i < S) mine[i] = token ? at : -1;
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) before = at + token;
+    __syncthreads();
+  }
+}
+
+constexpr int kPlainThreads = 128;
+constexpr int kPlainMaxDim = 256;
+
+__global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
+  const int s = blockIdx.x, head = blockIdx.y, b = blockIdx.z, tid = threadIdx.x;
+  const int D = p.head_dim, S = p.positions, kv = head / (p.query_heads / p.kv_heads);
+  const int64_t out = ((static_cast<int64_t>(b) * p.query_heads + head) * S + s) * D;
+  const int slot = p.slot[b];
+  if (slot < 0 || rank[static_cast<int64_t>(b) * S + s] < 0) {
+    for (int c = tid; c < D; c += kPlainThreads) store_float(p.output, out + c, p.dtype, 0.0f);
+    return;
+  }
+  __shared__ float query[kPlainMaxDim], folded[kPlainMaxDim], weights[kPlainThreads], scratch[kPlainThreads / 32];
+  for (int c = tid; c < D; c += kPlainThreads)
+    query[c] = load_float(p.query, b * p.query_stride[0] + head * p.query_stride[1] + s * p.query_stride[2] + c, p.dtype) * p.scale;
+  const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0, words = D / 32;
+  const int64_t slot_head = static_cast<int64_t>(slot) * p.kv_heads + kv, tiles = p.visual_capacity / kTile;
+  const __half* key_params = static_cast<const __half*>(p.visual_key_params) + slot_head * groups * 3 * D;
+  const __half* value_params = static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
+  const int* counts = p.visual_count + static_cast<int64_t>(slot) * groups;
+  auto reduce = [&](float x, bool maximum) {  // over the block
+    x = maximum ? warp_max(x) : warp_sum(x);
+    __syncthreads();
+    if ((tid & 31) == 0) scratch[tid >> 5] = x;
+    __syncthreads();
+    float y = scratch[0];
+    for (int w = 1; w < kPlainThreads / 32; ++w) y = maximum ? fmaxf(y, scratch[w]) : y + scratch[w];
+    return y;
+  };
+  float most = -1e30f, total = 0.0f, sum[kPlainMaxDim / kPlainThreads] = {};
+  // Weights of up to 128 tokens, one a thread (score -inf: none), then their values: value(i, c) of token i, channel c.
+  auto attend = [&](float score, int count, auto value) {
+    const float top = reduce(score, true), now = fmaxf(most, top), fade = expf(most - now);
+    const float weight = expf(score - now);
+    weights[tid] = weight;
+    total = total * fade + reduce(weight, false);
+    most = now;
+    for (int n = 0; n * kPlainThreads + tid < D; ++n) {
+      const int c = n * kPlainThreads + tid;
+      float x = sum[n] * fade;
+      for (int i = 0; i < count; ++i)
+        if (weights[i] > 0.0f) x = fmaf(weights[i], value(i, c), x);
+      sum[n] = x;
+    }
+    __syncthreads();
+  };
+  float low = INFINITY, high = -INFINITY;
+  const bool affine = p.correction == VKVX_CORRECTION_AFFINE;
+  for (int pass = affine ? 0 : 1; pass < 2; ++pass) {
+    const float slope = affine && pass && high > low ? fmaxf(0.0f, (high - p.tau - low) / (high - low)) : 1.0f;
+    for (int group = 0; group < groups && counts[group] > 0; ++group) {
+      const __half* k = key_params + static_cast<int64_t>(group) * 3 * D;
+      const __half* v = value_params + static_cast<int64_t>(group) * 2 * D;
+      float bias = 0.0f, spread = 0.0f;
+      __syncthreads();
+      for (int c = tid; c < D; c += kPlainThreads) {
+        folded[c] = query[c] * __half2float(k[c]);
+        bias = fmaf(query[c], __half2float(k[D + c]), bias);
+        const float rest = query[c] * __half2float(k[2 * D + c]);
+        spread = fmaf(rest, rest, spread);
+      }
+      bias = reduce(bias, false);
+      if (p.correction == VKVX_CORRECTION_EXPECTED) bias += expected_correction(0.5f * reduce(spread, false), p.correction_limit);
+      for (int first = 0; first < counts[group]; first += kTile) {
+        const int count = min(kTile, counts[group] - first);
+        const int64_t tile = slot_head * tiles + (static_cast<int64_t>(group) * p.group_size + first) / kTile;
+        const int* key = p.visual_key + tile * p.key_bits * kTile * words;
+        const int* value = p.visual_value + tile * p.value_bits * D * 4;
+        float score = -INFINITY;
+        if (tid < count) {
+          score = bias;
+          for (int c = 0; c < D; ++c) score = fmaf(folded[c], gather_code(key + tid * words + c / 32, kTile * words, p.key_bits, c % 32), score);
+        }
+        if (pass == 0) {
+          high = fmaxf(high, reduce(score, true));
+          low = -fmaxf(-low, reduce(tid < count ? -score : -INFINITY, true));
+          continue;
+        }
+        if (affine && tid < count) score = low + (score - low) * slope;
+        attend(score, count, [&](int i, int c) {
+          const int code = gather_code(value + c * 4 + i / 32, D * 4, p.value_bits, i % 32);
+          return fmaf(__half2float(v[c]), static_cast<float>(code), __half2float(v[D + c]));
+        });
+      }
+    }
+  }
+  auto attend_rows = [&](const void* keys, const void* values, int64_t key_base, int64_t value_base, int64_t key_stride, int64_t value_stride, int rows, bool own) {
+    for (int first = 0; first < rows; first += kPlainThreads) {
+      const int count = min(kPlainThreads, rows - first), row = first + tid;
+      float score = -INFINITY;
+      if (tid < count && (!own || rank[static_cast<int64_t>(b) * S + row] >= 0)) {
+        score = 0.0f;
+        for (int c = 0; c < D; ++c) score = fmaf(query[c], load_float(keys, key_base + row * key_stride + c, p.dtype), score);
+      }
+      attend(score, count, [&](int i, int c) { return load_float(values, value_base + (first + i) * value_stride + c, p.dtype); });
+    }
+  };
+  const int64_t text = slot_head * p.text_capacity * D;
+  __syncthreads();
+  attend_rows(p.text_key, p.text_value, text, text, D, D, p.text_count[slot], false);
+  attend_rows(p.key, p.value, b * p.key_stride[0] + kv * p.key_stride[1], b * p.value_stride[0] + kv * p.value_stride[1], p.key_stride[2], p.value_stride[2], s + 1, true);
+  for (int n = 0; n * kPlainThreads + tid < D; ++n) store_float(p.output, out + n * kPlainThreads + tid, p.dtype, sum[n] / total);
+}
+
+}  // namespace vkvx

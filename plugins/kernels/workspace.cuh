@@ -1,0 +1,44 @@
+// Where things lie in the workspace, and what a call's sizes ask of it.
+#pragma once
+
+#include "decode.cuh"
+
+namespace vkvx {
+
+constexpr int kCounters = 16384;  // at the start of the workspace, zero between calls
+
+// Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for their start and their end.
+inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
+  const int64_t units = p.visual_capacity / kTile + divide_up(p.text_capacity, kRowsAtOnce) + 1;
+  int64_t splits = p.splits > 0 ? p.splits : divide_up(processors, tiles > 0 ? tiles : 1);
+  const int64_t most = p.splits > 0 ? divide_up(units, kWarps) : divide_up(units, 2 * kWarps);
+  splits = splits < most ? splits : most;
+  return tiles > kCounters || splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+struct Workspace {
+  int* counters;
+  int* rank;        // [B, S]
+  float* partial;
+  float2* extremes;
+  size_t bytes;
+
+  // For decode with this many column tiles and parts at most.
+  Workspace(const VkvxParams& p, int64_t column_tiles, int splits, int columns) {
+    char* at = static_cast<char*>(p.workspace);
+    size_t used = 0;
+    auto take = [&](size_t n) {
+      char* here = at + used;
+      used += (n + 255) & ~static_cast<size_t>(255);
+      return here;
+    };
+    const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles;
+    counters = reinterpret_cast<int*>(take(kCounters * sizeof(int)));
+    rank = reinterpret_cast<int*>(take(static_cast<size_t>(p.rows) * p.positions * sizeof(int)));
+    extremes = reinterpret_cast<float2*>(take(p.correction == VKVX_CORRECTION_AFFINE ? tiles * splits * 8 * sizeof(float2) : 0));
+    partial = reinterpret_cast<float*>(take(splits > 1 ? tiles * splits * partial_floats(columns, p.head_dim) * sizeof(float) : 0));
+    bytes = used;
+  }
+};
+
+}  // namespace vkvx

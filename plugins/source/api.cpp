@@ -1,0 +1,149 @@
+// The C interface: checks what it is given, then launches.
+#include <cmath>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "internal.h"
+
+namespace vkvx {
+
+namespace {
+
+thread_local std::string message;
+
+bool is_code_width(int bits) { return bits == 1 || bits == 2 || bits == 4 || bits == 8; }
+
+int check(const VkvxParams* given) {
+  if (given == nullptr || given->size != static_cast<int32_t>(sizeof(VkvxParams)))
+    return fail(VKVX_BAD_ARGUMENT, "params has another size than this library's VkvxParams; compare vkvx_abi_version()");
+  const VkvxParams& p = *given;
+  const auto bad = [](const std::string& what, int64_t value, const std::string& expected) {
+    return fail(VKVX_BAD_ARGUMENT, what + " is " + std::to_string(value) + "; give " + expected);
+  };
+  if (p.dtype < VKVX_FLOAT16 || p.dtype > VKVX_FLOAT32) return bad("dtype", p.dtype, "VKVX_FLOAT16, VKVX_BFLOAT16 or VKVX_FLOAT32");
+  if (p.rows < 0 || p.rows > 65535) return bad("rows", p.rows, "0 to 65535");
+  if (p.positions < 0) return bad("positions", p.positions, "at least 0");
+  if (p.slots < p.rows && p.rows > 0 && p.slots < 1) return bad("slots", p.slots, "at least 1");
+  if (p.kv_heads < 1 || p.kv_heads > 65535) return bad("kv_heads", p.kv_heads, "1 to 65535");
+  if (p.query_heads < 1 || p.query_heads % p.kv_heads || p.query_heads > 65535) return bad("query_heads", p.query_heads, "a multiple of kv_heads");
+  if (p.head_dim < 32 || p.head_dim > 256 || p.head_dim % 32) return bad("head_dim", p.head_dim, "a multiple of 32 up to 256");
+  const bool baseline = p.key_bits == 16 && p.value_bits == 16;
+  if (!baseline && !is_code_width(p.key_bits)) return bad("key_bits", p.key_bits, "1, 2, 4 or 8, or 16 for keys and values");
+  if (!baseline && !is_code_width(p.value_bits)) return bad("value_bits", p.value_bits, "1, 2, 4 or 8, or 16 for keys and values");
+  if (p.group_size < 128 || p.group_size % 128) return bad("group_size", p.group_size, "a positive multiple of 128");
+  if (p.visual_capacity < 0 || p.visual_capacity % p.group_size || (baseline && p.visual_capacity))
+    return bad("visual_capacity", p.visual_capacity, baseline ? "0 at 16 bits" : "a multiple of group_size");
+  if (p.visual_entries < 0 || (!baseline && p.visual_entries % p.group_size)) return bad("visual_entries", p.visual_entries, "a multiple of group_size");
+  if (p.text_capacity < 0) return bad("text_capacity", p.text_capacity, "at least 0");
+  if (p.text_entries < 0) return bad("text_entries", p.text_entries, "at least 0");
+  if (p.quantizer < VKVX_MINMAX || p.quantizer > VKVX_LLOYD) return bad("quantizer", p.quantizer, "VKVX_MINMAX, VKVX_QUANTILE, VKVX_SHRINK or VKVX_LLOYD");
+  if (p.correction < VKVX_CORRECTION_NONE || p.correction > VKVX_CORRECTION_EXPECTED)
+    return bad("correction", p.correction, "VKVX_CORRECTION_NONE, VKVX_CORRECTION_AFFINE or VKVX_CORRECTION_EXPECTED");
+  if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f)) return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
+  if (!std::isfinite(p.scale)) return fail(VKVX_BAD_ARGUMENT, "scale must be finite");
+  if (p.splits < 0) return bad("splits", p.splits, "0 to choose, or the number of parts");
+  return VKVX_OK;
+}
+
+int check_call(const VkvxParams& p, size_t needed) {
+  const std::pair<const void*, const char*> pointers[] = {
+      {p.query, "query"}, {p.key, "key"},       {p.value, "value"},           {p.slot, "slot"},
+      {p.text_key, "text_key"}, {p.text_value, "text_value"}, {p.text_count, "text_count"}, {p.output, "output"}};
+  for (const auto& [pointer, name] : pointers)
+    if (pointer == nullptr) return fail(VKVX_BAD_ARGUMENT, std::string(name) + " is a null pointer");
+  if (p.visual_capacity && (!p.visual_key || !p.visual_key_params || !p.visual_value || !p.visual_value_params || !p.visual_count))
+    return fail(VKVX_BAD_ARGUMENT, "a tensor of the visual cache is a null pointer");
+  if ((p.visual_entries && !p.visual_index) || (p.text_entries && !p.text_index)) return fail(VKVX_BAD_ARGUMENT, "an index is a null pointer");
+  if (p.workspace_bytes < needed || p.workspace == nullptr)
+    return fail(VKVX_WORKSPACE_TOO_SMALL, "the workspace has " + std::to_string(p.workspace_bytes) + " bytes; this call needs " + std::to_string(needed));
+  return VKVX_OK;
+}
+
+// The kernel that a call runs, or -1 with a message.
+int attention_kernel(const VkvxParams& p, const Device& device) {
+  if (p.kernel == VKVX_AUTO) return choose_kernel(p, device);
+  if (p.kernel == VKVX_PLAIN) return VKVX_PLAIN;
+  if (p.kernel == VKVX_PREFILL && prefill_takes(p, device)) return VKVX_PREFILL;
+  if ((p.kernel == VKVX_CODES || p.kernel == VKVX_PLANES) && decode_takes(p, device, p.kernel)) return p.kernel;
+  fail(VKVX_UNSUPPORTED, "the kernel that was asked for does not take these sizes, bits or types on this device; give VKVX_AUTO");
+  return -1;
+}
+
+size_t attention_workspace(const VkvxParams& p, const Device& device, int kernel) {
+  return kernel == VKVX_PLAIN || kernel == VKVX_PREFILL ? plain_workspace(p) : decode_workspace(p, device, kernel);
+}
+
+}  // namespace
+
+int fail(int code, const std::string& text) {
+  message = text;
+  return code;
+}
+
+int check_cuda(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return VKVX_OK;
+  return fail(VKVX_CUDA_ERROR, std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+const Device& current_device() {
+  static std::mutex mutex;
+  static std::vector<Device> devices(64, Device{-1, 0, 0, 0});
+  int index = 0;
+  if (cudaGetDevice(&index) != cudaSuccess || index < 0 || index >= 64) index = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Device& device = devices[index];
+  if (device.index < 0) {
+    int major = 0, minor = 0, processors = 0, shared = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess)
+      device = Device{index, processors, 10 * major + minor, shared};
+    cudaGetLastError();
+  }
+  return device;
+}
+
+}  // namespace vkvx
+
+extern "C" {
+
+int vkvx_abi_version(void) { return VKVX_ABI_VERSION; }
+
+const char* vkvx_last_error(void) { return vkvx::message.c_str(); }
+
+int vkvx_workspace_bytes(const VkvxParams* params, size_t* bytes) {
+  if (const int code = vkvx::check(params)) return code;
+  if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
+  const vkvx::Device& device = vkvx::current_device();
+  const int kernel = vkvx::attention_kernel(*params, device);
+  if (kernel < 0) return VKVX_UNSUPPORTED;
+  *bytes = vkvx::attention_workspace(*params, device, kernel);
+  return VKVX_OK;
+}
+
+int vkvx_attention(const VkvxParams* params, void* stream) {
+  if (const int code = vkvx::check(params)) return code;
+  const vkvx::Device& device = vkvx::current_device();
+  if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  const int kernel = vkvx::attention_kernel(*params, device);
+  if (kernel < 0) return VKVX_UNSUPPORTED;
+  if (params->rows == 0 || params->positions == 0) return VKVX_OK;
+  if (const int code = vkvx::check_call(*params, vkvx::attention_workspace(*params, device, kernel))) return code;
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (kernel == VKVX_PLAIN) return vkvx::plain(*params, on);
+  if (kernel == VKVX_PREFILL) return vkvx::prefill(*params, on);
+  return vkvx::decode(*params, device, kernel, on);
+}
+
+int vkvx_append(const VkvxParams* params, void* stream) {
+  if (const int code = vkvx::check(params)) return code;
+  const vkvx::Device& device = vkvx::current_device();
+  if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  if (params->rows == 0 || params->positions == 0) return VKVX_OK;
+  if (const int code = vkvx::check_call(*params, vkvx::plain_workspace(*params))) return code;
+  return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
+}
+}

@@ -1,0 +1,65 @@
+// Which kernel takes a call, and the plain one.
+#include "../kernels/plain.cuh"
+#include "../kernels/workspace.cuh"
+#include "internal.h"
+
+namespace vkvx {
+
+namespace {
+
+int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p.positions; }
+
+}  // namespace
+
+bool rows_are_aligned(const void* data, const int64_t (&stride)[3]) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[2] % 8 == 0;
+}
+
+bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
+  const bool packed = p.key_bits != 16;
+  if (device.capability < 80 || p.positions > kMaxDecodePositions || p.dtype == VKVX_FLOAT32) return false;
+  if (!rows_are_aligned(p.key, p.key_stride) || !rows_are_aligned(p.value, p.value_stride)) return false;
+  if (kernel == VKVX_CODES) {
+    if (p.head_dim == 256) return !packed || (p.key_bits == p.value_bits && p.key_bits <= 4);
+    return p.head_dim == 64 || p.head_dim == 128;
+  }
+  return kernel == VKVX_PLANES && packed && p.head_dim == 128 && p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits &&
+         p.key_bits <= 4;
+}
+
+int choose_kernel(const VkvxParams& p, const Device& device) {
+  // The binary product is native on 8.0 to 9.0. It costs by query vector, the product of codes does not.
+  const int few = p.key_bits == 1 ? 2 : 1;
+  if (decode_takes(p, device, VKVX_PLANES) && device.capability <= 90 && queries_of_head(p) <= few) return VKVX_PLANES;
+  if (decode_takes(p, device, VKVX_CODES)) return VKVX_CODES;
+  return prefill_takes(p, device) ? VKVX_PREFILL : VKVX_PLAIN;
+}
+
+size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
+  const int columns = 8, queries = queries_of_head(p);
+  const int64_t column_tiles = kernel == VKVX_PLANES ? queries : divide_up(queries, columns);
+  const int64_t tiles = p.rows * static_cast<int64_t>(p.kv_heads) * column_tiles;
+  return Workspace(p, column_tiles, choose_splits(p, tiles, device.processors), columns).bytes;
+}
+
+int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {
+  if (kernel == VKVX_PLANES) return decode_planes(p, device, stream);
+  switch (p.head_dim) {
+    case 64: return decode_codes<64>(p, device, stream);
+    case 128: return decode_codes<128>(p, device, stream);
+    default: return decode_codes<256>(p, device, stream);
+  }
+}
+
+size_t plain_workspace(const VkvxParams& p) { return Workspace(p, 0, 1, 0).bytes; }
+
+void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream) { rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, rank); }
+
+int plain(const VkvxParams& p, cudaStream_t stream) {
+  const Workspace workspace(p, 0, 1, 0);
+  rank_tokens(p, workspace.rank, stream);
+  plain_kernel<<<dim3(p.positions, p.query_heads, p.rows), kPlainThreads, 0, stream>>>(p, workspace.rank);
+  return check_cuda("plain attention");
+}
+
+}  // namespace vkvx

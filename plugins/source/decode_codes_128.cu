@@ -1,0 +1,2 @@
+#define DIM 128
+#include "decode_codes.inc"

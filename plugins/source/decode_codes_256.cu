@@ -1,0 +1,2 @@
+#define DIM 256
+#include "decode_codes.inc"

@@ -1,0 +1,43 @@
+// What the translation units of the library share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "../vkvx.h"
+
+namespace vkvx {
+
+// Facts about the current device.
+struct Device {
+  int index, processors, capability;  // capability: 90 for 9.0
+  int shared_memory;                  // bytes that a block may ask for
+};
+
+int fail(int code, const std::string& message);  // remembers the message, returns the code
+int check_cuda(const char* what);                // the launch before this call
+const Device& current_device();
+
+// Bytes and launch of decode attention; `codes` and `planes` take fp16 and bf16 of head dim 64, 128 and 256.
+bool decode_takes(const VkvxParams& p, const Device& device, int kernel);
+int choose_kernel(const VkvxParams& p, const Device& device);
+size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel);
+int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream);
+
+template <int kDim>
+int decode_codes(const VkvxParams& p, const Device& device, cudaStream_t stream);
+int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream);
+
+// Fills the token numbers of the workspace.
+void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream);
+int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
+
+bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes
+bool prefill_takes(const VkvxParams& p, const Device& device);
+int prefill(const VkvxParams& p, cudaStream_t stream);
+
+size_t plain_workspace(const VkvxParams& p);
+int plain(const VkvxParams& p, cudaStream_t stream);
+
+}  // namespace vkvx

@@ -1,0 +1,90 @@
+/* C interface of libvkvx: the operator vkvx::VisualKVAttention on NVIDIA GPUs. docs/operator.md and docs/format.md have the semantics.
+ *
+ * All pointers are device memory. Calls only launch work on the given stream: no allocation, no synchronisation, nothing that a CUDA graph
+ * cannot capture. A call that cannot be honoured returns a code other than 0, launches nothing, and vkvx_last_error() says why. */
+#ifndef VKVX_H
+#define VKVX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define VKVX_ABI_VERSION 1
+
+enum { VKVX_OK = 0, VKVX_BAD_ARGUMENT = 1, VKVX_UNSUPPORTED = 2, VKVX_WORKSPACE_TOO_SMALL = 3, VKVX_CUDA_ERROR = 4 };
+enum { VKVX_FLOAT16 = 0, VKVX_BFLOAT16 = 1, VKVX_FLOAT32 = 2 };
+enum { VKVX_MINMAX = 0, VKVX_QUANTILE = 1, VKVX_SHRINK = 2, VKVX_LLOYD = 3 };
+enum { VKVX_CORRECTION_NONE = 0, VKVX_CORRECTION_AFFINE = 1, VKVX_CORRECTION_EXPECTED = 2 };
+/* Kernels of the attention: the fastest that takes the shape, or a certain one (for tests and measurements). */
+enum { VKVX_AUTO = 0, VKVX_PLAIN = 1, VKVX_CODES = 2, VKVX_PLANES = 3, VKVX_PREFILL = 4 };
+
+/* Letters as in docs/operator.md. Strides are in elements; the last axis of every tensor is contiguous, and so are all tensors without a
+ * stride here. At 16 bits key_bits and value_bits are 16, and visual_capacity is 0. */
+typedef struct VkvxParams {
+  int32_t size; /* sizeof(VkvxParams) */
+  int32_t dtype;
+  int32_t rows;            /* B */
+  int32_t positions;       /* S */
+  int32_t slots;           /* Bc */
+  int32_t query_heads;     /* Hq */
+  int32_t kv_heads;        /* Hkv */
+  int32_t head_dim;        /* D */
+  int32_t group_size;
+  int32_t visual_capacity; /* C */
+  int32_t text_capacity;   /* N */
+  int32_t visual_entries;  /* Nv */
+  int32_t text_entries;    /* Nt */
+  int32_t key_bits;
+  int32_t value_bits;
+  int32_t quantizer;
+  int32_t correction;
+  int32_t kernel; /* VKVX_AUTO, or one of the kernels */
+  int32_t splits; /* parts of the sequence that run side by side in decode; 0: chosen by shape */
+  float quantile_alpha_key;
+  float quantile_alpha_value;
+  float shrink_key;
+  float shrink_value;
+  float tau;
+  float correction_limit;
+  float scale;
+  int64_t query_stride[3]; /* of row, head, position */
+  int64_t key_stride[3];
+  int64_t value_stride[3];
+  const void *query;
+  const void *key;
+  const void *value;
+  const int32_t *visual_index;
+  const int32_t *text_index;
+  const int32_t *slot;
+  int32_t *visual_key;
+  void *visual_key_params;
+  int32_t *visual_value;
+  void *visual_value_params;
+  const int32_t *visual_count;
+  void *text_key;
+  void *text_value;
+  const int32_t *text_count;
+  void *output; /* [B, Hq, S, D], contiguous */
+  void *workspace;
+  size_t workspace_bytes;
+} VkvxParams;
+
+/* VKVX_ABI_VERSION of the library. */
+int vkvx_abi_version(void);
+/* What the last failed call of this thread complained of; empty after none. */
+const char *vkvx_last_error(void);
+/* Bytes of workspace that vkvx_attention and vkvx_append need for these sizes (pointers and strides are not looked at). The workspace
+ * must be zero before its first use; calls leave the part that has to be zero as they found it. Not to be shared by streams. */
+int vkvx_workspace_bytes(const VkvxParams *params, size_t *bytes);
+/* output = attention of the call's tokens over what is cached and, causally, over themselves. Reads the caches only. */
+int vkvx_attention(const VkvxParams *params, void *stream);
+/* Quantises and stores the call's visual tokens, stores its text tokens, in place; run it after vkvx_attention on the same stream. */
+int vkvx_append(const VkvxParams *params, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

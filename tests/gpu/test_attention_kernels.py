@@ -1,0 +1,142 @@
+"""The attention kernels against float64, with poison wherever nothing may be read, and what they must not depend on."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_calls import Case, attend, error, make, reference
+
+from vkvx.errors import OptionError
+
+pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
+
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 5e-6}
+CORRECTIONS = ("none", "expected", "affine")
+BITS = (1, 2, 4, 8)
+SHAPES = [(1, 1), (4, 1), (7, 1), (3, 3), (12, 1), (1, 8), (2, 2)]  # query heads a KV head, positions
+
+
+def compare(case: Case, kernel: str, splits: int = 0) -> None:
+    tensors = make(case)
+    off = error(attend(tensors, case.attributes, kernel, splits), reference(tensors, case.attributes))
+    assert off < TOLERANCE[case.dtype], f"{kernel}, {splits} splits, {case}: {off:.2e}"
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, BITS)))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_codes(key_bits: int, value_bits: int, head_dim: int) -> None:
+    for i, (ratio, positions) in enumerate(SHAPES):
+        correction = CORRECTIONS[(i + key_bits + value_bits) % 3]
+        dtype = torch.bfloat16 if (i + key_bits) % 4 == 0 else torch.float16
+        case = Case(key_bits, value_bits, head_dim, 2, ratio, positions, correction, dtype)
+        compare(case, "codes", (0, 1, 3)[i % 3])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_codes_of_wide_heads(bits: int, correction: str) -> None:
+    for ratio, positions in SHAPES:
+        compare(Case(bits, bits, 256, 1, ratio, positions, correction), "codes", 2)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("correction", ["none", "expected"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_planes(bits: int, correction: str, dtype: torch.dtype) -> None:
+    for ratio, positions in SHAPES:
+        for splits in (0, 1, 4):
+            compare(Case(bits, bits, 128, 2, ratio, positions, correction, dtype), "planes", splits)
+
+
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 160, 256])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_plain(head_dim: int, correction: str) -> None:
+    for i, dtype in enumerate(TOLERANCE):
+        case = Case(BITS[i], BITS[3 - i], head_dim, 2, 3, (1, 3, 17)[i], correction, dtype)
+        compare(case, "plain")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("correction", ["none", "expected"])
+def test_prefill(head_dim: int, dtype: torch.dtype, correction: str) -> None:
+    padding = [[], [0, 1, 2], [2, 63, 64, 150], list(range(40, 200))]
+    for i, positions in enumerate((1, 63, 64, 200, 333)):
+        bits = BITS[i % 4]
+        case = Case(bits, bits, head_dim, 2, (1, 4)[i % 2], positions, correction, dtype, padding=padding)
+        compare(case, "prefill")
+
+
+@pytest.mark.parametrize("kernel", ["codes", "planes", "plain", "prefill"])
+def test_idle_rows_are_zero(kernel: str) -> None:
+    case = Case()
+    tensors = make(case)
+    tensors["slot"][1] = -1
+    output = attend(tensors, case.attributes, kernel)
+    assert not output[1].any()
+    assert error(output, reference(tensors, case.attributes)) < 1e-3
+
+
+@pytest.mark.parametrize("kernel", ["codes", "planes", "plain"])
+def test_sharp_scores(kernel: str) -> None:
+    case = Case(correction="none")
+    tensors = make(case)
+    tensors["query"] = tensors["query"] * 6
+    assert error(attend(tensors, case.attributes, kernel), reference(tensors, case.attributes)) < 5e-3
+
+
+@pytest.mark.parametrize("kernel", ["codes", "planes"])
+def test_parts_of_the_sequence_change_rounding_only(kernel: str) -> None:
+    case = Case(ratio=2)
+    tensors = make(case)
+    whole = attend(tensors, case.attributes, kernel, 1)
+    for splits in (2, 3, 7):
+        assert error(attend(tensors, case.attributes, kernel, splits), whole.double()) < 6e-4
+
+
+@pytest.mark.parametrize("kernel", ["codes", "planes", "plain"])
+def test_rows_do_not_depend_on_each_other(kernel: str) -> None:
+    case = Case(ratio=2)
+    tensors = make(case)
+    together = attend(tensors, case.attributes, kernel, 2)
+    call = ("query", "key", "value", "visual_index", "text_index", "slot")
+    for row in range(4):
+        alone = {name: x[row : row + 1] if name in call else x for name, x in tensors.items()}
+        assert torch.equal(attend(alone, case.attributes, kernel, 2), together[row : row + 1])
+
+
+def test_many_groups() -> None:
+    counts = [[128] * 40, [128, 1] * 35, [], [3]]
+    case = Case(group_size=128, groups=70, counts=counts, ratio=4)
+    for kernel, splits in itertools.product(("codes", "planes"), (1, 5)):
+        compare(case, kernel, splits)
+
+
+def test_calls_in_a_captured_graph() -> None:
+    case = Case()
+    tensors = make(case)
+    expected = attend(tensors, case.attributes)
+    operation = torch.ops.vkvx.visual_kv_attention_
+    inputs = [x.clone() for x in tensors.values()]
+    operation(*inputs, **case.attributes.to_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = operation(*inputs, **case.attributes.to_dict())
+    output.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(output, expected)
+
+
+def test_a_kernel_that_does_not_fit_is_refused() -> None:
+    case = Case(head_dim=96)
+    with pytest.raises(OptionError, match="kernel that was asked for"):
+        attend(make(case), case.attributes, "codes")
+    with pytest.raises(OptionError, match="kernel that was asked for"):
+        attend(
+            make(replace(case, head_dim=128, correction="affine")),
+            replace(case, correction="affine").attributes,
+            "planes",
+        )

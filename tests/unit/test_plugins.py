@@ -1,0 +1,186 @@
+"""Building and finding the library, and its interface: what can be checked without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vkvx.errors import DependencyError, OptionError
+from vkvx.plugins import build
+from vkvx.plugins.library import ABI_VERSION, CORRECTIONS, DTYPES, KERNELS, QUANTIZERS, Library, Params
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None or shutil.which("cmake") is None, reason="needs nvcc and CMake")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for builds."""
+    monkeypatch.setenv(build.CACHE, str(tmp_path / "cache"))
+    monkeypatch.delenv(build.OVERRIDE, raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("90", ["90"]), ("9.0,80, 8.0", ["80", "90"]), ("120,75", ["75", "120"]), ("all", list(build.ARCHITECTURES))],
+)
+def test_architectures(given: str, expected: list[str]) -> None:
+    assert build.resolve_architectures(given) == expected
+
+
+@pytest.mark.parametrize("given", ["", "h100", "90,", "70", "sm_90"])
+def test_architectures_that_are_not_understood(given: str) -> None:
+    with pytest.raises(OptionError, match="give native, all, or a list"):
+        build.resolve_architectures(given)
+
+
+def test_native_follows_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '9.0\\n8.6\\n9.0\\n'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert build.resolve_architectures("native") == ["86", "90"]
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert build.resolve_architectures("native") == list(build.ARCHITECTURES)
+
+
+def test_a_build_is_found_by_the_hash_of_its_sources(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.find_library() is None
+    (cache / "0123456789abcdef-90").mkdir(parents=True)
+    (cache / "0123456789abcdef-90" / build.LIBRARY).touch()
+    assert build.find_library() is None
+    ours = cache / f"{build.source_hash()}-90" / build.LIBRARY
+    ours.parent.mkdir()
+    ours.touch()
+    assert build.find_library() == ours
+    assert build.build("90") == ours
+    monkeypatch.setattr(build, "SOURCES", cache)
+    assert build.find_library() is None
+
+
+def test_the_library_can_be_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own.so"
+    monkeypatch.setenv(build.OVERRIDE, str(own))
+    with pytest.raises(DependencyError, match=r"VKVX_LIBRARY names .*own\.so"):
+        build.find_library()
+    own.touch()
+    assert build.find_library() == own
+    with pytest.raises(DependencyError, match=r"cannot load .*own\.so"):
+        Library(own)
+
+
+def test_messages_without_tools(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    if not Path("/usr/local/cuda/bin/nvcc").is_file():
+        with pytest.raises(DependencyError, match="nvcc is missing; install the CUDA toolkit"):
+            build.build("90")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    with pytest.raises(DependencyError, match="CMake is missing"):
+        build.build("90")
+    assert not cache.exists() or not list(cache.glob("build-*"))
+
+
+def test_a_failed_build_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "cmake"
+    program.write_text("#!/bin/sh\necho 'CMake Error: no such generator'\nexit 1\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "nvcc").touch()
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(DependencyError, match=r"`cmake` failed to build.*no such generator"):
+        build.build("90")
+    assert not list(cache.glob("build-*"))
+    assert build.find_library() is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
+    names = [name for name, *_ in Params._fields_]
+    constants = {
+        **{f"VKVX_{name.upper()}": number for table in (DTYPES, QUANTIZERS, KERNELS) for name, number in table.items()},
+        **{f"VKVX_CORRECTION_{name.upper()}": number for name, number in CORRECTIONS.items()},
+        "VKVX_ABI_VERSION": ABI_VERSION,
+    }
+    offsets = "".join(f'printf("%zu\\n", offsetof(VkvxParams, {name}));' for name in names)
+    numbers = "".join(f'printf("%d\\n", (int){name});' for name in constants)
+    source = tmp_path / "layout.c"
+    source.write_text(
+        '#include <stdio.h>\n#include "vkvx.h"\n'
+        f'int main(void) {{ printf("%zu\\n", sizeof(VkvxParams)); {offsets} {numbers} }}'
+    )
+    subprocess.run(
+        ["cc", "-std=c99", "-I", str(build.SOURCES), str(source), "-o", str(tmp_path / "layout")], check=True
+    )
+    printed = subprocess.run([str(tmp_path / "layout")], capture_output=True, text=True, check=True).stdout.split()
+    expected = [ctypes.sizeof(Params), *(getattr(Params, name).offset for name in names), *constants.values()]
+    assert [int(x) for x in printed] == expected
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The library for one architecture; a build of the sources that is there already is taken."""
+    found = build.find_library()
+    if found is None:
+        patch = pytest.MonkeyPatch()
+        patch.setenv(build.CACHE, str(tmp_path_factory.mktemp("cache")))
+        found = build.build("90")
+        patch.undo()
+    return Library(found)
+
+
+def _params(**changes: object) -> Params:
+    sizes: dict[str, object] = dict.fromkeys(
+        ("rows", "positions", "slots", "text_entries", "key_bits", "value_bits"), 1
+    )
+    sizes |= {"query_heads": 4, "kv_heads": 2, "head_dim": 64, "group_size": 128, "visual_capacity": 256}
+    sizes |= {"text_capacity": 32, "tau": 3.0, "correction_limit": 3.0, "scale": 0.125}
+    return Params(**(sizes | changes))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 100}, "head_dim is 100; give a multiple of 32 up to 256"),
+        ({"key_bits": 3}, "key_bits is 3"),
+        ({"key_bits": 16}, "key_bits is 16"),
+        ({"query_heads": 5}, "query_heads is 5; give a multiple of kv_heads"),
+        ({"group_size": 100}, "group_size is 100"),
+        ({"visual_capacity": 100}, "visual_capacity is 100"),
+        ({"visual_entries": 7}, "visual_entries is 7"),
+        ({"dtype": 7}, "dtype is 7"),
+        ({"quantizer": 9}, "quantizer is 9"),
+        ({"correction": -1}, "correction is -1"),
+        ({"correction_limit": 0.0}, "correction_limit more than 0"),
+        ({"scale": float("nan")}, "scale must be finite"),
+        ({"splits": -1}, "splits is -1"),
+    ],
+)
+def test_wrong_sizes_are_refused(library: Library, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        library.workspace_bytes(_params(**changes))
+
+
+@needs_nvcc
+def test_another_struct_is_refused(library: Library) -> None:
+    params = _params()
+    params.size -= 8
+    with pytest.raises(OptionError, match="another size"):
+        library.workspace_bytes(params)
+
+
+@needs_nvcc
+def test_workspace_grows_with_the_call(library: Library) -> None:
+    small = library.workspace_bytes(_params(kernel=KERNELS["plain"]))
+    large = library.workspace_bytes(_params(kernel=KERNELS["plain"], rows=64, positions=1000))
+    assert 0 < small < large
