@@ -44,7 +44,7 @@ def test_document(document: dict[str, Any]) -> None:
         *("bits_per_element", "visual_bytes", "seconds"),
     ]
     assert (reference["name"], reference["options"], reference["reference"]) == ("16 bits", {"bits": 16}, True)
-    assert (packed["name"], packed["options"], packed["reference"]) == ("1 bit, lloyd, expected", {"bits": 1}, False)
+    assert (packed["name"], packed["options"], packed["reference"]) == ("1 bit, shaped, expected", {"bits": 1}, False)
     assert [setting["kl"] is None for setting in document["settings"]] == [True, False]
     assert set(packed["metrics"]) == {"exact", "f1"}
     for setting in document["settings"]:
@@ -77,7 +77,7 @@ def test_a_run_that_was_interrupted_goes_on(
     assert reported[-1] == ("evaluate", 3, 4)
     lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [(entry["sample"], entry["setting"]) for entry in map(json.loads, lines[1:])]
-    assert kept == [(0, "16 bits"), (0, "1 bit, lloyd, expected"), (1, "16 bits")]
+    assert kept == [(0, "16 bits"), (0, "1 bit, shaped, expected"), (1, "16 bits")]
     output.write_text("".join(lines[:-1]) + lines[-1][:100], encoding="utf-8")  # killed while it wrote
     result = evaluate("tiny-llava", **arguments)
     assert without_times(result.to_json()) == without_times(document)

@@ -68,7 +68,7 @@ def test_tokens_are_those_of_generate_and_of_the_bundle(
     assert record.text == session.processor.decode(record.tokens)
     with quantize_visual_cache(model):
         packed = model.generate(**inputs, max_new_tokens=TOKENS)
-    record = found["1 bit, lloyd, expected"][index]
+    record = found["1 bit, shaped, expected"][index]
     assert record.tokens == packed[0, start:].tolist()
     assert record.tokens == list(session.generate(prompt, pictures, max_new_tokens=TOKENS).token_ids)
     assert record.equal == (record.tokens == found["16 bits"][index].tokens)
@@ -117,7 +117,7 @@ def test_attention_error_of_the_first_layer(
         packed = seen[-1].unflatten(-1, (4, 64))
     finally:
         hook.remove()
-    attention = found["1 bit, lloyd, expected"][0].attention
+    attention = found["1 bit, shaped, expected"][0].attention
     assert attention is not None
     measured = torch.tensor(attention)[0]
     torch.testing.assert_close(measured[:, 1], exact.square().sum((0, 2)), rtol=1e-3, atol=0)
@@ -129,7 +129,7 @@ def test_attention_error_of_the_first_layer(
 def test_more_bits_err_less_in_every_layer_and_head(found: dict[str, list[Record]]) -> None:
     one, eight = (
         torch.tensor([record.attention for record in found[name]]).sum(0)
-        for name in ("1 bit, lloyd, expected", "8 bits, lloyd, expected, group size 128")
+        for name in ("1 bit, shaped, expected", "8 bits, shaped, expected, group size 128")
     )
     assert one.shape == (4, 4, 2)
     assert (eight[..., 0] < 0.05 * one[..., 0]).all()
@@ -142,23 +142,23 @@ def test_the_reference_is_compared_with_nothing(found: dict[str, list[Record]]) 
 
 
 def test_bytes_of_a_sample(found: dict[str, list[Record]]) -> None:
-    assert [record.visual_bytes for record in found["1 bit, lloyd, expected"]] == [85 * 1024, 2 * 85 * 1024]
+    assert [record.visual_bytes for record in found["1 bit, shaped, expected"]] == [85 * 1024, 2 * 85 * 1024]
     assert [record.elements for record in found["16 bits"]] == [576 * 2 * 4 * 2 * 64 * count for count in (1, 2)]
 
 
 def test_histograms_are_of_the_first_sample(found: dict[str, list[Record]]) -> None:
     assert all(record.histograms is None for records in found.values() for record in records[1:])
     assert found["16 bits"][0].histograms is None
-    drawn = found["1 bit, lloyd, expected"][0].histograms
+    drawn = found["1 bit, shaped, expected"][0].histograms
     assert drawn is not None
     assert [(entry["layer"], entry["kind"]) for entry in drawn] == [(0, "key"), (0, "value"), (3, "key"), (3, "value")]
     for entry in drawn:
-        assert entry["setting"] == "1 bit, lloyd, expected"
+        assert entry["setting"] == "1 bit, shaped, expected"
         assert sum(entry["counts"]) == 576
         assert len(entry["edges"]) == len(entry["counts"]) + 1
         low, high = entry["levels"]
         assert entry["edges"][0] < low < high < entry["edges"][-1]
-    eight = found["8 bits, lloyd, expected, group size 128"][0].histograms
+    eight = found["8 bits, shaped, expected, group size 128"][0].histograms
     assert eight is not None
     assert {len(entry["levels"]) for entry in eight} == {256}
     assert {sum(entry["counts"]) for entry in eight} <= {64, 128}  # 576 tokens in groups of 128
