@@ -90,7 +90,7 @@ def _params(tensors: dict[str, Tensor], attributes: OperatorAttributes, output: 
         text_entries=tensors["text_index"].shape[1],
         key_bits=a.key_bits,
         value_bits=a.value_bits,
-        quantizer=QUANTIZERS.get(a.quantizer, QUANTIZERS["lloyd"]),  # one without a kernel has nothing to do: see takes()
+        quantizer=QUANTIZERS.get(a.quantizer, QUANTIZERS["lloyd"]),  # one without a kernel has no work: see takes()
         correction=CORRECTIONS[a.score_correction],
         quantile_alpha_key=a.quantile_alpha_key,
         quantile_alpha_value=a.quantile_alpha_value,
