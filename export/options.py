@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vkvx.errors import OptionError
@@ -104,6 +104,10 @@ class ExportOptions:
                 raise OptionError(f"{option.replace('-', ' ')} {value} is not supported; give --{option} {allowed}")
         for reason in self.without_effect().values():
             raise OptionError(reason)
+
+    def with_bits(self, bits: int) -> ExportOptions:
+        """The same options with this many bits throughout."""
+        return replace(self, bits=bits, key_bits=None, value_bits=None, bits_per_layer=None)
 
     def without_effect(self) -> dict[str, str]:
         """The options given that would change nothing, and for each the line that says so."""

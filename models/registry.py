@@ -31,8 +31,9 @@ def resolve(
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Source:
-    """Find the checkpoint, download it if it is on the hub, and read its config.
+    """Find the checkpoint, download it if it is on the hub, and read its config. Without ``weights`` only the config.
 
     An alias comes first (write ``./llava`` for a directory of that name), then a local directory, then a hub id.
     Raises ModelError if there is no such model, it cannot be downloaded, or no adapter knows its architecture.
@@ -57,7 +58,8 @@ def resolve(
     # The architecture is checked before gigabytes of weights are fetched.
     directory = _download(hub_id, CONFIG_FILES, cache_dir, revision)
     config, adapter = _read_config(directory, trust_remote_code)
-    directory = _download(hub_id, CONFIG_FILES + WEIGHT_FILES, cache_dir, revision)
+    if weights:
+        directory = _download(hub_id, CONFIG_FILES + WEIGHT_FILES, cache_dir, revision)
     label = name if name in ALIASES else hub_id.split("/")[1]
     return Source(label, hub_id, directory, config, adapter, directory.name, trust_remote_code)
 

@@ -95,11 +95,12 @@ def _options(args: argparse.Namespace) -> ExportOptions:
 
     given = {name: getattr(args, name) for name in _PLAIN_OPTIONS if getattr(args, name) is not None}
     if args.group_size is not None:
-        given["group_size"] = _group_size(args.group_size)
+        given["group_size"] = group_size(args.group_size)
     return ExportOptions(force=args.force, trust_remote_code=args.trust_remote_code, **given)
 
 
-def _group_size(text: str) -> str | int:
+def group_size(text: str) -> str | int:
+    """``--group-size``: "auto" or a number; OptionError."""
     if text == "auto":
         return text
     try:

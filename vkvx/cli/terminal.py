@@ -6,13 +6,14 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from vkvx.errors import StorageError
+from vkvx.errors import OptionError, StorageError
 
 _BYTES_FROM = 1 << 20  # a stage with at least this many units counts bytes; none has so many steps
 
@@ -61,6 +62,18 @@ def human_bytes(count: float) -> str:
             return f"{count:,.{digits}f} {unit}"
         count /= 1024
     return f"{count:,.2f} GiB"
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """``24GiB``, ``80GB``, ``512MiB`` or a plain number of bytes, more than 0; OptionError names the option."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    count = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    if count <= 0:
+        raise OptionError(f"{option} {text} is not understood: give a size such as 24GiB or 80GB")
+    return count
 
 
 def ranges(values: Iterable[Any]) -> list[tuple[str, Any]]:
