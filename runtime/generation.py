@@ -172,30 +172,68 @@ class Request:
         return len(self.history) - len(self._answer) - self._start
 
 
+class Scheduler:
+    """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._waiting = deque[Request]()
+        self._live = list[Request]()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._waiting or self._live)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that was checked; it starts as soon as a slot is free."""
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request before its end, if it has not ended."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self._live:
+            self._live.remove(request)
+            request.leave()
+
+    def step(self) -> list[Chunk]:
+        """Start what may start, run one call, and return what it added; a finished row has left by then."""
+        backend, live, waiting = self._backend, self._live, self._waiting
+        starting = list[Request]()
+        while waiting and _may_start(backend, waiting[0], starting, live):
+            starting.append(waiting.popleft())
+            live.append(starting[-1])
+            starting[-1].admit()
+        started = time.perf_counter()
+        embeds = [backend.encode(pixels) for one in starting if (pixels := one.prepared.pixel_inputs) is not None]
+        chunks = _step(backend, starting or live, embeds, started)
+        for request in [one for one in live if one.finish_reason]:
+            live.remove(request)
+            request.leave()
+        return chunks
+
+    def close(self) -> None:
+        """End all requests."""
+        self._waiting.clear()
+        while self._live:
+            self._live.pop().leave()
+
+
 def run(backend: Backend, requests: Iterable[Request]) -> Generator[Chunk, None, None]:
     """Run requests to their ends, as many at a time as there are slots, and yield what each step adds.
 
     A finished row leaves, and the next request takes its slot while the others go on. Closing the iterator
     ends all rows.
     """
-    waiting, live = deque(requests), list[Request]()
+    scheduler = Scheduler(backend)
+    for request in requests:
+        scheduler.submit(request)
     try:
-        while waiting or live:
-            starting = list[Request]()
-            while waiting and _may_start(backend, waiting[0], starting, live):
-                starting.append(waiting.popleft())
-                starting[-1].admit()
-            live += starting
-            started = time.perf_counter()
-            embeds = [backend.encode(pixels) for one in starting if (pixels := one.prepared.pixel_inputs) is not None]
-            chunks = _step(backend, starting or live, embeds, started)
-            for request in [one for one in live if one.finish_reason]:
-                live.remove(request)
-                request.leave()
-            yield from chunks
+        while scheduler.busy:
+            yield from scheduler.step()
     finally:
-        for request in live:
-            request.leave()
+        scheduler.close()
 
 
 def _may_start(backend: Backend, request: Request, starting: Sequence[Request], live: Sequence[Request]) -> bool:

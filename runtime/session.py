@@ -145,7 +145,7 @@ class Session:
             options = [self.options(one, changes) for one in options]
         requests = []
         for row, (prompt, pictures, chosen) in enumerate(zip(prompts, images, options, strict=True)):
-            prepared = self.processor.prepare(prompt, _listed(pictures))
+            prepared = self.processor.prepare(prompt, listed(pictures))
             requests.append(Request(row, prepared, chosen, self.processor, self.backend))
             requests[-1].check()
         return run(self.backend, requests)
@@ -180,7 +180,8 @@ class Session:
         self.close()
 
 
-def _listed(pictures: Pictures) -> list[Picture]:
+def listed(pictures: Pictures) -> list[Picture]:
+    """None, one picture or several, as a list."""
     if pictures is None:
         return []
     return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]  # type: ignore[list-item]

@@ -21,6 +21,7 @@ _HOMES = {
     "Manifest": "vkvx.manifest",
     "ModelError": "vkvx.errors",
     "OptionError": "vkvx.errors",
+    "Server": "vkvx.runtime.serving",
     "Session": "vkvx.runtime.session",
     "StorageError": "vkvx.errors",
     "VkvxError": "vkvx.errors",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from vkvx.export.plug_in import quantize_visual_cache
     from vkvx.export.validate import validate_bundle
     from vkvx.manifest import Manifest
+    from vkvx.runtime.serving import Server
     from vkvx.runtime.session import Conversation, Generation, Session
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "Manifest",
     "ModelError",
     "OptionError",
+    "Server",
     "Session",
     "StorageError",
     "VkvxError",

@@ -1,0 +1,73 @@
+"""``vkvx deploy``: writes what a server needs to serve a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vkvx.cli import terminal
+from vkvx.errors import OptionError
+
+
+def add_parser(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to the command line."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "deploy",
+        help="write a model repository for a server",
+        description="Write what a server needs to serve a bundle.",
+    )
+    servers = parser.add_subparsers(dest="server", metavar="SERVER", required=True)
+    triton = servers.add_parser(
+        "triton",
+        help="Triton Inference Server",
+        description="Add a bundle to a model repository of Triton Inference Server, served by its Python backend.",
+    )
+    triton.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle, with its engines if there are any")
+    triton.add_argument("-o", "--output", required=True, metavar="REPOSITORY", help="the model repository")
+    triton.add_argument("--name", metavar="NAME", help="of the model (default: the bundle's)")
+    triton.add_argument("--backend", default="auto", metavar="NAME", help="of vkvx, as in `vkvx run` (default: auto)")
+    triton.add_argument("--slots", type=int, default=8, metavar="N", help="sequences an instance runs side by side (8)")
+    triton.add_argument("--max-visual-tokens", type=int, metavar="N", help="room of a slot (default: as in Python)")
+    triton.add_argument("--max-text-tokens", type=int, metavar="N", help="room of a slot (default: as in Python)")
+    triton.add_argument("--gpus", metavar="LIST", help="such as 0,1; none: the CPU (default: what Triton finds)")
+    triton.add_argument("--instances", type=int, default=1, metavar="N", help="on each GPU (default: 1)")
+    triton.add_argument(
+        "--reference", metavar="PATH", help="where the server finds the bundle; nothing is copied into the repository"
+    )
+    triton.add_argument("--force", action="store_true", help="replace a model that vkvx has written there")
+    triton.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the repository, then say how to start the server."""
+    from vkvx.runtime.deploy import write_triton_repository
+
+    model = write_triton_repository(
+        args.bundle,
+        args.output,
+        name=args.name,
+        backend=args.backend,
+        reference=args.reference,
+        slots=args.slots,
+        visual_tokens=args.max_visual_tokens,
+        text_tokens=args.max_text_tokens,
+        gpus=_gpus(args.gpus),
+        instances=args.instances,
+        force=args.force,
+    )
+    if args.json:
+        terminal.print_json({"model": model.name, "directory": str(model)})
+    else:
+        print(f"model         {model}")
+        print(f"next          tritonserver --model-repository {model.parent}")
+    return 0
+
+
+def _gpus(text: str | None) -> list[int] | None:
+    if text is None or text == "none":
+        return None if text is None else []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--gpus {text} is not understood: give a list such as 0,1, or none") from None
