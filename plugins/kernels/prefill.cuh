@@ -18,10 +18,10 @@ constexpr int prefill_row_tiles(int dim) { return dim <= 128 ? 2 : 1; }
 constexpr int prefill_rows(int dim) { return kPrefillThreads / 2 * prefill_row_tiles(dim); }
 constexpr int prefill_blocks(int dim) { return dim <= 64 || dim == 160 ? 3 : 2; }  // of a multiprocessor
 
-// Queries, a tile of keys and one of values, a score map for each position, and a bit for each position of the call.
+// Queries, a tile of keys and one of values, scales and offsets of keys, a score map for each position, and a bit for each position of the call.
 constexpr int prefill_shared_bytes(int dim, int positions) {
   const int rows = prefill_rows(dim);
-  return (rows + 2 * kPrefillKeys) * dim * 2 + rows * 8 + (positions + rows - 1) / rows * rows / 8;
+  return (rows + 2 * kPrefillKeys + 2) * dim * 2 + rows * 8 + (positions + rows - 1) / rows * rows / 8;
 }
 
 template <bool kBfloat>
@@ -41,25 +41,22 @@ __device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4],
 // The lowest n bits.
 __device__ __forceinline__ uint64_t lowest_bits(int n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
 
-// One block for 128 or 64 positions of a query head. Blocks come in sections of `section` heads, whose keys and values the level-2 cache can hold; within one
-// the longest come first.
+// One block for 128 or 64 positions of a query head; the longest come first, so that the last ones to start are short.
 template <int kDim, bool kBfloat>
-__global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim)) prefill_kernel(const __grid_constant__ VkvxParams p, const int* rank, int section) {
+__global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim)) prefill_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
 #if VKVX_HAS_TENSOR_CORES
   constexpr int kChunks = kDim / 8, kSteps = kDim / 16, kTiles = prefill_row_tiles(kDim), kRows = prefill_rows(kDim);
   constexpr int kPitch = kDim * 2, kTileBytes = kPrefillKeys * kPitch;
   extern __shared__ __align__(128) char shared[];
   char *const key_tile = shared + kRows * kPitch, *const value_tile = key_tile + kTileBytes;
-  float2* const maps = reinterpret_cast<float2*>(value_tile + kTileBytes);
+  __half* const key_params = reinterpret_cast<__half*>(value_tile + kTileBytes);
+  float2* const maps = reinterpret_cast<float2*>(key_params + 2 * kDim);
   uint32_t* const present = reinterpret_cast<uint32_t*>(maps + kRows);
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(kFull, tid >> 5, 0), g = lane >> 2, t = lane & 3;
-  const int S = p.positions, row_blocks = (S + kRows - 1) / kRows, heads = p.rows * p.query_heads;
-  const int first_head = blockIdx.x / (section * row_blocks) * section, at = blockIdx.x % (section * row_blocks);
-  const int heads_here = min(section, heads - first_head);
-  const int first_row = (row_blocks - 1 - at / heads_here) * kRows, global_head = first_head + at % heads_here;
-  const int b = global_head / p.query_heads, head = global_head % p.query_heads, kv = head / (p.query_heads / p.kv_heads);
+  const int S = p.positions, head = blockIdx.x, b = blockIdx.y, kv = head / (p.query_heads / p.kv_heads);
+  const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
   const int slot = p.slot[b];
-  const int64_t out = static_cast<int64_t>(global_head) * S;
+  const int64_t out = (static_cast<int64_t>(b) * p.query_heads + head) * S;
   if (slot < 0) {
     for (int i = tid; i < kRows * kDim; i += kPrefillThreads)
       if (first_row + i / kDim < S) store_float(p.output, (out + first_row) * kDim + i, p.dtype, 0.0f);
@@ -175,21 +172,22 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim)) prefill
   copy_commit();
   while (c.group != kEnd) {
     const bool visual = c.group >= 0, own = c.group == kOwn;
-    if (visual)
-      with_bits(p.key_bits, [&](auto bits) {
-        unpack_keys<bits(), kDim, kBfloat>(key_tile, p.visual_key + tile_of(c) * p.key_bits * kTile * (kDim / 32) + c.first % kTile * (kDim / 32),
-                                           level_params(p.visual_key_params, c, 3));
-      });
+    if (visual) {
+      if (c.first == 0) {
+        stage_key_params<kDim>(key_params, level_params(p.visual_key_params, c, 3), p.key_bits);
+        __syncthreads();
+      }
+      const int* words = p.visual_key + tile_of(c) * p.key_bits * kTile * (kDim / 32) + c.first % kTile * (kDim / 32);
+      with_bits(p.key_bits, [&](auto bits) { unpack_keys<bits(), kDim, kBfloat>(key_tile, words, key_params); });
+    }
     copy_wait<0>();
     __syncthreads();
     if (!visual) {
       copy_tile(c, value_tile, p.text_value, p.value, p.value_stride);
       copy_commit();
     } else if (!c.scan) {
-      with_bits(p.value_bits, [&](auto bits) {
-        unpack_values<bits(), kDim, kBfloat>(value_tile, p.visual_value + tile_of(c) * p.value_bits * kDim * 4 + c.first % kTile / 32,
-                                             level_params(p.visual_value_params, c, 2));
-      });
+      const int* words = p.visual_value + tile_of(c) * p.value_bits * kDim * 4 + c.first % kTile / 32;
+      with_bits(p.value_bits, [&](auto bits) { unpack_values<bits(), kDim, kBfloat>(value_tile, words, level_params(p.visual_value_params, c, 2)); });
       if (p.correction == VKVX_CORRECTION_EXPECTED && c.first == 0) map_expected(c);
     }
     // Nothing to do for a warp past the call's end, or for one that is all before these keys.

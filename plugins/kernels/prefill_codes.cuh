@@ -36,22 +36,36 @@ __device__ __forceinline__ __half2 code_pair(const Pairs<kBits>& pairs, int j) {
   return __hfma2(as_half2(pairs[j] | 0x64006400u), as_half2(factor * 0x00010001u), as_half2(less * 0x00010001u));
 }
 
-// Rounding can carry a level a little beyond the largest fp16 number.
+// The scale, or as much of it as keeps the greatest level finite: rounding can carry a level a little beyond the largest fp16 number.
+__device__ __forceinline__ __half finite_scale(__half scale, __half offset, float top) {
+  const float o = __half2float(offset);
+  return fmaf(top, __half2float(scale), o) <= kHalfMax ? scale : __float2half_rz((kHalfMax - o) / top);
+}
+
 template <bool kBfloat>
 __device__ __forceinline__ uint32_t level_pair(__half2 code, uint32_t scale, uint32_t offset) {
-  const __half2 x = __hmax2(__hmin2(__hfma2(code, as_half2(scale), as_half2(offset)), as_half2(0x7bff7bffu)), as_half2(0xfbfffbffu));
+  const __half2 x = __hfma2(code, as_half2(scale), as_half2(offset));
   if constexpr (!kBfloat) return reinterpret_cast<const uint32_t&>(x);
   const float2 y = __half22float2(x);
   return pack_bfloat2(y.x, y.y);
 }
 
-// Keys of 64 tokens: `words` of the first plane and token, `params` of the group (scale, offset).
+// Scales and offsets of a group's keys, as unpack_keys wants them.
+template <int kDim>
+__device__ __forceinline__ void stage_key_params(__half* to, const __half* params, int bits) {
+  for (unsigned c = threadIdx.x; c < kDim; c += kPrefillThreads) {
+    to[c] = finite_scale(params[c], params[kDim + c], (1 << bits) - 1);
+    to[kDim + c] = params[kDim + c];
+  }
+}
+
+// Keys of 64 tokens: `words` of the first plane and token, `params` staged in shared memory.
 template <int kBits, int kDim, bool kBfloat>
 __device__ __forceinline__ void unpack_keys(char* to, const int* words, const __half* params) {
   constexpr int kWords = kDim / 32;
 #pragma unroll 1
-  for (int q = threadIdx.x; q < kPrefillKeys * kWords; q += kPrefillThreads) {
-    const int token = q % kPrefillKeys, word = q / kPrefillKeys;  // the same word in a whole warp
+  for (unsigned q = threadIdx.x; q < kPrefillKeys * kWords; q += kPrefillThreads) {
+    const unsigned token = q % kPrefillKeys, word = q / kPrefillKeys;  // the same word in a whole warp
     uint32_t planes[kBits];
 #pragma unroll
     for (int p = 0; p < kBits; ++p) planes[p] = __ldg(words + p * kTile * kWords + token * kWords + word);
@@ -62,8 +76,8 @@ __device__ __forceinline__ void unpack_keys(char* to, const int* words, const __
       uint4 scale[2], offset[2], out[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        scale[h] = __ldg(reinterpret_cast<const uint4*>(params + 32 * word + 16 * h + j));
-        offset[h] = __ldg(reinterpret_cast<const uint4*>(params + kDim + 32 * word + 16 * h + j));
+        const uint4* from = reinterpret_cast<const uint4*>(params + 32 * word + 16 * h + j);
+        scale[h] = from[0], offset[h] = from[kDim / 8];
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -81,23 +95,30 @@ __device__ __forceinline__ void unpack_keys(char* to, const int* words, const __
 template <int kBits, int kDim, bool kBfloat>
 __device__ __forceinline__ void unpack_values(char* to, const int* words, const __half* params) {
 #pragma unroll 1
-  for (int q = threadIdx.x; q < kDim; q += kPrefillThreads) {
-    const int c = q % (kDim / 2) * 2, half = q / (kDim / 2);  // channels c and c + 1, 32 tokens
+  for (unsigned q = threadIdx.x; q < kDim; q += kPrefillThreads) {
+    const unsigned c = q % (kDim / 2) * 2, half = q / (kDim / 2);  // channels c and c + 1, 32 tokens
     Pairs<kBits> pairs[2];
+    uint32_t planes[2][kBits];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t planes[kBits];
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int p = 0; p < kBits; ++p) planes[p] = __ldg(words + (p * kDim + c + i) * 4 + half);
-      pairs[i].set(planes);
-    }
-    const uint32_t scale = __ldg(reinterpret_cast<const unsigned*>(params + c)), offset = __ldg(reinterpret_cast<const unsigned*>(params + kDim + c));
-    char* at = to + c % 8 * 2;
+      for (int p = 0; p < kBits; ++p) planes[i][p] = __ldg(words + (p * kDim + c + i) * 4 + half);
+    const __half2 offset = *reinterpret_cast<const __half2*>(params + kDim + c);
+    __half2 scale = *reinterpret_cast<const __half2*>(params + c);
+    constexpr float kTop = (1 << kBits) - 1;
+    scale = __halves2half2(finite_scale(scale.x, offset.x, kTop), finite_scale(scale.y, offset.y, kTop));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) pairs[i].set(planes[i]);
+    char* at[8];  // of the channels in rows that are turned by this much
+#pragma unroll
+    for (int turn = 0; turn < (kDim % 64 ? 4 : 8); ++turn) at[turn] = to + (32 * half * (kDim / 8) + (c / 8 ^ turn)) * 16 + c % 8 * 2;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       const __half2 a = code_pair<kBits>(pairs[0], j), b = code_pair<kBits>(pairs[1], j);
-      *reinterpret_cast<uint32_t*>(at + place<kDim>(32 * half + j, c / 8)) = level_pair<kBfloat>(__lows2half2(a, b), scale, offset);
-      *reinterpret_cast<uint32_t*>(at + place<kDim>(32 * half + 16 + j, c / 8)) = level_pair<kBfloat>(__highs2half2(a, b), scale, offset);
+      char* row = at[kDim % 64 ? j >> 1 & 3 : j & 7] + j * kDim * 2;
+      const uint32_t s = reinterpret_cast<const uint32_t&>(scale), o = reinterpret_cast<const uint32_t&>(offset);
+      *reinterpret_cast<uint32_t*>(row) = level_pair<kBfloat>(__lows2half2(a, b), s, o);
+      *reinterpret_cast<uint32_t*>(row + 16 * kDim * 2) = level_pair<kBfloat>(__highs2half2(a, b), s, o);
     }
   }
 }
