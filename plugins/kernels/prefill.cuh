@@ -1,6 +1,6 @@
 // Attention of many new positions: causal over the call's own tokens, on top of all that is cached, with 16-bit tensor cores.
 //
-// A block of four warps takes 128 positions of one query head (64 of wide heads) and walks over tiles of 64 keys: cached visual tokens
+// A block of four warps takes 128 positions of one query head (64 of wide heads and in short calls) and walks over tiles of 64 keys: cached visual tokens
 // (dequantised into shared memory, prefill_codes.cuh), cached text rows, own tokens. Scores and sums stay in registers, weights are normalised at the end
 // (online softmax, Milakov and Gimelshein, arXiv 1805.02867). Queries stay in shared memory: a warp of 32 positions uses each
 // fragment of keys or values twice. While scores are computed the tile's values arrive, and with the sums the next tile's keys, as in FlashAttention-2
@@ -13,14 +13,14 @@ namespace vkvx {
 
 constexpr int kPrefillMaxPositions = 1 << 17;
 
-// Tiles of 16 positions that a warp takes: as many as its registers can hold the sums of.
-constexpr int prefill_row_tiles(int dim) { return dim <= 128 ? 2 : 1; }
-constexpr int prefill_rows(int dim) { return kPrefillThreads / 2 * prefill_row_tiles(dim); }
-constexpr int prefill_blocks(int dim) { return dim <= 64 || dim == 160 ? 3 : 2; }  // of a multiprocessor
+// Tiles of 16 positions that a warp takes: as many as its registers can hold the sums of, and one if all warps have work then.
+constexpr int prefill_row_tiles(int dim, int positions) { return dim <= 128 && positions > kPrefillThreads / 2 ? 2 : 1; }
+constexpr int prefill_rows(int tiles) { return kPrefillThreads / 2 * tiles; }
+constexpr int prefill_blocks(int dim, int tiles) { return dim * tiles <= 160 ? 3 : 2; }  // of a multiprocessor
 
 // Queries, a tile of keys and one of values, scales and offsets of keys, a score map for each position, and a bit for each position of the call.
 constexpr int prefill_shared_bytes(int dim, int positions) {
-  const int rows = prefill_rows(dim);
+  const int rows = prefill_rows(prefill_row_tiles(dim, positions));
   return (rows + 2 * kPrefillKeys + 2) * dim * 2 + rows * 8 + (positions + rows - 1) / rows * rows / 8;
 }
 
@@ -42,10 +42,10 @@ __device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4],
 __device__ __forceinline__ uint64_t lowest_bits(int n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
 
 // One block for 128 or 64 positions of a query head; the longest come first, so that the last ones to start are short.
-template <int kDim, bool kBfloat>
-__global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim)) prefill_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
+template <int kDim, int kTiles, bool kBfloat>
+__global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles)) prefill_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
 #if VKVX_HAS_TENSOR_CORES
-  constexpr int kChunks = kDim / 8, kSteps = kDim / 16, kTiles = prefill_row_tiles(kDim), kRows = prefill_rows(kDim);
+  constexpr int kChunks = kDim / 8, kSteps = kDim / 16, kRows = prefill_rows(kTiles);
   constexpr int kPitch = kDim * 2, kTileBytes = kPrefillKeys * kPitch;
   extern __shared__ __align__(128) char shared[];
   char *const key_tile = shared + kRows * kPitch, *const value_tile = key_tile + kTileBytes;

@@ -10,6 +10,7 @@ import torch
 from kernel_calls import Case, attend, error, make, reference
 
 from vkvx.errors import OptionError
+from vkvx.export.torch_op import visual_kv_attention_
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 
@@ -98,6 +99,15 @@ def test_prefill_of_levels_beyond_fp16(correction: str) -> None:
     assert error(attend(tensors, case.attributes, "prefill"), expected) < 1e-3
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.1])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    case = Case(positions=70, counts=[[200], [7], [], [5]])
+    tensors, attributes = make(case), replace(case.attributes, scale=scale)
+    assert error(attend(tensors, attributes), reference(tensors, attributes)) < 1e-3
+    with pytest.raises(OptionError, match="kernel that was asked for"):
+        attend(tensors, attributes, "prefill")
+
+
 def test_affine_of_equal_and_of_close_scores() -> None:
     """All scores of the pictures equal: they stay. A range below tau: all become the least."""
     for factor in (0.0, 1e-3):
@@ -161,16 +171,16 @@ def test_many_groups() -> None:
         compare(case, kernel, splits)
 
 
-def test_calls_in_a_captured_graph() -> None:
-    case = Case()
+@pytest.mark.parametrize("positions", [1, 150])
+def test_calls_in_a_captured_graph(positions: int) -> None:
+    case = Case(positions=positions)
     tensors = make(case)
     expected = attend(tensors, case.attributes)
-    operation = torch.ops.vkvx.visual_kv_attention_
     inputs = [x.clone() for x in tensors.values()]
-    operation(*inputs, **case.attributes.to_dict())
+    visual_kv_attention_(*inputs, **case.attributes.to_dict())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = operation(*inputs, **case.attributes.to_dict())
+        output = visual_kv_attention_(*inputs, **case.attributes.to_dict())
     output.fill_(torch.nan)
     graph.replay()
     assert torch.equal(output, expected)
