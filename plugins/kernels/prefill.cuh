@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
       copy_commit();
     } else if (!c.scan) {
       const int* words = p.visual_value + tile_of(c) * p.value_bits * kDim * 4 + c.first % kTile / 32;
-      with_bits(p.value_bits, [&](auto bits) { unpack_values<bits(), kDim, kBfloat>(value_tile, words, level_params(p.visual_value_params, c, 2)); });
+      with_bits(p.value_bits, [&](auto bits) { unpack_values<bits(), kDim>(value_tile, words, level_params(p.visual_value_params, c, 2)); });
       if (p.correction == VKVX_CORRECTION_EXPECTED && c.first == 0) map_expected(c);
     }
     // Nothing to do for a warp past the call's end, or for one that is all before these keys.
@@ -301,26 +301,34 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
                 x = exp2_fast(fmaf(x, step[m][r], bias[m][r] - most[m][r]));
                 total[m][r] += x;
               }
+        auto add_values = [&](auto as_bfloat) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t w[kTiles][4];
-#pragma unroll
-          for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              const float(&pair)[4] = s[m][2 * i + (r >> 1)];
-              w[m][r] = pack_pair<kBfloat>(pair[2 * (r & 1)], pair[2 * (r & 1) + 1]);
-            }
-#pragma unroll
-          for (int n = 0; n < kDim / 8; n += 2) {
-            uint32_t v[4];
-            load_matrices_transposed(v, further(value_at, n) + 16 * i * kPitch);
+          for (int i = 0; i < 4; ++i) {
+            uint32_t w[kTiles][4];
 #pragma unroll
             for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-              for (int e = 0; e < 2; ++e) mma_pairs<kBfloat>(sum[m][n + e], w[m], v[2 * e], v[2 * e + 1]);
+              for (int r = 0; r < 4; ++r) {
+                const float(&pair)[4] = s[m][2 * i + (r >> 1)];
+                w[m][r] = pack_pair<as_bfloat()>(pair[2 * (r & 1)], pair[2 * (r & 1) + 1]);
+              }
+#pragma unroll
+            for (int n = 0; n < kDim / 8; n += 2) {
+              uint32_t v[4];
+              load_matrices_transposed(v, further(value_at, n) + 16 * i * kPitch);
+#pragma unroll
+              for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) mma_pairs<as_bfloat()>(sum[m][n + e], w[m], v[2 * e], v[2 * e + 1]);
+            }
           }
-        }
+        };
+        if constexpr (!kBfloat)
+          add_values(std::false_type());
+        else if (visual)
+          add_values(std::false_type());  // unpacked as fp16 numbers
+        else
+          add_values(std::true_type());
       }
     }
     c = next;

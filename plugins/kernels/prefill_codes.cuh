@@ -91,8 +91,9 @@ __device__ __forceinline__ void unpack_keys(char* to, const int* words, const __
   }
 }
 
-// Values of 64 tokens: `words` of the first plane and channel and of the tile's first 32 tokens.
-template <int kBits, int kDim, bool kBfloat>
+// Values of 64 tokens: `words` of the first plane and channel and of the tile's first 32 tokens. They are fp16 numbers in BF16 models too: all tokens of
+// a group share the error of a rounded level, so it does not average out as the values do.
+template <int kBits, int kDim>
 __device__ __forceinline__ void unpack_values(char* to, const int* words, const __half* params) {
 #pragma unroll 1
   for (unsigned q = threadIdx.x; q < kDim; q += kPrefillThreads) {
@@ -117,8 +118,8 @@ __device__ __forceinline__ void unpack_values(char* to, const int* words, const 
       const __half2 a = code_pair<kBits>(pairs[0], j), b = code_pair<kBits>(pairs[1], j);
       char* row = at[kDim % 64 ? j >> 1 & 3 : j & 7] + j * kDim * 2;
       const uint32_t s = reinterpret_cast<const uint32_t&>(scale), o = reinterpret_cast<const uint32_t&>(offset);
-      *reinterpret_cast<uint32_t*>(row) = level_pair<kBfloat>(__lows2half2(a, b), s, o);
-      *reinterpret_cast<uint32_t*>(row + 16 * kDim * 2) = level_pair<kBfloat>(__highs2half2(a, b), s, o);
+      *reinterpret_cast<uint32_t*>(row) = level_pair<false>(__lows2half2(a, b), s, o);
+      *reinterpret_cast<uint32_t*>(row + 16 * kDim * 2) = level_pair<false>(__highs2half2(a, b), s, o);
     }
   }
 }

@@ -20,10 +20,10 @@ BITS = (1, 2, 4, 8)
 SHAPES = [(1, 1), (4, 1), (7, 1), (3, 3), (12, 1), (1, 8), (2, 2)]  # query heads a KV head, positions
 
 
-def compare(case: Case, kernel: str, splits: int = 0) -> None:
+def compare(case: Case, kernel: str, splits: int = 0, tolerance: float | None = None) -> None:
     tensors = make(case)
     off = error(attend(tensors, case.attributes, kernel, splits), reference(tensors, case.attributes))
-    assert off < TOLERANCE[case.dtype], f"{kernel}, {splits} splits, {case}: {off:.2e}"
+    assert off < (tolerance or TOLERANCE[case.dtype]), f"{kernel}, {splits} splits, {case}: {off:.2e}"
 
 
 @pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, BITS)))
@@ -86,6 +86,11 @@ def test_prefill_of_many_positions() -> None:
     case = Case(positions=2500, kv_heads=1, ratio=2, padding=PADDING)
     compare(case, "prefill")
     compare(replace(case, group_size=128, counts=[[], [], [], []], text=[0, 0, 0, 0]), "prefill")
+
+
+def test_prefill_does_not_round_cached_values_to_bf16() -> None:
+    """Two levels a channel: their rounding error is that of all tokens, 7e-3 of an output whose values cancel."""
+    compare(Case(8, 1, 32, 2, 4, 200, dtype=torch.bfloat16), "prefill", tolerance=4e-3)
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
