@@ -36,6 +36,8 @@ int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes
 bool prefill_takes(const VkvxParams& p, const Device& device);
 int prefill(const VkvxParams& p, cudaStream_t stream);
+template <int kDim>
+int prefill_heads(const VkvxParams& p, const int* rank, cudaStream_t stream);
 
 size_t plain_workspace(const VkvxParams& p);
 int plain(const VkvxParams& p, cudaStream_t stream);

@@ -1,0 +1,2 @@
+#define DIM 128
+#include "prefill.inc"

@@ -1,0 +1,2 @@
+#define DIM 160
+#include "prefill.inc"

@@ -1,0 +1,2 @@
+#define DIM 192
+#include "prefill.inc"

@@ -1,0 +1,2 @@
+#define DIM 224
+#include "prefill.inc"

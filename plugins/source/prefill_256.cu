@@ -1,0 +1,2 @@
+#define DIM 256
+#include "prefill.inc"

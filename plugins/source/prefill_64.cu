@@ -1,0 +1,2 @@
+#define DIM 64
+#include "prefill.inc"

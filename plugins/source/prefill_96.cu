@@ -1,0 +1,2 @@
+#define DIM 96
+#include "prefill.inc"
