@@ -68,7 +68,7 @@ def _by_shape(rows: list[dict[str, Any]], column: str, label: str) -> Figure:
     shapes, bits = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "bits"))
     bits = sorted(b for b in bits if b != 16)
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in _FP16))
-    methods.sort(key=lambda name: name != attention.OURS)
+    methods.sort(key=lambda name: name not in (attention.OURS, attention.AFFINE))
     height = math.ceil((len(shapes) + 1) / _COLUMNS)  # the legend has a panel of its own
     figure = Figure(figsize=(WIDTH, 2.6 * height))
     figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.08)
