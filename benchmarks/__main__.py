@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
     verbs = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, summary in (BENCHMARKS | FIGURES).items():
         verb = verbs.add_parser(name, help=summary, description=summary)
-        importlib.import_module(f"benchmarks.{name}").add_arguments(verb)
+        if name in argv:  # the others' imports take seconds
+            importlib.import_module(f"benchmarks.{name}").add_arguments(verb)
         if name in BENCHMARKS:
             verb.add_argument("-o", "--output", type=Path, help=f"JSON file (default benchmarks/results/{name}.json)")
     arguments = parser.parse_args(argv)

@@ -37,10 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a shape and method."""
     import torch
+    from tqdm import tqdm
 
     kernels, bandwidth = gpu.library(), gpu.copy_bandwidth()
     rows = []
-    for name, shape in SHAPES.items():
+    for name, shape in tqdm(SHAPES.items(), desc="attention", disable=None):
         outcomes, fastest = rivals.sixteen_bits(shape)
         if arguments.rivals == "all":
             outcomes += rivals.eight_bits(shape)
@@ -73,10 +74,11 @@ def packed_call(kernels: Any, shape: gpu.Shape, bits: int, correction: str, kern
     )
 
 
-def packed_attention(method: str, call: gpu.Call, bits: int) -> rivals.Outcome:
+def packed_attention(method: str, call: gpu.Call, bits: int, *, cold: bool = False) -> rivals.Outcome:
     """The step checked and timed; its output starts as NaN."""
     call.output.fill_(float("nan"))
-    return rivals.measure(method, bits, call.cache_bytes, call.attend, call.expected(min(2, call.params.rows)))
+    expected = call.expected(min(2, call.params.rows))
+    return rivals.measure(method, bits, call.cache_bytes, call.attend, expected, cold=cold)
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -101,8 +103,16 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         "Packed cache, and how many times as long the rivals take": ours,
         "Every method": [{key: row[key] for key in shown} for row in rows if row["us"] is not None],
     }
-    failed = [{key: row[key] for key in ("method", "shape", "note")} for row in rows if row["us"] is None]
-    return result | ({"Without a time": failed} if failed else {})
+    failed: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["us"] is None:
+            failed.setdefault((row["method"], row["note"]), []).append(row["shape"])
+    if failed:
+        result["Without a time"] = [
+            {"method": method, "why": note, "shapes": ", ".join(dict.fromkeys(shapes))}
+            for (method, note), shapes in failed.items()
+        ]
+    return result
 
 
 def _own_bits(rows: list[dict[str, Any]], method: str) -> int | None:

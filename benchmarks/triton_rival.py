@@ -33,9 +33,10 @@ def _key_codes(words, BITS: tl.constexpr, D: tl.constexpr):
     W: tl.constexpr = D // 32
     token, word, bit = tl.arange(0, 128), tl.arange(0, W), tl.arange(0, 32)
     codes = tl.zeros([128, W, 32], tl.int32)
-    for plane in tl.static_range(BITS):
+    for i in tl.static_range(BITS):
+        plane = BITS - 1 - i
         loaded = tl.load(words + plane * 128 * W + token[:, None] * W + word[None, :])
-        codes |= ((loaded[:, :, None] >> bit[None, None, :]) & 1) << plane
+        codes = codes * 2 + ((loaded[:, :, None] >> bit[None, None, :]) & 1)
     return codes
 
 
@@ -44,9 +45,10 @@ def _value_codes(words, BITS: tl.constexpr, D: tl.constexpr):
     """Codes [D, 4, 32 tokens] of the tile of value words that starts at `words`."""
     channel, word, bit = tl.arange(0, D), tl.arange(0, 4), tl.arange(0, 32)
     codes = tl.zeros([D, 4, 32], tl.int32)
-    for plane in tl.static_range(BITS):
+    for i in tl.static_range(BITS):
+        plane = BITS - 1 - i
         loaded = tl.load(words + plane * D * 4 + channel[:, None] * 4 + word[None, :])
-        codes |= ((loaded[:, :, None] >> bit[None, None, :]) & 1) << plane
+        codes = codes * 2 + ((loaded[:, :, None] >> bit[None, None, :]) & 1)
     return codes
 
 
@@ -55,7 +57,7 @@ def _value_codes(words, BITS: tl.constexpr, D: tl.constexpr):
 def _score_kernel(
     query,  # FP16 [B*Hkv, ratio, D]
     words,  # INT32 [B*Hkv, tiles, BITS, 128, D/32]
-    params,  # FP16 [B*Hkv, groups, 3, D]
+    group_levels,  # FP16 [B*Hkv, groups, 3, D]
     scores,  # FP32 [B*Hkv, ratio, cached]
     scale,
     ratio,
@@ -75,7 +77,7 @@ def _score_kernel(
         tile = tl.program_id(1) * TILES + i
         if tile * 128 < cached:
             codes = _key_codes(words + (pair * tiles + tile) * BITS * 128 * W, BITS, D)
-            levels = params + (pair * tl.cdiv(tiles, group_tiles) + tile // group_tiles) * 3 * D
+            levels = group_levels + (pair * tl.cdiv(tiles, group_tiles) + tile // group_tiles) * 3 * D
             target = scores + pair * ratio * cached + tile * 128 + token
             if HEADS == 1:
                 q = tl.load(query + pair * D + channel).to(tl.float32) * scale
@@ -99,7 +101,7 @@ def _score_kernel(
 def _value_kernel(
     weights,  # FP32 [B*Hkv, ratio, cached]
     words,  # INT32 [B*Hkv, tiles, BITS, D, 4]
-    params,  # FP16 [B*Hkv, groups, 2, D]
+    group_levels,  # FP16 [B*Hkv, groups, 2, D]
     partial,  # FP32 [splits, B*Hkv, ratio, D]
     ratio,
     cached,
@@ -119,7 +121,7 @@ def _value_kernel(
     result = tl.zeros([HEADS, D], tl.float32)
     for tile in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(cached, 128))):
         codes = _value_codes(words + (pair * tiles + tile) * BITS * D * 4, BITS, D)
-        levels = params + (pair * tl.cdiv(tiles, group_tiles) + tile // group_tiles) * 2 * D
+        levels = group_levels + (pair * tl.cdiv(tiles, group_tiles) + tile // group_tiles) * 2 * D
         scale, offset = tl.load(levels + d).to(tl.float32), tl.load(levels + D + d).to(tl.float32)
         source = weights + pair * ratio * cached + tile * 128
         if HEADS == 1:

@@ -70,7 +70,7 @@ def test_tables_of_attention() -> None:
     assert [line["affine us"] for line in ours] == [2.5, None]
     assert "x efficient" not in ours[0]
     assert len(every) == 8
-    assert failed == [{"method": "efficient", "shape": SHAPE, "note": "not offered: no kernel"}]
+    assert failed == [{"method": "efficient", "why": "not offered: no kernel", "shapes": SHAPE}]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_results_are_written_as_json_and_markdown(
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
     """Calls that were timed; each takes 5 us."""
     calls: list[Callable] = []
-    monkeypatch.setattr(gpu, "microseconds", lambda call: calls.append(call) or 5.0)
+    monkeypatch.setattr(gpu, "microseconds", lambda call, cold: calls.append(call) or 5.0)
     return calls
 
 
@@ -205,7 +205,7 @@ def test_the_faster_form_of_a_backend_counts(monkeypatch: pytest.MonkeyPatch) ->
     query, key, value = torch.randn(2, 4, 1, 128), torch.randn(2, 2, 8, 128), torch.randn(2, 2, 8, 128)
     monkeypatch.setattr(rivals, "_random", lambda shape: [query, key, value])
 
-    def measure(method: str, bits: int, size: int, call: Any, expected: Any) -> Outcome:
+    def measure(method: str, bits: int, size: int, call: Any, expected: Any, cold: bool) -> Outcome:
         times = {("cudnn", False): 9.0, ("cudnn", True): 7.0, ("flash", False): 6.0, ("flash", True): 8.0}
         us = times.get(call.args[:2])
         return Outcome(method, bits, size, us, 1e-4, "" if us else "not offered")
