@@ -24,6 +24,7 @@ def _bench(call: Any, quantiles: Any) -> Any:
 
 
 def _configs(*choices: tuple[int, int]) -> list[triton.Config]:
+    """Tiles a program and warps; fewer than 8 warps spill at 8 bits, and take twice as long to compile."""
     return [triton.Config({"TILES": tiles}, num_warps=warps) for tiles, warps in choices]
 
 
@@ -52,7 +53,7 @@ def _value_codes(words, BITS: tl.constexpr, D: tl.constexpr):
     return codes
 
 
-@triton.autotune(_configs((1, 4), (4, 4), (4, 8)), key=["BITS", "HEADS", "cached"], do_bench=_bench)
+@triton.autotune(_configs((1, 8), (4, 8), (4, 16)), key=["BITS", "HEADS", "cached"], do_bench=_bench)
 @triton.jit(do_not_specialize=["ratio", "tiles", "group_tiles"])
 def _score_kernel(
     query,  # FP16 [B*Hkv, ratio, D]
@@ -96,7 +97,7 @@ def _score_kernel(
                 tl.store(target[None, :] + head[:, None] * cached, result, mask=known)
 
 
-@triton.autotune(_configs((1, 4), (1, 8)), key=["BITS", "HEADS", "cached"], do_bench=_bench)
+@triton.autotune(_configs((1, 8), (1, 16)), key=["BITS", "HEADS", "cached"], do_bench=_bench)
 @triton.jit(do_not_specialize=["ratio", "tiles", "group_tiles", "splits"])
 def _value_kernel(
     weights,  # FP32 [B*Hkv, ratio, cached]
