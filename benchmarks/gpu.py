@@ -81,32 +81,35 @@ def microseconds(call: Callable[[], Any], *, inner: int | None = None, repeats: 
         end.record()
     torch.cuda.synchronize()
     inner = inner or min(20, max(3, int(1 / start.elapsed_time(end))))
-    if cold:
-        return _replay((_fill_level2, call), inner, repeats) - _replay((_fill_level2,), inner, repeats)
-    return _replay((call,), inner, repeats)
+    rounds = ((_fill_level2, call), (_fill_level2,)) if cold else ((call,),)
+    graphs = [_capture(calls, inner) for calls in rounds]
+    # In turns, so that whatever slows the GPU slows both.
+    times = [[_elapsed(graph, start, end) for graph in graphs] for _ in range(repeats + 3)]
+    return statistics.median(first - sum(rest) for first, *rest in times[3:]) * 1e3 / inner
 
 
-def _replay(calls: tuple[Callable[[], Any], ...], inner: int, repeats: int) -> float:
+def _capture(calls: tuple[Callable[[], Any], ...], inner: int) -> Any:
+    """A CUDA graph of `inner` rounds of the calls."""
     import torch
 
     for call in calls:  # what is set up on first use cannot be captured
         call()
     torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(inner):
             for call in calls:
                 call()
-    times = []
-    for i in range(repeats + 3):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times) * 1e3 / inner
+    return graph
+
+
+def _elapsed(graph: Any, start: Any, end: Any) -> float:
+    """Milliseconds of one replay."""
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def _fill_level2() -> None:
