@@ -1,4 +1,4 @@
-"""Driver: runs one benchmark, prints its table, and writes it with the environment as JSON."""
+"""Driver: runs one benchmark, prints its tables, and writes them as Markdown and with the environment as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from benchmarks import gpu
+from benchmarks.tables import markdown
+from vkvx.errors import VkvxError
+from vkvx.export.storage import write_file
 
 BENCHMARKS = {
     "unpack": "ways to unpack bit planes in onnxruntime on a CPU",
@@ -19,11 +25,15 @@ BENCHMARKS = {
     "token_agreement": "equal tokens by the plug-in, a bundle and vkvx eval on pages of tiny-llava, float32",
     "methods": "ways to quantise the visual cache of tiny-llava that were tried, simulated densely",
     "stress": "every way to quantise a cache on cases with known answers, through the torch operator",
-    "attention": "decode attention over the packed cache on a GPU, against torch on 16 bits",
+    "attention": "decode attention over the packed cache on a GPU, against other ways to do it",
+    "breakeven": "from how many visual tokens on the packed cache is faster than 16 bits on a GPU",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
 }
-"""Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns the rows of a table."""
+"""Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns rows of
+results; they are the table unless there is ``tables(rows)``, which returns tables by title."""
+FIGURES = {"plots": "figures of attention and breakeven from their JSON files; needs no GPU"}
+"""Modules of the same form that measure nothing: ``run`` returns nothing."""
 PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,6 +50,7 @@ def environment() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        **gpu.environment(),
     }
 
 
@@ -50,31 +61,39 @@ def _version(package: str) -> str | None:
         return None
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Columns are the keys of the first row."""
-    texts = [[str(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(list(rows[0]), *texts, strict=True)]
-    for cells in (list(rows[0]), *texts):
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-
-
 def main(argv: list[str]) -> None:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     verbs = parser.add_subparsers(dest="name", metavar="NAME", required=True)
-    for name, summary in BENCHMARKS.items():
+    for name, summary in (BENCHMARKS | FIGURES).items():
         verb = verbs.add_parser(name, help=summary, description=summary)
-        importlib.import_module(f"benchmarks.{name}").add_arguments(verb)
-        verb.add_argument("-o", "--output", type=Path, help=f"JSON file (default benchmarks/results/{name}.json)")
+        if name in argv:  # the others' imports take seconds
+            importlib.import_module(f"benchmarks.{name}").add_arguments(verb)
+        if name in BENCHMARKS:
+            verb.add_argument("-o", "--output", type=Path, help=f"JSON file (default benchmarks/results/{name}.json)")
     arguments = parser.parse_args(argv)
-    rows = importlib.import_module(f"benchmarks.{arguments.name}").run(arguments)
-    print_table(rows)
+    module = importlib.import_module(f"benchmarks.{arguments.name}")
+    try:
+        rows = module.run(arguments)
+        if arguments.name in BENCHMARKS:
+            _report(module, rows, arguments)
+    except VkvxError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _report(module: ModuleType, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    tables = module.tables(rows) if hasattr(module, "tables") else {"Results": rows}
+    text = "\n".join(f"## {title}\n\n{markdown(table)}" for title, table in tables.items())
+    print(text)
     output = arguments.output or RESULTS / f"{arguments.name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("name", "output")}
-    result = {"benchmark": arguments.name, "environment": environment(), "settings": settings, "results": rows}
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {output}")
+    facts = environment()
+    result = {"benchmark": arguments.name, "environment": facts, "settings": settings, "results": rows}
+    write_file(output, json.dumps(result, indent=2) + "\n")
+    where = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    write_file(output.with_suffix(".md"), f"# {BENCHMARKS[arguments.name]}\n\n{where}\n\n{text}")
+    print(f"written to {output} and {output.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":

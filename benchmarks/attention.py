@@ -1,27 +1,25 @@
-"""Decode attention over packed visual tokens against torch's attention over 16-bit ones, in one run.
+"""Decode attention over packed visual tokens against its rivals (``benchmarks.rivals``), all in one run.
 
-Each row of the table has the time of a call (CUDA-graph replays), what part of the copy bandwidth it reads the words
-and levels of the filled groups with, how many times faster it is than torch's attention backends on an FP16 cache, and
-its relative error against float64 over the same dequantised cache.
+A row of the results is one method on one shape: the time of a call (CUDA-graph replays), what part of the copy
+bandwidth it reads the stored cache with (for packed ones: words and levels of the filled groups), and its relative
+error against float64 over the same dequantised cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
-from benchmarks import gpu
+from benchmarks import gpu, rivals
 
 SHAPES = {
-    "B64 Hq32 Hkv32 T2304": (64, 32, 32, 2304, 768),
-    "B128 Hq32 Hkv8 T3328": (128, 32, 8, 3328, 896),
-    "B64 Hq28 Hkv4 T8192": (64, 28, 4, 8192, 1024),
-    "B8 Hq32 Hkv32 T2304": (8, 32, 32, 2304, 768),
-    "B1 Hq32 Hkv32 T640": (1, 32, 32, 640, 640),
+    "B64 Hq32 Hkv32 T2304": gpu.Shape(64, 32, 32, 2304, 768),
+    "B128 Hq32 Hkv8 T3328": gpu.Shape(128, 32, 8, 3328, 896),
+    "B64 Hq28 Hkv4 T8192": gpu.Shape(64, 28, 4, 8192, 1024),
+    "B8 Hq32 Hkv32 T2304": gpu.Shape(8, 32, 32, 2304, 768),
+    "B1 Hq32 Hkv32 T640": gpu.Shape(1, 32, 32, 640, 640),
 }
-"""Rows, query heads, KV heads, visual tokens a row, group size."""
-BACKENDS = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+OURS, AFFINE = "vkvx", "vkvx, affine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,90 +31,91 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--correction", choices=("expected", "affine", "none"), default="expected", help="score correction"
     )
+    parser.add_argument("--rivals", choices=("all", "fp16"), default="all", help="fp16: only attention on FP16 caches")
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """One row a shape and method."""
     import torch
+    from tqdm import tqdm
 
     kernels, bandwidth = gpu.library(), gpu.copy_bandwidth()
     rows = []
-    for name, (batch, query_heads, kv_heads, cached, group_size) in SHAPES.items():
-        rivals = _rivals(batch, query_heads, kv_heads, cached)
+    for name, shape in tqdm(SHAPES.items(), desc="attention", disable=None):
+        outcomes, fastest = rivals.sixteen_bits(shape)
+        if arguments.rivals == "all":
+            outcomes += rivals.eight_bits(shape)
         for bits in arguments.bits:
-            call = gpu.Call(
-                kernels,
-                rows=batch,
-                query_heads=query_heads,
-                kv_heads=kv_heads,
-                cached=cached,
-                group_size=group_size,
-                bits=bits,
-                kernel=arguments.kernel,
-                correction=arguments.correction,
-            )
-            call.output.fill_(math.nan)
-            output = call.attend()[:2].double()
-            off = _error(call, output, arguments.correction)
-            time = gpu.microseconds(call.attend)
-            rows.append(
-                {
-                    "shape": name,
-                    "bits": bits,
-                    "us": round(time, 1),
-                    "% of copy": round(100 * call.cache_bytes / time / 1e3 / bandwidth, 1),
-                    **{f"x {rival}": round(us / time, 2) for rival, us in rivals.items()},
-                    "error": f"{off:.1e}",
-                    "copy GB/s": round(bandwidth),
-                    "device": torch.cuda.get_device_name(),
-                }
-            )
-            del call, output
-            torch.cuda.empty_cache()
+            call = packed_call(kernels, shape, bits, arguments.correction, arguments.kernel)
+            outcomes.append(packed_attention(OURS, call, bits))
+            if arguments.rivals == "all":
+                outcomes += rivals.packed(call, bits, fastest)
+            if bits == 1 and arguments.correction == "expected":
+                call = packed_call(kernels, shape, bits, "affine", arguments.kernel)
+                outcomes.append(packed_attention(AFFINE, call, bits))
+            del call
+        rows += [outcome.row(name, bandwidth) for outcome in outcomes]
+        torch.cuda.empty_cache()
     return rows
 
 
-def _rivals(batch: int, query_heads: int, kv_heads: int, cached: int) -> dict[str, float]:
-    """Microseconds of torch's attention backends on an FP16 cache of the same tokens."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    query = torch.randn(batch, query_heads, 1, 128, device="cuda", dtype=torch.float16)
-    key, value = (torch.randn(batch, kv_heads, cached, 128, device="cuda", dtype=torch.float16) for _ in range(2))
-    times = {}
-    for name, backend in BACKENDS.items():
-        with sdpa_kernel([getattr(SDPBackend, backend)]):
-
-            def attend() -> Any:
-                return torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, enable_gqa=query_heads > kv_heads
-                )
-
-            try:
-                times[name] = gpu.microseconds(attend, inner=3)
-            except RuntimeError:  # the backend does not take grouped heads
-                times[name] = math.nan
-    return times
+def packed_call(kernels: Any, shape: gpu.Shape, bits: int, correction: str, kernel: str = "auto") -> gpu.Call:
+    """A decode step of this shape."""
+    return gpu.Call(
+        kernels,
+        rows=shape.rows,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        cached=shape.cached,
+        group_size=shape.group_size,
+        bits=bits,
+        correction=correction,
+        kernel=kernel,
+    )
 
 
-def _error(call: gpu.Call, output: Any, correction: str) -> float:
-    """Relative error of the first rows against float64; the own token takes part."""
-    import torch
+def packed_attention(method: str, call: gpu.Call, bits: int, *, cold: bool = False) -> rivals.Outcome:
+    """The step checked and timed; its output starts as NaN."""
+    call.output.fill_(float("nan"))
+    expected = call.expected(min(2, call.params.rows))
+    return rivals.measure(method, bits, call.cache_bytes, call.attend, expected, cold=cold)
 
-    t, rows = call.tensors, len(output)
-    key, value = (x.double() for x in call.dequantized(rows))
-    ratio = t["query"].shape[1] // key.shape[1]
-    query = t["query"][:rows].double().unflatten(1, (-1, ratio)).squeeze(3)
-    scores = query @ key.transpose(2, 3) * call.attribute_scale
-    if correction == "expected":
-        rest = t["visual_key_params"][:rows, :, :, 2].double()
-        excess = 0.5 * call.attribute_scale**2 * query.square() @ rest.square().transpose(2, 3)
-        counts = torch.tensor(call.counts, device="cuda")
-        scores = scores + (excess / (1 + excess / 3.0)).repeat_interleave(counts, dim=-1)
-    elif correction == "affine":
-        low, high = scores.amin(-1, True), scores.amax(-1, True)
-        scores = low + (scores - low) * ((high - 3.0 - low) / (high - low)).clamp(min=0)
-    own = query @ t["key"][:rows].double().transpose(2, 3) * call.attribute_scale
-    weights = torch.cat([scores, own], -1).softmax(-1)
-    expected = weights @ torch.cat([value, t["value"][:rows].double()], 2)
-    return float((output - expected.flatten(1, 2).unsqueeze(2)).norm() / expected.norm())
+
+def tables(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Ours with how many times as long the rivals take; every method's own figures; what has no time, and why."""
+    names = list(dict.fromkeys(row["method"] for row in rows if row["us"] is not None))
+    others = [name for name in names if name not in (OURS, AFFINE)]
+    found = {(row["shape"], row["method"], row["bits"]): row["us"] for row in rows}
+    ours = []
+    for row in rows:
+        if row["method"] != OURS:
+            continue
+        shape, bits, us = row["shape"], row["bits"], row["us"]
+        line = {key: row[key] for key in ("shape", "bits", "us", "% of copy", "error")}
+        line["affine us"] = found.get((shape, AFFINE, bits))
+        for name in others:
+            # A rival reads a cache of the same bits, or one of its own bits whatever ours are.
+            rival = found.get((shape, name, bits), found.get((shape, name, _own_bits(rows, name))))
+            line[f"x {name}"] = round(rival / us, 2) if rival and us else None
+        ours.append(line)
+    shown = ("shape", "method", "bits", "us", "% of copy", "error")
+    result = {
+        "Packed cache, and how many times as long the rivals take": ours,
+        "Every method": [{key: row[key] for key in shown} for row in rows if row["us"] is not None],
+    }
+    failed: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["us"] is None:
+            failed.setdefault((row["method"], row["note"]), []).append(row["shape"])
+    if failed:
+        result["Without a time"] = [
+            {"method": method, "why": note, "shapes": ", ".join(dict.fromkeys(shapes))}
+            for (method, note), shapes in failed.items()
+        ]
+    return result
+
+
+def _own_bits(rows: list[dict[str, Any]], method: str) -> int | None:
+    """The bits of a method that has but one."""
+    bits = {row["bits"] for row in rows if row["method"] == method}
+    return bits.pop() if len(bits) == 1 else None

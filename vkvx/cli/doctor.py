@@ -13,6 +13,7 @@ from typing import Any
 
 from vkvx import __version__, packages
 from vkvx.cli import terminal
+from vkvx.errors import DependencyError
 
 RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
 EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
@@ -25,6 +26,19 @@ class Ability:
 
     name: str
     works: bool
+    reason: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class CudaLibrary:
+    """The library of CUDA kernels: its file, compute capabilities (such as 9.0) of its machine code and of its PTX,
+    version of its C interface if it can be loaded, why not otherwise, and the command that helps."""
+
+    path: str | None
+    capabilities: list[str]
+    ptx: list[str]
+    abi_version: int | None
     reason: str = ""
     advice: str = ""
 
@@ -46,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     providers, failures = (
         probe_providers() if found["onnxruntime"][1] is None and found["onnx"][1] is None else ([], {})
     )
-    devices, compiler = nvidia_devices(), nvcc_version()
+    devices, compiler, library = nvidia_devices(), nvcc_version(), cuda_library()
     abilities = [
         _needs("export", EXPORT, found),
         _needs("run on a CPU", RUN, found),
         _cuda(found, providers, failures, devices),
+        _kernels(library, devices),
     ]
     if args.json:
         terminal.print_json(
@@ -66,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
                 "onnxruntime_providers": providers,
                 "nvidia_devices": devices,
                 "nvcc": compiler,
+                "cuda_library": asdict(library),
                 "works": [asdict(ability) for ability in abilities],
             }
         )
     else:
-        print("\n".join(_lines(found, providers, devices, compiler, abilities)))
+        print("\n".join(_lines(found, providers, devices, compiler, library, abilities)))
     return 0 if any(ability.works for ability in abilities) else 1
 
 
@@ -112,6 +128,27 @@ def nvcc_version() -> str | None:
     return match.group(1) if match else None
 
 
+def cuda_library() -> CudaLibrary:
+    """The library that `vkvx plugin build` made, or that an environment variable names; loads it."""
+    from vkvx.plugins import build, fatbin
+    from vkvx.plugins.library import ABI_VERSION, Library
+
+    try:
+        path = build.find_library()
+    except DependencyError as error:
+        return CudaLibrary(None, [], [], None, str(error))
+    if path is None:
+        return CudaLibrary(None, [], [], None, "not built", "vkvx plugin build")
+    held = fatbin.architectures(path)
+    capabilities, ptx = ([f"{code // 10}.{code % 10}" for code in codes] for codes in held)
+    try:
+        Library(path)
+    except (DependencyError, AttributeError) as error:  # AttributeError: a library without these functions
+        advice = f"unset {build.OVERRIDE}" if os.environ.get(build.OVERRIDE) else "vkvx plugin build --force"
+        return CudaLibrary(str(path), capabilities, ptx, None, str(error), advice)
+    return CudaLibrary(str(path), capabilities, ptx, ABI_VERSION)
+
+
 def _output(program: str, *arguments: str) -> str:
     path = shutil.which(program)
     if path is None:
@@ -150,11 +187,36 @@ def _cuda(
     return Ability(name, False, failures.get(provider, "this onnxruntime has no CUDA provider"), advice)
 
 
+def _kernels(library: CudaLibrary, devices: list[str]) -> Ability:
+    from vkvx.plugins.fatbin import Architectures
+
+    name = "CUDA kernels"
+    if library.reason:
+        return Ability(name, False, library.reason, library.advice)
+    if not devices:
+        return Ability(name, False, "no NVIDIA GPU found", "install the GPU's driver, if there is a GPU")
+    held = Architectures(*([int(x.replace(".", "")) for x in codes] for codes in (library.capabilities, library.ptx)))
+    here = list(dict.fromkeys(re.findall(r", (\d+\.\d)$", "\n".join(devices), re.MULTILINE)))
+    if any(held.serve(int(capability.replace(".", ""))) for capability in here):
+        return Ability(name, True)
+    reason = f"the library has no code for compute capability {' or '.join(here) or 'unknown'}"
+    return Ability(name, False, reason, f"vkvx plugin build --arch {','.join(here) or 'all'}")
+
+
+def _library_line(library: CudaLibrary) -> str:
+    if library.path is None:
+        return library.reason
+    newest = f", PTX for {library.ptx[-1]} and newer" if library.ptx else ""
+    version = "cannot be loaded" if library.abi_version is None else f"C interface {library.abi_version}"
+    return f"{library.path}, {version}, for {', '.join(library.capabilities) or 'no GPU'}{newest}"
+
+
 def _lines(
     found: dict[str, tuple[str | None, str | None]],
     providers: list[str],
     devices: list[str],
     compiler: str | None,
+    library: CudaLibrary,
     abilities: list[Ability],
 ) -> list[str]:
     lines = [
@@ -168,7 +230,8 @@ def _lines(
     lines += ["", "devices"]
     lines.append(f"  onnxruntime providers that work: {', '.join(providers) or 'none'}")
     lines.append(f"  NVIDIA GPUs: {'; '.join(devices) or 'none'}")
-    lines.append(f"  CUDA compiler: {compiler or 'none'} (not needed)")
+    lines.append(f"  CUDA compiler: {compiler or 'none'} (to build the CUDA kernels)")
+    lines.append(f"  CUDA library: {_library_line(library)}")
     lines += ["", "what works"]
     for ability in abilities:
         lines.append(
