@@ -15,7 +15,7 @@ constexpr int kShapeFits = 2;  // sweeps that choose codes and levels; one more 
 // Threads of a block that takes `tokens` of them each, and bytes of scratch and of shared memory that it needs.
 inline int shape_threads(int group_size, int tokens) { return static_cast<int>(divide_up(divide_up(group_size, tokens), 32) * 32); }
 __host__ __device__ inline size_t shape_bytes(int group_size, int head_dim) { return static_cast<size_t>(group_size) * head_dim * 5; }
-inline int shape_shared(int head_dim, int channels, int threads) { return head_dim * (3 + channels + threads / 32) * 4; }
+inline int shape_shared(int head_dim, int channels, int threads) { return (head_dim * (3 + channels + threads / 32) + channels * channels) * 4; }
 
 // Element (i, j) of a head's metric; that of keys is turned to the row's last position, R H R^T.
 __device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int head, int b, int i, int j) {
@@ -38,37 +38,37 @@ struct FitSums {
   float wanted, products;
 };
 
-// Sums over the block, in a fixed order. `partial` holds 2 * warps entries; calls take turns with their halves, so one barrier is enough.
-__device__ __forceinline__ FitSums add_over_block(FitSums x, FitSums* partial, int turn) {
+// Sums over the block of codes, their squares, wanted numbers and products, in a fixed order; those of codes are exact. `partial` holds
+// 2 * warps entries; calls take turns with its halves, so one barrier is enough.
+__device__ __forceinline__ FitSums add_over_block(const float (&x)[4], float4* partial, int turn) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const bool up = lane & 16, high = lane & 8;
+  const float a = (up ? x[2] : x[0]) + __shfl_xor_sync(kFull, up ? x[0] : x[2], 16);
+  const float b = (up ? x[3] : x[1]) + __shfl_xor_sync(kFull, up ? x[1] : x[3], 16);
+  float mine = (high ? b : a) + __shfl_xor_sync(kFull, high ? a : b, 8);
 #pragma unroll
-  for (int o = 16; o; o >>= 1) {
-    x.codes += __shfl_xor_sync(kFull, x.codes, o);
-    x.squares += __shfl_xor_sync(kFull, x.squares, o);
-    x.wanted += __shfl_xor_sync(kFull, x.wanted, o);
-    x.products += __shfl_xor_sync(kFull, x.products, o);
-  }
-  FitSums* half = partial + (turn & 1) * warps;
-  if (lane == 0) half[warp] = x;
+  for (int o = 4; o; o >>= 1) mine += __shfl_xor_sync(kFull, mine, o);
+  float4* half = partial + (turn & 1) * warps;
+  if (lane % 8 == 0) reinterpret_cast<float*>(half + warp)[lane / 8] = mine;
   __syncthreads();
-  FitSums sum = half[0];
-  for (int w = 1; w < warps; ++w) {
-    const FitSums y = half[w];
-    sum.codes += y.codes;
-    sum.squares += y.squares;
-    sum.wanted += y.wanted;
-    sum.products += y.products;
+  FitSums sum{};
+  for (int w = 0; w < warps; ++w) {
+    const float4 y = half[w];
+    sum.codes += static_cast<int>(y.x);
+    sum.squares += static_cast<int>(y.y);
+    sum.wanted += y.z;
+    sum.products += y.w;
   }
   return sum;
 }
 
-// One group while it is shaped. Pointers to shared memory: `mean`, `scale`, `low` [D], `tile` [D][kChannels], `partial`.
+// One group while it is shaped. In shared memory: mean, scale and low [D], tile [D][kChannels], later [kChannels][kChannels], partial.
 template <int kChannels, int kTokens>
 struct Shaper {
   const VkvxParams& p;
   float* error;    // [D][group_size]
   uint8_t* codes;  // [D][group_size]
-  float *mean, *scale, *low, *tile, *partial;
+  float *mean, *scale, *low, *tile, *later, *partial;
   int b, head, count;
   bool is_key;
 
@@ -120,11 +120,16 @@ struct Shaper {
     __syncthreads();
   }
 
-  // tile[k][i] = H(first + i, k).
+  // tile[k][i] = H(first + i, k), and of the channels themselves what comes after i: later[i][k] = H(first + i + 1 + k, first + i).
   __device__ void load_tile(int first) {
     __syncthreads();
     for (int i = threadIdx.x; i < p.head_dim * kChannels; i += blockDim.x)
       tile[i] = metric_at(p, is_key, head, b, first + i % kChannels, i / kChannels);
+    __syncthreads();
+    for (int n = threadIdx.x; n < kChannels * kChannels; n += blockDim.x) {
+      const int i = n / kChannels, k = n % kChannels + i + 1;
+      later[n] = k < kChannels ? tile[(first + i) * kChannels + k] : 0.0f;
+    }
     __syncthreads();
   }
 
@@ -134,13 +139,23 @@ struct Shaper {
     for (int i = 0; i < kChannels; ++i)
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) pull[i][j] = 0.0f;
-    constexpr int kAhead = kTokens > 4 ? 1 : 8 / kTokens;
+    constexpr int kAhead = kTokens > 4 ? 1 : 2;
+    float next[kAhead][kTokens];
+    auto load = [&](int k) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) next[a][j] = is_live(j) ? error[at(k + a, j)] : 0.0f;
+    };
+    load(0);
+#pragma unroll 1
     for (int k = 0; k < p.head_dim; k += kAhead) {
       float e[kAhead][kTokens];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) e[a][j] = is_live(j) ? error[at(k + a, j)] : 0.0f;
+        for (int j = 0; j < kTokens; ++j) e[a][j] = next[a][j];
+      if (k + kAhead < p.head_dim) load(k + kAhead);
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
 #pragma unroll
@@ -163,47 +178,69 @@ struct Shaper {
       load_tile(first);
       float pull[kChannels][kTokens];
       multiply(pull);
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        const int c = first + i;
-        float step = scale[c], base = low[c];
-        if (!(step > 0.0f)) continue;
-        const float inverse = 1.0f / step, diagonal = 1.0f / tile[c * kChannels + i];
-        float rest[kTokens], before[kTokens], code[kTokens];
-        FitSums sums{};
+      float rest_next[kTokens], code_next[kTokens];
+      auto load = [&](int c) {
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          rest[j] = before[j] = code[j] = 0.0f;
-          if (!is_live(j)) continue;
-          rest[j] = error[at(c, j)];
-          before[j] = fmaf(step, static_cast<float>(codes[at(c, j)]), base);
-          // Where this channel would have to be for the sum to be least, the others staying as they are.
-          const float wanted = fmaf(pull[i][j], diagonal, before[j]);
-          code[j] = fminf(fmaxf(rintf((wanted - base) * inverse), 0.0f), top);
-          const int whole = static_cast<int>(code[j]);
-          sums.codes += whole;
-          sums.squares += whole * whole;
-          sums.wanted += wanted;
-          sums.products = fmaf(code[j], wanted, sums.products);
+          rest_next[j] = is_live(j) ? error[at(c, j)] : 0.0f;
+          code_next[j] = is_live(j) ? static_cast<float>(codes[at(c, j)]) : 0.0f;
         }
-        if (fit) {
-          sums = add_over_block(sums, reinterpret_cast<FitSums*>(partial), i);
-          const int64_t spread = static_cast<int64_t>(count) * sums.squares - static_cast<int64_t>(sums.codes) * sums.codes;
-          if (spread > 0) {
-            const float n = static_cast<float>(count), middle = static_cast<float>(sums.codes) / n;
-            step = (sums.products - middle * sums.wanted) / (static_cast<float>(spread) / n);
-            base = sums.wanted / n - step * middle;
-            if (threadIdx.x == 0) scale[c] = step, low[c] = base;
+      };
+      load(first);
+      // pull[0] is always that of channel c: the code of this loop is long enough without 32 copies.
+#pragma unroll 1
+      for (int i = 0; i < kChannels; ++i) {
+        const int c = first + i;
+        float step = scale[c], base = low[c], rest[kTokens], before[kTokens], code[kTokens], move[kTokens];
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          rest[j] = rest_next[j];
+          before[j] = fmaf(step, code_next[j], base);
+          move[j] = 0.0f;
+        }
+        if (i + 1 < kChannels) load(c + 1);
+        if (step > 0.0f) {
+          const float inverse = 1.0f / step, diagonal = 1.0f / tile[c * kChannels + i];
+          float sums[4] = {};
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            // Where this channel would have to be for the sum to be least, the others staying as they are.
+            const float wanted = fmaf(pull[0][j], diagonal, before[j]);
+            code[j] = fminf(fmaxf(rintf((wanted - base) * inverse), 0.0f), top);
+            if (!is_live(j)) continue;
+            sums[0] += code[j];
+            sums[1] = fmaf(code[j], code[j], sums[1]);
+            sums[2] += wanted;
+            sums[3] = fmaf(code[j], wanted, sums[3]);
+          }
+          if (fit) {
+            const FitSums sum = add_over_block(sums, reinterpret_cast<float4*>(partial), i);
+            const int64_t spread = static_cast<int64_t>(count) * sum.squares - static_cast<int64_t>(sum.codes) * sum.codes;
+            if (spread > 0) {
+              const float n = static_cast<float>(count), middle = static_cast<float>(sum.codes) / n;
+              step = (sum.products - middle * sum.wanted) / (static_cast<float>(spread) / n);
+              base = sum.wanted / n - step * middle;
+              if (threadIdx.x == 0) scale[c] = step, low[c] = base;
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            if (!is_live(j)) continue;
+            move[j] = fmaf(step, code[j], base) - before[j];
+            error[at(c, j)] = rest[j] - move[j];
+            codes[at(c, j)] = static_cast<uint8_t>(code[j]);
           }
         }
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) {
-          if (!is_live(j)) continue;
-          const float move = fmaf(step, code[j], base) - before[j];
-          error[at(c, j)] = rest[j] - move;
-          codes[at(c, j)] = static_cast<uint8_t>(code[j]);
+        for (int k = 0; k < kChannels; k += 4) {
+          const float4 h = *reinterpret_cast<const float4*>(later + i * kChannels + k);
 #pragma unroll
-          for (int k = i + 1; k < kChannels; ++k) pull[k][j] = fmaf(-tile[c * kChannels + k], move, pull[k][j]);
+          for (int j = 0; j < kTokens; ++j) {
+            pull[k][j] = fmaf(-h.x, move[j], pull[k + 1][j]);
+            pull[k + 1][j] = fmaf(-h.y, move[j], pull[k + 2][j]);
+            pull[k + 2][j] = fmaf(-h.z, move[j], pull[k + 3][j]);
+            pull[k + 3][j] = k + 4 < kChannels ? fmaf(-h.w, move[j], pull[(k + 4) % kChannels][j]) : 0.0f;
+          }
         }
       }
     }
@@ -283,6 +320,7 @@ struct Shaper {
       const int t = first + lane;
       for (int c = 0; c < D; c += 32) {
         uint32_t words[8] = {};
+#pragma unroll 8
         for (int k = 0; k < 32; ++k) {
           const uint32_t code = codes[static_cast<int64_t>(c + k) * size + t];
 #pragma unroll
@@ -316,7 +354,7 @@ __global__ void __launch_bounds__(kShapeThreads) shape_kernel(const __grid_const
   char* own = scratch + blockIdx.x * shape_bytes(p.group_size, D);
   float* error = reinterpret_cast<float*>(own);
   Shaper<kChannels, kTokens> s{p, error, reinterpret_cast<uint8_t*>(error + static_cast<int64_t>(D) * p.group_size),
-                               at, at + D, at + 2 * D, at + 3 * D, at + (3 + kChannels) * D, 0, 0, 0, false};
+                               at, at + D, at + 2 * D, at + 3 * D, at + (3 + kChannels) * D, at + (3 + kChannels) * D + kChannels * kChannels, 0, 0, 0, false};
   const int groups = p.visual_capacity / p.group_size, problems = 2 * call_groups * p.kv_heads * p.rows;
   for (int n = blockIdx.x; n < problems; n += gridDim.x) {
     __syncthreads();
