@@ -115,27 +115,44 @@ struct Channels {
     }
   }
 
-  // Adds number(step, pair), two FP16 numbers, over the tokens.
-  template <class Number>
-  __device__ __forceinline__ float add(Number number) const {
-    const uint32_t ones = threadIdx.x & 4 ? 0x3c000000u : 0x00003c00u;
-    float sums[2][4] = {};
+  // Adds over the tokens what number(step, pair, numbers) gives: kMany pairs of FP16 numbers.
+  template <int kMany, class Number>
+  __device__ __forceinline__ void add(float (&found)[kMany], Number number) const {
+    uint32_t ones[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      ones[i] = threadIdx.x & 4 ? 0x3c000000u : 0x00003c00u;
+      asm volatile("" : "+r"(ones[i]));  // two registers side by side, or each product would begin by copying one
+    }
+    float sums[kMany][2][4] = {};
 #pragma unroll
     for (int tile = 0; tile < kSteps / 4; ++tile) {
       if (tile >= tiles) break;
 #pragma unroll
       for (int s = 4 * tile; s < 4 * tile + 4; s += 2)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          mma_half(sums[h], number(s, 2 * h), number(s, 2 * h + 1), number(s + 1, 2 * h), number(s + 1, 2 * h + 1), ones, ones);
+        for (int h = 0; h < 2; ++h) {
+          uint32_t numbers[4][kMany];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) number(s + k / 2, 2 * h + k % 2, numbers[k]);
+#pragma unroll
+          for (int n = 0; n < kMany; ++n) mma_half(sums[n][h], numbers[0][n], numbers[1][n], numbers[2][n], numbers[3][n], ones[0], ones[1]);
+        }
     }
-    const float all[8] = {sums[0][0], sums[0][1], sums[0][2], sums[0][3], sums[1][0], sums[1][1], sums[1][2], sums[1][3]};
-    return add_over_quads(all);
+#pragma unroll
+    for (int n = 0; n < kMany; ++n) {
+      const float all[8] = {sums[n][0][0], sums[n][0][1], sums[n][0][2], sums[n][0][3], sums[n][1][0], sums[n][1][1], sums[n][1][2], sums[n][1][3]};
+      found[n] = add_over_quads(all);
+    }
   }
 
   __device__ __forceinline__ float n() const { return static_cast<float>(count); }
   __device__ __forceinline__ float mean() const { return sum / n(); }
-  __device__ __forceinline__ void find_sum() { sum = add([&](int s, int j) { return x[s][j]; }) - static_cast<float>(copies) * copy; }
+  __device__ __forceinline__ void find_sum() {
+    float found[1];
+    add(found, [&](int s, int j, uint32_t (&numbers)[1]) { numbers[0] = x[s][j]; });
+    sum = found[0] - static_cast<float>(copies) * copy;
+  }
 
   // Reads the tokens; false if there is nothing to store or no room.
   __device__ __forceinline__ bool load(const VkvxParams& p, bool is_key, int b, int head, int g, int first_channel, int* group) {
@@ -255,10 +272,8 @@ struct Channels {
     return as_bits(__hgt2(as_half2(x[s][j]), as_half2(threshold[j])));
   }
 
-  __device__ __forceinline__ float tokens_above(const uint32_t (&threshold)[4], float mine) const {
-    const float found = add([&](int s, int j) { return above(s, j, threshold); });
-    return found - (copy > mine ? static_cast<float>(copies) : 0.0f);
-  }
+  // What the copies of the last token add to a count above the threshold.
+  __device__ __forceinline__ float copies_above(float threshold) const { return copy > threshold ? static_cast<float>(copies) : 0.0f; }
 
   // Quantiles `alpha` and 1 - `alpha`. Lanes 0 and 1 of a quad search the lower, 2 and 3 the upper: a number so that as many tokens are
   // at or below it as the rank says, by secants from a guess, and bisection where that is slow.
@@ -269,9 +284,9 @@ struct Channels {
     // A bell of the tokens' mean distance from their mean, and the normal quantile to 2 digits.
     uint32_t means[4];
     share_pairs(means, __float2half_rn(mean()), 0);
-    const float distance = add([&](int s, int j) { return as_bits(__habs2(__hsub2(as_half2(x[s][j]), as_half2(means[j])))); }) /
-                           static_cast<float>(tiles * kTile);
-    const float spread = fmaxf(1.2533f * distance, 1e-7f), z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
+    float distances[1];
+    add(distances, [&](int s, int j, uint32_t (&numbers)[1]) { numbers[0] = as_bits(__habs2(__hsub2(as_half2(x[s][j]), as_half2(means[j])))); });
+    const float spread = fmaxf(1.2533f * distances[0] / static_cast<float>(tiles * kTile), 1e-7f), z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
     float slope = 0.4f * n() * __expf(-0.5f * z * z) / spread, next = fmaf(z, spread, mean());
     int a = order_of_half(low) - 1, b = order_of_half(high);  // at or below a are `under` <= rank tokens, at or below b `over` > rank
     float under = 0.0f, over = n(), last = 0.0f, last_found = -1.0f;
@@ -281,12 +296,16 @@ struct Channels {
       int probe = order_of_half(fminf(fmaxf(next, half_of_order(a)), half_of_order(b)));
       if (pass >= 8 && pass % 2) probe = (a + b) >> 1;
       probe = done ? b : min(max(probe, a + 1), b - 1);
-      const float mine = half_of_order(probe), others = __shfl_xor_sync(kFull, mine, 2);
+      const float mine = half_of_order(probe);
       uint32_t thresholds[2][4];
       share_pairs(thresholds[0], __float2half_rn(mine), 0);
       share_pairs(thresholds[1], __float2half_rn(mine), 2);
-      const float first = tokens_above(thresholds[0], is_upper ? others : mine), second = tokens_above(thresholds[1], is_upper ? mine : others);
-      const float found = n() - (is_upper ? second : first);
+      float counts[2];
+      add(counts, [&](int s, int j, uint32_t (&numbers)[2]) {
+        numbers[0] = above(s, j, thresholds[0]);
+        numbers[1] = above(s, j, thresholds[1]);
+      });
+      const float found = n() - ((is_upper ? counts[1] : counts[0]) - copies_above(mine));
       if (done) continue;
       if (found > rank)
         b = probe, over = found;
@@ -336,9 +355,12 @@ struct Channels {
       before = mine;
       uint32_t thresholds[4];
       share_pairs(thresholds, __float2half_rn(mine), 0);
-      const float many = tokens_above(thresholds, mine);
-      const float above_it = add([&](int s, int j) { return as_bits(__hmul2(as_half2(x[s][j]), as_half2(above(s, j, thresholds)))); }) -
-                             (copy > mine ? static_cast<float>(copies) * copy : 0.0f);
+      float found[2];
+      add(found, [&](int s, int j, uint32_t (&numbers)[2]) {
+        numbers[0] = above(s, j, thresholds);
+        numbers[1] = as_bits(__hmul2(as_half2(x[s][j]), as_half2(numbers[0])));
+      });
+      const float many = found[0] - copies_above(mine), above_it = found[1] - copies_above(mine) * copy;
       *upper = many > 0.0f ? above_it / many : threshold;
       *lower = many < n() ? (sum - above_it) / (n() - many) : threshold;
       threshold = (*lower + *upper) / 2.0f;

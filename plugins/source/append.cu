@@ -1,3 +1,4 @@
+#include "../kernels/append_rows.cuh"
 #include "../kernels/quantize.cuh"
 #include "../kernels/quantize_any.cuh"
 #include "../kernels/workspace.cuh"
