@@ -12,11 +12,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from vkvx.export.operator import INPUTS, OperatorAttributes
+from vkvx.export.operator import OperatorAttributes
 from vkvx.plugins import build
 from vkvx.plugins.library import CORRECTIONS, DTYPES, QUANTIZERS, Library, Params
 
 MAX_HEAD_DIM = 256
+MAX_SHAPED_GROUP = 4096
 _WORKSPACES: dict[tuple[int, int], Tensor] = {}
 """By device and stream: zero before the first use, and shared by all layers."""
 _OUTGROWN: list[Tensor] = []
@@ -36,8 +37,9 @@ def kernels() -> Library | None:
 
 
 def takes(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> bool:
-    """Whether the kernels can run this call. They have no ``shaped``, so they leave calls that bring its pictures."""
-    if attributes.needs_metrics and tensors["visual_index"].shape[1]:
+    """Whether the kernels can run this call."""
+    brings_pictures = tensors["visual_index"].shape[1] > 0
+    if attributes.needs_metrics and brings_pictures and attributes.group_size > MAX_SHAPED_GROUP:
         return False
     return tensors["query"].shape[3] <= MAX_HEAD_DIM and kernels() is not None
 
@@ -90,7 +92,7 @@ def _params(tensors: dict[str, Tensor], attributes: OperatorAttributes, output: 
         text_entries=tensors["text_index"].shape[1],
         key_bits=a.key_bits,
         value_bits=a.value_bits,
-        quantizer=QUANTIZERS.get(a.quantizer, QUANTIZERS["lloyd"]),  # one without a kernel has no work: see takes()
+        quantizer=QUANTIZERS[a.quantizer],
         correction=CORRECTIONS[a.score_correction],
         quantile_alpha_key=a.quantile_alpha_key,
         quantile_alpha_value=a.quantile_alpha_value,
@@ -100,7 +102,7 @@ def _params(tensors: dict[str, Tensor], attributes: OperatorAttributes, output: 
         correction_limit=a.correction_limit,
         scale=a.scale,
         output=output.data_ptr(),
-        **{t.name: _address(tensors[t.name]) for t in INPUTS},
+        **{t.name: _address(tensors[t.name]) for t in a.inputs},
     )
     for name in ("query", "key", "value"):
         getattr(params, f"{name}_stride")[:] = tensors[name].stride()[:3]

@@ -12,11 +12,11 @@
 extern "C" {
 #endif
 
-#define VKVX_ABI_VERSION 1
+#define VKVX_ABI_VERSION 2
 
 enum { VKVX_OK = 0, VKVX_BAD_ARGUMENT = 1, VKVX_UNSUPPORTED = 2, VKVX_WORKSPACE_TOO_SMALL = 3, VKVX_CUDA_ERROR = 4 };
 enum { VKVX_FLOAT16 = 0, VKVX_BFLOAT16 = 1, VKVX_FLOAT32 = 2 };
-enum { VKVX_MINMAX = 0, VKVX_QUANTILE = 1, VKVX_SHRINK = 2, VKVX_LLOYD = 3 };
+enum { VKVX_MINMAX = 0, VKVX_QUANTILE = 1, VKVX_SHRINK = 2, VKVX_LLOYD = 3, VKVX_SHAPED = 4 };
 enum { VKVX_CORRECTION_NONE = 0, VKVX_CORRECTION_AFFINE = 1, VKVX_CORRECTION_EXPECTED = 2 };
 /* Kernels of the attention: the fastest that takes the shape, or a certain one (for tests and measurements). */
 enum { VKVX_AUTO = 0, VKVX_PLAIN = 1, VKVX_CODES = 2, VKVX_PLANES = 3, VKVX_PREFILL = 4 };
@@ -67,6 +67,10 @@ typedef struct VkvxParams {
   void *text_key;
   void *text_value;
   const int32_t *text_count;
+  /* Of VKVX_SHAPED, for calls with visual entries that are to be packed; null otherwise. */
+  const void *key_metric;   /* FP16 [Hkv, D, D] */
+  const void *value_metric; /* FP16 [Hkv, D, D] */
+  const float *rotation;    /* [B, 2, D] */
   void *output; /* [B, Hq, S, D], contiguous */
   void *workspace;
   size_t workspace_bytes;

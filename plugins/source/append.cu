@@ -1,8 +1,39 @@
-#include "../kernels/append.cuh"
+#include "../kernels/append_rows.cuh"
+#include "../kernels/quantize.cuh"
+#include "../kernels/quantize_any.cuh"
 #include "../kernels/workspace.cuh"
 #include "internal.h"
 
 namespace vkvx {
+
+namespace {
+
+template <int kSteps, int kBlocks>
+int quantize_in_registers(const VkvxParams& p, cudaStream_t stream) {
+  const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
+  const int bytes = p.key_bits * p.group_size * static_cast<int>(sizeof(int));
+  quantize_kernel<kSteps, kBlocks><<<dim3(2 * parts, p.kv_heads, p.rows), kQuantizeWarps * 32, bytes, stream>>>(p);
+  return check_cuda("quantisation");
+}
+
+int quantize(const VkvxParams& p, const Device& device, cudaStream_t stream) {
+  if (device.capability >= 80 && p.dtype != VKVX_FLOAT32 && rows_are_aligned(p.key, p.key_stride) && rows_are_aligned(p.value, p.value_stride)) {
+    if (p.group_size <= 256) return quantize_in_registers<8, 6>(p, stream);
+    if (p.group_size <= 640) return quantize_in_registers<20, 4>(p, stream);
+    if (p.group_size <= 896) return quantize_in_registers<28, 3>(p, stream);
+    if (p.group_size <= 1024) return quantize_in_registers<32, 3>(p, stream);
+  }
+  const int wanted = p.group_size * kChannels * static_cast<int>(sizeof(float)), statics = 8192;
+  const bool cached = wanted + statics <= device.shared_memory;
+  const int bytes = cached ? wanted : 0;
+  if (cudaFuncSetAttribute(quantize_any_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+    return check_cuda("the shared memory that quantisation needs");
+  const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
+  quantize_any_kernel<<<dim3(2 * parts, p.kv_heads, p.rows), kAppendWarps * 32, bytes, stream>>>(p, cached);
+  return check_cuda("quantisation");
+}
+
+}  // namespace
 
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   const bool packed = p.key_bits != 16;
@@ -18,14 +49,11 @@ int append(const VkvxParams& p, const Device& device, cudaStream_t stream) {
     if (const int code = check_cuda("append of text rows")) return code;
   }
   if (p.visual_entries == 0 || p.visual_capacity == 0) return VKVX_OK;
-  const int wanted = p.group_size * kChannels * static_cast<int>(sizeof(float)), statics = 8192;
-  const bool cached = wanted + statics <= device.shared_memory;
-  const int bytes = cached ? wanted : 0;
-  if (cudaFuncSetAttribute(quantize_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
-    return check_cuda("the shared memory that quantisation needs");
-  const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
-  quantize_kernel<<<dim3(2 * parts, p.kv_heads, p.rows), kAppendWarps * 32, bytes, stream>>>(p, cached);
-  return check_cuda("quantisation");
+  if (p.quantizer != VKVX_SHAPED) return quantize(p, device, stream);
+  VkvxParams start = p;
+  start.quantizer = VKVX_LLOYD;
+  if (const int code = quantize(start, device, stream)) return code;
+  return shape(p, device, stream);
 }
 
 }  // namespace vkvx

@@ -164,6 +164,13 @@ def _params(**changes: object) -> Params:
         ({"correction_limit": 0.0}, "correction_limit more than 0"),
         ({"scale": float("nan")}, "scale must be finite"),
         ({"splits": -1}, "splits is -1"),
+        (
+            {
+                "quantizer": QUANTIZERS["shaped"],
+                **dict.fromkeys(("group_size", "visual_capacity", "visual_entries"), 8192),
+            },
+            "group_size is 8192; give at most 4096 with VKVX_SHAPED",
+        ),
     ],
 )
 def test_wrong_sizes_are_refused(library: Library, changes: dict[str, object], words: str) -> None:
@@ -184,3 +191,15 @@ def test_workspace_grows_with_the_call(library: Library) -> None:
     small = library.workspace_bytes(_params(kernel=KERNELS["plain"]))
     large = library.workspace_bytes(_params(kernel=KERNELS["plain"], rows=64, positions=1000))
     assert 0 < small < large
+
+
+@needs_nvcc
+def test_only_pictures_of_shaped_need_workspace_for_the_append(library: Library) -> None:
+    sizes = {
+        (name, entries): library.workspace_bytes(_params(quantizer=QUANTIZERS[name], visual_entries=entries))
+        for name in ("lloyd", "shaped")
+        for entries in (0, 256)
+    }
+    shaped = sizes.pop(("shaped", 256))
+    assert len(set(sizes.values())) == 1
+    assert shaped >= sizes["lloyd", 0] + 128 * 64 * 5
