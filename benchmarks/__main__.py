@@ -27,6 +27,7 @@ BENCHMARKS = {
     "stress": "every way to quantise a cache on cases with known answers, through the torch operator",
     "attention": "decode attention over the packed cache on a GPU, against other ways to do it",
     "breakeven": "from how many visual tokens on the packed cache is faster than 16 bits on a GPU",
+    "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -10,16 +12,27 @@ import numpy as np
 
 from vkvx.errors import OptionError
 from vkvx.manifest import Manifest
+from vkvx.models.checkpoint import CONFIG_FILE
+from vkvx.packages import missing
+from vkvx.plugins.build import find_library
+from vkvx.plugins.library import MAX_HEAD_DIM
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.layout import Call
 
-BACKENDS = ("onnxruntime",)
+_HOMES = {
+    "onnxruntime": ("vkvx.runtime.onnxruntime_backend", "OnnxRuntimeBackend"),
+    "torch": ("vkvx.export.reference", "open_bundle"),
+}
+"""Module and function that opens a bundle, by name of the backend; imported when it is chosen."""
+BACKENDS = tuple(_HOMES)
 PROVIDERS = ("auto", "cpu", "cuda")
 
 
 class Backend(Protocol):
-    """Runs the graphs of one bundle over one cache."""
+    """Runs the model of one bundle over one cache. ``provider`` is where: "cpu" or "cuda"."""
 
+    name: str
+    provider: str
     manifest: Manifest
     cache: PackedCache
 
@@ -46,12 +59,15 @@ def open_backend(
     provider: str = "auto",
     threads: int | None = None,
 ) -> Backend:
-    """Open a bundle in a backend by name. Raises OptionError, DependencyError, BundleError."""
+    """Open a bundle in a backend by name. Raises OptionError, DependencyError, BundleError, CapacityError."""
     if name not in BACKENDS:
-        raise OptionError(f"unknown backend '{name}': give one of {', '.join(BACKENDS)}")
-    from vkvx.runtime.onnxruntime_backend import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(
+        raise OptionError(f"unknown backend '{name}' (--backend): give one of auto, {', '.join(BACKENDS)}")
+    module, function = _HOMES[name]
+    try:
+        opener = getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise missing(error.name or name) from error
+    return opener(
         bundle,
         manifest,
         slots=slots,
@@ -60,3 +76,37 @@ def open_backend(
         provider=provider,
         threads=threads,
     )
+
+
+def choose_backend(
+    bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None
+) -> tuple[str, str]:
+    """The backend that serves a bundle best on this machine, and why: torch on a GPU with ``libvkvx``, or onnxruntime.
+
+    torch is loaded only where everything else speaks for it.
+    """
+    reason = _against_torch(bundle, manifest, provider, threads)
+    if reason is None:
+        return "torch", "there is a GPU, and libvkvx is built"
+    return "onnxruntime", reason
+
+
+def _against_torch(bundle: Path, manifest: Manifest, provider: str, threads: int | None) -> str | None:
+    if provider == "cpu":
+        return "the CPU was asked for"
+    if threads is not None:
+        return "a number of CPU threads was asked for"
+    if find_library() is None:
+        return "libvkvx is not built (vkvx plugin build)"
+    if manifest.model.head_dim > MAX_HEAD_DIM:
+        return f"libvkvx has no kernel for heads of {manifest.model.head_dim}"
+    if CONFIG_FILE not in manifest.files:
+        return "the bundle holds no config.json, which older exports left out"
+    absent = next((name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None), None)
+    if absent is not None:
+        return f"{absent} is not installed"
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a package without the libraries that it needs
+        return f"torch cannot be imported ({error})"
+    return None if torch.cuda.is_available() else "torch finds no GPU"

@@ -80,6 +80,8 @@ class OnnxRuntimeBackend:
     provider, by default the physical cores that the process may use.
     """
 
+    name = "onnxruntime"
+
     def __init__(
         self,
         bundle: Path,

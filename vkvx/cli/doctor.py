@@ -16,6 +16,7 @@ from vkvx.cli import terminal
 from vkvx.errors import DependencyError
 
 RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
+TORCH = ("numpy", "PIL", "jinja2", "safetensors", "torch", "transformers")
 EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
 _MODEL = '<ir_version: 8, opset_import: ["": 13]> probe (float[1] x) => (float[1] y) { y = Identity(x) }'
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         _needs("run on a CPU", RUN, found),
         _cuda(found, providers, failures, devices),
         _kernels(library, devices),
+        _torch_cuda(found, library),
     ]
     if args.json:
         terminal.print_json(
@@ -209,6 +211,19 @@ def _library_line(library: CudaLibrary) -> str:
     newest = f", PTX for {library.ptx[-1]} and newer" if library.ptx else ""
     version = "cannot be loaded" if library.abi_version is None else f"C interface {library.abi_version}"
     return f"{library.path}, {version}, for {', '.join(library.capabilities) or 'no GPU'}{newest}"
+
+
+def _torch_cuda(found: dict[str, tuple[str | None, str | None]], library: CudaLibrary) -> Ability:
+    name = "run in torch on an NVIDIA GPU"
+    base = _needs(name, TORCH, found)
+    if base.reason:
+        return base
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "no GPU that it can use" if torch.version.cuda else "this is a build without CUDA"
+        return Ability(name, False, f"torch {torch.__version__}: {reason}")
+    return Ability(name, not library.reason, library.reason, library.advice)
 
 
 def _lines(
