@@ -100,6 +100,20 @@ __device__ __forceinline__ void collect_tokens(const VkvxParams& p, int b, unsig
   if (mine) atomicOr(bits, mine);
 }
 
+// Wait for the kernels before this one on its stream; launched as a dependent it may start before they end.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may start where there is room; they wait as above.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Instructions of compute capability 8.0; kernels that use them have no body below it, and are not launched there.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define VKVX_HAS_TENSOR_CORES 1
@@ -143,19 +157,24 @@ __device__ __forceinline__ void mma_bits(int (&d)[4], uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(b), "r"(zero));
 }
 
-// D += A B in integers: A [16, 32] of u8, B [32, 8] of u8 or s8.
+// D = A B + C in integers: A [16, 32] of u8, B [32, 8] of u8 or s8.
 template <bool kSigned>
-__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1, const int (&c)[4]) {
   if constexpr (kSigned)
     VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
   else
     VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1) {
+  mma_bytes<kSigned>(d, a0, a1, a2, a3, b0, b1, d);
 }
 
 // Four 8x8 matrices of 16-bit elements (or 8 rows of 4 words): lane 8m + r gives the address of row r of matrix m.
@@ -171,6 +190,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
 }
 
 // Transpose of an 8x8 matrix of 16-bit elements spread over the warp.

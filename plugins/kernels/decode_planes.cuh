@@ -27,11 +27,12 @@ __device__ __forceinline__ uint32_t transpose_bits(uint32_t x) {
   return x;
 }
 
-template <int kKeyBits, int kValueBits, int kQueries>
+template <int kBits, int kQueries>
 struct PlanesEngine {
   static constexpr int kColumns = kQueries;
-  static constexpr int kKeyPlanes = kKeyBits, kValuePlanes = kValueBits, kHeadDim = 128;
-  static constexpr int kBlocks = kQueries == 1 ? 4 : 3;
+  static constexpr int kPlanes = kBits, kPaddedDim = 128;
+  static constexpr int kMaxWarps = kQueries == 1 ? 8 : 6, kBlocks = 2;  // of so many warps, a multiprocessor
+  static constexpr bool kAny = false, kSnaps = false;
 
   uint32_t query[kQueries][2];
   float step[kQueries], bias[kQueries];
@@ -39,11 +40,15 @@ struct PlanesEngine {
   uint32_t weight[kQueries][2];
   float sum[kQueries][4], total[kQueries], most[kQueries], fade[kQueries], gain[kQueries];
 
+  __device__ __forceinline__ explicit PlanesEngine(const VkvxParams&) {}
+
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
   // Token or channel of number j of the lane's four.
   __device__ __forceinline__ static int place(int j) { return 32 * (lane() & 3) + (lane() >> 2) + 8 * j; }
 
-  __device__ __forceinline__ static int place_key_chunk(int c) { return c ^ ((c >> 4) & 7); }
+  // Positions of 16-byte chunks of a plane in shared memory: tokens 16 apart lie in different banks.
+  __device__ __forceinline__ static int place_key_chunk(int c, int) { return c ^ ((c >> 4) & 7); }
+  __device__ __forceinline__ static int place_value_chunk(int c, int) { return c; }
 
   __device__ __forceinline__ void start_group(const __half* params, const float* queries, int stride, int correction, float limit, const float2*) {
     const int t = lane() & 3;
@@ -70,7 +75,7 @@ struct PlanesEngine {
         rounding += fmaf(-static_cast<float>(r), inverse, u[j]);
         x[j] = static_cast<uint32_t>(r);
       }
-      constexpr float kMiddle = 0.5f * ((1 << kKeyBits) - 1);
+      constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);
       b = warp_sum(fmaf(rounding, kMiddle, b));
       if (correction == VKVX_CORRECTION_EXPECTED) b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * warp_sum(spread), limit);
       bias[n] = b;
@@ -137,10 +142,11 @@ struct PlanesEngine {
   }
 
   __device__ __forceinline__ void scores(uint32_t keys) {
-    multiply<kKeyBits, true>([&](int p, int row) { return keys + (p * 128 + place_key_chunk(row)) * 16; }, query, score);
+    multiply<kBits, true>([&](int p, int row) { return keys + (p * 128 + place_key_chunk(row, 128)) * 16; }, query, score);
   }
 
-  __device__ __forceinline__ void softmax(int count) {
+  template <class Flush>
+  __device__ __forceinline__ void softmax(int count, const Flush&) {
 #pragma unroll
     for (int n = 0; n < kQueries; ++n) {
       int top = INT32_MIN;
@@ -168,7 +174,7 @@ struct PlanesEngine {
 
   __device__ __forceinline__ void values(uint32_t values) {
     int product[kQueries][4];
-    multiply<kValueBits, false>([&](int p, int row) { return values + (p * 128 + row) * 16; }, weight, product);
+    multiply<kBits, false>([&](int p, int row) { return values + (p * 128 + row) * 16; }, weight, product);
 #pragma unroll
     for (int n = 0; n < kQueries; ++n)
 #pragma unroll
@@ -181,7 +187,7 @@ struct PlanesEngine {
 #pragma unroll
     for (int n = 0; n < kQueries; ++n) {
       const float all = warp_sum(total[n]) * kUnit;
-      result.begin_column(n, most[n], all);
+      result.begin_column(n, most[n], all, lane() == 0);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int c = place(j);
