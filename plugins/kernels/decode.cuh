@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
   // Numbers of planes; without pictures (16 bits) any will do.
   const int D = Engine::kAny ? p.head_dim : Engine::kPaddedDim;
   const int KP = Engine::kAny ? min(p.key_bits, 8) : Engine::kPlanes, VP = Engine::kAny ? min(p.value_bits, 8) : Engine::kPlanes;
-  constexpr int kCopies = Engine::kPaddedDim / 32;  // a lane's 16-byte chunks of a plane
   extern __shared__ __align__(128) char shared[];
   __shared__ unsigned tokens;
   __shared__ bool last;
@@ -217,27 +216,37 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     TileCursor ahead{}, cursor{};
     if (has_tiles) ahead.start(starts, tile_begin, tiles_of_group);
     cursor = ahead;
-    int key_offset[kCopies], value_offset[kCopies];  // where the lane's chunks of a plane go
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      key_offset[i] = Engine::place_key_chunk(32 * i + lane, D) * 16;
-      value_offset[i] = Engine::place_value_chunk(32 * i + lane, D) * 16;
-    }
     int stage = 0, load_stage = 0;
     bool new_group = true;
-    auto copy_planes = [&](uint32_t to, const int* from, int planes, const int(&offset)[kCopies]) {
-      const char* at = reinterpret_cast<const char*>(from) + lane * 16;
-#pragma unroll(Engine::kAny ? 1 : 8)
-      for (int plane = 0; plane < planes; ++plane)
+    // Chunk c of 16 bytes of a plane goes to place c ^ (c / (D / 8) & 7): rows that a load takes together lie D / 8 chunks apart, and so in different banks.
+    const int any_reciprocal = Engine::kAny ? 524288 / D + 1 : 0;
+    auto copy_planes = [&](uint32_t to, const int* from, int planes) {
+      const char* at = reinterpret_cast<const char*>(from);
+      if constexpr (Engine::kAny) {
+#pragma unroll 1
+        for (int i = lane; i < D; i += 32) {
+          const int place = (i ^ (i * any_reciprocal >> 16 & 7)) * 16;
+          for (int plane = 0; plane < planes; ++plane) copy_async(to + plane * D * 16 + place, at + (plane * D + i) * 16);
+        }
+      } else {
+        // Four rows of 8 chunks at a time, so that all addresses are two sums and constants.
+        constexpr int kRow = 2 * Engine::kPaddedDim;  // bytes
+        at += (lane >> 3) * kRow + (lane & 7) * 16;
+        const uint32_t even = to + (lane >> 3) * kRow + ((lane & 7) ^ (lane >> 3)) * 16, odd = even ^ 64;
 #pragma unroll
-        for (int i = 0; i < kCopies; ++i)
-          if (32 * i < D) copy_async(to + plane * D * 16 + offset[i], at + (plane * D + 32 * i) * 16);
+        for (int plane = 0; plane < Engine::kPlanes; ++plane)
+#pragma unroll
+          for (int i = 0; i < Engine::kPaddedDim / 32; ++i) {
+            const int offset = plane * Engine::kPaddedDim * 16 + (i & 1) * 4 * kRow + (i >> 1) * 128;
+            copy_async((i & 1 ? odd : even) + offset, at + offset);
+          }
+      }
     };
     const uint32_t key_buffer = shared_address(mine + layout.keys), value_buffer = shared_address(mine + layout.values);
     // Keys of the tile `ahead`, then its values, which step to the next one.
     auto load_keys = [&]() {
       if (ahead.tile < tile_end) {
-        copy_planes(key_buffer + load_stage * KP * D * 16, keys + static_cast<int64_t>(ahead.place) * KP * D * 4, KP, key_offset);
+        copy_planes(key_buffer + load_stage * KP * D * 16, keys + static_cast<int64_t>(ahead.place) * KP * D * 4, KP);
         if (new_group) {
           const uint32_t at = shared_address(mine + layout.params) + ahead.ordinal % (kLookahead + 1) * 10 * D;
           const char* k = reinterpret_cast<const char*>(key_params + static_cast<int64_t>(ahead.group) * 3 * D);
@@ -250,7 +259,7 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     };
     auto load_values = [&]() {
       if (ahead.tile < tile_end) {
-        if constexpr (!kScan) copy_planes(value_buffer + load_stage * VP * D * 16, values + static_cast<int64_t>(ahead.place) * VP * D * 4, VP, value_offset);
+        if constexpr (!kScan) copy_planes(value_buffer + load_stage * VP * D * 16, values + static_cast<int64_t>(ahead.place) * VP * D * 4, VP);
         new_group = ahead.next();
       }
       copy_commit();

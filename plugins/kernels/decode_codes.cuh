@@ -101,14 +101,6 @@ struct CodesEngine {
   __device__ __forceinline__ int bits_of_keys() const { return kAny ? key_bits : kBits; }
   __device__ __forceinline__ int bits_of_values() const { return kAny ? value_bits : kBits; }
 
-  // Position of 16-byte chunk c of a plane in shared memory: rows that a load takes together lie D / 8 chunks apart, and in different banks.
-  __device__ __forceinline__ static int place_chunk(int c, int dim) {
-    const int row = kAny ? c * (524288 / dim + 1) >> 16 : c / (kPaddedDim / 8);
-    return c ^ (row & 7);
-  }
-  __device__ __forceinline__ static int place_key_chunk(int c, int dim) { return place_chunk(c, dim); }
-  __device__ __forceinline__ static int place_value_chunk(int c, int dim) { return place_chunk(c, dim); }
-
   // Fold the key parameters of a group (shared memory: scale, offset, rms) into the queries (shared memory, times scale * log2 e).
   __device__ __forceinline__ void start_group(const __half* params, const float* queries, int stride, int correction, float limit, const float2* affine) {
     const int D = head_dim(), bits = bits_of_keys(), g = lane() >> 2, t = lane() & 3, odd = g & 1;
@@ -395,14 +387,13 @@ struct CodesEngine {
   // Add the segment to the warp's result, with the group's value parameters (shared memory: scale, offset).
   template <class Result>
   __device__ __forceinline__ void end_segment(Result& result, const __half* params) {
-    constexpr float kUnit = 1.0f / 32768.0f;
     const int D = head_dim(), g = lane() >> 2, t = lane() & 3;
-    auto both = [](int low, int high) { return fmaf(static_cast<float>(high), 256.0f, static_cast<float>(low)) * kUnit; };
+    auto both = [](int low, int high) { return fmaf(static_cast<float>(high), 256.0f, static_cast<float>(low)); };
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
       const int column = t + 4 * set;
       const float all = both(total[set][0], total[set][1]);
-      result.begin_column(column, most[set], all, g == 0);
+      result.begin_column(column, most[set] - kWeight, all, g == 0);
 #pragma unroll
       for (int pair = 0; pair < kPaddedDim / 32; ++pair) {
         if (kAny && 32 * pair >= D) continue;
