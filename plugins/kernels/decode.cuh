@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     if (!snaps || tile == visual_units) return tile;
     int group = 0;
     while (starts[group + 1] <= tile) ++group;
-    return tile == starts[group] + 1 ? tile - 1 : tile + 1 == starts[group + 1] ? tile + 1 : tile;
+    return tile - starts[group] == 1 ? tile - 1 : tile > starts[group] && starts[group + 1] - tile == 1 ? tile + 1 : tile;
   };
   const int tile_begin = first_tile(low), tile_end = first_tile(high);
   const int row_begin = first_unit(low, visual_end, row_cost, row_units + 1), row_end = first_unit(high, visual_end, row_cost, row_units + 1);

@@ -62,6 +62,7 @@ struct WarpResult {
   }
 
   __device__ __forceinline__ void add_to_column(int column, int channel, float x) {
+    if (column >= columns) return;
     float* at = sums + column * stride + channel;
     *at = fmaf(x, gain[0], empty ? 0.0f : *at * fade[0]);
   }
