@@ -36,6 +36,27 @@ __device__ __forceinline__ void store_float(void* data, int64_t i, int dtype, fl
     static_cast<float*>(data)[i] = x;
 }
 
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  __half2 h = __floats2half2_rn(low, high);
+  return reinterpret_cast<uint32_t&>(h);
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
+  __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(h);
+}
+
+// Four adjacent elements of a 16-bit type, the first a multiple of 4.
+__device__ __forceinline__ void store_four(void* data, int64_t i, int dtype, float4 x) {
+  uint2 packed;
+  if (dtype == VKVX_FLOAT16) {
+    packed = make_uint2(pack_half2(within_half(x.x), within_half(x.y)), pack_half2(within_half(x.z), within_half(x.w)));
+  } else {
+    packed = make_uint2(pack_bfloat2(x.x, x.y), pack_bfloat2(x.z, x.w));
+  }
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + i) = packed;
+}
+
 __host__ __device__ __forceinline__ int element_size(int dtype) { return dtype == VKVX_FLOAT32 ? 4 : 2; }
 
 __host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,16 +86,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
-  __half2 h = __floats2half2_rn(low, high);
-  return reinterpret_cast<uint32_t&>(h);
-}
-
-__device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
-  __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<uint32_t&>(h);
-}
-
 // What correction `expected` adds to the scores of a group, in natural units: t / (1 + t / limit).
 __device__ __forceinline__ float expected_correction(float t, float limit) { return t / (1.0f + t / limit); }
 
@@ -85,19 +96,20 @@ __device__ __forceinline__ int gather_code(const int* words, int64_t plane, int 
   return code;
 }
 
-// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; all threads of the block take part and
-// `bits` is shared memory that held 0. Needs a barrier before it is read.
-__device__ __forceinline__ void collect_tokens(const VkvxParams& p, int b, unsigned* bits) {
+// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; a warp works together.
+__device__ __forceinline__ unsigned collect_tokens(const VkvxParams& p, int b) {
   unsigned mine = 0;
-  for (int i = threadIdx.x; i < p.visual_entries; i += blockDim.x) {
+  for (int i = threadIdx.x & 31; i < p.visual_entries; i += 32) {
     const int at = p.visual_index[static_cast<int64_t>(b) * p.visual_entries + i];
     if (at >= 0) mine |= 1u << at;
   }
-  for (int i = threadIdx.x; i < p.text_entries; i += blockDim.x) {
+  for (int i = threadIdx.x & 31; i < p.text_entries; i += 32) {
     const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
     if (at >= 0) mine |= 1u << at;
   }
-  if (mine) atomicOr(bits, mine);
+#pragma unroll
+  for (int o = 16; o; o >>= 1) mine |= __shfl_xor_sync(kFull, mine, o);
+  return mine;
 }
 
 // Wait for the kernels before this one on its stream; launched as a dependent it may start before they end.

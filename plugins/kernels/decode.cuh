@@ -97,30 +97,51 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
   const int first_column = column_tile * Engine::kColumns, columns = min(Engine::kColumns, ratio * S - first_column);
   const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0;
   const DecodeLayout layout(KP, VP, D, Engine::kPaddedDim, Engine::kColumns, plan.columns, kLookahead, groups, warps);
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-  const int slot = p.slot[b];
-  // Of each column: its position, where its query starts, where its output does.
-  __shared__ int position_of[Engine::kColumns];
-  __shared__ int64_t query_at[Engine::kColumns], output_at[Engine::kColumns];
-  if (tid == 0) tokens = 0;
-  if (tid < columns) {
-    const unsigned at = first_column + tid, h = at / S, s = at - h * S;
-    position_of[tid] = s;
-    query_at[tid] = b * p.query_stride[0] + (head * ratio + h) * p.query_stride[1] + s * p.query_stride[2];
-    output_at[tid] = ((static_cast<int64_t>(b) * p.query_heads + head * ratio + h) * S + s) * D;
-  }
-  if (slot < 0) {
-    __syncthreads();
-    if (!kScan && part == 0)
-      for (int i = tid; i < columns * D; i += blockDim.x) store_float(p.output, output_at[i / D] + i % D, p.dtype, 0.0f);
-    return;
-  }
   float* queries = reinterpret_cast<float*>(shared + layout.queries);
   uint16_t* raw_queries = reinterpret_cast<uint16_t*>(shared + layout.raw_queries);
   int* starts = reinterpret_cast<int*>(shared + layout.starts);
   int* group_counts = starts + groups + 2;
   float2* affine = reinterpret_cast<float2*>(shared + layout.affine);
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  const int slot = p.slot[b];
+  // Queries on their way into shared memory, by chunks of 8 channels.
+  auto place_of = [&](int column, int& h, int& s) {
+    const unsigned at = first_column + column;
+    h = S == 1 ? at : at / S;
+    s = at - h * S;
+  };
+  const int chunks = D / 8;
+  for (int i = tid; i < Engine::kColumns * chunks; i += blockDim.x) {
+    const int column = i / chunks, c = i % chunks * 8;
+    const bool exists = column < columns;
+    int h, s;
+    place_of(exists ? column : 0, h, s);
+    const int64_t at = b * p.query_stride[0] + (head * ratio + h) * p.query_stride[1] + s * p.query_stride[2] + c;
+    copy_async(shared_address(raw_queries + column * (D + 8) + c), static_cast<const uint16_t*>(p.query) + at, exists);
+  }
+  copy_commit();
+  // Of each column: its position, where its output starts.
+  __shared__ int position_of[Engine::kColumns];
+  __shared__ int64_t output_at[Engine::kColumns];
+  if (tid < columns) {
+    int h, s;
+    place_of(tid, h, s);
+    position_of[tid] = s;
+    output_at[tid] = ((static_cast<int64_t>(b) * p.query_heads + head * ratio + h) * S + s) * D;
+  }
+  if (warp == warps - 1) {
+    const unsigned found = collect_tokens(p, b);
+    if (lane == 0) tokens = found;
+  }
+  if (slot < 0) {
+    copy_wait<0>();
+    __syncthreads();
+    if (!kScan && part == 0)
+      for (int i = tid; i < columns * (D / 4); i += blockDim.x)
+        store_four(p.output, output_at[i / (D / 4)] + i % (D / 4) * 4, p.dtype, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+    return;
+  }
   const int* counts = p.visual_count + static_cast<int64_t>(slot) * groups;
   const int text_count = p.text_count[slot];
   if (warp == 0) {  // first tile of each group
@@ -142,21 +163,24 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     if (lane == 0) starts[0] = 0;
   }
   __syncthreads();
-  // Queries into shared memory; those of positions that are no tokens, which hold anything, as 0.
+  // Queries of positions that are no tokens hold anything, and become 0. A thread converts what it copied.
   const float factor = p.scale * kLog2e;
-  auto load_queries = [&]() {
-    collect_tokens(p, b, &tokens);
-    __syncthreads();
-    for (int i = tid; i < Engine::kColumns * D; i += blockDim.x) {
-      const int column = i / D, c = i % D;
-      uint16_t raw = 0;
-      float x = 0.0f;
-      if (column < columns && tokens >> position_of[column] & 1) {
-        raw = static_cast<const uint16_t*>(p.query)[query_at[column] + c];
-        x = p.dtype == VKVX_BFLOAT16 ? __uint_as_float(static_cast<uint32_t>(raw) << 16) : __half2float(__ushort_as_half(raw));
+  auto convert_queries = [&]() {
+    for (int i = tid; i < Engine::kColumns * chunks; i += blockDim.x) {
+      const int column = i / chunks, c = i % chunks * 8;
+      uint4* raw = reinterpret_cast<uint4*>(raw_queries + column * (D + 8) + c);
+      uint4 packed = *raw;
+      if (column >= columns || !(tokens >> position_of[column] & 1)) *raw = packed = make_uint4(0, 0, 0, 0);
+      float4* to = reinterpret_cast<float4*>(queries + column * (D + D / 8) + c + 4 * (c >> 5));
+      const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+      float2 x[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        x[k] = p.dtype == VKVX_BFLOAT16 ? make_float2(__uint_as_float(pairs[k] << 16), __uint_as_float(pairs[k] & 0xffff0000u))
+                                        : __half22float2(reinterpret_cast<const __half2&>(pairs[k]));
       }
-      raw_queries[column * (D + 8) + c] = raw;
-      queries[column * (D + D / 8) + c + 4 * (c >> 5)] = x * factor;
+      to[0] = make_float4(x[0].x * factor, x[0].y * factor, x[1].x * factor, x[1].y * factor);
+      to[1] = make_float4(x[2].x * factor, x[2].y * factor, x[3].x * factor, x[3].y * factor);
     }
   };
   const int64_t tile_id = (static_cast<int64_t>(b) * p.kv_heads + head) * plan.column_tiles + column_tile;
@@ -214,6 +238,7 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     const __half* key_params = static_cast<const __half*>(p.visual_key_params) + slot_head * groups * 3 * D;
     const __half* value_params = static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
     TileCursor ahead{}, cursor{};
+    ahead.tile = tile_begin;
     if (has_tiles) ahead.start(starts, tile_begin, tiles_of_group);
     cursor = ahead;
     int stage = 0, load_stage = 0;
@@ -267,12 +292,11 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     };
 #pragma unroll
     for (int i = 0; i < kLookahead; ++i) {
-      if (has_tiles) {
-        load_keys();
-        load_values();
-      }
+      load_keys();
+      load_values();
     }
-    load_queries();
+    copy_wait<2 * kLookahead>();
+    convert_queries();
     __syncthreads();
     auto params_of = [&](int ordinal) { return reinterpret_cast<const __half*>(mine + layout.params + ordinal % (kLookahead + 1) * 10 * D); };
     bool starts_group = true;
@@ -361,20 +385,30 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     __syncthreads();
     auto scalars_of = [&](int w) { return reinterpret_cast<const float*>(shared + layout.warps + w * layout.warp_bytes + layout.scalars); };
     float* partial = plan.partial + (tile_id * plan.splits + part) * partial_floats(plan.columns, D);
-    for (int i = tid; i < columns * D; i += blockDim.x) {
-      const int column = i / D, c = i % D;
-      float most = -1e30f, total = 0.0f, sum = 0.0f;
+    auto add = [](float4& sum, float4 x, float weight) {
+      sum = make_float4(fmaf(x.x, weight, sum.x), fmaf(x.y, weight, sum.y), fmaf(x.z, weight, sum.z), fmaf(x.w, weight, sum.w));
+    };
+    auto store = [&](int column, int c, float4 sum, float total) {
+      const float inverse = tokens >> position_of[column] & 1 ? 1.0f / total : 0.0f;
+      const float4 x = inverse == 0.0f ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse);
+      store_four(p.output, output_at[column] + c, p.dtype, x);
+    };
+    for (int i = tid; i < columns * (D / 4); i += blockDim.x) {
+      const int column = i / (D / 4), c = i % (D / 4) * 4;
+      float most = -1e30f, total = 0.0f;
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int w = 0; w < warps; ++w) most = fmaxf(most, scalars_of(w)[column]);
       for (int w = 0; w < warps; ++w) {
-        const float weight = exp2_fast(scalars_of(w)[column] - most), l = scalars_of(w)[8 + column];
+        const float l = scalars_of(w)[8 + column];
+        if (l <= 0.0f) continue;  // a warp that had nothing to do
+        const float weight = exp2_fast(scalars_of(w)[column] - most);
         total = fmaf(l, weight, total);
-        if (l > 0.0f) sum = fmaf(reinterpret_cast<const float*>(shared + layout.warps + w * layout.warp_bytes + layout.sums)[column * result.stride + c], weight, sum);
+        add(sum, *reinterpret_cast<const float4*>(shared + layout.warps + w * layout.warp_bytes + layout.sums + (column * result.stride + c) * 4), weight);
       }
       if (plan.splits == 1) {
-        const bool token = tokens >> position_of[column] & 1;
-        store_float(p.output, output_at[column] + c, p.dtype, token ? sum / total : 0.0f);
+        store(column, c, sum, total);
       } else {
-        partial[i] = sum;
+        *reinterpret_cast<float4*>(partial + column * D + c) = sum;
         if (c == 0) {
           partial[plan.columns * D + column] = most;
           partial[plan.columns * D + 8 + column] = total;
@@ -390,19 +424,19 @@ __global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decod
     __threadfence();
     if (tid == 0) plan.arrived[tile_id] = 0;
     const float* parts = plan.partial + tile_id * plan.splits * partial_floats(plan.columns, D);
-    for (int i = tid; i < columns * D; i += blockDim.x) {
-      const int column = i / D, c = i % D;
-      float most = -1e30f, total = 0.0f, sum = 0.0f;
+    for (int i = tid; i < columns * (D / 4); i += blockDim.x) {
+      const int column = i / (D / 4), c = i % (D / 4) * 4;
+      float most = -1e30f, total = 0.0f;
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (int s = 0; s < plan.splits; ++s) most = fmaxf(most, __ldcg(parts + s * partial_floats(plan.columns, D) + plan.columns * D + column));
+#pragma unroll 4
       for (int s = 0; s < plan.splits; ++s) {
         const float* x = parts + s * partial_floats(plan.columns, D);
-        const float m = __ldcg(x + plan.columns * D + column), now = fmaxf(most, m);
-        const float fade = exp2_fast(most - now), weight = exp2_fast(m - now);
-        total = fmaf(__ldcg(x + plan.columns * D + 8 + column), weight, total * fade);
-        sum = fmaf(__ldcg(x + i), weight, sum * fade);
-        most = now;
+        const float weight = exp2_fast(__ldcg(x + plan.columns * D + column) - most);
+        total = fmaf(__ldcg(x + plan.columns * D + 8 + column), weight, total);
+        add(sum, __ldcg(reinterpret_cast<const float4*>(x + column * D + c)), weight);
       }
-      const bool token = tokens >> position_of[column] & 1;
-      store_float(p.output, output_at[column] + c, p.dtype, token ? sum / total : 0.0f);
+      store(column, c, sum, total);
     }
   }
 #endif

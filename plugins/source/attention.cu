@@ -21,7 +21,9 @@ bool rows_are_aligned(const void* data, const int64_t (&stride)[3]) {
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
   const bool packed = p.key_bits != 16;
   if (device.capability < 80 || p.positions > kMaxDecodePositions || p.dtype == VKVX_FLOAT32) return false;
-  if (!rows_are_aligned(p.key, p.key_stride) || !rows_are_aligned(p.value, p.value_stride)) return false;
+  if (!rows_are_aligned(p.query, p.query_stride) || !rows_are_aligned(p.key, p.key_stride) || !rows_are_aligned(p.value, p.value_stride) ||
+      reinterpret_cast<uintptr_t>(p.output) % 8)
+    return false;
   if (kernel == VKVX_CODES) return true;
   return kernel == VKVX_PLANES && packed && p.head_dim == 128 && p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits &&
          p.key_bits <= 4;
