@@ -36,6 +36,27 @@ __device__ __forceinline__ void store_float(void* data, int64_t i, int dtype, fl
     static_cast<float*>(data)[i] = x;
 }
 
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  __half2 h = __floats2half2_rn(low, high);
+  return reinterpret_cast<uint32_t&>(h);
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
+  __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(h);
+}
+
+// Four adjacent elements of a 16-bit type, the first a multiple of 4.
+__device__ __forceinline__ void store_four(void* data, int64_t i, int dtype, float4 x) {
+  uint2 packed;
+  if (dtype == VKVX_FLOAT16) {
+    packed = make_uint2(pack_half2(within_half(x.x), within_half(x.y)), pack_half2(within_half(x.z), within_half(x.w)));
+  } else {
+    packed = make_uint2(pack_bfloat2(x.x, x.y), pack_bfloat2(x.z, x.w));
+  }
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + i) = packed;
+}
+
 __host__ __device__ __forceinline__ int element_size(int dtype) { return dtype == VKVX_FLOAT32 ? 4 : 2; }
 
 __host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,16 +86,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
-  __half2 h = __floats2half2_rn(low, high);
-  return reinterpret_cast<uint32_t&>(h);
-}
-
-__device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
-  __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<uint32_t&>(h);
-}
-
 // What correction `expected` adds to the scores of a group, in natural units: t / (1 + t / limit).
 __device__ __forceinline__ float expected_correction(float t, float limit) { return t / (1.0f + t / limit); }
 
@@ -85,19 +96,34 @@ __device__ __forceinline__ int gather_code(const int* words, int64_t plane, int 
   return code;
 }
 
-// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; all threads of the block take part and
-// `bits` is shared memory that held 0. Needs a barrier before it is read.
-__device__ __forceinline__ void collect_tokens(const VkvxParams& p, int b, unsigned* bits) {
+// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; a warp works together.
+__device__ __forceinline__ unsigned collect_tokens(const VkvxParams& p, int b) {
   unsigned mine = 0;
-  for (int i = threadIdx.x; i < p.visual_entries; i += blockDim.x) {
+  for (int i = threadIdx.x & 31; i < p.visual_entries; i += 32) {
     const int at = p.visual_index[static_cast<int64_t>(b) * p.visual_entries + i];
     if (at >= 0) mine |= 1u << at;
   }
-  for (int i = threadIdx.x; i < p.text_entries; i += blockDim.x) {
+  for (int i = threadIdx.x & 31; i < p.text_entries; i += 32) {
     const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
     if (at >= 0) mine |= 1u << at;
   }
-  if (mine) atomicOr(bits, mine);
+#pragma unroll
+  for (int o = 16; o; o >>= 1) mine |= __shfl_xor_sync(kFull, mine, o);
+  return mine;
+}
+
+// Wait for the kernels before this one on its stream; launched as a dependent it may start before they end.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may start where there is room; they wait as above.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // Instructions of compute capability 8.0; kernels that use them have no body below it, and are not launched there.
@@ -143,19 +169,24 @@ __device__ __forceinline__ void mma_bits(int (&d)[4], uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(b), "r"(zero));
 }
 
-// D += A B in integers: A [16, 32] of u8, B [32, 8] of u8 or s8.
+// D = A B + C in integers: A [16, 32] of u8, B [32, 8] of u8 or s8.
 template <bool kSigned>
-__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1, const int (&c)[4]) {
   if constexpr (kSigned)
     VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
   else
     VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1) {
+  mma_bytes<kSigned>(d, a0, a1, a2, a3, b0, b1, d);
 }
 
 // Four 8x8 matrices of 16-bit elements (or 8 rows of 4 words): lane 8m + r gives the address of row r of matrix m.
@@ -171,6 +202,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
 }
 
 // Transpose of an 8x8 matrix of 16-bit elements spread over the warp.

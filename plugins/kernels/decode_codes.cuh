@@ -1,290 +1,385 @@
-// Decode attention on codes of 1 to 8 bits with the fp16 tensor cores.
+// Decode attention on codes of 1 to 8 bits with the INT8 tensor cores.
 //
-// A word holds 32 codes' bits of one plane, and the tensor core wants pairs of fp16. Planes of one word are first shuffled so that
-// each code becomes a field of adjacent bits (nothing to do at 1 bit); `field word & mask` is then a pair of fp16 numbers, code times a power of
-// two, because an integer in the low bits of an fp16 is a subnormal number and the tensor core multiplies it exactly. The power of two goes
-// into the other operand: the query for scores, the weights for values. So a register of the matrix operand costs one logic instruction.
+// A word holds 32 codes' bits of one plane. Planes of one word are first merged so that each code becomes a field of adjacent bits (nothing to do
+// at 1 bit); `field word & mask` is then four codes in four bytes, times a power of two, and the inverse of that power goes into the other
+// operand: the query for scores, the weights for values. So a register of the codes' operand costs one logic instruction.
 //
-// The sum runs over channels (scores) or tokens (values) in any order. Lane 4g + t of a warp takes word t of its rows alone: pair j of the word
-// are its bits j and j + 16. Rows of the score product are tokens 16g + k in block k of 8; transposing that block of the result (movmatrix)
-// gives lane 4g + t the weights of column g for tokens 32t + k and 32t + 16 + k, which is pair k of word t of the values.
+// Queries and weights are integers of 16 bits. Their low and high bytes are separate columns of one product: columns 2h and 2h + 1 are
+// the bytes of query vector h, four vectors a set, and a lane of the result has both bytes of one vector. Integer sums are exact, so a
+// segment's values are summed in integers, whose weights are relative to one score, `most`; when a tile's largest score is far from it, the segment ends.
+//
+// Lane 4g + t takes word t of its rows: register j of the word has its bits j, j + 8, j + 16 and j + 24. Row g of row tile i of the scores is
+// token 16g + i, row g + 8 token 16g + 8 + i; transposing the bytes of their weights (movmatrix) gives lane 4g + t those of tokens
+// 32t + i + {0, 8, 16, 24}, which is register i of word t of the values.
 #pragma once
 
-#include "pairs.cuh"
+#include "common.cuh"
 
 namespace vkvx {
 
-// A query's dot products with a group's parameters, folded so that a score is step * sum + bias (in units of log2 of a weight).
-struct ScoreMap {
-  float step, bias;
+// Exponent of two that register j of a word is multiplied by.
+__host__ __device__ __forceinline__ constexpr int byte_shift(int j, int bits) { return j & ~(bits - 1) & 3; }
+
+// Planes to fields of kBits bits: field word i has codes i, i + kBits, i + 2 kBits, ...
+template <int kBits>
+__device__ __forceinline__ void merge_planes(const uint32_t* plane, uint32_t* field) {
+  if constexpr (kBits == 1) {
+    field[0] = plane[0];
+  } else {
+    constexpr int kHalf = kBits / 2;
+    constexpr uint32_t kLow = kBits == 2 ? 0x55555555u : kBits == 4 ? 0x33333333u : 0x0f0f0f0fu;
+    uint32_t low[kHalf], high[kHalf];
+    merge_planes<kHalf>(plane, low);
+    merge_planes<kHalf>(plane + kHalf, high);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      field[i] = (low[i] & kLow) | ((high[i] << kHalf) & ~kLow);
+      field[i + kHalf] = ((low[i] >> kHalf) & kLow) | (high[i] & ~kLow);
+    }
+  }
+}
+
+// The codes of a word as bytes: register j holds codes j + {0, 8, 16, 24} times 2^byte_shift(j).
+template <int kBits>
+struct CodeBytes {
+  uint32_t field[kBits], upper[kBits];
+
+  __device__ __forceinline__ void set(const uint32_t (&plane)[kBits]) {
+    merge_planes<kBits>(plane, field);
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) upper[i] = field[i] >> 4;
+  }
+
+  __device__ __forceinline__ uint32_t operator[](int j) const {
+    const int i = j & (kBits - 1);
+    if constexpr (kBits == 8) return field[i];
+    constexpr uint32_t kTop = (1u << kBits) - 1;
+    return (j & ~(kBits - 1) & 4 ? upper[i] : field[i]) & (kTop * 0x01010101u << byte_shift(j, kBits));
+  }
 };
 
-template <int kKeyBits, int kValueBits, int kDim>
+// kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the parameters.
+template <int kBits, int kWords, int kSets>
 struct CodesEngine {
-  static constexpr int kColumns = 8;
-  static constexpr int kBlocks = kDim > 128 || kKeyBits + kValueBits > 8 ? 1 : kKeyBits + kValueBits == 2 ? 4 : 3;  // of a multiprocessor
-  static constexpr int kKeyPlanes = kKeyBits, kValuePlanes = kValueBits, kHeadDim = kDim;
-  static constexpr int kWordsOfLane = kDim >= 128 ? kDim / 128 : 1;  // key words that a lane takes of a token
-  static constexpr int kPairs = kDim >= 128 ? 16 : 8;                // pairs of each
-  static constexpr int kSteps = kDim / 16;
-  static constexpr int kWeightShift = 11;  // weights are stored times 2^11, and are at most 2^4
-  static constexpr float kMargin = 4.0f;
+  static constexpr bool kAny = kBits == 0;
+  static constexpr int kColumns = 4 * kSets, kPaddedDim = 128 * kWords;
+  static constexpr int kMaxWarps = kSets == 2 ? 6 : 8, kBlocks = kWords == 2 ? 1 : 2;  // of so many warps, a multiprocessor
+  static constexpr bool kSnaps = true;
+  static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
+  static constexpr int kSegmentTiles = 128;  // sums of more could leave 32 bits
+  static constexpr float kWeight = 15.0f;    // a weight of 2^0 is stored as 2^15
+  static constexpr float kAbove = 0.99f, kBelow = 5.0f;
+  // At 1 bit sums of scores start at this integer, whose bits are those of the float `kMagic`, and are floats when done.
+  static constexpr bool kStartsAtMagic = kBits == 1 && kWords == 1;
+  static constexpr float kMagic = 12582912.0f;
+  static constexpr int kMagicBits = 0x4b400000;
 
-  uint32_t query[kSteps][2];
-  ScoreMap map[2];  // of columns 2t and 2t + 1
-  float score[8][4];
-  uint32_t weight[16];
-  float sum[kDim / 16][4], total[4];
-  float most[2];
+  int key_bits, value_bits, dim;
+  uint32_t query[kSets][kWords][8];
+  float step[kSets], bias[kSets], most[kSets];  // of query vectors t and t + 4
+  float score[kSets][8][2];
+  uint32_t weight[kSets][8];
+  int sum[kSets][kPaddedDim / 16][4], total[kSets][4];
+  float low[kSets], high[kSets];
+  int tiles;  // of the segment
+
+  __device__ __forceinline__ explicit CodesEngine(const VkvxParams& p) : key_bits(p.key_bits), value_bits(p.value_bits), dim(p.head_dim), tiles(0) {
+#pragma unroll
+    for (int i = 0; i < kSets; ++i) {
+      low[i] = INFINITY;
+      high[i] = -INFINITY;
+    }
+  }
 
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
-
-  // First of 4 adjacent channels, number n of the lane's kDim / 16.
-  __device__ __forceinline__ static int channel(int n) {
-    const int t = lane() & 3;
-    if constexpr (kDim >= 128) return 32 * (t + 4 * (n >> 3)) + 4 * (n & 7);
-    return 32 * (t >> 1) + 8 * (t & 1) + 16 * (n >> 1) + 4 * (n & 1);
+  __device__ __forceinline__ int head_dim() const {
+    if constexpr (!kAny) return kPaddedDim;
+    int d = dim;
+    asm volatile("" : "+r"(d));  // or the compiler takes the addresses of all bits out of the loop, and runs out of registers
+    return d;
   }
+  __device__ __forceinline__ int bits_of_keys() const { return kAny ? key_bits : kBits; }
+  __device__ __forceinline__ int bits_of_values() const { return kAny ? value_bits : kBits; }
 
   // Fold the key parameters of a group (shared memory: scale, offset, rms) into the queries (shared memory, times scale * log2 e).
   __device__ __forceinline__ void start_group(const __half* params, const float* queries, int stride, int correction, float limit, const float2* affine) {
-    const int g = lane() >> 2, t = lane() & 3;
-    float u[kDim / 4];
-    float largest = 0.0f, bias = 0.0f, spread = 0.0f;
+    const int D = head_dim(), bits = bits_of_keys(), g = lane() >> 2, t = lane() & 3, odd = g & 1;
+    constexpr float kPeak = 32600.0f / kWords;
+    // Even lanes multiply by the offsets, odd ones by the errors; both need the scales.
+    const __half* extra = params + (1 + odd) * D;
 #pragma unroll
-    for (int n = 0; n < kDim / 16; ++n) {
-      const int c = channel(n);
-      const float4 q4 = *reinterpret_cast<const float4*>(queries + g * stride + c + 4 * (c >> 5));
-      const float q[4] = {q4.x, q4.y, q4.z, q4.w};
-      __half row[3][4];
+    for (int set = 0; set < kSets; ++set) {
+      const int column = (g >> 1) + 4 * set;
+      float u[kWords][32], largest = 0.0f, side = 0.0f, all = 0.0f;
 #pragma unroll
-      for (int r = 0; r < 3; ++r) *reinterpret_cast<uint2*>(row[r]) = *reinterpret_cast<const uint2*>(params + r * kDim + c);
+      for (int w = 0; w < kWords; ++w) {
+        const int word = t + 4 * w;
+        const bool exists = !kAny || word < D / 32;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        u[4 * n + i] = q[i] * __half2float(row[0][i]);
-        largest = fmaxf(largest, fabsf(u[4 * n + i]));
-        bias = fmaf(q[i], __half2float(row[1][i]), bias);
-        const float rest = q[i] * __half2float(row[2][i]);
-        spread = fmaf(rest, rest, spread);
+        for (int n = 0; n < 8; ++n) {
+          float4 q4 = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          __half scale[4] = {}, more[4] = {};
+          if (exists) {
+            const int c = 32 * word + 4 * n;
+            q4 = *reinterpret_cast<const float4*>(queries + column * stride + c + 4 * word);
+            *reinterpret_cast<uint2*>(scale) = *reinterpret_cast<const uint2*>(params + c);
+            *reinterpret_cast<uint2*>(more) = *reinterpret_cast<const uint2*>(extra + c);
+          }
+          const float q[4] = {q4.x, q4.y, q4.z, q4.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float x = q[i] * __half2float(scale[i]), y = q[i] * __half2float(more[i]);
+            u[w][4 * n + i] = x;
+            largest = fmaxf(largest, fabsf(x));
+            side = fmaf(y, odd ? y : 1.0f, side);
+            all += x;
+          }
+        }
       }
-    }
 #pragma unroll
-    for (int o = 1; o < 4; o <<= 1) largest = fmaxf(largest, __shfl_xor_sync(kFull, largest, o));
-    // A power of two that brings the largest product to [2^14, 2^15).
-    const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23), 30), 230);
-    const float factor = __uint_as_float(static_cast<uint32_t>(268 - exponent) << 23);
-    const float inverse = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
-    float rounding = 0.0f;
+      for (int o = 1; o < 4; o <<= 1) largest = fmaxf(largest, __shfl_xor_sync(kFull, largest, o));
+      largest = fmaxf(largest, 1e-30f);
+      const float inverse = largest * (1.0f / kPeak), factor = __fdividef(kPeak, largest);
+      // Rounded to the integers in the low bits of floats; 128 more makes the upper byte right for a signed lower one.
+      const float magic = odd ? kMagic + 128.0f : kMagic;
+      const uint32_t select = odd ? 0x0051u : 0x0040u;
+      uint32_t rounded = 0;
 #pragma unroll
-    for (int n = 0; n < kDim / 4; ++n) {
-      if ((n & 16) == 0 && (kDim >= 128 || n < 8)) {
-        constexpr int kSecond = kDim >= 128 ? 16 : 8;
-        const int j = kDim >= 128 ? (n & 15) : n;
-        const int word = kDim >= 128 ? n >> 5 : 0;
-        const int e = field_shift(j, kKeyBits);
-        const float down = 1.0f / (1 << e), up = 1 << e;
-        const float a = u[n] * factor, b = u[n + kSecond] * factor;
-        const __half2 pair = __floats2half2_rn(a * down, b * down);
-        const float2 back = __half22float2(pair);
-        rounding += (a - back.x * up) + (b - back.y * up);
-        query[word * 8 + (j >> 1)][j & 1] = reinterpret_cast<const uint32_t&>(pair);
+      for (int w = 0; w < kWords; ++w)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int e = byte_shift(j, bits);
+          const float down = factor * __int_as_float((127 - e) << 23);
+          uint32_t x[4];
+#pragma unroll
+          for (int m = 0; m < 4; ++m) x[m] = __float_as_uint(fmaf(u[w][8 * m + j], down, magic));
+          rounded += (x[0] + x[1] + x[2] + x[3] - 4u * kMagicBits - 512u * odd) << e;
+          query[set][w][j] = __byte_perm(__byte_perm(x[0], x[1], select), __byte_perm(x[2], x[3], select), 0x5410);
+        }
+      // What rounding took from the query is made up for at the middle code.
+      const float middle = 0.5f * ((1 << bits) - 1);
+      if (!odd) side = fmaf(fmaf(-static_cast<float>(static_cast<int>(rounded)), inverse, all), middle, side);
+#pragma unroll
+      for (int o = 1; o < 4; o <<= 1) side += __shfl_xor_sync(kFull, side, o);
+      const float spread = __shfl_xor_sync(kFull, side, 4);
+      float b = side, s = inverse;
+      if (correction == VKVX_CORRECTION_EXPECTED) b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * spread, limit);
+      if (affine != nullptr) {
+        const float2 a = affine[column];
+        s *= a.x;
+        b = fmaf(b, a.x, a.y);
       }
-    }
-    // Rounding of the query is made up for at the middle code.
-    constexpr float kMiddle = 0.5f * ((1 << kKeyBits) - 1);
-    bias = fmaf(rounding * inverse, kMiddle, bias);
-#pragma unroll
-    for (int o = 1; o < 4; o <<= 1) {
-      bias += __shfl_xor_sync(kFull, bias, o);
-      spread += __shfl_xor_sync(kFull, spread, o);
-    }
-    if (correction == VKVX_CORRECTION_EXPECTED) bias += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * spread, limit);
-    float step = inverse * 16777216.0f;
-    if (affine != nullptr) {
-      const float2 a = affine[g];
-      step *= a.x;
-      bias = fmaf(bias, a.x, a.y);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      map[i].step = __shfl_sync(kFull, step, (2 * t + i) * 4);
-      map[i].bias = __shfl_sync(kFull, bias, (2 * t + i) * 4);
+      if constexpr (kStartsAtMagic) b = fmaf(-kMagic, s, b);
+      step[set] = __shfl_sync(kFull, s, 8 * t);
+      bias[set] = __shfl_sync(kFull, b, 8 * t);
     }
   }
 
   __device__ __forceinline__ void start_segment() {
+    tiles = 0;
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i)
+    for (int set = 0; set < kSets; ++set) {
+      most[set] = -1e30f;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[i][j] = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) total[j] = 0.0f;
-    most[0] = most[1] = -1e30f;
+      for (int i = 0; i < kPaddedDim / 16; ++i) sum[set][i][0] = sum[set][i][1] = sum[set][i][2] = sum[set][i][3] = 0;
+      total[set][0] = total[set][1] = total[set][2] = total[set][3] = 0;
+    }
   }
 
-  // Position of 16-byte chunk c of a plane of keys in shared memory: tokens 16 apart lie in different banks.
-  __device__ __forceinline__ static int place_key_chunk(int c) { return c ^ ((c / (kDim / 8)) & 7); }
-
   __device__ __forceinline__ void scores(uint32_t keys) {
-    const int g = lane() >> 2, t = lane() & 3;
+    if constexpr (kAny) {
+      switch (key_bits) {
+        case 1: return multiply_keys<1>(keys);
+        case 2: return multiply_keys<2>(keys);
+        case 4: return multiply_keys<4>(keys);
+        default: return multiply_keys<8>(keys);
+      }
+    } else {
+      multiply_keys<kBits>(keys);
+    }
+  }
+
+  template <int kKeyBits>
+  __device__ __forceinline__ void multiply_keys(uint32_t keys) {
+    const int D = head_dim(), g = lane() >> 2, t = lane() & 3;
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {  // two row tiles, four blocks of 8 tokens
-      uint32_t words[kKeyBits][kWordsOfLane][4];
+    for (int pair = 0; pair < 4; ++pair) {  // two row tiles: words of rows g and g + 8 of the one, then of the other
+      uint32_t words[kKeyBits][kWords][4];
 #pragma unroll
       for (int p = 0; p < kKeyBits; ++p)
 #pragma unroll
-        for (int w = 0; w < kWordsOfLane; ++w) {
-          if constexpr (kDim >= 128) {
-            const int token = 16 * (lane() & 7) + 4 * pair + (lane() >> 3);
-            load_matrices(words[p][w], keys + (p * kDim + place_key_chunk(token * kWordsOfLane + w)) * 16);
+        for (int w = 0; w < kWords; ++w) {
+          const uint32_t plane = keys + p * D * 16;
+          if (!kAny || D == kPaddedDim) {
+            const int r = lane() & 7, token = 16 * r + 8 * ((lane() >> 3) & 1) + 2 * pair + (lane() >> 4);
+            load_matrices(words[p][w], plane + ((token * kWords + w) ^ r) * 16);
           } else {
+            const int word = min(t + 4 * w, D / 32 - 1);  // one that does not exist is multiplied by 0
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              const int token = 16 * g + 4 * pair + k;
-              const uint32_t at = keys + (p * kDim + place_key_chunk(token >> 1)) * 16 + (token & 1) * 8 + (t >> 1) * 4;
-              uint32_t x;
-              VKVX_ASM_VOLATILE("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
-              words[p][w][k] = x >> (8 * (t & 1));
+            for (int m = 0; m < 4; ++m) {
+              const int token = 16 * g + 8 * (m & 1) + 2 * pair + (m >> 1);
+              words[p][w][m] = load_word(plane + ((token * (D / 8) + 4 * word) ^ (g << 4)));
             }
           }
         }
-      // The two row tiles in turn, so that their chains of products overlap.
+      constexpr int kStart = kStartsAtMagic ? kMagicBits : 0;
+      int start[4] = {kStart, 0, kStart, 0};
+      int c[2][kSets][4];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        CodeBytes<kKeyBits> rows[4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          uint32_t planes[kKeyBits];
+#pragma unroll
+          for (int p = 0; p < kKeyBits; ++p) planes[p] = words[p][w][m];
+          rows[m].set(planes);
+        }
+        // The two row tiles in turn, so that their chains of products overlap.
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const auto &above = rows[2 * half], &below = rows[2 * half + 1];
+            const uint32_t a0 = above[j], a1 = below[j], a2 = above[j + 4], a3 = below[j + 4];
+#pragma unroll
+            for (int set = 0; set < kSets; ++set) {
+              const int(&before)[4] = *(w == 0 && j == 0 ? &start : &c[half][set]);
+              mma_bytes<true>(c[half][set], a0, a1, a2, a3, query[set][w][j], query[set][w][j + 4], before);
+            }
+          }
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) score[2 * pair + half][j] = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWordsOfLane; ++w) {
-        Pairs<kKeyBits> rows[2][2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int set = 0; set < kSets; ++set)
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            uint32_t planes[kKeyBits];
-#pragma unroll
-            for (int p = 0; p < kKeyBits; ++p) planes[p] = words[p][w][2 * half + r];
-            rows[half][r].set(planes);
+            const int x = c[half][set][2 * r] + c[half][set][2 * r + 1] * 256;
+            score[set][2 * pair + half][r] = kStartsAtMagic ? __int_as_float(x) : static_cast<float>(x);
           }
-#pragma unroll
-        for (int j = 0; j < kPairs; j += 2)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t(&q)[2] = query[w * 8 + j / 2];
-            mma_half(score[2 * pair + half], rows[half][0][j], rows[half][1][j], rows[half][0][j + 1], rows[half][1][j + 1], q[0], q[1]);
-          }
-      }
     }
   }
 
-  // Least and greatest score of the first n tokens, of columns 2t and 2t + 1, over the whole warp.
-  __device__ __forceinline__ void extremes(int n, float (&low)[2], float (&high)[2]) {
-    const int g = lane() >> 2;
-    float lo[2] = {INFINITY, INFINITY}, hi[2] = {-INFINITY, -INFINITY};
+  // Largest score of the first n tokens, in the same unit as `score`, over the warp.
+  __device__ __forceinline__ float largest_score(int set, int n, float sign) const {
+    float top = -INFINITY;
+    if (uniform(n == kTile)) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const bool valid = 16 * g + 2 * i + (j >> 1) < n;
-        lo[j & 1] = fminf(lo[j & 1], valid ? score[i][j] : INFINITY);
-        hi[j & 1] = fmaxf(hi[j & 1], valid ? score[i][j] : -INFINITY);
-      }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-#pragma unroll
-      for (int o = 4; o < 32; o <<= 1) {
-        lo[c] = fminf(lo[c], __shfl_xor_sync(kFull, lo[c], o));
-        hi[c] = fmaxf(hi[c], __shfl_xor_sync(kFull, hi[c], o));
-      }
-      low[c] = fmaf(lo[c], map[c].step, map[c].bias);
-      high[c] = fmaf(hi[c], map[c].step, map[c].bias);
-    }
-  }
-
-  // Turn the scores of the first n tokens into weights, and rescale what has been summed if the largest score grew much.
-  __device__ __forceinline__ void softmax(int n) {
-    const int g = lane() >> 2;
-    float top[2];
-    if (n == kTile) {
-      top[0] = fmaxf(score[0][0], score[0][2]);
-      top[1] = fmaxf(score[0][1], score[0][3]);
-#pragma unroll
-      for (int i = 1; i < 8; ++i) {
-        top[0] = fmaxf(top[0], fmaxf(score[i][0], score[i][2]));
-        top[1] = fmaxf(top[1], fmaxf(score[i][1], score[i][3]));
-      }
+      for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(sign * score[set][i][0], sign * score[set][i][1]));
     } else {
-      top[0] = top[1] = -INFINITY;
+      const int first = 16 * (lane() >> 2);
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (16 * g + 2 * i + (j >> 1) < n) top[j & 1] = fmaxf(top[j & 1], score[i][j]);
+        for (int r = 0; r < 2; ++r)
+          if (first + 8 * r + i < n) top = fmaxf(top, sign * score[set][i][r]);
     }
-    bool grew = false;
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
+    for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, o));
+    return top;
+  }
+
+  // Take the scores of the first n tokens into `low` and `high`.
+  __device__ __forceinline__ void extremes(int n) {
 #pragma unroll
-      for (int o = 4; o < 32; o <<= 1) top[c] = fmaxf(top[c], __shfl_xor_sync(kFull, top[c], o));
-      top[c] = fmaf(top[c], map[c].step, map[c].bias);
-      grew |= top[c] > most[c] + kMargin;
+    for (int set = 0; set < kSets; ++set) {
+      high[set] = fmaxf(high[set], fmaf(largest_score(set, n, 1.0f), step[set], bias[set]));
+      low[set] = fminf(low[set], fmaf(-largest_score(set, n, -1.0f), step[set], bias[set]));
     }
-    if (uniform(grew)) {
-      float fade[2];
+  }
+
+  // Turn the scores of the first n tokens into weights; `flush` ends a segment that they do not fit into.
+  template <class Flush>
+  __device__ __forceinline__ void softmax(int n, const Flush& flush) {
+    float top[kSets];
+    bool off = tiles == kSegmentTiles;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float now = fmaxf(most[c], top[c]);
-        fade[c] = exp2_fast(most[c] - now);
-        most[c] = now;
+    for (int set = 0; set < kSets; ++set) {
+      top[set] = fmaf(largest_score(set, n, 1.0f), step[set], bias[set]);
+      off |= top[set] > most[set] + kAbove || top[set] < most[set] - kBelow;
+    }
+    if (uniform(off)) {
+      if (tiles > 0) {
+        flush();
+        start_segment();
       }
 #pragma unroll
-      for (int i = 0; i < kDim / 16; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] *= fade[j & 1];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) total[j] *= fade[j & 1];
+      for (int set = 0; set < kSets; ++set) most[set] = top[set];
     }
-    const float shift[2] = {map[0].bias - most[0] + kWeightShift, map[1].bias - most[1] + kWeightShift};
+    ++tiles;
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      const float e = static_cast<float>(field_shift(k, kValueBits));
-      float x = exp2_fast(fmaf(score[k >> 1][2 * (k & 1)], map[0].step, shift[0] - e));
-      float y = exp2_fast(fmaf(score[k >> 1][2 * (k & 1) + 1], map[1].step, shift[1] - e));
-      if (n < kTile && 16 * g + k >= n) x = y = 0.0f;
-      weight[k] = transpose_matrix(pack_half2(x, y));
+    for (int set = 0; set < kSets; ++set) {
+      const float shift = bias[set] - most[set] + kWeight;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float e = static_cast<float>(byte_shift(i, bits_of_values()));
+        uint32_t x[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) x[r] = __float_as_uint(exp2_fast(fmaf(score[set][i][r], step[set], shift - e)) + 8388608.0f);
+        weight[set][i] = transpose_matrix(__byte_perm(x[0], x[1], 0x5140));
+      }
+    }
+    if (uniform(n < kTile)) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int left = n - 32 * (lane() & 3) - i;  // bytes m with 8m < left are tokens
+        const uint32_t mask = left <= 0 ? 0u : left > 24 ? kFull : (1u << (left + 7 & ~7)) - 1;
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) weight[set][i] &= mask;
+      }
     }
   }
 
   __device__ __forceinline__ void values(uint32_t values) {
-#pragma unroll
-    for (int j = 0; j < 16; j += 2) {
-      const uint32_t a = 0x00010001u << field_shift(j, kValueBits), b = 0x00010001u << field_shift(j + 1, kValueBits);
-      mma_half(total, a, a, b, b, weight[j], weight[j + 1]);
+    if constexpr (kAny) {
+      switch (value_bits) {
+        case 1: return multiply_values<1>(values);
+        case 2: return multiply_values<2>(values);
+        case 4: return multiply_values<4>(values);
+        default: return multiply_values<8>(values);
+      }
+    } else {
+      multiply_values<kBits>(values);
     }
-    // Row tiles at a time: independent chains of products, as many as registers allow.
-    constexpr int kPairsAtOnce = kValueBits == 1 ? 2 : 1;
+  }
+
+  template <int kValueBits>
+  __device__ __forceinline__ void multiply_values(uint32_t values) {
+    const int D = head_dim();
 #pragma unroll
-    for (int first = 0; first < kDim / 32; first += kPairsAtOnce) {
-      Pairs<kValueBits> rows[kPairsAtOnce][4];
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t a = 0x01010101u << byte_shift(j, kValueBits), b = 0x01010101u << byte_shift(j + 4, kValueBits);
 #pragma unroll
-      for (int i = 0; i < kPairsAtOnce; ++i) {
+      for (int set = 0; set < kSets; ++set) mma_bytes<false>(total[set], a, a, b, b, weight[set][j], weight[set][j + 4]);
+    }
+    // Row g of row tile i is channel D / 8 * g + 2i, row g + 8 the next: a lane gets D / 8 adjacent channels.
+#pragma unroll
+    for (int pair = 0; pair < kPaddedDim / 32; ++pair) {
+      if (kAny && 32 * pair >= D) continue;
+      CodeBytes<kValueBits> rows[4];
+      {
         uint32_t words[kValueBits][4];
+        const int r = lane() & 7, channel = D / 8 * r + 4 * pair + (lane() >> 3);
 #pragma unroll
-        for (int p = 0; p < kValueBits; ++p) load_matrices(words[p], values + (p * kDim + 32 * (first + i) + lane()) * 16);
+        for (int p = 0; p < kValueBits; ++p) load_matrices(words[p], values + (p * D + (channel ^ r)) * 16);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+        for (int m = 0; m < 4; ++m) {
           uint32_t planes[kValueBits];
 #pragma unroll
-          for (int p = 0; p < kValueBits; ++p) planes[p] = words[p][r];
-          rows[i][r].set(planes);
+          for (int p = 0; p < kValueBits; ++p) planes[p] = words[p][m];
+          rows[m].set(planes);
         }
       }
 #pragma unroll
-      for (int j = 0; j < 16; j += 2)
+      for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int tile = 0; tile < 2 * kPairsAtOnce; ++tile) {
-          const auto& low = rows[tile >> 1][2 * (tile & 1)];
-          const auto& high = rows[tile >> 1][2 * (tile & 1) + 1];
-          mma_half(sum[2 * first + tile], low[j], high[j], low[j + 1], high[j + 1], weight[j], weight[j + 1]);
+        for (int half = 0; half < 2; ++half) {
+          const auto &above = rows[2 * half], &below = rows[2 * half + 1];
+          const uint32_t a0 = above[j], a1 = below[j], a2 = above[j + 4], a3 = below[j + 4];
+#pragma unroll
+          for (int set = 0; set < kSets; ++set)
+            mma_bytes<false>(sum[set][2 * pair + half], a0, a1, a2, a3, weight[set][j], weight[set][j + 4]);
         }
     }
   }
@@ -292,17 +387,29 @@ struct CodesEngine {
   // Add the segment to the warp's result, with the group's value parameters (shared memory: scale, offset).
   template <class Result>
   __device__ __forceinline__ void end_segment(Result& result, const __half* params) {
-    constexpr float kUnit = 8192.0f;  // 2^24 / 2^kWeightShift
-    const int g = lane() >> 2;
-    result.begin(most, total, kUnit);
+    const int D = head_dim(), g = lane() >> 2, t = lane() & 3;
+    auto both = [](int low, int high) { return fmaf(static_cast<float>(high), 256.0f, static_cast<float>(low)); };
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i)
+    for (int set = 0; set < kSets; ++set) {
+      const int column = t + 4 * set;
+      const float all = both(total[set][0], total[set][1]);
+      result.begin_column(column, most[set] - kWeight, all, g == 0);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int c = 16 * i + 8 * r + g;
-        const float scale = __half2float(params[c]) * kUnit, offset = __half2float(params[kDim + c]) * kUnit;
-        result.add(c, fmaf(scale, sum[i][2 * r], offset * total[0]), fmaf(scale, sum[i][2 * r + 1], offset * total[1]));
+      for (int pair = 0; pair < kPaddedDim / 32; ++pair) {
+        if (kAny && 32 * pair >= D) continue;
+        const int c = D / 8 * g + 4 * pair;
+        __half scale[4], offset[4];
+        *reinterpret_cast<uint2*>(scale) = *reinterpret_cast<const uint2*>(params + c);
+        *reinterpret_cast<uint2*>(offset) = *reinterpret_cast<const uint2*>(params + D + c);
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int(&pairs)[4] = sum[set][2 * pair + (i >> 1)];
+          x[i] = fmaf(__half2float(scale[i]), both(pairs[2 * (i & 1)], pairs[2 * (i & 1) + 1]), __half2float(offset[i]) * all);
+        }
+        result.add_four(column, c, x);
       }
+    }
     result.end();
   }
 };

@@ -1,8 +1,8 @@
 // Decode attention on 1- and 2-bit codes with the binary tensor cores: few query vectors a KV head, so that unpacking would dominate.
 //
-// The query, scaled and rounded to 16 bits, is split into bit planes; popc(key word & query plane), summed by the tensor core over 128 channels, is a
-// count in 0..128 for each token and plane. A second product, of bytes, weighs the counts by powers of two: a count fills a register of that
-// product's operand as it is, and weights that differ from zero in column i alone for row tile i collect the scores of 128 tokens
+// The query, scaled and rounded to 16 binary places, is split into bit planes; popc(key word & query plane), summed by the tensor core over 128 channels, is a
+// count in 0..128 for each token and plane. A second product, of bytes, weighs the counts by powers of four: a count fills a register of that
+// product's operand as it is, and weights that differ from zero in two columns alone for each of four row tiles collect the scores of 64 tokens
 // in four registers a lane. Values likewise, with the weights of the tokens rounded to 16 bits and turned to planes.
 // Native on compute capability 8.0 to 9.0; emulated later, where decode_codes.cuh is the better choice.
 #pragma once
@@ -27,11 +27,16 @@ __device__ __forceinline__ uint32_t transpose_bits(uint32_t x) {
   return x;
 }
 
-template <int kKeyBits, int kValueBits, int kQueries>
+template <int kBits, int kQueries>
 struct PlanesEngine {
   static constexpr int kColumns = kQueries;
-  static constexpr int kKeyPlanes = kKeyBits, kValuePlanes = kValueBits, kHeadDim = 128;
-  static constexpr int kBlocks = kQueries == 1 ? 4 : 3;
+  static constexpr int kPlanes = kBits, kPaddedDim = 128;
+  static constexpr int kMaxWarps = kQueries == 1 ? 8 : 6, kBlocks = 2;  // of so many warps, a multiprocessor
+  static constexpr bool kAny = false, kSnaps = false;
+
+  // Queries are written in base -2, so that odd planes alone are negative; 16 places hold integers of -43690 to 21845.
+  static constexpr float kPeak = 21844.0f;
+  static constexpr uint32_t kNegabinary = 0xaaaau;
 
   uint32_t query[kQueries][2];
   float step[kQueries], bias[kQueries];
@@ -39,11 +44,11 @@ struct PlanesEngine {
   uint32_t weight[kQueries][2];
   float sum[kQueries][4], total[kQueries], most[kQueries], fade[kQueries], gain[kQueries];
 
+  __device__ __forceinline__ explicit PlanesEngine(const VkvxParams&) {}
+
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
   // Token or channel of number j of the lane's four.
   __device__ __forceinline__ static int place(int j) { return 32 * (lane() & 3) + (lane() >> 2) + 8 * j; }
-
-  __device__ __forceinline__ static int place_key_chunk(int c) { return c ^ ((c >> 4) & 7); }
 
   __device__ __forceinline__ void start_group(const __half* params, const float* queries, int stride, int correction, float limit, const float2*) {
     const int t = lane() & 3;
@@ -61,16 +66,17 @@ struct PlanesEngine {
         spread = fmaf(rest, rest, spread);
       }
       largest = __int_as_float(reduce_max(__float_as_int(largest)));  // not negative, so the order is that of the integers
-      const float inverse = fmaxf(largest, 1e-30f) / 32767.0f, factor = 1.0f / inverse;
+      largest = fmaxf(largest, 1e-30f);
+      const float inverse = largest * (1.0f / kPeak), factor = __fdividef(kPeak, largest);
       float rounding = 0.0f;
       uint32_t x[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int r = __float2int_rn(u[j] * factor);
         rounding += fmaf(-static_cast<float>(r), inverse, u[j]);
-        x[j] = static_cast<uint32_t>(r);
+        x[j] = static_cast<uint32_t>(r) + kNegabinary ^ kNegabinary;
       }
-      constexpr float kMiddle = 0.5f * ((1 << kKeyBits) - 1);
+      constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);
       b = warp_sum(fmaf(rounding, kMiddle, b));
       if (correction == VKVX_CORRECTION_EXPECTED) b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * warp_sum(spread), limit);
       bias[n] = b;
@@ -94,53 +100,62 @@ struct PlanesEngine {
     }
   }
 
-  // product[n][row of row tile i] for all n: words of the rows of one plane times the planes of x, the top one negative if kSigned.
-  template <int kPlanes, bool kSigned, class Address>
-  __device__ __forceinline__ void multiply(Address address, const uint32_t (&x)[kQueries][2], int (&product)[kQueries][4]) {
+  // product[n][number j of the lane's four rows] for all n: words of the rows of one plane times the planes of x, whose odd ones weigh
+  // negatively if kNegative. A lane of the counts has planes 2t and 2t + 1 of rows g and g + 8; taken as an operand as they are, these
+  // are rows g and g + 8, and the two rows the upper and lower half of the depth, told apart by the columns.
+  template <bool kNegative>
+  __device__ __forceinline__ void multiply(uint32_t planes, const uint32_t (&x)[kQueries][2], int (&product)[kQueries][4]) {
     const int g = lane() >> 2, t = lane() & 3;
-    int low[kPlanes][kQueries][4], high[kPlanes][kQueries][4];
+    constexpr int kSums = (kBits + 1) / 2;  // two planes' weights fit a byte
+    int low[kSums][kQueries][2][4], high[kSums][kQueries][2][4];
 #pragma unroll
-    for (int p = 0; p < kPlanes; ++p)
+    for (int p = 0; p < kSums; ++p)
 #pragma unroll
       for (int n = 0; n < kQueries; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) low[p][n][j] = high[p][n][j] = 0;
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair)
+          for (int j = 0; j < 4; ++j) low[p][n][half][j] = high[p][n][half][j] = 0;
 #pragma unroll
-      for (int p = 0; p < kPlanes; ++p) {
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t b0 = g == 2 * pair ? 1u << (2 * t) : 0u, b1 = g == 2 * pair + 1 ? 1u << (2 * t) : 0u;
+#pragma unroll
+      for (int p = 0; p < kBits; ++p) {
         uint32_t words[4];
-        load_matrices(words, address(p, 32 * pair + lane()));
+        const int row = 32 * pair + lane();
+        load_matrices(words, planes + (p * 128 + (row ^ (row >> 4 & 7))) * 16);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t b0 = g == 2 * pair + half ? 1u << (2 * t) : 0u, b1 = b0 << 1;
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int n = 0; n < kQueries; ++n) {
             int c[4], d[4];
             mma_bits(c, words[2 * half], words[2 * half + 1], x[n][0]);
             mma_bits(d, words[2 * half], words[2 * half + 1], x[n][1]);
-            mma_bytes<false>(low[p][n], c[0], c[2], c[1], c[3], b0, b1);
-            mma_bytes<kSigned>(high[p][n], d[0], d[2], d[1], d[3], b0, b1);
+            mma_bytes<false>(low[p / 2][n][half], c[0], c[1], c[2], c[3], b0 << p % 2, b1 << p % 2);
+            mma_bytes<false>(high[p / 2][n][half], d[0], d[1], d[2], d[3], b0 << p % 2, b1 << p % 2);
           }
-        }
       }
+    }
+    constexpr int kOdd = kNegative ? -2 : 2;
 #pragma unroll
     for (int n = 0; n < kQueries; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        // Registers hold rows g and g + 8 of row tiles 2t and 2t + 1: 0, 16, 8, 24 from the lane's first row.
-        const int from = j == 1 ? 2 : j == 2 ? 1 : j;
         product[n][j] = 0;
 #pragma unroll
-        for (int p = 0; p < kPlanes; ++p) product[n][j] += (high[p][n][from] * 256 + low[p][n][from]) << p;
+        for (int p = 0; p < kSums; ++p) {
+          const auto &l = low[p][n][j >> 1], &h = high[p][n][j >> 1];
+          product[n][j] += (l[j & 1] + h[j & 1] * 256 + (l[2 + (j & 1)] + h[2 + (j & 1)] * 256) * kOdd) << 2 * p;
+        }
       }
   }
 
   __device__ __forceinline__ void scores(uint32_t keys) {
-    multiply<kKeyBits, true>([&](int p, int row) { return keys + (p * 128 + place_key_chunk(row)) * 16; }, query, score);
+    multiply<true>(keys, query, score);
   }
 
-  __device__ __forceinline__ void softmax(int count) {
+  template <class Flush>
+  __device__ __forceinline__ void softmax(int count, const Flush&) {
 #pragma unroll
     for (int n = 0; n < kQueries; ++n) {
       int top = INT32_MIN;
@@ -168,7 +183,7 @@ struct PlanesEngine {
 
   __device__ __forceinline__ void values(uint32_t values) {
     int product[kQueries][4];
-    multiply<kValueBits, false>([&](int p, int row) { return values + (p * 128 + row) * 16; }, weight, product);
+    multiply<false>(values, weight, product);
 #pragma unroll
     for (int n = 0; n < kQueries; ++n)
 #pragma unroll
@@ -181,7 +196,7 @@ struct PlanesEngine {
 #pragma unroll
     for (int n = 0; n < kQueries; ++n) {
       const float all = warp_sum(total[n]) * kUnit;
-      result.begin_column(n, most[n], all);
+      result.begin_column(n, most[n], all, lane() == 0);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int c = place(j);

@@ -7,16 +7,18 @@ namespace vkvx {
 
 constexpr int kRowsAtOnce = 16;
 
-// What a warp has found so far, in shared memory: sums [D][columns], the score that weights are relative to, and the sum of the weights.
-// Columns are 2t and 2t + 1 in lane 4g + t; sums of column pairs past `columns` (even) are dropped.
+// What a warp has found so far, in shared memory: sums [columns][stride], the score that weights are relative to, and the sum of the weights.
+// Sums of columns past `columns` are dropped.
 struct WarpResult {
   float* sums;
+  int stride;
   float* most;   // [8]
   float* total;  // [8]
   int columns;
   bool empty;
   float fade[2], gain[2];
 
+  // Columns 2t and 2t + 1 in lane 4g + t.
   __device__ __forceinline__ void begin(const float (&m)[2], const float (&l)[4], float unit) {
     const int t = threadIdx.x & 3;
 #pragma unroll
@@ -36,30 +38,42 @@ struct WarpResult {
 
   __device__ __forceinline__ void add(int channel, float x, float y) {
     const int t = threadIdx.x & 3;
-    if (2 * t < columns) {
-      float2* at = reinterpret_cast<float2*>(sums + channel * columns + 2 * t);
-      float2 old = empty ? make_float2(0.0f, 0.0f) : *at;
-      *at = make_float2(fmaf(x, gain[0], old.x * fade[0]), fmaf(y, gain[1], old.y * fade[1]));
-    }
+    const float new_sums[2] = {x, y};
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      if (2 * t + c < columns) {
+        float* at = sums + (2 * t + c) * stride + channel;
+        *at = fmaf(new_sums[c], gain[c], empty ? 0.0f : *at * fade[c]);
+      }
   }
 
-  // The same for one column at a time, m and l the same in all lanes.
-  __device__ __forceinline__ void begin_column(int column, float m, float l) {
+  // One column a lane; m and l are the same in all lanes of a column, one of which is its `writer`.
+  __device__ __forceinline__ void begin_column(int column, float m, float l, bool writer) {
     const float before = empty ? -1e30f : most[column];
     const float now = fmaxf(before, m);
     fade[0] = exp2_fast(before - now);
     gain[0] = exp2_fast(m - now);
     const float sum = fmaf(l, gain[0], empty ? 0.0f : total[column] * fade[0]);
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) {
+    if (writer) {
       most[column] = now;
       total[column] = sum;
     }
   }
 
   __device__ __forceinline__ void add_to_column(int column, int channel, float x) {
-    float* at = sums + channel * columns + column;
+    if (column >= columns) return;
+    float* at = sums + column * stride + channel;
     *at = fmaf(x, gain[0], empty ? 0.0f : *at * fade[0]);
+  }
+
+  // Channels channel..channel + 3, a multiple of 4.
+  __device__ __forceinline__ void add_four(int column, int channel, const float (&x)[4]) {
+    if (column >= columns) return;
+    float4* at = reinterpret_cast<float4*>(sums + column * stride + channel);
+    const float4 old = empty ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *at;
+    *at = make_float4(fmaf(x[0], gain[0], old.x * fade[0]), fmaf(x[1], gain[0], old.y * fade[0]), fmaf(x[2], gain[0], old.z * fade[0]),
+                      fmaf(x[3], gain[0], old.w * fade[0]));
   }
 
   __device__ __forceinline__ void end() {
@@ -75,6 +89,7 @@ struct RowSource {
   int64_t key_stride, value_stride;  // in bytes
 };
 
+// Rows of `dim` channels, at most kDim; those that do not exist are zeros.
 template <int kDim>
 struct RowsEngine {
   static constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
@@ -82,8 +97,11 @@ struct RowsEngine {
   static constexpr int kWeightShift = 11;
   static constexpr float kMargin = 4.0f;
 
+  int dim;
   float sum[kDim / 16][4], total[4], most[2];
   uint32_t query[kDim / 16][2];
+
+  __device__ __forceinline__ explicit RowsEngine(int d) : dim(d) {}
 
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
 
@@ -94,7 +112,8 @@ struct RowsEngine {
     for (int i = 0; i < kDim / 16; ++i) {
       sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) query[i][r] = g < columns ? *reinterpret_cast<const uint32_t*>(queries + g * (kDim + 8) + 16 * i + 8 * r + 2 * t) : 0u;
+      for (int r = 0; r < 2; ++r)
+        query[i][r] = g < columns && 16 * i < dim ? *reinterpret_cast<const uint32_t*>(queries + g * (dim + 8) + 16 * i + 8 * r + 2 * t) : 0u;
     }
     total[0] = total[1] = total[2] = total[3] = 0.0f;
     most[0] = most[1] = -1e30f;
@@ -112,10 +131,11 @@ struct RowsEngine {
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce * kChunks / 32; ++i) {
       const int row = (i * 32 + lane()) / kChunks, chunk = (i * 32 + lane()) % kChunks;
-      const bool valid = present >> row & 1;
+      const bool valid = (present >> row & 1) && chunk < dim / 8;
       const int64_t at = valid ? first + row : 0;
-      copy_async(buffer + place(row, chunk), source.key + at * source.key_stride + chunk * 16, valid);
-      copy_async(value_buffer + place(row, chunk), source.value + at * source.value_stride + chunk * 16, valid);
+      const int from = valid ? chunk * 16 : 0;
+      copy_async(buffer + place(row, chunk), source.key + at * source.key_stride + from, valid);
+      copy_async(value_buffer + place(row, chunk), source.value + at * source.value_stride + from, valid);
     }
     copy_commit();
     copy_wait<0>();
@@ -124,6 +144,7 @@ struct RowsEngine {
     float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
+      if (16 * i >= dim) continue;
       uint32_t a[4];
       load_matrices(a, buffer + place(lane() & 15, 2 * i + (lane() >> 4)));
       if constexpr (kBfloat)
@@ -170,6 +191,7 @@ struct RowsEngine {
       mma_half(total, kOnes, kOnes, kOnes, kOnes, weight[0], weight[1]);
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
+      if (16 * i >= dim) continue;
       uint32_t a[4];
       load_matrices_transposed(a, value_buffer + place((lane() & 7) + 8 * (lane() >> 4), 2 * i + (lane() >> 3 & 1)));
       if constexpr (kBfloat)
@@ -183,9 +205,11 @@ struct RowsEngine {
     constexpr float kUnit = 1.0f / (1 << kWeightShift);
     result.begin(most, total, kUnit);
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i)
+    for (int i = 0; i < kDim / 16; ++i) {
+      if (16 * i >= dim) continue;
 #pragma unroll
       for (int r = 0; r < 2; ++r) result.add(16 * i + 8 * r + (lane() >> 2), sum[i][2 * r] * kUnit, sum[i][2 * r + 1] * kUnit);
+    }
     result.end();
   }
 };

@@ -5,6 +5,7 @@
 
 namespace vkvx {
 
+constexpr int kWarps = 4;  // of a block, where nothing speaks for another number
 constexpr int kCounters = 16384;  // at the start of the workspace, zero between calls
 
 // Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for their start and their end.

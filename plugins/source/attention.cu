@@ -9,6 +9,9 @@ namespace {
 
 int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p.positions; }
 
+// Sets of four query vectors that `codes` takes at a time. Sums of two sets of wide heads do not fit registers.
+int sets_of_codes(const VkvxParams& p) { return p.head_dim > 128 || queries_of_head(p) <= 4 ? 1 : 2; }
+
 }  // namespace
 
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]) {
@@ -18,11 +21,10 @@ bool rows_are_aligned(const void* data, const int64_t (&stride)[3]) {
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
   const bool packed = p.key_bits != 16;
   if (device.capability < 80 || p.positions > kMaxDecodePositions || p.dtype == VKVX_FLOAT32) return false;
-  if (!rows_are_aligned(p.key, p.key_stride) || !rows_are_aligned(p.value, p.value_stride)) return false;
-  if (kernel == VKVX_CODES) {
-    if (p.head_dim == 256) return !packed || (p.key_bits == p.value_bits && p.key_bits <= 4);
-    return p.head_dim == 64 || p.head_dim == 128;
-  }
+  if (!rows_are_aligned(p.query, p.query_stride) || !rows_are_aligned(p.key, p.key_stride) || !rows_are_aligned(p.value, p.value_stride) ||
+      reinterpret_cast<uintptr_t>(p.output) % 8)
+    return false;
+  if (kernel == VKVX_CODES) return true;
   return kernel == VKVX_PLANES && packed && p.head_dim == 128 && p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits &&
          p.key_bits <= 4;
 }
@@ -36,7 +38,7 @@ int choose_kernel(const VkvxParams& p, const Device& device) {
 }
 
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
-  const int columns = 8, queries = queries_of_head(p);
+  const int columns = 4 * sets_of_codes(p), queries = queries_of_head(p);
   const int64_t column_tiles = kernel == VKVX_PLANES ? queries : divide_up(queries, columns);
   const int64_t tiles = p.rows * static_cast<int64_t>(p.kv_heads) * column_tiles;
   return Workspace(p, column_tiles, choose_splits(p, tiles, device.processors), columns).bytes;
@@ -44,11 +46,7 @@ size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
 
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {
   if (kernel == VKVX_PLANES) return decode_planes(p, device, stream);
-  switch (p.head_dim) {
-    case 64: return decode_codes<64>(p, device, stream);
-    case 128: return decode_codes<128>(p, device, stream);
-    default: return decode_codes<256>(p, device, stream);
-  }
+  return sets_of_codes(p) == 1 ? decode_codes<1>(p, device, stream) : decode_codes<2>(p, device, stream);
 }
 
 size_t plain_workspace(const VkvxParams& p) { return Workspace(p, 0, 1, 0).bytes; }

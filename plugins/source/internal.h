@@ -21,13 +21,14 @@ int fail(int code, const std::string& message);  // remembers the message, retur
 int check_cuda(const char* what);                // the launch before this call
 const Device& current_device();
 
-// Bytes and launch of decode attention; `codes` and `planes` take fp16 and bf16 of head dim 64, 128 and 256.
+// Bytes and launch of decode attention.
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel);
 int choose_kernel(const VkvxParams& p, const Device& device);
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel);
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream);
 
-template <int kDim>
+// Up to 4 * kSets query vectors of a KV head at a time.
+template <int kSets>
 int decode_codes(const VkvxParams& p, const Device& device, cudaStream_t stream);
 int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream);
 

@@ -27,7 +27,7 @@ def compare(case: Case, kernel: str, splits: int = 0, tolerance: float | None = 
 
 
 @pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, BITS)))
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [96, 128])
 def test_codes(key_bits: int, value_bits: int, head_dim: int) -> None:
     for i, (ratio, positions) in enumerate(SHAPES):
         correction = CORRECTIONS[(i + key_bits + value_bits) % 3]
@@ -36,11 +36,25 @@ def test_codes(key_bits: int, value_bits: int, head_dim: int) -> None:
         compare(case, "codes", (0, 1, 3)[i % 3])
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("head_dim", [32, 64, 160, 192, 224, 256])
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_codes_of_wide_heads(bits: int, correction: str) -> None:
-    for ratio, positions in SHAPES:
-        compare(Case(bits, bits, 256, 1, ratio, positions, correction), "codes", 2)
+def test_codes_of_any_head_dim(head_dim: int, correction: str) -> None:
+    for i, (key_bits, value_bits) in enumerate([(1, 1), (2, 2), (4, 4), (8, 8), (1, 4), (8, 2), (2, 8), (4, 1)]):
+        ratio, positions = SHAPES[(i + head_dim // 32) % len(SHAPES)]
+        dtype = torch.bfloat16 if i % 3 == 0 else torch.float16
+        compare(Case(key_bits, value_bits, head_dim, 2, ratio, positions, correction, dtype), "codes", (0, 1, 2)[i % 3])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("ratio", [4, 7])
+def test_codes_of_long_groups(bits: int, ratio: int) -> None:
+    """A warp sums 300 tiles of one group, of weights near 1 and the largest codes."""
+    tokens = 4 * 300 * 128
+    case = Case(bits, bits, 128, 1, ratio, counts=[[tokens - 60]], text=[10], group_size=tokens, groups=1, slots=1)
+    tensors = make(case)
+    tensors["query"] = tensors["query"] * 1e-3
+    tensors["visual_value"].fill_(-1)
+    assert error(attend(tensors, case.attributes, "codes", 1), reference(tensors, case.attributes)) < 1e-3
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -137,11 +151,34 @@ def test_idle_rows_are_zero(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["codes", "planes", "plain", "prefill"])
-def test_sharp_scores(kernel: str) -> None:
-    case = Case(correction="none", positions=70 if kernel == "prefill" else 1)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_sharp_scores(kernel: str, bits: int) -> None:
+    case = Case(bits, bits, correction="none", ratio=3, positions=70 if kernel == "prefill" else 1)
     tensors = make(case)
     tensors["query"] = tensors["query"] * 6
     assert error(attend(tensors, case.attributes, kernel), reference(tensors, case.attributes)) < 5e-3
+
+
+@pytest.mark.parametrize("kernel", ["codes", "planes"])
+def test_what_is_past_the_counts_changes_nothing(kernel: str) -> None:
+    case = Case(ratio=2, correction="none")
+    tensors = make(case)
+    output = attend(tensors, case.attributes, kernel)
+    for name, along_tokens in (("visual_key", False), ("visual_value", True)):
+        for at, counts in enumerate(tensors["visual_count"].tolist()):
+            valid = (
+                torch.cat([torch.arange(case.group_size) < count for count in counts]).cuda().unflatten(0, (-1, 128))
+            )
+            if along_tokens:  # a bit of a word each
+                bits = (valid.unflatten(1, (4, 32)) * (1 << torch.arange(32, device="cuda"))).sum(-1)
+                keep = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)[None, :, None, None]
+                words = tensors[name][at]
+                tensors[name][at] = (words & keep) | (torch.randint_like(words, -(2**31), 2**31 - 1) & ~keep)
+            else:
+                words = tensors[name][at]
+                other = torch.randint_like(words, -(2**31), 2**31 - 1)
+                tensors[name][at] = torch.where(valid[None, :, None, :, None], words, other)
+    assert torch.equal(attend(tensors, case.attributes, kernel), output)
 
 
 @pytest.mark.parametrize("kernel", ["codes", "planes"])
@@ -194,7 +231,7 @@ def test_calls_in_a_captured_graph(positions: int) -> None:
 def test_a_kernel_that_does_not_fit_is_refused() -> None:
     case = Case(head_dim=96)
     with pytest.raises(OptionError, match="kernel that was asked for"):
-        attend(make(case), case.attributes, "codes")
+        attend(make(case), case.attributes, "planes")
     with pytest.raises(OptionError, match="kernel that was asked for"):
         attend(
             make(replace(case, head_dim=128, correction="affine")),

@@ -1,2 +1,2 @@
-#define DIM 64
+#define SETS 1
 #include "decode_codes.inc"

@@ -1,2 +1,2 @@
-#define DIM 128
+#define SETS 2
 #include "decode_codes.inc"
