@@ -106,7 +106,7 @@ const Device& current_device() {
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess)
-      device = Device{index, processors, 10 * major + minor, shared};
+      device = Device{index, std::min(processors, kMostProcessors), 10 * major + minor, shared};
     cudaGetLastError();
   }
   return device;

@@ -11,6 +11,8 @@ namespace vkvx {
 
 constexpr int kMostShapedGroup = 4096;  // largest group that VKVX_SHAPED takes
 
+constexpr int kMostProcessors = 256;    // multiprocessors that are counted on; a device with more works as one with these
+
 // Facts about the current device.
 struct Device {
   int index, processors, capability;  // capability: 90 for 9.0

@@ -1,4 +1,4 @@
-"""The TensorRT plugins on a GPU: created through a registry and creator, enqueued on device buffers, equal to torch bit by bit."""
+"""The TensorRT plugins on a GPU: made by the registry's creator, run on device buffers, equal to torch bit by bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vkvx.export.operator import OUTPUTS, OperatorAttributes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 
-# A prefill with pictures, decode steps, a later turn with a picture beside an idle row, a decode with a group of padding.
+# A prefill with pictures, decode steps, a later turn with a picture beside an idle row, a decode with a padding group.
 CALLS = (
     ([(2, "t4 p300 t3"), (0, "t3 p128 t20 p90 t5"), (1, "t9")], {"spare": 3}),
     ([(2, "t1"), (0, "t1"), (1, "t1")], {}),
@@ -31,7 +31,9 @@ POISON = 0xA5
 class Layer:
     """One node of an engine: a plugin object that went through a plan, and its workspace for the largest call."""
 
-    def __init__(self, creator: Creator, attributes: OperatorAttributes, most: dict[str, Tensor], in_place: bool) -> None:
+    def __init__(
+        self, creator: Creator, attributes: OperatorAttributes, most: dict[str, Tensor], in_place: bool
+    ) -> None:
         built = creator.create(attributes.to_dict())
         assert built is not None, creator.messages()
         size = built.workspace(*describe(most, attributes))
@@ -117,8 +119,6 @@ def converse(
     way: tuple[Creator, bool], attributes: Attributes, dims: Dims, counts: tuple[int, int] = (0, 0), seed: int = 3
 ) -> None:
     """The calls of a conversation, each compared; ``counts`` are visual and text tokens that slots start with."""
-    if not torch_cuda.kernels_take(operator_attributes(attributes)):
-        pytest.skip(f"the kernels have no {attributes.quantizer}")
     rng = np.random.default_rng(seed)
     state = filled_state(dims, attributes, rng, *counts)
     creator, in_place = way
@@ -126,6 +126,7 @@ def converse(
     for rows, padding in CALLS:
         named = on_gpu(new_call(rows, state, dims, attributes, rng, **padding), dims)  # type: ignore[arg-type]
         layer = layer or Layer(creator, operator_attributes(attributes), named, in_place)
+        assert torch_cuda.takes(named, operator_attributes(attributes))
         expected = torch_op(named, attributes)
         results = layer(named)
         for name, x in expected.items():
@@ -153,9 +154,7 @@ def next_state(
     state: Arrays, caches: dict[str, Tensor], named: dict[str, Tensor], attributes: Attributes, dims: Dims
 ) -> Arrays:
     """Caches and counts after a call, as the runtime counts them."""
-    after = {
-        name: (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy() for name, x in caches.items()
-    }
+    after = {name: (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy() for name, x in caches.items()}
     visual_count, text_count = state["visual_count"].copy(), state["text_count"].copy()
     for row, slot in enumerate(named["slot"].tolist()):
         if slot < 0:
@@ -224,7 +223,11 @@ def test_workspaces_are_within_the_bound() -> None:
         correction = rng.choice(["none", "expected", "affine"])
         attributes = attributes_for(bits, bits, score_correction=str(correction))
         most = {"rows": int(rng.integers(1, 200)), "positions": int(rng.choice([1, 4, 8, 900]))}
-        dims = {"query_heads": heads * int(rng.integers(1, 9)), "kv_heads": heads, "head_dim": int(rng.choice([64, 128, 256]))}
+        dims = {
+            "query_heads": heads * int(rng.integers(1, 9)),
+            "kv_heads": heads,
+            "head_dim": int(rng.choice([64, 128, 256])),
+        }
         groups = 0 if bits == 16 else int(rng.integers(0, 60))
         params = torch_cuda.Params(
             dtype=int(rng.integers(0, 3)), slots=most["rows"], group_size=128, visual_capacity=128 * groups,

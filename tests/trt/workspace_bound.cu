@@ -5,6 +5,8 @@
 
 #include "kernels/workspace.cuh"
 
+constexpr int kProcessors = 256;
+
 int main() {
   std::mt19937 random(7);
   const auto pick = [&](int least, int most) { return std::uniform_int_distribution<int>(least, most)(random); };
@@ -30,12 +32,12 @@ int main() {
       const int queries = call.query_heads / call.kv_heads * call.positions;
       const int columns = call.correction == VKVX_CORRECTION_AFFINE ? 8 : pick(0, 1) ? 8 : pick(1, 4);
       const int64_t tiles = static_cast<int64_t>(call.rows) * call.kv_heads * vkvx::divide_up(queries, columns);
-      const int splits = vkvx::choose_splits(call, tiles, pick(1, pick(0, 1) ? 200 : vkvx::kMostProcessors));
+      const int splits = vkvx::choose_splits(call, tiles, pick(1, pick(0, 1) ? 100 : kProcessors));
       split += splits > 1;
       needed = vkvx::Workspace(call, tiles, splits, 8).bytes;
     }
-    if (needed > vkvx::workspace_bound(most)) {
-      std::printf("%d rows, %d positions: %zu bytes needed, the bound is %zu\n", call.rows, call.positions, needed, vkvx::workspace_bound(most));
+    if (needed > vkvx::workspace_bound(most, kProcessors)) {
+      std::printf("%d rows, %d positions: %zu bytes needed, the bound is %zu\n", call.rows, call.positions, needed, vkvx::workspace_bound(most, kProcessors));
       return 1;
     }
   }
