@@ -24,8 +24,8 @@ struct Workspace {
   float2* extremes;
   size_t bytes;
 
-  // For decode with this many column tiles and parts at most.
-  Workspace(const VkvxParams& p, int64_t column_tiles, int splits, int columns) {
+  // For decode with this many blocks a part, parts and columns of a block at most.
+  Workspace(const VkvxParams& p, int64_t tiles, int splits, int columns) {
     char* at = static_cast<char*>(p.workspace);
     size_t used = 0;
     auto take = [&](size_t n) {
@@ -33,7 +33,6 @@ struct Workspace {
       used += (n + 255) & ~static_cast<size_t>(255);
       return here;
     };
-    const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles;
     counters = reinterpret_cast<int*>(take(kCounters * sizeof(int)));
     rank = reinterpret_cast<int*>(take(static_cast<size_t>(p.rows) * p.positions * sizeof(int)));
     extremes = reinterpret_cast<float2*>(take(p.correction == VKVX_CORRECTION_AFFINE ? tiles * splits * 8 * sizeof(float2) : 0));
@@ -41,5 +40,20 @@ struct Workspace {
     bytes = used;
   }
 };
+
+// Bytes that suffice for attention with at most these sizes on devices of up to `processors`. A call of fewer tiles than that has more parts, a
+// tile has one part if there are as many: tiles times parts is less than tiles + processors, and less than twice the processors if there are parts.
+inline size_t workspace_bound(const VkvxParams& p, int processors) {
+  // Blocks of `codes` take 4 columns at least, any block 8 at most.
+  const int columns = 8, positions = p.positions < kMaxDecodePositions ? p.positions : kMaxDecodePositions;
+  const int64_t column_tiles = divide_up(p.query_heads / p.kv_heads * positions, 4);
+  const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles + processors, split = 2 * processors;
+  VkvxParams none = p;
+  none.correction = VKVX_CORRECTION_NONE;
+  const size_t fixed = Workspace(none, 0, 1, 0).bytes;
+  const size_t extremes = p.correction == VKVX_CORRECTION_AFFINE ? tiles * 8 * sizeof(float2) : 0;
+  const size_t partial = split * partial_floats(columns, p.head_dim) * sizeof(float);
+  return fixed + extremes + partial + 2 * 256;  // what rounding up adds
+}
 
 }  // namespace vkvx

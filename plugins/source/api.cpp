@@ -106,7 +106,7 @@ const Device& current_device() {
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess)
-      device = Device{index, processors, 10 * major + minor, shared};
+      device = Device{index, std::min(processors, kMostProcessors), 10 * major + minor, shared};
     cudaGetLastError();
   }
   return device;
@@ -124,9 +124,29 @@ int vkvx_workspace_bytes(const VkvxParams* params, size_t* bytes) {
   if (const int code = vkvx::check(params)) return code;
   if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
   const vkvx::Device& device = vkvx::current_device();
+  if (device.index < 0) return vkvx_workspace_bound(params, bytes);
   const int kernel = vkvx::attention_kernel(*params, device);
   if (kernel < 0) return VKVX_UNSUPPORTED;
   *bytes = std::max(vkvx::attention_workspace(*params, device, kernel), vkvx::append_workspace(*params, device));
+  return VKVX_OK;
+}
+
+int vkvx_workspace_bound(const VkvxParams* params, size_t* bytes) {
+  if (const int code = vkvx::check(params)) return code;
+  if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
+  if (params->kernel != VKVX_AUTO || params->splits) return vkvx::fail(VKVX_UNSUPPORTED, "the workspace of any device is known for kernel VKVX_AUTO and 0 splits only");
+  *bytes = vkvx::bound_of_workspace(*params);
+  return VKVX_OK;
+}
+
+int vkvx_workspace_zeroed(const VkvxParams* params, size_t* bytes) {
+  if (const int code = vkvx::check(params)) return code;
+  if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
+  const vkvx::Device& device = vkvx::current_device();
+  if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  const int kernel = vkvx::attention_kernel(*params, device);
+  if (kernel < 0) return VKVX_UNSUPPORTED;
+  *bytes = kernel == VKVX_CODES || kernel == VKVX_PLANES ? vkvx::decode_zeroed(*params, device, kernel) : 0;
   return VKVX_OK;
 }
 

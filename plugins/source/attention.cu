@@ -3,6 +3,8 @@
 #include "../kernels/workspace.cuh"
 #include "internal.h"
 
+#include <algorithm>
+
 namespace vkvx {
 
 namespace {
@@ -11,6 +13,12 @@ int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p
 
 // Sets of four query vectors that `codes` takes at a time. Sums of two sets of wide heads do not fit registers.
 int sets_of_codes(const VkvxParams& p) { return p.head_dim > 128 || queries_of_head(p) <= 4 ? 1 : 2; }
+
+// Columns of a block, and blocks that a decode needs for each part: as decode_codes and decode_planes launch them.
+int columns_of(const VkvxParams& p, int kernel) { return kernel == VKVX_PLANES ? planes_columns(p) : 4 * sets_of_codes(p); }
+int64_t tiles_of(const VkvxParams& p, int kernel) {
+  return static_cast<int64_t>(p.rows) * p.kv_heads * divide_up(queries_of_head(p), columns_of(p, kernel));
+}
 
 }  // namespace
 
@@ -38,10 +46,22 @@ int choose_kernel(const VkvxParams& p, const Device& device) {
 }
 
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
-  const int columns = 4 * sets_of_codes(p), queries = queries_of_head(p);
-  const int64_t column_tiles = kernel == VKVX_PLANES ? queries : divide_up(queries, columns);
-  const int64_t tiles = p.rows * static_cast<int64_t>(p.kv_heads) * column_tiles;
-  return Workspace(p, column_tiles, choose_splits(p, tiles, device.processors), columns).bytes;
+  const int64_t tiles = tiles_of(p, kernel);
+  return Workspace(p, tiles, choose_splits(p, tiles, device.processors), columns_of(p, kernel)).bytes;
+}
+
+size_t decode_zeroed(const VkvxParams& p, const Device& device, int kernel) {
+  const int64_t tiles = tiles_of(p, kernel);
+  return choose_splits(p, tiles, device.processors) > 1 ? tiles * sizeof(int) : 0;
+}
+
+int planes_columns(const VkvxParams& p) {
+  const int queries = queries_of_head(p);
+  return p.key_bits > 1 || queries == 1 ? 1 : queries == 2 ? 2 : 4;
+}
+
+size_t bound_of_workspace(const VkvxParams& p) {
+  return std::max(workspace_bound(p, kMostProcessors), append_workspace(p, Device{-1, kMostProcessors, 0, 0}));
 }
 
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {

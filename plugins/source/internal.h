@@ -11,6 +11,8 @@ namespace vkvx {
 
 constexpr int kMostShapedGroup = 4096;  // largest group that VKVX_SHAPED takes
 
+constexpr int kMostProcessors = 256;    // multiprocessors that are counted on; a device with more works as one with these
+
 // Facts about the current device.
 struct Device {
   int index, processors, capability;  // capability: 90 for 9.0
@@ -25,6 +27,8 @@ const Device& current_device();
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel);
 int choose_kernel(const VkvxParams& p, const Device& device);
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel);
+size_t decode_zeroed(const VkvxParams& p, const Device& device, int kernel);  // bytes at its start that have to be zero
+int planes_columns(const VkvxParams& p);                                      // query vectors that a block of `planes` takes
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream);
 
 // Up to 4 * kSets query vectors of a KV head at a time.
@@ -44,6 +48,7 @@ int prefill(const VkvxParams& p, cudaStream_t stream);
 template <int kDim>
 int prefill_heads(const VkvxParams& p, const int* rank, cudaStream_t stream);
 
+size_t bound_of_workspace(const VkvxParams& p);  // of all kernels, these sizes and smaller ones, any device
 size_t plain_workspace(const VkvxParams& p);
 int plain(const VkvxParams& p, cudaStream_t stream);
 

@@ -42,7 +42,7 @@ DecodePlan plan_decode(const VkvxParams& p, const Device& device) {
   const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * plan.column_tiles;
   plan.splits = choose_splits(p, tiles, device.processors);
   plan.warps = choose_warps<Engine>(p, plan.columns, device);
-  const Workspace workspace(p, plan.column_tiles, plan.splits, plan.columns);
+  const Workspace workspace(p, tiles, plan.splits, plan.columns);
   plan.arrived = workspace.counters;
   plan.partial = workspace.partial;
   plan.extremes = workspace.extremes;
