@@ -32,9 +32,9 @@ class InlineFunctions(InPlacePass):
         """See the class."""
         changed = bool(model.functions)
         InlinePass()(model)
-        for domain in {domain for domain, _, _ in model.functions}:
-            model.opset_imports.pop(domain, None)
         model.functions.clear()
+        for domain in set(model.opset_imports) - {""}:
+            del model.opset_imports[domain]
         return PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:
