@@ -11,9 +11,9 @@ from pathlib import Path
 
 from vkvx.errors import DependencyError, OptionError, VkvxError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-QUANTIZERS = {"minmax": 0, "quantile": 1, "shrink": 2, "lloyd": 3}
+QUANTIZERS = {"minmax": 0, "quantile": 1, "shrink": 2, "lloyd": 3, "shaped": 4}
 CORRECTIONS = {"none": 0, "affine": 1, "expected": 2}
 KERNELS = {"auto": 0, "plain": 1, "codes": 2, "planes": 3, "prefill": 4}
 _BAD_ARGUMENT, _UNSUPPORTED = 1, 2
@@ -46,7 +46,7 @@ class Params(ctypes.Structure):
             for name in (
                 *("query", "key", "value", "visual_index", "text_index", "slot", "visual_key", "visual_key_params"),
                 *("visual_value", "visual_value_params", "visual_count", "text_key", "text_value", "text_count"),
-                *("output", "workspace"),
+                *("key_metric", "value_metric", "rotation", "output", "workspace"),
             )
         ),
         ("workspace_bytes", c_size_t),
