@@ -85,8 +85,8 @@ def choose_capabilities(library: Library, given: tuple[str, ...], native: list[s
     return chosen
 
 
-def check_options(library: Library, options: BuildOptions) -> None:
-    """Raise OptionError for what the library does not offer, and for options that exclude each other."""
+def check_options(library: Library, options: BuildOptions, *, has_gpu: bool) -> None:
+    """Raise OptionError for what the library does not offer here, and for options that exclude each other."""
     module, level = library.module, options.optimization_level
     if level is not None and not 0 <= level <= 5:
         raise OptionError(f"--optimization-level must be 0 to 5, got {level}")
@@ -101,6 +101,8 @@ def check_options(library: Library, options: BuildOptions) -> None:
             "--timing-cache": (options.timing_cache, "it times nothing when it builds"),
             "--hardware-compatible": (options.hardware_compatible, "give several --compute-capability instead"),
             "--optimization-level": (level, "it has but one"),
+            "--version-compatible": (options.version_compatible, "it comes without a lean runtime"),
+            "--strip-plan": (options.strip_plan and not has_gpu, "it strips weights only on a machine with a GPU"),
         }
         for flag, (value, reason) in reasons.items():
             if value not in (None, False):
