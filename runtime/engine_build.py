@@ -250,7 +250,9 @@ def _check_memory(predicted: int) -> None:
 
 def _build(job: _Job, partial: Path, progress: Progress) -> EngineManifest:
     """Build both engines into the directory ``partial`` and write its manifest."""
-    engines, tensors, aliases = {}, [], {}
+    engines: dict[str, EngineInfo] = {}
+    tensors: list[EngineTensor] = []
+    aliases: dict[str, str] = {}
     for name in ORDER:
         engines[name] = _build_one(job, name, partial, progress)
         graph = job.manifest.graphs[name]

@@ -113,8 +113,8 @@ def check_options(library: Library, options: BuildOptions, *, has_gpu: bool) -> 
         raise OptionError(f"{library.name} offers no --weight-streaming; leave it out, or install a newer TensorRT")
     if options.strip_plan and options.weight_streaming:
         raise OptionError("--strip-plan leaves no weights to stream; leave out --weight-streaming or --strip-plan")
-    for name, flag, value in _FLAGS:
-        if getattr(options, value):
+    for name, flag, field_name in _FLAGS:
+        if getattr(options, field_name):
             library.builder_flag(name, flag)
 
 
@@ -139,8 +139,8 @@ def configure(library: Library, builder: Any, options: BuildOptions, capabilitie
         config.builder_optimization_level = options.optimization_level
     if options.hardware_compatible:
         config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
-    for name, flag, value in _FLAGS:
-        if getattr(options, value):
+    for name, flag, field_name in _FLAGS:
+        if getattr(options, field_name):
             config.set_flag(library.builder_flag(name, flag))
     if options.strip_plan:
         config.set_flag(library.builder_flag("REFIT_IDENTICAL", "--strip-plan"))

@@ -203,7 +203,7 @@ def _has_creator(registry: Any) -> bool:
 def _make_logger(module: Any, verbose: bool) -> Any:
     """An ``ILogger`` that keeps errors and warnings, and prints everything if ``verbose``."""
 
-    class Logger(module.ILogger):  # type: ignore[name-defined,misc]
+    class Logger(module.ILogger):
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
