@@ -19,6 +19,14 @@ class BundleError(VkvxError):
     """A bundle is incomplete, damaged, unsafe, or of a newer format."""
 
 
+class EngineError(VkvxError):
+    """An engine directory is missing, incomplete, damaged, or made for something else."""
+
+
+class BuildError(VkvxError):
+    """TensorRT cannot build an engine from a bundle: a node it does not take, or too little memory."""
+
+
 class InputError(VkvxError):
     """A prompt or picture cannot be used."""
 

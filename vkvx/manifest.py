@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import types
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+from vkvx import typed_json
 from vkvx.errors import BundleError
 from vkvx.format import BASELINE_BITS, BITS, CACHE_NAMES, QUANTIZERS, SCORE_CORRECTIONS, TILE, WORD_BITS
 
@@ -30,8 +29,6 @@ KEY_PARAMS, VALUE_PARAMS = 3, 2  # scale, offset, RMS of the rest; scale, offset
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``, in bytes or steps."""
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ class Manifest:
                 f"the bundle has format version {version}, this vkvx reads up to {FORMAT_VERSION}; "
                 "upgrade it with `pip install --upgrade vkvx`"
             )
-        manifest = _read(cls, data, "")
+        manifest = typed_json.read(cls, data, _failure)
         manifest._check()
         return manifest
 
@@ -323,16 +320,18 @@ def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int =
     return digest.hexdigest()
 
 
+def _failure(words: str) -> BundleError:
+    return BundleError(f"{FILE_NAME}: {words}; export the model again")
+
+
 def _require(condition: bool, what: str, expected: str, given: object) -> None:
     if not condition:
-        raise BundleError(f"{FILE_NAME}: {what} must be {expected}, got {given!r}; export the model again")
+        raise _failure(f"{what} must be {expected}, got {given!r}")
 
 
 def _check_path(name: str) -> None:
     """Refuse anything but a plain relative path with forward slashes."""
-    path = PurePosixPath(name)
-    plain = name not in ("", ".") and str(path) == name and ".." not in path.parts and not set(name) & set("\\\0")
-    if not plain or path.is_absolute() or PureWindowsPath(name).drive:
+    if not typed_json.is_plain_path(name):
         raise BundleError(f"{FILE_NAME}: the path {name!r} leaves the bundle or is not plain; do not trust this bundle")
 
 
@@ -349,44 +348,3 @@ def _check_file(directory: Path, name: str, info: FileInfo) -> None:
     if size != info.bytes:
         given = f"has {size} bytes" if size >= 0 else "is no file"
         raise BundleError(f"{path} {given}, expected {info.bytes}; copy the bundle again or export the model anew")
-
-
-def _read(expected: type[_T], value: object, where: str) -> _T:
-    """Read parsed JSON as a dataclass, or as what a dataclass' field is annotated with."""
-    result: object
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if is_dataclass(expected):
-        if not isinstance(value, Mapping):
-            raise _mismatch(where, "an object", value)
-        hints = typing.get_type_hints(expected)
-        missing = [name for name in hints if name not in value]
-        if missing:
-            path = f"{where}.{missing[0]}" if where else missing[0]
-            raise BundleError(f"{FILE_NAME}: {path} is missing; export the model again")
-        result = expected(**{k: _read(hint, value[k], f"{where}.{k}" if where else k) for k, hint in hints.items()})
-    elif origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise _mismatch(where, "a list", value)
-        result = tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    elif origin is dict:
-        if not isinstance(value, Mapping):
-            raise _mismatch(where, "an object", value)
-        result = {key: _read(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    elif origin is types.UnionType:
-        kinds = [kind for kind in arguments if isinstance(value, kind) and not isinstance(value, bool)]
-        if not kinds:
-            raise _mismatch(where, " or ".join(kind.__name__ for kind in arguments), value)
-        result = value
-    elif expected is float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise _mismatch(where, "a number", value)
-        result = float(value)
-    else:
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise _mismatch(where, {"int": "an integer", "str": "a string"}[expected.__name__], value)
-        result = value
-    return typing.cast(_T, result)
-
-
-def _mismatch(where: str, expected: str, value: object) -> BundleError:
-    return BundleError(f"{FILE_NAME}: {where} must be {expected}, got {value!r}; export the model again")
