@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from vkvx.manifest import Manifest
 from vkvx.models.adapter import Source
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.runtime.cache import PackedCache
-from vkvx.runtime.layout import Call
+from vkvx.runtime.layout import Call, place_embeds
 
 
 class TorchReference:
@@ -27,6 +27,8 @@ class TorchReference:
 
     It has the interface of :class:`vkvx.runtime.backend.Backend`.
     """
+
+    limits = None
 
     def __init__(self, source: Source, manifest: Manifest, *, slots: int, visual_tokens: int, text_tokens: int) -> None:
         self.manifest = manifest
@@ -47,6 +49,10 @@ class TorchReference:
         names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
         with torch.no_grad():
             return _to_numpy(self._vision(*(_to_torch(np.asarray(pixel_inputs[name])) for name in names)))
+
+    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
+        """See :meth:`vkvx.runtime.backend.Backend.place`."""
+        return place_embeds(call, np.concatenate(embeds))
 
     def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
         """Run the decoder once: logits FP32 [B, V]; the cache is updated in place."""

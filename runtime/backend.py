@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from vkvx.errors import OptionError
 from vkvx.manifest import Manifest
 from vkvx.runtime.cache import PackedCache
+from vkvx.runtime.engine_manifest import Limits
 from vkvx.runtime.layout import Call
 
 BACKENDS = ("onnxruntime",)
@@ -22,15 +23,26 @@ class Backend(Protocol):
 
     manifest: Manifest
     cache: PackedCache
+    limits: Limits | None
+    """The most that a call may bring, None where only memory limits it."""
 
-    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns."""
+    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> Any:
+        """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns.
 
-    def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
+        A NumPy array, or one on a device that ``np.asarray`` copies to main memory.
+        """
+
+    def place(self, call: Call, embeds: Sequence[Any]) -> Any:
+        """``visual_embeds`` [B, Nv, hidden] of a call, from what :meth:`encode` gave for its pictures, in order.
+
+        It is good for the next :meth:`step` only.
+        """
+
+    def step(self, call: Call, visual_embeds: Any | None) -> np.ndarray:
         """Run the decoder once: logits FP32 [B, V] at each row's last token.
 
-        ``visual_embeds`` [B, Nv, hidden] comes from :func:`vkvx.runtime.layout.place_embeds`; None if no row has a
-        picture. Caches and counts of the call's slots are updated in place. The caller has checked that everything
+        ``visual_embeds`` [B, Nv, hidden] comes from :meth:`place` or :func:`vkvx.runtime.layout.place_embeds`; None if
+        no row has a picture. Caches and counts of the call's slots are updated in place. The caller has checked that everything
         fits. If this raises, the counts are as before.
         """
 
