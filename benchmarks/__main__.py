@@ -20,6 +20,7 @@ BENCHMARKS = {
     "methods": "ways to quantise the visual cache of tiny-llava that were tried, simulated densely",
     "stress": "every way to quantise a cache on cases with known answers, through the torch operator",
     "attention": "decode attention over the packed cache on a GPU, against torch on 16 bits",
+    "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
 }

@@ -111,6 +111,7 @@ class BundleRunner:
             self._session.close()
         self._session = Session.load(
             self._bundle,
+            backend="onnxruntime",
             provider=self._provider,
             slots=self._slots,
             visual_tokens=visual,

@@ -16,7 +16,7 @@ from vkvx.errors import ModelError
 from vkvx.export.decoder import DecoderGraph, decoder_inputs, decoder_outputs
 from vkvx.export.function import attention_function
 from vkvx.export.graph import DTYPES, IR_DTYPES, Traced, build_model, fake_weight, trace
-from vkvx.export.metric import compute_metrics
+from vkvx.export.metric import METRICS_FILE, compute_metrics
 from vkvx.export.operator import DOMAIN, VERSION, OperatorAttributes
 from vkvx.export.options import ExportOptions, layer_attributes
 from vkvx.export.vision import VisionGraph, vision_outputs
@@ -27,8 +27,6 @@ from vkvx.models.checkpoint import StoredTensor, read_header
 
 IR_VERSION = 10
 """The first that tells functions of one name apart by overload."""
-METRICS_FILE = "vkvx-metrics.safetensors"
-"""FP16 tensors ``key.{layer}`` and ``value.{layer}``, [Hkv, D, D]."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,14 @@ class Built:
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """All of a bundle but its files."""
+    """All of a bundle but its files. ``weights`` are all that the model has, also those that no graph uses."""
 
     info: ModelInfo
     quantization: Quantization
     attributes: tuple[OperatorAttributes, ...]
     vision: Built
     decoder: Built
+    weights: tuple[StoredTensor, ...]
     metrics: Callable[[], dict[str, Tensor]] | None
     """Computes the tensors of ``METRICS_FILE`` from the stored weights, one layer at a time."""
 
@@ -119,6 +118,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
         attributes,
         finish("vision", vision, pixels, embeds),
         finish("decoder", decoder, inputs, outputs),
+        tuple(dict.fromkeys(found.values())),
         compute if metrics else None,
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 from vkvx import __version__
@@ -15,12 +17,13 @@ from vkvx.export.options import ExportOptions
 from vkvx.export.storage import check_output, check_room, new_directory
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.adapter import Source
-from vkvx.models.checkpoint import StoredTensor, read_checkpoint
+from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.packages import missing
 
 if TYPE_CHECKING:
     from vkvx.export.build import BuiltModel
+    from vkvx.export.weights import Place
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 PROCESSOR = "processor"
@@ -66,7 +69,7 @@ def export_model(
     with new_directory(target, options.force) as partial:
         _check_room(partial, stored, options.dtype)
         model = build(source, stored, options, report)
-        manifest = _write(partial, model, processor, report)
+        manifest = _write(partial, source, model, processor, report)
     report("finish", 1, 1)
     return manifest
 
@@ -80,13 +83,11 @@ def _check_room(directory: Path, stored: Mapping[str, StoredTensor], dtype: str)
     check_room(directory.parent, plan.written_bytes(shared) + _RESERVE)
 
 
-def _write(directory: Path, model: BuiltModel, processor: Any, report: Progress) -> Manifest:
+def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, report: Progress) -> Manifest:
     from vkvx.export.build import operator_functions, refer, write_graph, write_metrics
     from vkvx.export.weights import place_weights, plan_weights
 
-    graphs = (model.vision, model.decoder)
-    tensors = list(dict.fromkeys(tensor for graph in graphs for tensor in graph.weights.values()))
-    plan = plan_weights(tensors, model.info.dtype)
+    plan = plan_weights(model.weights, model.info.dtype)
     total, done = plan.written_bytes(), 0
 
     def count(written: int) -> None:
@@ -94,13 +95,14 @@ def _write(directory: Path, model: BuiltModel, processor: Any, report: Progress)
         done += written
         report("weights", done, total)
 
-    places, files = place_weights(plan, tensors, directory, count)
+    places, files = place_weights(plan, model.weights, directory, count)
     report("finish", 0, 1)
     write_metrics(model, directory)
-    for built in graphs:
+    for built in (model.vision, model.decoder):
         refer(built, places, model.info.dtype)
         functions = operator_functions(built, model) if built is model.decoder else []
         write_graph(built.traced.model, directory / built.graph.file, functions)
+    _write_checkpoint(directory, source, places)
     processor.save_pretrained(directory / PROCESSOR)
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -118,6 +120,15 @@ def _write(directory: Path, model: BuiltModel, processor: Any, report: Progress)
     )
     manifest.save(directory)
     return Manifest.load(directory)
+
+
+def _write_checkpoint(directory: Path, source: Source, places: Mapping[StoredTensor, Place]) -> None:
+    """What makes the bundle a checkpoint that transformers can load: the config, and the index of the weights."""
+    copyfile(source.directory / CONFIG_FILE, directory / CONFIG_FILE)
+    total = sum(place.length for place in places.values())
+    files = {tensor.name: place.file for tensor, place in sorted(places.items(), key=lambda item: item[0].name)}
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _load_processor(source: Source) -> Any:

@@ -45,9 +45,14 @@ class Attention:
         text_count: Tensor,
         caches: Sequence[Tensor],
         metrics: Sequence[Sequence[Tensor]],
+        in_place: bool = False,
     ) -> None:
-        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none."""
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none.
+
+        With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
+        """
         self.attributes = attributes
+        self.in_place = in_place
         self.metrics = metrics
         self.indices = indices
         self.visual_count, self.text_count = visual_count, text_count
@@ -57,14 +62,17 @@ class Attention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
         visual, text = self.caches[layer][:4], self.caches[layer][4:]
-        output, *present = torch.ops.vkvx.visual_kv_attention(
+        inputs = (
             *(query, key, value),
             *self.indices,
             *(*visual, self.visual_count, *text, self.text_count),
             *self.metrics[layer],
-            **self.attributes[layer].to_dict(),
         )
-        self.presents[layer] = present
+        attributes = self.attributes[layer].to_dict()
+        if self.in_place:
+            self.presents[layer] = self.caches[layer]
+            return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
+        output, *self.presents[layer] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
         return output
 
 
@@ -97,7 +105,8 @@ class DecoderGraph(nn.Module):
     """The decoder as one function of a call's arrays and the caches; runs eagerly and can be exported.
 
     ``attributes`` holds the operator's attributes of each layer, ``metrics`` the key and value metric of each layer if
-    the quantiser needs them. ``model`` is set to the attention function ``vkvx``.
+    the quantiser needs them. ``model`` is set to the attention function ``vkvx``. With ``in_place`` the caches given
+    are updated and returned, which cannot be exported.
     """
 
     def __init__(
@@ -106,9 +115,12 @@ class DecoderGraph(nn.Module):
         adapter: Adapter,
         attributes: Sequence[OperatorAttributes],
         metrics: Sequence[tuple[Tensor, Tensor]] = (),
+        *,
+        in_place: bool = False,
     ) -> None:
         super().__init__()
         use_attention_function(model)
+        self.in_place = in_place
         self.text_model = adapter.text_model(model)
         self.rotary = adapter.rotary_embedding(model)
         self.head = adapter.head(model)
@@ -135,7 +147,9 @@ class DecoderGraph(nn.Module):
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         embeds = place_embeds(embeds, visual_embeds, visual_index)
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
-        attention = Attention(self.attributes, indices, visual_count, text_count, caches, metrics)
+        attention = Attention(
+            self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place
+        )
         hidden = self.text_model(
             inputs_embeds=embeds, position_ids=position_ids, use_cache=False, vkvx_attention=attention
         ).last_hidden_state

@@ -26,6 +26,8 @@ from vkvx.shaping import rotate
 
 REACH = 4096
 """Positions after a call whose queries count, evenly on a logarithmic scale. (Answers are short, chats are long.)"""
+METRICS_FILE = "vkvx-metrics.safetensors"
+"""In a bundle: FP16 tensors ``key.{layer}`` and ``value.{layer}``, [Hkv, D, D]."""
 FLOOR = 0.1
 """Added to the diagonal, whose mean is 1: the weights say nothing about what the hidden states prefer."""
 

@@ -1,90 +1,87 @@
-"""The torch model as a backend: what a bundle is compared with. Its weights come from the checkpoint."""
+"""Loads torch models: a bundle's own, to serve it, and the checkpoint's, to compare a bundle with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vkvx.errors import ModelError
-from vkvx.export.decoder import DecoderGraph, decoder_inputs
-from vkvx.export.graph import DTYPES
-from vkvx.export.metric import model_metrics
+from vkvx.errors import BundleError, CapacityError, DependencyError, ModelError, OptionError
+from vkvx.export.metric import METRICS_FILE, model_metrics
 from vkvx.export.options import layer_attributes
-from vkvx.export.vision import VisionGraph
+from vkvx.export.torch_backend import TorchBackend
 from vkvx.manifest import Manifest
 from vkvx.models.adapter import Source
-from vkvx.models.checkpoint import read_checkpoint
-from vkvx.runtime.cache import PackedCache
-from vkvx.runtime.layout import Call, place_embeds
+from vkvx.models.checkpoint import CONFIG_FILE, read_checkpoint
+from vkvx.models.registry import resolve
+from vkvx.runtime.backend import PROVIDERS
 
 
-class TorchReference:
-    """Runs the modules that the graphs were traced from, eagerly on the CPU, over a cache in main memory.
+def open_bundle(
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    slots: int,
+    visual_tokens: int,
+    text_tokens: int,
+    provider: str = "auto",
+    threads: int | None = None,
+) -> TorchBackend:
+    """Load the model of a bundle from its weights and ``config.json``.
 
-    It has the interface of :class:`vkvx.runtime.backend.Backend`.
+    ``provider`` is "cpu", "cuda", or "auto": the GPU if there is one. ``threads`` are torch's own on a CPU, for the
+    whole process. Raises OptionError, DependencyError, BundleError, and CapacityError if the GPU is too small.
     """
-
-    limits = None
-
-    def __init__(self, source: Source, manifest: Manifest, *, slots: int, visual_tokens: int, text_tokens: int) -> None:
-        self.manifest = manifest
-        self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens)
-        adapter, info, dtype = source.adapter, manifest.model, DTYPES[manifest.model.dtype]
-        model = load_model(source, dtype)
-        attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
-        metrics: tuple[tuple[Tensor, Tensor], ...] = ()
-        if attributes[0].needs_metrics:
-            found = model_metrics(adapter, model, info)
-            metrics = tuple(zip(found.key, found.value, strict=True))
-        self._decoder = DecoderGraph(model, adapter, attributes, metrics)
-        self._vision = VisionGraph(model, adapter, dtype)
-        self._inputs = decoder_inputs(info, manifest.quantization)
-
-    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns."""
-        names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
-        with torch.no_grad():
-            return _to_numpy(self._vision(*(_to_torch(np.asarray(pixel_inputs[name])) for name in names)))
-
-    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
-        """See :meth:`vkvx.runtime.backend.Backend.place`."""
-        return place_embeds(call, np.concatenate(embeds))
-
-    def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
-        """Run the decoder once: logits FP32 [B, V]; the cache is updated in place."""
-        info, cache = self.manifest.model, self.cache
-        feed = {spec.name: getattr(call, spec.name) for spec in self._inputs if hasattr(call, spec.name)}
-        feed |= {"visual_count": cache.visual_count, "text_count": cache.text_count}
-        feed |= {f"past.{name}": buffer for name, buffer in cache.buffers.items()}
-        arguments = {name: _to_torch(array) for name, array in feed.items()}
-        shape, dtype = (*call.visual_index.shape, info.hidden_size), DTYPES[info.dtype]
-        arguments["visual_embeds"] = (
-            torch.zeros(shape, dtype=dtype) if visual_embeds is None else _to_torch(visual_embeds).to(dtype)
+    device = choose_device(provider)
+    if threads is not None:
+        if threads < 1:
+            raise OptionError(f"threads (--threads) must be at least 1, got {threads}")
+        if device == "cuda":
+            raise OptionError("threads (--threads) have no effect on a GPU; leave them out, or give --provider cpu")
+        torch.set_num_threads(threads)
+    if not (bundle / CONFIG_FILE).is_file():
+        raise BundleError(
+            f"{bundle} holds no {CONFIG_FILE}, which older exports left out and torch needs; export the model again, "
+            "or give --backend onnxruntime"
         )
-        with torch.no_grad():
-            logits, visual_count, text_count, *presents = self._decoder(
-                *(arguments[spec.name] for spec in self._inputs)
-            )
-        for buffer, present in zip(cache.buffers.values(), presents, strict=True):
-            _to_torch(buffer).copy_(present)
-        inline = np.count_nonzero(call.visual_index >= 0, axis=1)
-        cache.commit(call.slot, visual_count.numpy(), text_count.numpy(), inline)
-        return logits.numpy()
+    try:
+        source = resolve(bundle.absolute())
+        check_same_model(source, manifest)
+        model = load_model(source, getattr(torch, manifest.model.dtype))
+    except ModelError as error:
+        raise BundleError(f"torch cannot load the model of {bundle}: {error}") from error
+    try:
+        model = model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(f"the GPU has no room for the weights of {bundle}; give --provider cpu") from error
+    metrics = _read_metrics(bundle, manifest, device) if _needs_metrics(manifest) else ()
+    capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
+    return TorchBackend(model, source.adapter, manifest, metrics, **capacity)
 
 
 def load_reference(
-    source: Source, manifest: Manifest, *, slots: int = 1, visual_tokens: int = 0, text_tokens: int = 1
-) -> TorchReference:
+    source: Source,
+    manifest: Manifest,
+    *,
+    slots: int = 1,
+    visual_tokens: int = 0,
+    text_tokens: int = 1,
+    device: str = "cpu",
+) -> TorchBackend:
     """Load the checkpoint ``source`` to run as the bundle of ``manifest`` does; capacities are those of a cache slot.
 
     Raises ModelError if the checkpoint is another model than the bundle's.
     """
     check_same_model(source, manifest)
-    return TorchReference(source, manifest, slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens)
+    model = load_model(source, getattr(torch, manifest.model.dtype)).to(device)
+    metrics: tuple[tuple[Tensor, Tensor], ...] = ()
+    if _needs_metrics(manifest):
+        found = model_metrics(source.adapter, model, manifest.model)
+        metrics = tuple(zip(found.key, found.value, strict=True))
+    capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
+    return TorchBackend(model, source.adapter, manifest, metrics, **capacity)
 
 
 def check_same_model(source: Source, manifest: Manifest) -> None:
@@ -117,16 +114,30 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _to_torch(array: np.ndarray) -> Tensor:
-    """A tensor on the array's memory."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def choose_device(provider: str) -> str:
+    """cpu or cuda, as :func:`open_bundle` takes ``provider``. Raises OptionError and DependencyError."""
+    if provider not in PROVIDERS:
+        raise OptionError(f"unknown provider '{provider}' (--provider): give one of {', '.join(PROVIDERS)}")
+    available = torch.cuda.is_available()
+    if provider == "cuda" and not available:
+        raise DependencyError(
+            "torch finds no CUDA device; give provider='cpu' (--provider cpu), or install a build of torch with CUDA"
+        )
+    return "cuda" if available and provider != "cpu" else "cpu"
 
 
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    if tensor.dtype is torch.bfloat16:
-        import ml_dtypes
+def _needs_metrics(manifest: Manifest) -> bool:
+    return layer_attributes(manifest.quantization, 1.0)[0].needs_metrics
 
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+
+def _read_metrics(bundle: Path, manifest: Manifest, device: str) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Key and value metric of each layer, FP16 [Hkv, D, D], as exported."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = bundle / METRICS_FILE
+    try:
+        stored = load_file(path, device)
+        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in range(manifest.layers))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise BundleError(f"cannot read {path} ({error}); export the model again") from error

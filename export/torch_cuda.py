@@ -14,9 +14,8 @@ from torch import Tensor
 
 from vkvx.export.operator import INPUTS, OperatorAttributes
 from vkvx.plugins import build
-from vkvx.plugins.library import CORRECTIONS, DTYPES, QUANTIZERS, Library, Params
+from vkvx.plugins.library import CORRECTIONS, DTYPES, MAX_HEAD_DIM, QUANTIZERS, Library, Params
 
-MAX_HEAD_DIM = 256
 _WORKSPACES: dict[tuple[int, int], Tensor] = {}
 """By device and stream: zero before the first use, and shared by all layers."""
 _OUTGROWN: list[Tensor] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from vkvx.errors import ModelError
 
+CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ITEM_BYTES = {

@@ -15,6 +15,8 @@ ABI_VERSION = 1
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 QUANTIZERS = {"minmax": 0, "quantile": 1, "shrink": 2, "lloyd": 3}
 CORRECTIONS = {"none": 0, "affine": 1, "expected": 2}
+MAX_HEAD_DIM = 256
+"""The widest head that the kernels take."""
 KERNELS = {"auto": 0, "plain": 1, "codes": 2, "planes": 3, "prefill": 4}
 _BAD_ARGUMENT, _UNSUPPORTED = 1, 2
 

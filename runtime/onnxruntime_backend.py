@@ -79,6 +79,7 @@ class OnnxRuntimeBackend:
     provider, by default the physical cores that the process may use.
     """
 
+    name = "onnxruntime"
     limits = None
 
     def __init__(

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from vkvx.errors import InputError, OptionError
 from vkvx.manifest import Manifest, Progress
-from vkvx.runtime.backend import Backend, open_backend
+from vkvx.runtime.backend import Backend, choose_backend, open_backend
 from vkvx.runtime.conversation import Conversation
 from vkvx.runtime.generation import Chunk, Generation, Request, run
 from vkvx.runtime.processor import Message, Picture, Processor
@@ -26,19 +26,25 @@ Pictures = Picture | Sequence[Picture] | None
 
 
 class Session:
-    """A bundle with a cache of ``slots`` sequences. Make one with :meth:`load`; use it from one thread."""
+    """A bundle with a cache of ``slots`` sequences. Make one with :meth:`load`; use it from one thread.
 
-    def __init__(self, manifest: Manifest, backend: Backend, processor: Processor) -> None:
+    ``backend.name`` and ``backend.provider`` say what runs it and where, ``backend_reason`` why.
+    """
+
+    def __init__(
+        self, manifest: Manifest, backend: Backend, processor: Processor, backend_reason: str = "it was asked for"
+    ) -> None:
         self.manifest = manifest
         self.backend = backend
         self.processor = processor
+        self.backend_reason = backend_reason
 
     @classmethod
     def load(
         cls,
         bundle: str | Path,
         *,
-        backend: str = "onnxruntime",
+        backend: str = "auto",
         provider: str = "auto",
         slots: int = 1,
         visual_tokens: int | None = None,
@@ -50,10 +56,12 @@ class Session:
         """Open a bundle directory.
 
         ``visual_tokens`` and ``text_tokens`` are what a slot has room for: by default four pictures (2048 visual tokens
-        where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``provider`` is "cpu",
-        "cuda" or "auto". ``verify`` compares the SHA-256 of each file with the manifest.
+        where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
+        "onnxruntime", "torch", or "auto": torch on a GPU with the CUDA kernels, elsewhere onnxruntime. ``provider`` is
+        "cpu", "cuda" or "auto". ``threads`` are those of a CPU. ``verify`` compares the SHA-256 of each file with the
+        manifest.
 
-        Raises BundleError, OptionError, DependencyError.
+        Raises BundleError, OptionError, DependencyError, CapacityError.
         """
         directory = Path(bundle)
         manifest = Manifest.load(directory)
@@ -72,6 +80,9 @@ class Session:
             visual_tokens = groups * size
         if text_tokens is None:
             text_tokens = min(model.max_positions, DEFAULT_TEXT_TOKENS)
+        reason = "it was asked for"
+        if backend == "auto":
+            backend, reason = choose_backend(directory, manifest, provider, threads)
         opened = open_backend(
             backend,
             directory,
@@ -82,7 +93,7 @@ class Session:
             provider=provider,
             threads=threads,
         )
-        return cls(manifest, opened, Processor(directory, manifest))
+        return cls(manifest, opened, Processor(directory, manifest), reason)
 
     @overload
     def generate(

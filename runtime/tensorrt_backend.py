@@ -24,6 +24,26 @@ from vkvx.runtime.layout import CALL_INPUTS, Call
 from vkvx.runtime.tensorrt_engine import Engines, open_engines
 
 
+def open_tensorrt(bundle: Path, manifest: Manifest, **options: Any) -> TensorRTBackend:
+    """Open the engines of TensorRT; see :func:`vkvx.runtime.backend.open_backend`."""
+    return _open("tensorrt", bundle, manifest, **options)
+
+
+def open_rtx(bundle: Path, manifest: Manifest, **options: Any) -> TensorRTBackend:
+    """Open the engines of TensorRT for RTX; see :func:`vkvx.runtime.backend.open_backend`."""
+    return _open("rtx", bundle, manifest, **options)
+
+
+def _open(
+    name: str, bundle: Path, manifest: Manifest, *, provider: str, threads: int | None, **capacity: int
+) -> TensorRTBackend:
+    if provider == "cpu":
+        raise OptionError(f"backend '{name}' runs on a GPU, not with provider='cpu' (--provider cpu)")
+    if threads is not None:
+        raise OptionError("threads (--threads) have no effect on a GPU; leave them out, or give --provider cpu")
+    return TensorRTBackend(bundle, manifest, name=name, **capacity)
+
+
 class TensorRTBackend:
     """Engines of a bundle with a cache of their own. See :class:`vkvx.runtime.backend.Backend`.
 
@@ -33,6 +53,8 @@ class TensorRTBackend:
     Raises DependencyError (no GPU, no TensorRT, no cuda-python), EngineError (engines missing, damaged, or for another
     bundle, GPU or TensorRT), CapacityError (a cache that the engines do not take, or too little GPU memory).
     """
+
+    provider = "cuda"
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vkvx.runtime.sampling import GenerationOptions
     from vkvx.runtime.session import Session
 
+BACKENDS = ("auto", "onnxruntime", "torch", "tensorrt", "rtx")
 PROVIDERS = ("auto", "cpu", "cuda")
 
 
@@ -32,7 +33,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--provider", choices=PROVIDERS, default="auto", help="of onnxruntime (default: auto)")
+    machine.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="auto: engines of `vkvx build` for this GPU, torch on a GPU with `vkvx plugin build`, else onnxruntime",
+    )
+    machine.add_argument("--provider", choices=PROVIDERS, default="auto", help="where to run (default: auto)")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
     machine.add_argument("--max-visual-tokens", type=int, metavar="N", help="room in the cache for visual tokens")
     machine.add_argument("--max-text-tokens", type=int, metavar="N", help="room in the cache for text tokens")
@@ -61,6 +68,7 @@ def load_session(args: argparse.Namespace, visual_tokens: int | None = None, tex
     with terminal.Progress(args.verb, announce=False) as progress:
         return Session.load(
             args.bundle,
+            backend=args.backend,
             provider=args.provider,
             visual_tokens=visual_tokens if args.max_visual_tokens is None else args.max_visual_tokens,
             text_tokens=text_tokens if args.max_text_tokens is None else args.max_text_tokens,
@@ -101,6 +109,9 @@ def figures(session: Session, conversation: Conversation) -> dict[str, Any]:
             "tokens_per_second": last.tokens_per_second,
         }
     return {
+        "backend": session.backend.name,
+        "provider": session.backend.provider,
+        "backend_reason": session.backend_reason,
         **answer,
         "visual_tokens": visual_tokens,
         "visual_bytes": visual_bytes,
@@ -132,4 +143,5 @@ def figure_lines(found: dict[str, Any]) -> list[str]:
         f"{found['text_tokens']} text tokens in {size(found['text_bytes'])};"
         f" cache in use {size(found['cache_bytes_used'])} of {size(found['cache_bytes_allocated'])}"
     )
+    lines.append(f"ran in {found['backend']} on {found['provider']}: {found['backend_reason']}")
     return lines
