@@ -73,8 +73,13 @@ def open_backend(
     text_tokens: int,
     provider: str = "auto",
     threads: int | None = None,
+    verify: bool = True,
 ) -> Backend:
-    """Open a bundle in a backend by name. Raises OptionError, DependencyError, BundleError, CapacityError."""
+    """Open a bundle in a backend by name.
+
+    ``verify`` has an effect on engines only: their files are compared with their SHA-256, and they have to reproduce
+    the golden sample. Raises OptionError, DependencyError, BundleError, EngineError, CapacityError.
+    """
     if name not in BACKENDS:
         raise OptionError(f"unknown backend '{name}' (--backend): give one of auto, {', '.join(BACKENDS)}")
     module, function = _HOMES[name]
@@ -82,15 +87,10 @@ def open_backend(
         opener = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
         raise missing(error.name or name) from error
-    return opener(
-        bundle,
-        manifest,
-        slots=slots,
-        visual_tokens=visual_tokens,
-        text_tokens=text_tokens,
-        provider=provider,
-        threads=threads,
-    )
+    options: dict[str, Any] = {"provider": provider, "threads": threads}
+    if name in ENGINE_BACKENDS:
+        options["verify"] = verify
+    return opener(bundle, manifest, slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, **options)
 
 
 def choose_backend(
@@ -113,6 +113,14 @@ def choose_backend(
     if against is None:
         return "torch", "; ".join([*reasons, "there is a GPU, and libvkvx is built"])
     return "onnxruntime", "; ".join([*reasons, against])
+
+
+def engine_limits(bundle: Path, backend: str) -> Limits:
+    """The most that the engines of a bundle take on the GPU of this machine. Raises DependencyError, EngineError."""
+    from vkvx.runtime.device import Device
+    from vkvx.runtime.tensorrt_engine import find_engines
+
+    return find_engines(bundle, backend, Device().compute_capability)[1].limits
 
 
 def _engines_for(bundle: Path) -> tuple[str | None, str | None]:

@@ -211,7 +211,7 @@ def _may_start(backend: Backend, request: Request, starting: Sequence[Request], 
     if request.owns_slot and not backend.cache.free_slots:
         return False
     limits = backend.limits
-    if limits is not None and len(live) + len(starting) >= limits.batch_size:
+    if limits is not None and len(starting) >= limits.batch_size:
         return False
     longest = max(len(one.prepared.token_ids) for one in (request, *starting))
     return not starting or longest * (len(starting) + 1) <= _PREFILL_POSITIONS

@@ -16,6 +16,7 @@ import numpy as np
 
 from vkvx.errors import CapacityError, EngineError, OptionError
 from vkvx.manifest import ITEM_BYTES, Manifest, Progress
+from vkvx.runtime import golden
 from vkvx.runtime.cache import PackedCache, Shape, numpy_dtype
 from vkvx.runtime.call_plan import COUNTS, CallPlan, cache_buffers, check_cache, embed_copies, pack, plan_call
 from vkvx.runtime.device import Device, DeviceArray, DeviceStorage, Graph, PinnedMemory
@@ -35,13 +36,16 @@ def open_rtx(bundle: Path, manifest: Manifest, **options: Any) -> TensorRTBacken
 
 
 def _open(
-    name: str, bundle: Path, manifest: Manifest, *, provider: str, threads: int | None, **capacity: int
+    name: str, bundle: Path, manifest: Manifest, *, provider: str, threads: int | None, verify: bool, **capacity: int
 ) -> TensorRTBackend:
     if provider == "cpu":
         raise OptionError(f"backend '{name}' runs on a GPU, not with provider='cpu' (--provider cpu)")
     if threads is not None:
         raise OptionError("threads (--threads) have no effect on a GPU; leave them out, or give --provider cpu")
-    return TensorRTBackend(bundle, manifest, name=name, **capacity)
+    backend = TensorRTBackend(bundle, manifest, name=name, verify=verify, **capacity)
+    if verify:
+        backend.golden = golden.check(backend, [backend.engines.directory, bundle])
+    return backend
 
 
 class TensorRTBackend:
@@ -70,6 +74,8 @@ class TensorRTBackend:
         progress: Progress | None = None,
     ) -> None:
         self.name = name
+        self.golden = "not checked"
+        """What the golden sample said."""
         self.manifest = manifest
         self.device = Device(gpu)
         self.engines: Engines = open_engines(bundle, name, self.device, verify=verify, progress=progress)

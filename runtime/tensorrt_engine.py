@@ -14,7 +14,8 @@ from vkvx.errors import EngineError
 from vkvx.manifest import Progress
 from vkvx.runtime.device import Device, DeviceArray
 from vkvx.runtime.engine_manifest import DECODER, VISION, EngineManifest, engine_directories
-from vkvx.runtime.tensorrt_library import Log, load_library
+from vkvx.runtime.tensorrt_library import load
+from vkvx.runtime.tensorrt_log import Log
 
 _loaded_plugins: dict[str, str] = {}
 """SHA-256 of each plugin library that this process has loaded, by the TensorRT module it was registered with: a
@@ -80,8 +81,9 @@ def open_engines(
     """
     directory, manifest = find_engines(bundle, backend, device.compute_capability)
     manifest.check_bundle(bundle)
-    library = load_library(backend)
-    check_version(manifest, str(library.__version__), directory)
+    loaded = load(backend, has_gpu=True)
+    check_version(manifest, loaded.version, directory)
+    library = loaded.module
     if verify:
         manifest.verify(directory, progress)
     log = Log(library)
