@@ -11,8 +11,8 @@ from typing import Any
 
 from vkvx.errors import InputError
 from vkvx.evaluation import plots
-from vkvx.export.storage import write_file
 from vkvx.packages import missing
+from vkvx.storage import write_file
 
 FORMAT, VERSION = "vkvx-eval", 1
 """Result documents that the page can be made from."""

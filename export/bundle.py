@@ -14,12 +14,12 @@ from vkvx import __version__
 from vkvx.errors import ModelError
 from vkvx.export.operator import VERSION
 from vkvx.export.options import ExportOptions
-from vkvx.export.storage import check_output, check_room, new_directory
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.adapter import Source
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.packages import missing
+from vkvx.storage import check_output, check_room, new_directory
 
 if TYPE_CHECKING:
     from vkvx.export.build import BuiltModel

@@ -21,9 +21,9 @@ from vkvx.export import (
     operator,
     torch_op,  # noqa: F401 (registers the operator)
 )
-from vkvx.export.opset import lower_opset
 from vkvx.export.schema import operator_schema
 from vkvx.manifest import TensorSpec
+from vkvx.opset import lower_opset
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int32": torch.int32}
 IR_DTYPES = {

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from vkvx.export.operator import INPUTS, OperatorAttributes
+from vkvx.export.operator import OperatorAttributes
 from vkvx.plugins import build
 from vkvx.plugins.library import CORRECTIONS, DTYPES, MAX_HEAD_DIM, QUANTIZERS, Library, Params
 
@@ -89,7 +89,7 @@ def _params(tensors: dict[str, Tensor], attributes: OperatorAttributes, output: 
         text_entries=tensors["text_index"].shape[1],
         key_bits=a.key_bits,
         value_bits=a.value_bits,
-        quantizer=QUANTIZERS.get(a.quantizer, QUANTIZERS["lloyd"]),  # one without a kernel has no work: see takes()
+        quantizer=QUANTIZERS[a.quantizer],
         correction=CORRECTIONS[a.score_correction],
         quantile_alpha_key=a.quantile_alpha_key,
         quantile_alpha_value=a.quantile_alpha_value,
@@ -99,7 +99,7 @@ def _params(tensors: dict[str, Tensor], attributes: OperatorAttributes, output: 
         correction_limit=a.correction_limit,
         scale=a.scale,
         output=output.data_ptr(),
-        **{t.name: _address(tensors[t.name]) for t in INPUTS},
+        **{t.name: _address(tensors[t.name]) for t in a.inputs},
     )
     for name in ("query", "key", "value"):
         getattr(params, f"{name}_stride")[:] = tensors[name].stride()[:3]

@@ -1,28 +1,50 @@
-"""Builds ``libvkvx`` with CMake and nvcc, and finds the one that was built.
+"""Builds ``libvkvx`` and the TensorRT plugins with CMake and nvcc, and finds what was built.
 
 A build is kept in a folder named by the hash of its sources, so that a changed source or another set of architectures
-never meets an old library. ``VKVX_LIBRARY`` names a library to use instead.
+never meets an old library. The variables of ``OVERRIDES`` name libraries to use instead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from vkvx.errors import DependencyError, OptionError, StorageError
 
 SOURCES = Path(__file__).parent
 LIBRARY = "libvkvx.so"
-OVERRIDE = "VKVX_LIBRARY"
+TENSORRT = "libvkvx_tensorrt.so"
+"""The plugin of TensorRT 10.3 and newer, TensorRT 11 and TensorRT for RTX."""
+TENSORRT8 = "libvkvx_tensorrt8.so"
+"""The plugin of TensorRT 8.6."""
+KERNELS = "libvkvx_kernels.a"
+OVERRIDES = {
+    LIBRARY: "VKVX_LIBRARY",
+    TENSORRT: "VKVX_TENSORRT_LIBRARY",
+    TENSORRT8: "VKVX_TENSORRT8_LIBRARY",
+}
 CACHE = "VKVX_CACHE"
+HEADERS = "TENSORRT_ROOT"
+NO_HEADERS = (
+    f"the headers of TensorRT are missing; set {HEADERS} to the folder of TensorRT, install its development package, "
+    "or `pip install --no-deps kernel-lens`, which holds them"
+)
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 """Compute capabilities, without the dot, that ``all`` stands for."""
-_PATTERNS = ("CMakeLists.txt", "vkvx.h", "kernels/*.cuh", "source/*")
+_PATTERNS = ("CMakeLists.txt", "vkvx.h", "kernels/*.cuh", "source/*", "tensorrt/*")
+_SYSTEM_FOLDERS = (
+    *(f"/usr/include/{machine}-linux-gnu" for machine in ("x86_64", "aarch64")),
+    *("/usr/include", "/usr/local/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include"),
+)
 
 
 def cache_folder() -> Path:
@@ -67,17 +89,57 @@ def resolve_architectures(given: str) -> list[str]:
     return sorted(set(chosen), key=int)
 
 
-def find_library() -> Path | None:
-    """The library to load: ``$VKVX_LIBRARY``, else the newest build of these sources; None if there is none.
+def find_library(name: str = LIBRARY) -> Path | None:
+    """The library to load: the one that its variable in ``OVERRIDES`` names, else the newest build of these sources.
 
-    Raises DependencyError if ``$VKVX_LIBRARY`` names no file.
+    None if there is none. Raises DependencyError if the variable names no file.
     """
-    if given := os.environ.get(OVERRIDE):
+    override = OVERRIDES[name]
+    if given := os.environ.get(override):
         if not Path(given).is_file():
-            raise DependencyError(f"{OVERRIDE} names {given}, which is no file; unset it or give the path of {LIBRARY}")
+            raise DependencyError(f"{override} names {given}, which is no file; unset it or give the path of {name}")
         return Path(given)
-    builds = [path for path in cache_folder().glob(f"{source_hash()}-*/{LIBRARY}") if path.is_file()]
+    builds = [path for path in cache_folder().glob(f"{source_hash()}-*/{name}") if path.is_file()]
     return max(builds, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def find_headers(given: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder of ``NvInferRuntime.h``: under the given folder, else ``$TENSORRT_ROOT``, the system's, kernel-lens.
+
+    The pip package kernel-lens holds the headers of TensorRT 10. None if there are none.
+    Raises DependencyError if the folder that was given, or ``$TENSORRT_ROOT``, has none.
+    """
+    named = given or os.environ.get(HEADERS)
+    if named:
+        root = Path(named)
+        folders = (root, root / "include", *(root / "include" / f"{m}-linux-gnu" for m in ("x86_64", "aarch64")))
+    else:
+        spec = importlib.util.find_spec("kernel_lens")
+        packages = spec.submodule_search_locations or [] if spec else []
+        folders = (*map(Path, _SYSTEM_FOLDERS), *(Path(folder) / "include" / "tensorrt" for folder in packages))
+    found = next((folder for folder in folders if (folder / "NvInferRuntime.h").is_file()), None)
+    if named and found is None:
+        source = "--tensorrt-headers" if given else HEADERS
+        raise DependencyError(f"{source} names {named}, which has no NvInferRuntime.h; give the folder of TensorRT")
+    return found
+
+
+def plugin_of(headers: Path) -> str:
+    """File name of the plugin that is built with these headers; DependencyError for versions without one."""
+    text = (headers / "NvInferVersion.h").read_text()
+    major, minor = (
+        re.search(rf"define (?:NV_TENSORRT|TRT)_{part}(_[A-Z]+)? +(\d+)", text) for part in ("MAJOR", "MINOR")
+    )
+    if not (major and minor):
+        raise DependencyError(f"{headers / 'NvInferVersion.h'} names no version; give the folder of TensorRT's headers")
+    version = int(major[2]), int(minor[2])
+    if major[1] == "_RTX" or version >= (10, 3):
+        return TENSORRT
+    if version[0] == 8 and version >= (8, 6):
+        return TENSORRT8
+    raise DependencyError(
+        f"{headers} has the headers of TensorRT {version[0]}.{version[1]}; give those of 8.6, or of 10.3 or newer"
+    )
 
 
 def build(architectures: str = "native", *, force: bool = False, jobs: int | None = None) -> Path:
@@ -94,28 +156,70 @@ def build(architectures: str = "native", *, force: bool = False, jobs: int | Non
         StorageError: if the cache folder cannot be written.
     """
     chosen = resolve_architectures(architectures)
-    target = cache_folder() / f"{source_hash()}-{'-'.join(chosen)}" / LIBRARY
-    if target.is_file() and not force:
-        return target
+    definitions = {"CMAKE_CUDA_ARCHITECTURES": ";".join(chosen)}
+    return _build(_folder(chosen), (KERNELS, LIBRARY), definitions, force, jobs)
+
+
+def build_plugin(
+    architectures: str = "native", headers: Path | None = None, *, force: bool = False, jobs: int | None = None
+) -> Path:
+    """Build the TensorRT plugin of these headers, and :func:`build` what it links; returns its path.
+
+    Args:
+        architectures, jobs: see :func:`build`.
+        force: build the plugin even if there is one; the kernels are kept.
+        headers: what :func:`find_headers` found; default: call it.
+
+    Raises:
+        DependencyError: also if there are no headers.
+    """
+    headers = headers or find_headers()
+    if headers is None:
+        raise DependencyError(NO_HEADERS)
+    name = plugin_of(headers)
+    folder = _folder(resolve_architectures(architectures))
+    kernels = build(architectures, jobs=jobs).with_name(KERNELS)
+    definitions = {"VKVX_KERNELS": str(kernels), "VKVX_TENSORRT_HEADERS": str(headers.absolute())}
+    return _build(folder, (name,), definitions, force, jobs)
+
+
+def _folder(architectures: list[str]) -> Path:
+    return cache_folder() / f"{source_hash()}-{'-'.join(architectures)}"
+
+
+def _build(target: Path, names: tuple[str, ...], definitions: dict[str, str], force: bool, jobs: int | None) -> Path:
+    """Run CMake with the definitions and move the files of these names to the folder; the path of the last one."""
+    path = target / names[-1]
+    if path.is_file() and not force:
+        return path
     nvcc, cmake = _nvcc(), shutil.which("cmake")
     if cmake is None:
         raise DependencyError("CMake is missing; install it, for example with `pip install cmake`")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="build-", dir=cache_folder())
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {target.parent}: {error.strerror}; name another folder with {CACHE}"
-        ) from error
-    try:
-        definitions = {"CMAKE_CUDA_ARCHITECTURES": ";".join(chosen), "CMAKE_CUDA_COMPILER": nvcc}
-        arguments = [f"-D{name}={value}" for name, value in definitions.items()]
-        _run([cmake, "-S", str(SOURCES), "-B", folder, *arguments])
+    with contextlib.ExitStack() as stack:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(target))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="build-", dir=cache_folder()))
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {target}: {error.strerror}; name another folder with {CACHE}"
+            ) from error
+        if path.is_file() and not force:  # another process built it meanwhile
+            return path
+        definitions = {**definitions, "CMAKE_CUDA_COMPILER": nvcc, "CUDAToolkit_ROOT": str(Path(nvcc).parent.parent)}
+        _run([cmake, "-S", str(SOURCES), "-B", folder, *(f"-D{name}={value}" for name, value in definitions.items())])
         _run([cmake, "--build", folder, "--parallel", str(jobs or os.cpu_count() or 1)])
-        os.replace(Path(folder) / LIBRARY, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return target
+        for name in names:
+            os.replace(Path(folder) / name, target / name)
+    return path
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """While it runs, no other process is in here for the same folder."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _nvcc() -> str:
@@ -134,4 +238,4 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         errors = [line.strip() for line in done.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
         reason = errors[0] if errors else done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output"
-        raise DependencyError(f"`{Path(command[0]).name}` failed to build {LIBRARY}: {reason}")
+        raise DependencyError(f"`{Path(command[0]).name}` failed to build the library: {reason}")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from vkvx.errors import DependencyError, OptionError, VkvxError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-QUANTIZERS = {"minmax": 0, "quantile": 1, "shrink": 2, "lloyd": 3}
+QUANTIZERS = {"minmax": 0, "quantile": 1, "shrink": 2, "lloyd": 3, "shaped": 4}
 CORRECTIONS = {"none": 0, "affine": 1, "expected": 2}
 MAX_HEAD_DIM = 256
 """The widest head that the kernels take."""
@@ -48,7 +48,7 @@ class Params(ctypes.Structure):
             for name in (
                 *("query", "key", "value", "visual_index", "text_index", "slot", "visual_key", "visual_key_params"),
                 *("visual_value", "visual_value_params", "visual_count", "text_key", "text_value", "text_count"),
-                *("output", "workspace"),
+                *("key_metric", "value_metric", "rotation", "output", "workspace"),
             )
         ),
         ("workspace_bytes", c_size_t),

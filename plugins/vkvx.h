@@ -12,11 +12,11 @@
 extern "C" {
 #endif
 
-#define VKVX_ABI_VERSION 1
+#define VKVX_ABI_VERSION 2
 
 enum { VKVX_OK = 0, VKVX_BAD_ARGUMENT = 1, VKVX_UNSUPPORTED = 2, VKVX_WORKSPACE_TOO_SMALL = 3, VKVX_CUDA_ERROR = 4 };
 enum { VKVX_FLOAT16 = 0, VKVX_BFLOAT16 = 1, VKVX_FLOAT32 = 2 };
-enum { VKVX_MINMAX = 0, VKVX_QUANTILE = 1, VKVX_SHRINK = 2, VKVX_LLOYD = 3 };
+enum { VKVX_MINMAX = 0, VKVX_QUANTILE = 1, VKVX_SHRINK = 2, VKVX_LLOYD = 3, VKVX_SHAPED = 4 };
 enum { VKVX_CORRECTION_NONE = 0, VKVX_CORRECTION_AFFINE = 1, VKVX_CORRECTION_EXPECTED = 2 };
 /* Kernels of the attention: the fastest that takes the shape, or a certain one (for tests and measurements). */
 enum { VKVX_AUTO = 0, VKVX_PLAIN = 1, VKVX_CODES = 2, VKVX_PLANES = 3, VKVX_PREFILL = 4 };
@@ -67,6 +67,10 @@ typedef struct VkvxParams {
   void *text_key;
   void *text_value;
   const int32_t *text_count;
+  /* Of VKVX_SHAPED, for calls with visual entries that are to be packed; null otherwise. */
+  const void *key_metric;   /* FP16 [Hkv, D, D] */
+  const void *value_metric; /* FP16 [Hkv, D, D] */
+  const float *rotation;    /* [B, 2, D] */
   void *output; /* [B, Hq, S, D], contiguous */
   void *workspace;
   size_t workspace_bytes;
@@ -77,8 +81,15 @@ int vkvx_abi_version(void);
 /* What the last failed call of this thread complained of; empty after none. */
 const char *vkvx_last_error(void);
 /* Bytes of workspace that vkvx_attention and vkvx_append need for these sizes (pointers and strides are not looked at). The workspace
- * must be zero before its first use; calls leave the part that has to be zero as they found it. Not to be shared by streams. */
+ * must be zero before its first use; calls leave the part that has to be zero as they found it. Not to be shared by streams.
+ * Without a CUDA device: what vkvx_workspace_bound says. */
 int vkvx_workspace_bytes(const VkvxParams *params, size_t *bytes);
+/* Bytes that suffice for these sizes and all smaller ones on any device, if kernel is VKVX_AUTO and splits 0. Smaller calls can need more
+ * than larger ones, as more of their work is done in parts. */
+int vkvx_workspace_bound(const VkvxParams *params, size_t *bytes);
+/* For a workspace that others write to between calls: bytes at its start that have to be zero when vkvx_attention is called with these
+ * params. The rest may hold anything. */
+int vkvx_workspace_zeroed(const VkvxParams *params, size_t *bytes);
 /* output = attention of the call's tokens over what is cached and, causally, over themselves. Reads the caches only. */
 int vkvx_attention(const VkvxParams *params, void *stream);
 /* Quantises and stores the call's visual tokens, stores its text tokens, in place; run it after vkvx_attention on the same stream. */

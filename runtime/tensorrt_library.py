@@ -1,36 +1,232 @@
-"""The TensorRT module of a backend, and its log as one-line errors."""
+"""TensorRT, or TensorRT for RTX, imported when first asked for: its version, what it offers, its log.
+
+Everything that differs between TensorRT 8.6, 10, 11 and RTX when engines are built is said here or in
+``vkvx.runtime.legalise``. Nothing here needs a GPU, except where TensorRT itself does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vkvx.errors import DependencyError, VkvxError
+from vkvx.errors import DependencyError, OptionError
+from vkvx.runtime.engine_manifest import BACKENDS
+
+if TYPE_CHECKING:
+    from vkvx.runtime.legalise import Dialect
 
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-"""Python module of each backend."""
-_PACKAGES = {
-    "tensorrt": "pip install tensorrt (10.9 or newer; on JetPack 6 the system has 8.6)",
-    "rtx": "pip install tensorrt-rtx-cu13",
-}
+PACKAGES = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"}
+NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
+_RTX_LIBRARIES, _RTX_SONAME = "tensorrt_rtx_libs", "libtensorrt_rtx.so"
+PLUGIN_DOMAIN, PLUGIN_NAME, PLUGIN_VERSION = "vkvx", "VisualKVAttention", "1"
+PLUGIN_LIBRARIES = {3: "libvkvx_tensorrt.so", 2: "libvkvx_tensorrt8.so"}
+"""The plugin's file by the interface it implements, IPluginV3 or IPluginV2DynamicExt."""
 
 
-def load_library(backend: str) -> Any:
-    """The module ``tensorrt`` or ``tensorrt_rtx``. Raises DependencyError."""
-    try:
-        return importlib.import_module(MODULES[backend])
-    except ImportError as error:
-        raise DependencyError(
-            f"the backend '{backend}' needs the Python module {MODULES[backend]} ({error}): {_PACKAGES[backend]}"
-        ) from error
-
-
+@dataclass(frozen=True)
 class Library:
-    def __init__(self, module):
-        self.module, self.version = module, str(module.__version__)
+    """An imported TensorRT. ``version`` is as the module says it, for example 1.7.1.116."""
+
+    backend: str
+    module: Any
+    version: str
+
+    @property
+    def name(self) -> str:
+        """Name and version, for people."""
+        return f"{NAMES[self.backend]} {self.version}"
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor version; those of TensorRT for RTX count from 1."""
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(minor)
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it builds engines only for the GPU of the machine."""
+        return self.backend != "rtx"
+
+    @property
+    def is_strongly_typed(self) -> bool:
+        """Whether layers compute in the types of the graph; if not, precisions have to be set."""
+        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    @property
+    def plugin_interface(self) -> int:
+        """3 for IPluginV3 with aliased outputs (TensorRT 10.3 and newer, RTX), else 2."""
+        return 3 if hasattr(self.module.PreviewFeature, "ALIASED_PLUGIN_IO_10_03") else 2
+
+    @property
+    def takes_empty_tensors(self) -> bool:
+        """Whether a profile may hold sizes of 0."""
+        return self.backend == "rtx" or self.release >= (10, 0)
+
+    @property
+    def dialect(self) -> Dialect:
+        """The ONNX that its parser takes."""
+        from vkvx.runtime.legalise import Dialect
+
+        recent = self.backend == "rtx" or self.release >= (10, 0)
+        return Dialect(
+            version=self.version,
+            opset=None if recent else 17,
+            bfloat16=recent,
+            shape_and_reshape_attributes=recent,
+        )
+
+    def builder_flag(self, name: str, option: str) -> Any:
+        """A ``BuilderFlag``; OptionError if the library has none of this name."""
+        flag = getattr(self.module.BuilderFlag, name, None)
+        if flag is None:
+            raise OptionError(f"{self.name} offers no {option}; leave it out, or install a newer TensorRT")
+        return flag
+
+    def precision(self, dtype: str) -> Any:
+        """Its data type for float16, bfloat16, float32, int32, int64 or bool."""
+        types = self.module.DataType
+        names = {"float16": "HALF", "bfloat16": "BF16", "float32": "FLOAT", "int32": "INT32", "int64": "INT64"}
+        return getattr(types, names[dtype])
+
+    def registry(self, builder: Any) -> Any:
+        """The plugin registry that the builder sees."""
+        own = getattr(builder, "get_plugin_registry", None)
+        return own() if own is not None else self.module.get_plugin_registry()
+
+    def logger(self, verbose: bool = False) -> Any:
+        """A logger, see :func:`_make_logger`."""
+        return _make_logger(self.module, verbose)
 
 
-def load(backend, *, has_gpu):
-    return Library(load_library(backend))
+def load(backend: str, *, has_gpu: bool) -> Library:
+    """Import the library of a backend; ``auto`` is TensorRT where there is a GPU and that package, else RTX.
+
+    Raises OptionError for an unknown backend, DependencyError for one that is missing or cannot be loaded.
+    """
+    if backend == "auto":
+        candidates = BACKENDS if has_gpu else ("rtx",)
+        found = [name for name in candidates if util.find_spec(MODULES[name]) is not None]
+        if not found:
+            other = "" if has_gpu or util.find_spec("tensorrt") is None else " (the package tensorrt needs a GPU)"
+            raise DependencyError(
+                f"no TensorRT that can build here{other}; run `pip install tensorrt-rtx-cu13`, which builds without a "
+                "GPU, or `pip install tensorrt` on a machine with one"
+            )
+        backend = found[0]
+    if backend not in BACKENDS:
+        raise OptionError(f"unknown backend '{backend}' (--backend): give one of auto, {', '.join(BACKENDS)}")
+    if backend == "rtx":
+        _name_rtx_library()
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except ModuleNotFoundError as error:
+        if error.name != MODULES[backend]:
+            raise DependencyError(f"{NAMES[backend]} cannot be loaded: {error}") from error
+        raise DependencyError(
+            f"{NAMES[backend]} is not installed; run `pip install {PACKAGES[backend]}`, or choose another --backend"
+        ) from error
+    except (ImportError, OSError) as error:
+        raise DependencyError(f"{NAMES[backend]} cannot be loaded: {error}") from error
+    return Library(backend, module, str(module.__version__))
+
+
+def _name_rtx_library() -> None:
+    """Give the library in the wheel of TensorRT for RTX the name by which its ONNX parser loads it.
+
+    The wheel has ``libtensorrt_rtx.so.1`` only. Without the other name the parser aborts the process when it meets a
+    plugin node.
+    """
+    spec = util.find_spec(_RTX_LIBRARIES)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        link, library = Path(folder) / _RTX_SONAME, Path(folder) / f"{_RTX_SONAME}.1"
+        if not library.is_file() or link.exists():
+            continue
+        try:
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.symlink(library.name, link)
+        except OSError as error:
+            raise DependencyError(
+                f"the package tensorrt-rtx lacks {link}, and it cannot be added ({error.strerror}); "
+                f"run `ln -s {library.name} {link}` with the rights to do so"
+            ) from error
+
+
+@contextlib.contextmanager
+def plugin(library: Library, builder: Any, logger: Any, path: Path) -> Iterator[None]:
+    """Load a plugin library into the registry; it leaves the registry in the end.
+
+    Raises DependencyError if it cannot be loaded, or holds no creator of the operator.
+    """
+    registry = library.registry(builder)
+    logger.clear()
+    handle = registry.load_library(str(path.resolve()))
+    if handle is None:
+        reason = logger.first_error or "no creators in it"
+        raise DependencyError(
+            f"{library.name} cannot load the plugin {path}: {reason}; run `vkvx plugin build`, or give another --plugin"
+        )
+    try:
+        if not _has_creator(registry):
+            raise DependencyError(
+                f"{path} holds no plugin {PLUGIN_NAME} that {library.name} can use; run `vkvx plugin build`, "
+                f"or give --plugin with a {PLUGIN_LIBRARIES[library.plugin_interface]}"
+            )
+        yield
+    finally:
+        registry.deregister_library(handle)
+
+
+def _has_creator(registry: Any) -> bool:
+    # all_creators sees one interface only in some versions, get_creator is missing in others.
+    get = getattr(registry, "get_creator", None) or registry.get_plugin_creator
+    return any(get(PLUGIN_NAME, PLUGIN_VERSION, domain) is not None for domain in (PLUGIN_DOMAIN, ""))
+
+
+def _make_logger(module: Any, verbose: bool) -> Any:
+    """An ``ILogger`` that keeps errors and warnings, and prints everything if ``verbose``."""
+
+    class Logger(module.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            """Called by TensorRT, from any of its threads; must not raise."""
+            if severity <= module.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            elif severity == module.ILogger.Severity.WARNING:
+                self.warnings.append(message)
+            if verbose:
+                print(f"{severity}: {message}", file=sys.stderr, flush=True)
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.warnings.clear()
+
+        @property
+        def first_error(self) -> str | None:
+            """The first error that says something, on one line."""
+            return first_error(self.errors)
+
+    return Logger()
+
+
+_NOISE = ("Cuda Runtime", "catchCudaError", "CUDA initialization failure", "CUDA driver version")
+"""Errors that TensorRT for RTX logs, without consequence, on a machine without a GPU."""
+
+
+def first_error(messages: Sequence[str]) -> str | None:
+    """The first message that is not about the missing GPU, in one line."""
+    for message in messages:
+        if not any(words in message for words in _NOISE):
+            return " ".join(message.split())
+    return None

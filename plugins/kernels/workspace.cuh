@@ -23,8 +23,8 @@ struct Workspace {
   float2* extremes;
   size_t bytes;
 
-  // For decode with this many column tiles and parts at most.
-  Workspace(const VkvxParams& p, int64_t column_tiles, int splits, int columns) {
+  // For decode with this many blocks a part, parts and columns of a block at most.
+  Workspace(const VkvxParams& p, int64_t tiles, int splits, int columns) {
     char* at = static_cast<char*>(p.workspace);
     size_t used = 0;
     auto take = [&](size_t n) {
@@ -32,7 +32,6 @@ struct Workspace {
       used += (n + 255) & ~static_cast<size_t>(255);
       return here;
     };
-    const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles;
     counters = reinterpret_cast<int*>(take(kCounters * sizeof(int)));
     rank = reinterpret_cast<int*>(take(static_cast<size_t>(p.rows) * p.positions * sizeof(int)));
     extremes = reinterpret_cast<float2*>(take(p.correction == VKVX_CORRECTION_AFFINE ? tiles * splits * 8 * sizeof(float2) : 0));
@@ -40,5 +39,21 @@ struct Workspace {
     bytes = used;
   }
 };
+
+// Bytes that suffice for all calls of at most these sizes on any device. Up to kMostProcessors parts are useful; a call of more tiles than that
+// has one part a tile, so tiles times parts is less than tiles + kMostProcessors, and less than twice kMostProcessors if there is more than one.
+constexpr int kMostProcessors = 512;
+
+inline size_t workspace_bound(const VkvxParams& p) {
+  const int columns = 8, positions = p.positions < kMaxDecodePositions ? p.positions : kMaxDecodePositions;
+  const int64_t column_tiles = divide_up(p.query_heads / p.kv_heads * positions, columns);
+  const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles + kMostProcessors, split = 2 * kMostProcessors;
+  VkvxParams none = p;
+  none.correction = VKVX_CORRECTION_NONE;
+  const size_t fixed = Workspace(none, 0, 1, 0).bytes;
+  const size_t extremes = p.correction == VKVX_CORRECTION_AFFINE ? tiles * 8 * sizeof(float2) : 0;
+  const size_t partial = split * partial_floats(columns, p.head_dim) * sizeof(float);
+  return fixed + extremes + partial + 2 * 256;  // what rounding up adds
+}
 
 }  // namespace vkvx

@@ -37,7 +37,8 @@ int check(const VkvxParams* given) {
   if (p.visual_entries < 0 || (!baseline && p.visual_entries % p.group_size)) return bad("visual_entries", p.visual_entries, "a multiple of group_size");
   if (p.text_capacity < 0) return bad("text_capacity", p.text_capacity, "at least 0");
   if (p.text_entries < 0) return bad("text_entries", p.text_entries, "at least 0");
-  if (p.quantizer < VKVX_MINMAX || p.quantizer > VKVX_LLOYD) return bad("quantizer", p.quantizer, "VKVX_MINMAX, VKVX_QUANTILE, VKVX_SHRINK or VKVX_LLOYD");
+  if (p.quantizer < VKVX_MINMAX || p.quantizer > VKVX_SHAPED)
+    return bad("quantizer", p.quantizer, "VKVX_MINMAX, VKVX_QUANTILE, VKVX_SHRINK, VKVX_LLOYD or VKVX_SHAPED");
   if (p.correction < VKVX_CORRECTION_NONE || p.correction > VKVX_CORRECTION_EXPECTED)
     return bad("correction", p.correction, "VKVX_CORRECTION_NONE, VKVX_CORRECTION_AFFINE or VKVX_CORRECTION_EXPECTED");
   if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f)) return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
@@ -55,6 +56,8 @@ int check_call(const VkvxParams& p, size_t needed) {
   if (p.visual_capacity && (!p.visual_key || !p.visual_key_params || !p.visual_value || !p.visual_value_params || !p.visual_count))
     return fail(VKVX_BAD_ARGUMENT, "a tensor of the visual cache is a null pointer");
   if ((p.visual_entries && !p.visual_index) || (p.text_entries && !p.text_index)) return fail(VKVX_BAD_ARGUMENT, "an index is a null pointer");
+  if (p.quantizer == VKVX_SHAPED && p.key_bits != 16 && p.visual_entries && (!p.key_metric || !p.value_metric || !p.rotation))
+    return fail(VKVX_BAD_ARGUMENT, "key_metric, value_metric or rotation is a null pointer; VKVX_SHAPED needs them for calls with visual entries");
   if (p.workspace_bytes < needed || p.workspace == nullptr)
     return fail(VKVX_WORKSPACE_TOO_SMALL, "the workspace has " + std::to_string(p.workspace_bytes) + " bytes; this call needs " + std::to_string(needed));
   return VKVX_OK;
@@ -118,9 +121,29 @@ int vkvx_workspace_bytes(const VkvxParams* params, size_t* bytes) {
   if (const int code = vkvx::check(params)) return code;
   if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
   const vkvx::Device& device = vkvx::current_device();
+  if (device.index < 0) return vkvx_workspace_bound(params, bytes);
   const int kernel = vkvx::attention_kernel(*params, device);
   if (kernel < 0) return VKVX_UNSUPPORTED;
   *bytes = vkvx::attention_workspace(*params, device, kernel);
+  return VKVX_OK;
+}
+
+int vkvx_workspace_bound(const VkvxParams* params, size_t* bytes) {
+  if (const int code = vkvx::check(params)) return code;
+  if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
+  if (params->kernel != VKVX_AUTO || params->splits) return vkvx::fail(VKVX_UNSUPPORTED, "the workspace of any device is known for kernel VKVX_AUTO and 0 splits only");
+  *bytes = vkvx::bound_of_workspace(*params);
+  return VKVX_OK;
+}
+
+int vkvx_workspace_zeroed(const VkvxParams* params, size_t* bytes) {
+  if (const int code = vkvx::check(params)) return code;
+  if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
+  const vkvx::Device& device = vkvx::current_device();
+  if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  const int kernel = vkvx::attention_kernel(*params, device);
+  if (kernel < 0) return VKVX_UNSUPPORTED;
+  *bytes = kernel == VKVX_CODES || kernel == VKVX_PLANES ? vkvx::decode_zeroed(*params, device, kernel) : 0;
   return VKVX_OK;
 }
 
@@ -144,6 +167,8 @@ int vkvx_append(const VkvxParams* params, void* stream) {
   if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
   if (params->rows == 0 || params->positions == 0) return VKVX_OK;
   if (const int code = vkvx::check_call(*params, vkvx::plain_workspace(*params))) return code;
+  if (params->quantizer == VKVX_SHAPED && params->key_bits != 16 && params->visual_entries)
+    return vkvx::fail(VKVX_UNSUPPORTED, "the kernels do not store pictures with VKVX_SHAPED; give another quantizer");
   return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
 }
 }

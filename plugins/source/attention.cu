@@ -9,6 +9,12 @@ namespace {
 
 int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p.positions; }
 
+// Blocks that a decode needs for each part: as decode_codes and decode_planes launch them.
+int64_t tiles_of(const VkvxParams& p, int kernel) {
+  const int columns = kernel == VKVX_PLANES ? planes_columns(p) : 8;
+  return static_cast<int64_t>(p.rows) * p.kv_heads * divide_up(queries_of_head(p), columns);
+}
+
 }  // namespace
 
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]) {
@@ -36,11 +42,21 @@ int choose_kernel(const VkvxParams& p, const Device& device) {
 }
 
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
-  const int columns = 8, queries = queries_of_head(p);
-  const int64_t column_tiles = kernel == VKVX_PLANES ? queries : divide_up(queries, columns);
-  const int64_t tiles = p.rows * static_cast<int64_t>(p.kv_heads) * column_tiles;
-  return Workspace(p, column_tiles, choose_splits(p, tiles, device.processors), columns).bytes;
+  const int64_t tiles = tiles_of(p, kernel);
+  return Workspace(p, tiles, choose_splits(p, tiles, device.processors), 8).bytes;
 }
+
+size_t decode_zeroed(const VkvxParams& p, const Device& device, int kernel) {
+  const int64_t tiles = tiles_of(p, kernel);
+  return choose_splits(p, tiles, device.processors) > 1 ? tiles * sizeof(int) : 0;
+}
+
+int planes_columns(const VkvxParams& p) {
+  const int queries = queries_of_head(p);
+  return p.key_bits > 1 || queries == 1 ? 1 : queries == 2 ? 2 : 4;
+}
+
+size_t bound_of_workspace(const VkvxParams& p) { return workspace_bound(p); }
 
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {
   if (kernel == VKVX_PLANES) return decode_planes(p, device, stream);

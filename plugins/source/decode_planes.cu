@@ -14,11 +14,12 @@ int launch(const VkvxParams& p, const Device& device, cudaStream_t stream) {
 }  // namespace
 
 int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream) {
-  const int queries = p.query_heads / p.kv_heads * p.positions;
-  if (p.key_bits == 1 && p.value_bits == 1) {
-    if (queries == 1) return launch<1, 1, 1>(p, device, stream);
-    if (queries == 2) return launch<1, 1, 2>(p, device, stream);
-    return launch<1, 1, 4>(p, device, stream);
+  if (p.key_bits == 1) {
+    switch (planes_columns(p)) {
+      case 1: return launch<1, 1, 1>(p, device, stream);
+      case 2: return launch<1, 1, 2>(p, device, stream);
+      default: return launch<1, 1, 4>(p, device, stream);
+    }
   }
   if (p.key_bits == 2) return launch<2, 2, 1>(p, device, stream);
   return launch<4, 4, 1>(p, device, stream);

@@ -23,6 +23,8 @@ const Device& current_device();
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel);
 int choose_kernel(const VkvxParams& p, const Device& device);
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel);
+size_t decode_zeroed(const VkvxParams& p, const Device& device, int kernel);  // bytes at its start that have to be zero
+int planes_columns(const VkvxParams& p);                                      // query vectors that a block of `planes` takes
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream);
 
 template <int kDim>
@@ -37,6 +39,7 @@ bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for cop
 bool prefill_takes(const VkvxParams& p, const Device& device);
 int prefill(const VkvxParams& p, cudaStream_t stream);
 
+size_t bound_of_workspace(const VkvxParams& p);  // of all kernels, these sizes and smaller ones, any device
 size_t plain_workspace(const VkvxParams& p);
 int plain(const VkvxParams& p, cudaStream_t stream);
 

@@ -24,7 +24,7 @@ DecodePlan plan_decode(const VkvxParams& p, const Device& device) {
   plan.lookahead = lookahead_of<Engine>();
   const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * plan.column_tiles;
   plan.splits = choose_splits(p, tiles, device.processors);
-  const Workspace workspace(p, plan.column_tiles, plan.splits, plan.columns);
+  const Workspace workspace(p, tiles, plan.splits, plan.columns);
   plan.arrived = workspace.counters;
   plan.partial = workspace.partial;
   plan.extremes = workspace.extremes;

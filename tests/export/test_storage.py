@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vkvx.errors import ModelError, StorageError
-from vkvx.export.storage import check_output, check_room, new_directory
+from vkvx.storage import check_output, check_room, new_directory
 
 BUNDLE = '{"format": "vkvx-bundle"}'
 
@@ -155,7 +155,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     """SIGKILL leaves the older bundle as it was; what the next export leaves is complete."""
     target = bundle_at(tmp_path / "out")
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom vkvx.export.storage import new_directory\n"
+        "import sys, time\nfrom pathlib import Path\nfrom vkvx.storage import new_directory\n"
         "with new_directory(Path(sys.argv[1]), True) as partial:\n"
         "    (partial / 'vkvx.json').write_text('half')\n    print('ready', flush=True)\n    time.sleep(60)"
     )

@@ -158,7 +158,7 @@ def test_damage_that_verify_sees(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     (tmp_path / "vision.engine").write_bytes(b"Vision")
     EngineManifest.load(tmp_path)
-    with pytest.raises(EngineError, match="vision.engine differs"):
+    with pytest.raises(EngineError, match=r"vision\.engine differs"):
         manifest.verify(tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_no_directory_and_no_json(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="vkvx build"):
         EngineManifest.load(tmp_path)
     (tmp_path / FILE_NAME).write_bytes(b"\xff{")
-    with pytest.raises(EngineError, match="no(t valid JSON| engine)"):
+    with pytest.raises(EngineError, match="not valid JSON"):
         EngineManifest.load(tmp_path)
 
 

@@ -23,7 +23,8 @@ needs_nvcc = pytest.mark.skipif(NVCC is None or shutil.which("cmake") is None, r
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for builds."""
     monkeypatch.setenv(build.CACHE, str(tmp_path / "cache"))
-    monkeypatch.delenv(build.OVERRIDE, raising=False)
+    for name in build.OVERRIDES.values():
+        monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"
 
 
@@ -67,7 +68,7 @@ def test_a_build_is_found_by_the_hash_of_its_sources(cache: Path, monkeypatch: p
 
 def test_the_library_can_be_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "own.so"
-    monkeypatch.setenv(build.OVERRIDE, str(own))
+    monkeypatch.setenv(build.OVERRIDES[build.LIBRARY], str(own))
     with pytest.raises(DependencyError, match=r"VKVX_LIBRARY names .*own\.so"):
         build.find_library()
     own.touch()

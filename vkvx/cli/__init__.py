@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vkvx import __version__, packages
-from vkvx.cli import bench, chat, doctor, eval, export, inspect, plugin, run, terminal, validate
+from vkvx.cli import bench, build, chat, doctor, eval, export, inspect, plugin, run, terminal, validate
 from vkvx.errors import OptionError, StorageError, VkvxError
 
 EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141
 """Done; a check failed; the user can mend it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
 
-VERBS = (export, run, chat, validate, bench, eval, inspect, plugin, doctor)
+VERBS = (export, build, run, chat, validate, bench, eval, inspect, plugin, doctor)
 
 _EPILOG = """\
 example:

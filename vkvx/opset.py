@@ -14,8 +14,8 @@ _EXTENDED = {"ScatterND": "reduction", "ScatterElements": "reduction", "Split": 
 
 
 def lower_opset(model: ir.Model) -> None:
-    """Convert in place. Raises ModelError if a node needs what only opset 18 has."""
-    for node in model.graph:
+    """Convert in place, graphs inside nodes too. Raises ModelError if a node needs what only opset 18 has."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain:
             continue
         if not onnx.defs.has(node.op_type, max_inclusive_version=OLD):

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from vkvx.errors import StorageError
@@ -20,26 +21,40 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RUST_FULL = tuple(f"os error {number}" for number in _FULL)
 
 
-def check_output(target: Path, force: bool) -> None:
-    """Raise StorageError unless ``target`` is free or, with ``force``, a bundle or an empty directory."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of directory: what it is called, the manifest by which one that may be replaced is known, and what to do
+    where it cannot be written."""
+
+    noun: str
+    manifest: str
+    format: str
+    remedy: str
+
+
+BUNDLE = Kind("bundle", FILE_NAME, FORMAT, "give another --output")
+
+
+def check_output(target: Path, force: bool, kind: Kind = BUNDLE) -> None:
+    """Raise StorageError unless ``target`` is free or, with ``force``, of its kind or an empty directory."""
     if not target.parent.is_dir():
-        raise StorageError(f"{target.parent} is no directory; create it, or give another --output")
+        raise StorageError(f"{target.parent} is no directory; create it, or {kind.remedy}")
     if target.is_symlink():
-        raise StorageError(f"{target} is a link; remove it, or give --output with what it points to")
+        raise StorageError(f"{target} is a link; remove it, or {kind.remedy}")
     if not target.exists():
         return
-    if not target.is_dir() or not (_is_bundle(target) or not any(target.iterdir())):
-        raise StorageError(f"{target} exists and is no bundle; it is never replaced, give another --output")
+    if not target.is_dir() or not (_is_of(kind, target) or not any(target.iterdir())):
+        raise StorageError(f"{target} exists and is no {kind.noun}; it is never replaced, {kind.remedy}")
     if not force:
-        raise StorageError(f"{target} exists; give --force to replace it, or another --output")
+        raise StorageError(f"{target} exists; give --force to replace it, or {kind.remedy}")
 
 
 @contextmanager
-def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, force: bool = False, kind: Kind = BUNDLE) -> Iterator[Path]:
     """A hidden directory beside ``target`` to write into; at the end it takes the place of ``target``.
 
     On any exception it is removed and ``target`` is as it was. What a killed process left of an earlier attempt is
-    removed first. Failures to write become StorageError; ``force`` is that of :func:`check_output`.
+    removed first. Failures to write become StorageError; ``force`` and ``kind`` are those of :func:`check_output`.
     """
     try:
         _remove_leftovers(target)
@@ -51,7 +66,7 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
         yield partial
         partial.chmod(0o777 & ~_umask())
         _flush(partial)
-        _replace(partial, target, force)
+        _replace(partial, target, force, kind)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # tokenizers, written in Rust, raises bare exceptions.
@@ -89,8 +104,7 @@ def check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise StorageError(
-            f"the bundle takes {_size(needed)}, {directory} has {_size(free)} left; "
-            "make room, or give --output on another disk"
+            f"the output takes {_size(needed)}, {directory} has {_size(free)} left; make room, or choose another disk"
         )
 
 
@@ -122,9 +136,9 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _replace(partial: Path, target: Path, force: bool) -> None:
+def _replace(partial: Path, target: Path, force: bool, kind: Kind) -> None:
     """Rename; an older directory moves aside first and is removed once the new one is in place."""
-    check_output(target, force)
+    check_output(target, force, kind)
     old = None
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
@@ -140,16 +154,16 @@ def _replace(partial: Path, target: Path, force: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_bundle(directory: Path) -> bool:
+def _is_of(kind: Kind, directory: Path) -> bool:
     try:
-        return json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))["format"] == FORMAT
+        return json.loads((directory / kind.manifest).read_text(encoding="utf-8"))["format"] == kind.format
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _storage_error(target: Path, error: BaseException) -> StorageError:
     if not isinstance(error, OSError) or error.errno in _FULL:
-        return StorageError(f"no room left for {target} ({error}); make room, or give --output on another disk")
+        return StorageError(f"no room left for {target} ({error}); make room, or choose another disk")
     return StorageError(f"cannot write {target}: {error}")
 
 

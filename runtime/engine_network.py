@@ -1,0 +1,150 @@
+"""From a legalised graph to a serialised engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vkvx.errors import BuildError
+from vkvx.manifest import Graph
+from vkvx.runtime.engine_manifest import Profile
+from vkvx.runtime.engine_progress import BuildProgress, monitor, run_cancellable
+from vkvx.runtime.tensorrt_library import PLUGIN_NAME, Library
+
+
+@dataclass(frozen=True)
+class Network:
+    """A parsed graph. The parser holds weights that the network refers to, so the two live and end together."""
+
+    definition: Any
+    parser: Any
+    plugin_layers: int
+
+    @property
+    def layers(self) -> int:
+        """Layers before fusion."""
+        return int(self.definition.num_layers)
+
+
+def parse(library: Library, builder: Any, logger: Any, graph: bytes, path: Path) -> Network:
+    """Parse a graph, whose external weights lie beside ``path``. Raises BuildError that names the node."""
+    module = library.module
+    flags = module.NetworkDefinitionCreationFlag
+    flag = flags.STRONGLY_TYPED if library.is_strongly_typed else flags.EXPLICIT_BATCH
+    network = builder.create_network(1 << int(flag))
+    parser = module.OnnxParser(network, logger)
+    logger.clear()
+    if not parser.parse(graph, str(path.resolve())):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise BuildError(explain_parser_errors(library.name, path.name, errors, logger.first_error))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    if not library.is_strongly_typed:
+        _set_precisions(library, layers)
+    plugins = {getattr(module.LayerType, name, None) for name in ("PLUGIN_V2", "PLUGIN_V3")} - {None}
+    return Network(network, parser, sum(layer.type in plugins for layer in layers))
+
+
+def explain_parser_errors(name: str, file: str, errors: Iterable[Any], logged: str | None) -> str:
+    """One line: the node that TensorRT does not take, its words, and what to do."""
+    errors = list(errors)
+    if not errors:
+        return f"{name} cannot read {file}: {logged or 'it does not say why'}; export the model again"
+    error = errors[0]
+    text = " ".join(str(error.desc()).split())
+    node = str(error.node_name()) if hasattr(error, "node_name") else f"number {error.node()}"
+    operator = str(error.node_operator()) if hasattr(error, "node_operator") else ""
+    where = f"node {node} ({operator})" if operator else f"node {node}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{name} does not take {where} of {file}{more}: {text}; {_remedy(operator, text)}"
+
+
+def _remedy(operator: str, text: str) -> str:
+    if operator == PLUGIN_NAME or "plugin" in text.lower():
+        return "run `vkvx plugin build` for the plugin of this version, or give --plugin-free"
+    if re.search(r"bfloat16|BF16|kBF16", text):
+        return "export the model with --dtype float16"
+    if re.search(r"\b(cannot|could not|failed to) (open|read|load)\b|No such file", text, re.IGNORECASE):
+        return "copy the bundle again: a file of weights is missing"
+    return "export the model again with --opset 17, or install another version of TensorRT"
+
+
+def _set_precisions(library: Library, layers: Iterable[Any]) -> None:
+    """Let layers of a weakly typed network compute in the types that the graph gives its values.
+
+    Otherwise TensorRT would be free to take FP16 where the graph asks for FP32, in norms and logits.
+    """
+    module = library.module
+    floats = (module.float32, module.float16)
+    skipped = {getattr(module.LayerType, name, None) for name in ("CONSTANT", "SHAPE", "PLUGIN_V2", "CAST")}
+    for layer in layers:
+        if layer.type in skipped or not layer.num_outputs:
+            continue
+        dtype = layer.get_output(0).dtype
+        if dtype in floats:
+            layer.precision = dtype
+            for i in range(layer.num_outputs):
+                if layer.get_output(i).dtype in floats:
+                    layer.set_output_type(i, dtype)
+
+
+def check_tensors(library: Library, network: Network, graph: Graph) -> None:
+    """Raise BuildError unless the network has the inputs and outputs of the bundle's graph, and their types."""
+    definition = network.definition
+    found = {
+        "input": [definition.get_input(i) for i in range(definition.num_inputs)],
+        "output": [definition.get_output(i) for i in range(definition.num_outputs)],
+    }
+    for kind, specs in (("input", graph.inputs), ("output", graph.outputs)):
+        tensors = {tensor.name: tensor for tensor in found[kind]}
+        if set(tensors) != {spec.name for spec in specs}:
+            extra = set(tensors) ^ {spec.name for spec in specs}
+            raise BuildError(
+                f"{graph.file}: the {kind}s {sorted(extra)} are not those of vkvx.json; export the model again"
+            )
+        for spec in specs:
+            tensor = tensors[spec.name]
+            if tensor.dtype != library.precision(spec.dtype):
+                raise BuildError(
+                    f"{graph.file}: TensorRT makes {spec.name} {tensor.dtype}, vkvx.json says {spec.dtype}; "
+                    "export the model again"
+                )
+            if getattr(tensor, "is_shape_tensor", False):
+                raise BuildError(
+                    f"{graph.file}: sizes depend on the values of {spec.name}, but TensorRT must know them ahead of a "
+                    "call; export the model again"
+                )
+
+
+def add_profile(builder: Any, config: Any, profile: Profile) -> None:
+    """Add an optimisation profile. Raises BuildError if TensorRT refuses it."""
+    added = builder.create_optimization_profile()
+    for name, shapes in profile.shapes.items():
+        added.set_shape(name, *shapes)
+    if config.add_optimization_profile(added) != profile.index:
+        raise BuildError(f"TensorRT refuses the profile {profile.name}; give other limits, such as --max-input-len")
+
+
+def build_engine(
+    library: Library, builder: Any, logger: Any, network: Network, config: Any, progress: BuildProgress
+) -> Any:
+    """The serialised engine, an ``IHostMemory``. Raises BuildError, and KeyboardInterrupt if it was cancelled."""
+    watch = monitor(library.module, progress)
+    if watch is not None:
+        config.progress_monitor = watch
+    logger.clear()
+
+    def cancel() -> None:
+        progress.cancelled = True
+
+    engine = run_cancellable(lambda: builder.build_serialized_network(network.definition, config), cancel)
+    if engine is None:
+        reason = logger.first_error or "it does not say why"
+        remedy = "give --debug for its log"
+        if re.search(r"memory|workspace|allocat", reason, re.IGNORECASE):
+            remedy = "free memory, give a larger --workspace, or lower limits such as --max-input-len"
+        raise BuildError(f"{library.name} cannot build the engine: {reason}; {remedy}")
+    progress.done()
+    return engine
