@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from vkvx.errors import DependencyError, OptionError, StorageError
@@ -89,17 +89,22 @@ def resolve_architectures(given: str) -> list[str]:
     return sorted(set(chosen), key=int)
 
 
-def find_library(name: str = LIBRARY) -> Path | None:
+def find_library(name: str = LIBRARY, architectures: Collection[str] = ()) -> Path | None:
     """The library to load: the one that its variable in ``OVERRIDES`` names, else the newest build of these sources.
 
-    None if there is none. Raises DependencyError if the variable names no file.
+    Only builds for all of ``architectures`` (compute capabilities without the dot) count. None if there is none.
+    Raises DependencyError if the variable names no file.
     """
     override = OVERRIDES[name]
     if given := os.environ.get(override):
         if not Path(given).is_file():
             raise DependencyError(f"{override} names {given}, which is no file; unset it or give the path of {name}")
         return Path(given)
-    builds = [path for path in cache_folder().glob(f"{source_hash()}-*/{name}") if path.is_file()]
+    builds = [
+        path
+        for path in cache_folder().glob(f"{source_hash()}-*/{name}")
+        if path.is_file() and set(architectures) <= set(path.parent.name.split("-")[1:])
+    ]
     return max(builds, key=lambda path: path.stat().st_mtime, default=None)
 
 

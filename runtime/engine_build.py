@@ -149,11 +149,18 @@ def _find_plugin(
         return path
     name = PLUGIN_LIBRARIES[library.plugin_interface]
     architectures = [capability.replace(".", "") for capability in capabilities]
-    found = plugin_build.find_plugin(name, architectures)
+    found = plugin_build.find_library(name, architectures)
     if found is not None:
         return found
-    notice(f"compiling {name} for {', '.join(capabilities)}, which is kept for later builds")
-    return plugin_build.build_plugin(",".join(architectures))
+    headers = plugin_build.find_headers()
+    if headers is None or plugin_build.plugin_of(headers) != name:
+        raise DependencyError(
+            f"{name}, the plugin for {library.name}, is not built for {', '.join(capabilities)}; run "
+            f"`vkvx plugin build --arch {','.join(architectures)} --tensorrt-headers DIR` with the folder of its "
+            "headers, or give --plugin FILE"
+        )
+    notice(f"compiling {name} for compute capability {', '.join(capabilities)}; it is kept for later builds")
+    return plugin_build.build_plugin(",".join(architectures), headers)
 
 
 def _cache_key(

@@ -96,9 +96,9 @@ class Library:
         names = {"float16": "HALF", "bfloat16": "BF16", "float32": "FLOAT", "int32": "INT32", "int64": "INT64"}
         return getattr(types, names[dtype])
 
-    def registry(self, builder: Any) -> Any:
-        """The plugin registry that the builder sees."""
-        own = getattr(builder, "get_plugin_registry", None)
+    def registry(self, owner: Any) -> Any:
+        """The plugin registry that a ``Builder`` or ``Runtime`` sees."""
+        own = getattr(owner, "get_plugin_registry", None)
         return own() if own is not None else self.module.get_plugin_registry()
 
     def logger(self, verbose: bool = False) -> Any:

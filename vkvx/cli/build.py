@@ -23,8 +23,8 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "build",
         help="build TensorRT engines from a bundle",
-        description="Build the vision and decoder engines of a bundle into BUNDLE/engines. What was built from the same "
-        "inputs is not built again.",
+        description="Build the vision and decoder engines of a bundle into BUNDLE/engines. What was built before from "
+        "the same inputs is not built again.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
     parser.add_argument(

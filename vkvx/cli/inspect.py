@@ -1,4 +1,4 @@
-"""``vkvx inspect``: what a bundle holds, and what its cache costs."""
+"""``vkvx inspect``: what a bundle holds and what its cache costs, or what engines take."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vkvx.cli import terminal
 if TYPE_CHECKING:
     from vkvx.manifest import Manifest
 
+ENGINE_FILE_NAME = "engine.json"
 _SHOWN_OPERATORS = 8
 
 
@@ -19,10 +20,11 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to the command line."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "inspect",
-        help="show what a bundle holds and what its cache costs",
-        description="Show the parts of a bundle, its quantisation, the bytes that its cache takes, and its graphs.",
+        help="show what a bundle or an engine directory holds",
+        description="Show the parts of a bundle, its quantisation, the bytes that its cache takes, and its graphs; or "
+        "of an engine directory (BUNDLE/engines/NAME) its profiles, inputs and outputs, plugin layers and sizes.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle or of engines")
     parser.add_argument("--verify", action="store_true", help="compare each file with its SHA-256")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -33,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from vkvx.manifest import Manifest
 
     bundle = Path(args.bundle)
+    if (bundle / ENGINE_FILE_NAME).exists():
+        return _run_on_engines(bundle, args)
     manifest = Manifest.load(bundle)
     if args.verify:
         with terminal.Progress("inspect") as progress:
@@ -54,6 +58,22 @@ def run(args: argparse.Namespace) -> int:
         terminal.print_json(report)
     else:
         print("\n".join(_lines(report)))
+    return 0
+
+
+def _run_on_engines(directory: Path, args: argparse.Namespace) -> int:
+    from vkvx.cli import inspect_engines
+    from vkvx.runtime.engine_manifest import EngineManifest
+
+    manifest = EngineManifest.load(directory)
+    if args.verify:
+        with terminal.Progress("inspect") as progress:
+            manifest.verify(directory, progress)
+    report = inspect_engines.report(directory, manifest, args.verify)
+    if args.json:
+        terminal.print_json(report)
+    else:
+        print("\n".join(inspect_engines.lines(report)))
     return 0
 
 
