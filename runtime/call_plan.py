@@ -5,6 +5,7 @@ NumPy only: nothing here needs a GPU or TensorRT.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,7 +24,7 @@ COUNTS = ("visual_count", "text_count")
 _PADDING = {"visual_index": -1, "visual_rows": -1, "text_index": -1, "slot": -1}
 _FLAGS = {
     "rows": "--max-batch-size",
-    "slots": "--max-batch-size",
+    "slots": "--max-slots",
     "positions": "--max-input-len",
     "text tokens": "--max-input-len",
     "visual tokens": "--max-visual-tokens",
@@ -163,7 +164,7 @@ def embed_copies(call: Call, pieces: Sequence[int]) -> Iterator[tuple[int, int, 
     owners = np.searchsorted(starts, sources, side="right") - 1
     broken = (np.diff(targets) != 1) | (np.diff(sources) != 1) | (np.diff(owners) != 0)
     firsts = np.concatenate([[0], np.flatnonzero(broken) + 1, [len(targets)]])
-    for first, last in zip(firsts[:-1], firsts[1:], strict=True):
+    for first, last in itertools.pairwise(firsts.tolist()):
         owner = owners[first]
         yield int(targets[first]), int(owner), int(sources[first] - starts[owner]), int(last - first)
 
@@ -180,7 +181,8 @@ def _check(profile: Profile, name: str, shape: Shape) -> None:
     axis = next(i for i, size in enumerate(shape) if not least[i] <= size <= most[i])
     labels = _AXES.get(name.rpartition(".")[2], ())
     label = (labels[axis] if axis < len(labels) else "") or f"size of axis {axis}"
-    remedy = f" with {_FLAGS[label]} {shape[axis]}" if label in _FLAGS and shape[axis] > most[axis] else ""
+    flag = "--max-slots" if (profile.name, label) == (DECODE, "rows") else _FLAGS.get(label)
+    remedy = f" with {flag} {shape[axis]}" if flag and shape[axis] > most[axis] else ""
     raise CapacityError(
         f"the engine's {profile.name} profile takes {least[axis]} to {most[axis]} {label} ({name}), got {shape[axis]}; "
         f"run `vkvx build BUNDLE`{remedy} again, or ask for less"

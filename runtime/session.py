@@ -57,9 +57,9 @@ class Session:
 
         ``visual_tokens`` and ``text_tokens`` are what a slot has room for: by default four pictures (2048 visual tokens
         where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
-        "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU with
-        the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of a CPU.
-        ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden sample.
+        "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
+        with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
+        a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden sample.
 
         Raises BundleError, EngineError, OptionError, DependencyError, CapacityError.
         """

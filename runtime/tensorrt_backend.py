@@ -1,8 +1,8 @@
 """The TensorRT backend: engines of a bundle over a packed cache in GPU memory, without torch or transformers.
 
-The caches are allocated once and bound to ``past.*`` and ``present.*`` at one address each: the operator writes past the
-counts in place. The counts have outputs of their own, copied over the old ones after the step. Decode steps are replayed
-as CUDA graphs, one for each of a few numbers of rows; a call waits for the device once, for its logits.
+The caches are allocated once and bound to ``past.*`` and ``present.*`` at one address each: the operator writes past
+the counts in place. The counts have outputs of their own, copied over the old ones after the step. Decode steps are
+replayed as CUDA graphs, one for each of a few numbers of rows; a call waits for the device once, for its logits.
 """
 
 from __future__ import annotations
@@ -224,9 +224,9 @@ class TensorRTBackend:
 class _Lane:
     """A context of the decoder with what its calls read and write beside the caches.
 
-    A ``captured`` lane is for calls of one shape: the second is captured as a CUDA graph, which then serves all. (Before
-    a capture TensorRT needs one run with the same shapes.) Each has a context of its own, because a graph may hold
-    addresses inside its context.
+    A ``captured`` lane is for calls of one shape: the second is captured as a CUDA graph, which then serves all.
+    (Before a capture TensorRT needs one run with the same shapes.) Each has a context of its own, because a graph may
+    hold addresses inside its context.
     """
 
     def __init__(self, backend: TensorRTBackend, plan: CallPlan, *, captured: bool) -> None:
@@ -289,7 +289,9 @@ class _Lane:
     def _enqueue(self, size: int, rows: int) -> None:
         """Inputs in (``size`` bytes), the engine, new counts over old ones, results of so many rows out."""
         backend, device = self._backend, self._device
-        assert self._staged is not None and self._inputs is not None and self._results is not None
+        assert self._staged is not None
+        assert self._inputs is not None
+        assert self._results is not None
         assert self._logits is not None
         device.copy(self._inputs.address, self._staged.address, size)
         backend._enqueue(self._context)

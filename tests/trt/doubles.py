@@ -359,7 +359,13 @@ def make_engines(
         "N": (1, limits.text_tokens, limits.text_tokens),
         "P": (1, 1, limits.pictures),
     }
-    decode = {**sizes, "S": (1, 1, 1), "Nt": (1, 1, 1), "Nv": (least, least, least)}
+    decode = {
+        **sizes,
+        "B": (1, limits.slots, limits.slots),
+        "S": (1, 1, 1),
+        "Nt": (1, 1, 1),
+        "Nv": (least, least, least),
+    }
 
     def shapes(graph: str, sizes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[tuple[int, ...], ...]]:
         return {
