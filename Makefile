@@ -49,6 +49,7 @@ types: .venv/test-ready
 .venv/test-ready: .venv/torch-ready
 	@echo "installing vkvx and its development tools, about 1 minute"
 	@$(PIP) --editable ".[dev]"
+	@$(PIP) --no-deps kernel-lens # for the TensorRT headers in it; what it depends on is large, and not needed
 	@touch $@
 
 clean:

@@ -38,7 +38,7 @@ SECOND = "Read row 1 of the second page."
 
 
 class Observed:
-    """A backend that notes how near to a tie each choice of a slot was: likeliest logit less the next, and the range."""
+    """A backend that notes how near to a tie each choice of a slot was, and the range of the logits."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

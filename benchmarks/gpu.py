@@ -126,6 +126,12 @@ class Call:
             "text_value": normal(*lead, max(16, positions), d),
             "text_count": torch.zeros(rows, dtype=torch.int32, device="cuda"),
         }
+        if quantizer == "shaped":
+            root = normal(kv_heads, d, d).float()
+            metric = (root @ root.transpose(1, 2) / d + 0.1 * torch.eye(d, device="cuda")).half()
+            angle = torch.rand(rows, d // 2, device="cuda").repeat(1, 2)
+            rotation = torch.stack([angle.cos(), angle.sin()], 1)
+            self.tensors |= {"key_metric": metric, "value_metric": metric.clone(), "rotation": rotation}
         self.output = torch.empty_like(self.tensors["query"])
         self.group_size, self.counts, self.attribute_scale = group_size, counts, d**-0.5
         addresses = {name: x.data_ptr() if x.numel() else 256 for name, x in self.tensors.items()}

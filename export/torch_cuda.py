@@ -16,6 +16,7 @@ from vkvx.export.operator import OperatorAttributes
 from vkvx.plugins import build
 from vkvx.plugins.library import CORRECTIONS, DTYPES, MAX_HEAD_DIM, QUANTIZERS, Library, Params
 
+MAX_SHAPED_GROUP = 4096
 _WORKSPACES: dict[tuple[int, int], Tensor] = {}
 """By device and stream: zero before the first use, and shared by all layers."""
 _OUTGROWN: list[Tensor] = []
@@ -35,8 +36,9 @@ def kernels() -> Library | None:
 
 
 def takes(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> bool:
-    """Whether the kernels can run this call. They have no ``shaped``, so they leave calls that bring its pictures."""
-    if attributes.needs_metrics and tensors["visual_index"].shape[1]:
+    """Whether the kernels can run this call."""
+    brings_pictures = tensors["visual_index"].shape[1] > 0
+    if attributes.needs_metrics and brings_pictures and attributes.group_size > MAX_SHAPED_GROUP:
         return False
     return tensors["query"].shape[3] <= MAX_HEAD_DIM and kernels() is not None
 

@@ -6,7 +6,7 @@ Pointers are plain integers (``tensor.data_ptr()``), streams likewise; ``docs/pl
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 from vkvx.errors import DependencyError, OptionError, VkvxError
@@ -69,22 +69,32 @@ class Library:
         except OSError as error:
             raise DependencyError(f"cannot load {path}: {error}; build it again with `vkvx plugin build`") from error
         self._library.vkvx_last_error.restype = c_char_p
-        self._library.vkvx_workspace_bytes.argtypes = (POINTER(Params), POINTER(c_size_t))
-        for name in ("vkvx_attention", "vkvx_append"):
-            getattr(self._library, name).argtypes = (POINTER(Params), c_void_p)
-        for name in ("vkvx_abi_version", "vkvx_workspace_bytes", "vkvx_attention", "vkvx_append"):
-            getattr(self._library, name).restype = c_int
         version = self._library.vkvx_abi_version()
         if version != ABI_VERSION:
             raise DependencyError(
                 f"{path} has version {version} of the C interface, this vkvx needs {ABI_VERSION}; "
                 "build it again with `vkvx plugin build`"
             )
+        for name in ("vkvx_workspace_bytes", "vkvx_workspace_bound", "vkvx_workspace_zeroed"):
+            getattr(self._library, name).argtypes = (POINTER(Params), POINTER(c_size_t))
+        for name in ("vkvx_attention", "vkvx_append"):
+            getattr(self._library, name).argtypes = (POINTER(Params), c_void_p)
 
     def workspace_bytes(self, params: Params) -> int:
         """Bytes of workspace for calls of these sizes; it must be zero before its first use."""
+        return self._size("vkvx_workspace_bytes", params)
+
+    def workspace_bound(self, params: Params) -> int:
+        """Bytes that suffice for calls of at most these sizes, on any device."""
+        return self._size("vkvx_workspace_bound", params)
+
+    def workspace_zeroed(self, params: Params) -> int:
+        """Bytes at the start of the workspace that have to be zero before a call with these parameters."""
+        return self._size("vkvx_workspace_zeroed", params)
+
+    def _size(self, function: str, params: Params) -> int:
         size = c_size_t()
-        self._check(self._library.vkvx_workspace_bytes(byref(params), byref(size)))
+        self._check(getattr(self._library, function)(byref(params), byref(size)))
         return size.value
 
     def attention(self, params: Params, stream: int) -> None:

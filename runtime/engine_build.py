@@ -51,10 +51,12 @@ from vkvx.storage import Kind, check_room, new_directory
 
 KIND = Kind("engine directory", FILE_NAME, FORMAT, "move it away")
 ORDER = (DECODER, VISION)
-MEMORY_BASE = 700 << 20
-"""Bytes that a build takes whatever the size of the model: Python, TensorRT, its compiler."""
-MEMORY_PER_WEIGHT = 3.0
-"""Bytes that a build takes besides, for each byte of the larger engine's weights."""
+MEMORY_BASE = 400 << 20
+"""Bytes of main memory that a build takes whatever the size of the model: Python, TensorRT, its compiler."""
+MEMORY_PER_WEIGHT = 2.6
+"""Bytes that a build takes for each byte of the larger engine's weights; one more where engines are not streamed."""
+MEMORY_PER_PLAIN_LAYER = 300 << 20
+"""Bytes that a decoder layer takes whose attention is spelt out in standard layers."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def build_engines(
     StorageError.
     """
     job = _plan(Path(bundle), options, notice, verbose)
-    predicted = predicted_memory(job.bundle, job.manifest)
+    predicted = predicted_memory(job.library, job.bundle, job.manifest, plugin_free=options.plugin_free)
     with _lock(job.directory):
         found = None if options.force else _up_to_date(job)
         if found is not None:
@@ -116,9 +118,11 @@ def build_engines(
     return Result(job.directory, manifest, True, predicted, peak_memory())
 
 
-def predicted_memory(bundle: Path, manifest: Manifest) -> int:
-    """Bytes of main memory that a build takes at most."""
-    return int(MEMORY_BASE + MEMORY_PER_WEIGHT * max(_weight_bytes(bundle, manifest).values()))
+def predicted_memory(library: Library, bundle: Path, manifest: Manifest, *, plugin_free: bool) -> int:
+    """Bytes of main memory that a build takes at most; measured with TensorRT for RTX."""
+    per_weight = MEMORY_PER_WEIGHT + (0 if library.writes_streams else 1)
+    plain = MEMORY_PER_PLAIN_LAYER * manifest.layers if plugin_free and manifest.is_packed else 0
+    return int(MEMORY_BASE + per_weight * max(_weight_bytes(bundle, manifest).values()) + plain)
 
 
 def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], verbose: bool) -> _Job:
@@ -126,7 +130,7 @@ def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], ve
     native = [f"{name[:-1]}.{name[-1]}" for name in plugin_build.native_architectures()]
     library = load(options.backend, has_gpu=bool(native))
     capabilities = choose_capabilities(library, options.compute_capabilities, native)
-    check_options(library, options)
+    check_options(library, options, has_gpu=bool(native))
     weights = sum(_weight_bytes(bundle, manifest).values())
     limits = resolve_limits(manifest, options.limits, weights)
     # Without the plugin, the operator's function stands in, which reduces over the entries of a call.
@@ -246,7 +250,9 @@ def _check_memory(predicted: int) -> None:
 
 def _build(job: _Job, partial: Path, progress: Progress) -> EngineManifest:
     """Build both engines into the directory ``partial`` and write its manifest."""
-    engines, tensors, aliases = {}, [], {}
+    engines: dict[str, EngineInfo] = {}
+    tensors: list[EngineTensor] = []
+    aliases: dict[str, str] = {}
     for name in ORDER:
         engines[name] = _build_one(job, name, partial, progress)
         graph = job.manifest.graphs[name]
@@ -279,40 +285,41 @@ def _build(job: _Job, partial: Path, progress: Progress) -> EngineManifest:
 
 
 def _build_one(job: _Job, name: str, partial: Path, progress: Progress) -> EngineInfo:
-    """Build one engine. All of TensorRT's objects end with this call, so that the next one finds the memory free."""
+    """Build one engine into ``partial``."""
+    logger = job.library.logger(job.verbose)
+    builder = job.library.module.Builder(logger)
+    if job.plugin is None or name != DECODER:
+        return _build_network(job, name, builder, logger, partial, progress)
+    with plugin(job.library, builder, logger, job.plugin):
+        return _build_network(job, name, builder, logger, partial, progress)
+
+
+def _build_network(job: _Job, name: str, builder: Any, logger: Any, partial: Path, progress: Progress) -> EngineInfo:
+    """The network and its plugins end with this call, before the plugin's library goes."""
     from vkvx.runtime.legalise import legalise
 
     library, graph = job.library, job.manifest.graphs[name]
-    logger = library.logger(job.verbose)
-    builder = library.module.Builder(logger)
-    needs_plugin = job.plugin is not None and name == DECODER
-    with contextlib.ExitStack() as stack:
-        if needs_plugin:
-            stack.enter_context(plugin(library, builder, logger, job.plugin))
-        path = job.bundle / graph.file
-        proto = legalise(path, library.dialect, plugin_free=job.options.plugin_free)
-        network = parse(library, builder, logger, proto, path)
-        check_tensors(library, network, graph)
-        if needs_plugin and network.plugin_layers != job.manifest.layers:
-            raise BuildError(
-                f"{graph.file} has {network.plugin_layers} plugin layers, expected {job.manifest.layers}, one a "
-                "decoder layer; export the model again"
-            )
-        config = configure(library, builder, job.options, job.capabilities)
-        for profile in job.profiles:
-            if profile.engine == name:
-                add_profile(builder, config, profile)
-        if needs_plugin and job.plugin_info is not None and job.plugin_info.embedded:
-            config.plugins_to_serialize = [str(job.plugin)]
-        _load_timing_cache(job, config)
-        engine = build_engine(library, builder, logger, network, config, BuildProgress(f"{name} engine", progress))
-        file = f"{name}.engine"
-        with (partial / file).open("wb") as out:
-            out.write(memoryview(engine))
-        _save_timing_cache(job, config)
-        info = EngineInfo(file, network.layers, network.plugin_layers)
-        del network, config, engine
-    return info
+    path = job.bundle / graph.file
+    proto = legalise(path, library.dialect, plugin_free=job.options.plugin_free)
+    network = parse(library, builder, logger, proto, path)
+    check_tensors(library, network, graph)
+    expected = job.manifest.layers if name == DECODER and job.plugin is not None else 0
+    if network.plugin_layers != expected:
+        raise BuildError(
+            f"{graph.file} has {network.plugin_layers} plugin layers, expected {expected}, one a decoder layer; "
+            "export the model again"
+        )
+    config = configure(library, builder, job.options, job.capabilities)
+    for profile in job.profiles:
+        if profile.engine == name:
+            add_profile(builder, config, profile)
+    if expected and job.plugin_info is not None and job.plugin_info.embedded:
+        config.plugins_to_serialize = [str(job.plugin)]
+    _load_timing_cache(job, config)
+    file = f"{name}.engine"
+    build_engine(library, builder, logger, network, config, partial / file, BuildProgress(f"{name} engine", progress))
+    _save_timing_cache(job, config)
+    return EngineInfo(file, network.layers, network.plugin_layers)
 
 
 def _load_timing_cache(job: _Job, config: Any) -> None:

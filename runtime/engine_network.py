@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vkvx.errors import BuildError
 from vkvx.manifest import Graph
@@ -128,9 +128,15 @@ def add_profile(builder: Any, config: Any, profile: Profile) -> None:
 
 
 def build_engine(
-    library: Library, builder: Any, logger: Any, network: Network, config: Any, progress: BuildProgress
-) -> Any:
-    """The serialised engine, an ``IHostMemory``. Raises BuildError, and KeyboardInterrupt if it was cancelled."""
+    library: Library,
+    builder: Any,
+    logger: Any,
+    network: Network,
+    config: Any,
+    path: Path,
+    progress: BuildProgress,
+) -> None:
+    """Build the engine into a file. Raises BuildError; KeyboardInterrupt once TensorRT has stopped, after Ctrl-C."""
     watch = monitor(library.module, progress)
     if watch is not None:
         config.progress_monitor = watch
@@ -139,12 +145,39 @@ def build_engine(
     def cancel() -> None:
         progress.cancelled = True
 
-    engine = run_cancellable(lambda: builder.build_serialized_network(network.definition, config), cancel)
-    if engine is None:
-        reason = logger.first_error or "it does not say why"
-        remedy = "give --debug for its log"
-        if re.search(r"memory|workspace|allocat", reason, re.IGNORECASE):
-            remedy = "free memory, give a larger --workspace, or lower limits such as --max-input-len"
-        raise BuildError(f"{library.name} cannot build the engine: {reason}; {remedy}")
+    with path.open("wb") as file:
+        if not run_cancellable(lambda: _serialize(library, builder, network.definition, config, file), cancel):
+            reason = logger.first_error or "it does not say why"
+            remedy = "give --debug for its log"
+            if re.search(r"memory|workspace|allocat", reason, re.IGNORECASE):
+                remedy = "free memory, give a larger --workspace, or lower limits such as --max-input-len"
+            raise BuildError(f"{library.name} cannot build the engine: {reason}; {remedy}")
     progress.done()
-    return engine
+
+
+def _serialize(library: Library, builder: Any, definition: Any, config: Any, file: BinaryIO) -> bool:
+    """Build, and write piece by piece where TensorRT can: the engine is never in memory as a whole then."""
+    if not library.writes_streams:
+        engine = builder.build_serialized_network(definition, config)
+        if engine is not None:
+            file.write(memoryview(engine))
+        return engine is not None
+    errors: list[OSError] = []
+
+    base = library.module.IStreamWriter
+
+    class Writer(base):  # type: ignore[misc,valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:  # must not go through TensorRT
+                errors.append(error)
+                return 0
+
+    done = bool(builder.build_serialized_network_to_stream(definition, config, Writer()))
+    if errors:
+        raise errors[0]
+    return done

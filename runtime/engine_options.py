@@ -85,8 +85,8 @@ def choose_capabilities(library: Library, given: tuple[str, ...], native: list[s
     return chosen
 
 
-def check_options(library: Library, options: BuildOptions) -> None:
-    """Raise OptionError for what the library does not offer, and for options that exclude each other."""
+def check_options(library: Library, options: BuildOptions, *, has_gpu: bool) -> None:
+    """Raise OptionError for what the library does not offer here, and for options that exclude each other."""
     module, level = library.module, options.optimization_level
     if level is not None and not 0 <= level <= 5:
         raise OptionError(f"--optimization-level must be 0 to 5, got {level}")
@@ -101,6 +101,8 @@ def check_options(library: Library, options: BuildOptions) -> None:
             "--timing-cache": (options.timing_cache, "it times nothing when it builds"),
             "--hardware-compatible": (options.hardware_compatible, "give several --compute-capability instead"),
             "--optimization-level": (level, "it has but one"),
+            "--version-compatible": (options.version_compatible, "it comes without a lean runtime"),
+            "--strip-plan": (options.strip_plan and not has_gpu, "it strips weights only on a machine with a GPU"),
         }
         for flag, (value, reason) in reasons.items():
             if value not in (None, False):
@@ -111,8 +113,8 @@ def check_options(library: Library, options: BuildOptions) -> None:
         raise OptionError(f"{library.name} offers no --weight-streaming; leave it out, or install a newer TensorRT")
     if options.strip_plan and options.weight_streaming:
         raise OptionError("--strip-plan leaves no weights to stream; leave out --weight-streaming or --strip-plan")
-    for name, flag, value in _FLAGS:
-        if getattr(options, value):
+    for name, flag, field_name in _FLAGS:
+        if getattr(options, field_name):
             library.builder_flag(name, flag)
 
 
@@ -137,8 +139,8 @@ def configure(library: Library, builder: Any, options: BuildOptions, capabilitie
         config.builder_optimization_level = options.optimization_level
     if options.hardware_compatible:
         config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
-    for name, flag, value in _FLAGS:
-        if getattr(options, value):
+    for name, flag, field_name in _FLAGS:
+        if getattr(options, field_name):
             config.set_flag(library.builder_flag(name, flag))
     if options.strip_plan:
         config.set_flag(library.builder_flag("REFIT_IDENTICAL", "--strip-plan"))

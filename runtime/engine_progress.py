@@ -69,7 +69,7 @@ def monitor(module: Any, progress: BuildProgress) -> Any:
     if not hasattr(module, "IProgressMonitor"):
         return None
 
-    class Monitor(module.IProgressMonitor):  # type: ignore[name-defined,misc]
+    class Monitor(module.IProgressMonitor):
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
 

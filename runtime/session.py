@@ -59,7 +59,8 @@ class Session:
         where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
         "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
-        a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden sample.
+        a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
+        sample.
 
         Raises BundleError, EngineError, OptionError, DependencyError, CapacityError.
         """

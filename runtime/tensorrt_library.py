@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -69,6 +70,11 @@ class Library:
     def takes_empty_tensors(self) -> bool:
         """Whether a profile may hold sizes of 0."""
         return self.backend == "rtx" or self.release >= (10, 0)
+
+    @property
+    def writes_streams(self) -> bool:
+        """Whether it hands out an engine piece by piece."""
+        return hasattr(self.module.Builder, "build_serialized_network_to_stream")
 
     @property
     def dialect(self) -> Dialect:
@@ -180,6 +186,10 @@ def plugin(library: Library, builder: Any, logger: Any, path: Path) -> Iterator[
                 f"or give --plugin with a {PLUGIN_LIBRARIES[library.plugin_interface]}"
             )
         yield
+    except BaseException as error:
+        # A network that the traceback keeps alive would end after the library that its plugins come from.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         registry.deregister_library(handle)
 
@@ -193,7 +203,7 @@ def _has_creator(registry: Any) -> bool:
 def _make_logger(module: Any, verbose: bool) -> Any:
     """An ``ILogger`` that keeps errors and warnings, and prints everything if ``verbose``."""
 
-    class Logger(module.ILogger):  # type: ignore[name-defined,misc]
+    class Logger(module.ILogger):
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []

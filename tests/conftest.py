@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,44 @@ def pages() -> list[Page]:
     return bundled_pages()
 
 
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of one run of pytest-xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def kernel_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with libvkvx and the archive of its kernels, for one architecture; compiled once a run, if need be."""
+    from vkvx.plugins import build
+
+    if (found := build.find_library()) is not None and found.with_name(build.KERNELS).is_file():
+        return found.parent
+    if shutil.which("nvcc") is None or shutil.which("cmake") is None:
+        pytest.skip("needs nvcc and CMake")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(build.CACHE, str(_shared_folder(tmp_path_factory) / "plugins"))
+        return build.build("90").parent
+
+
+@pytest.fixture(scope="session")
+def plugin_builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The TensorRT plugins and the harness that calls them, see ``plugin_calls.Builds``."""
+    import plugin_calls
+
+    if plugin_calls.PREBUILT in os.environ:
+        return plugin_calls.make_builds(None, tmp_path_factory.getbasetemp())
+    kernels = request.getfixturevalue("kernel_build") / "libvkvx_kernels.a"
+    return plugin_calls.make_builds(kernels, tmp_path_factory.mktemp("plugins"))
+
+
 @pytest.fixture(scope="session")
 def bundle_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``bundle_factory(bits=2, dtype="float32")``: tiny-llava with these ExportOptions; not to be changed.
 
     The processes of pytest-xdist share what one of them has exported.
     """
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
+    shared = _shared_folder(tmp_path_factory)
 
     def make(**options: Any) -> Path:
         from vkvx import ExportOptions, export_model

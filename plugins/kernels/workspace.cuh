@@ -40,14 +40,12 @@ struct Workspace {
   }
 };
 
-// Bytes that suffice for all calls of at most these sizes on any device. Up to kMostProcessors parts are useful; a call of more tiles than that
-// has one part a tile, so tiles times parts is less than tiles + kMostProcessors, and less than twice kMostProcessors if there is more than one.
-constexpr int kMostProcessors = 512;
-
-inline size_t workspace_bound(const VkvxParams& p) {
+// Bytes that suffice for attention with at most these sizes on devices of up to `processors`. A call of fewer tiles than that has more parts, a
+// tile has one part if there are as many: tiles times parts is less than tiles + processors, and less than twice the processors if there are parts.
+inline size_t workspace_bound(const VkvxParams& p, int processors) {
   const int columns = 8, positions = p.positions < kMaxDecodePositions ? p.positions : kMaxDecodePositions;
   const int64_t column_tiles = divide_up(p.query_heads / p.kv_heads * positions, columns);
-  const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles + kMostProcessors, split = 2 * kMostProcessors;
+  const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles + processors, split = 2 * processors;
   VkvxParams none = p;
   none.correction = VKVX_CORRECTION_NONE;
   const size_t fixed = Workspace(none, 0, 1, 0).bytes;

@@ -1,4 +1,5 @@
 // The C interface: checks what it is given, then launches.
+#include <algorithm>
 #include <cmath>
 #include <mutex>
 #include <string>
@@ -39,6 +40,8 @@ int check(const VkvxParams* given) {
   if (p.text_entries < 0) return bad("text_entries", p.text_entries, "at least 0");
   if (p.quantizer < VKVX_MINMAX || p.quantizer > VKVX_SHAPED)
     return bad("quantizer", p.quantizer, "VKVX_MINMAX, VKVX_QUANTILE, VKVX_SHRINK, VKVX_LLOYD or VKVX_SHAPED");
+  if (p.quantizer == VKVX_SHAPED && !baseline && p.visual_entries && p.group_size > kMostShapedGroup)
+    return bad("group_size", p.group_size, "at most " + std::to_string(kMostShapedGroup) + " with VKVX_SHAPED");
   if (p.correction < VKVX_CORRECTION_NONE || p.correction > VKVX_CORRECTION_EXPECTED)
     return bad("correction", p.correction, "VKVX_CORRECTION_NONE, VKVX_CORRECTION_AFFINE or VKVX_CORRECTION_EXPECTED");
   if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f)) return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
@@ -103,7 +106,7 @@ const Device& current_device() {
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess)
-      device = Device{index, processors, 10 * major + minor, shared};
+      device = Device{index, std::min(processors, kMostProcessors), 10 * major + minor, shared};
     cudaGetLastError();
   }
   return device;
@@ -124,7 +127,7 @@ int vkvx_workspace_bytes(const VkvxParams* params, size_t* bytes) {
   if (device.index < 0) return vkvx_workspace_bound(params, bytes);
   const int kernel = vkvx::attention_kernel(*params, device);
   if (kernel < 0) return VKVX_UNSUPPORTED;
-  *bytes = vkvx::attention_workspace(*params, device, kernel);
+  *bytes = std::max(vkvx::attention_workspace(*params, device, kernel), vkvx::append_workspace(*params, device));
   return VKVX_OK;
 }
 
@@ -166,9 +169,7 @@ int vkvx_append(const VkvxParams* params, void* stream) {
   const vkvx::Device& device = vkvx::current_device();
   if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
   if (params->rows == 0 || params->positions == 0) return VKVX_OK;
-  if (const int code = vkvx::check_call(*params, vkvx::plain_workspace(*params))) return code;
-  if (params->quantizer == VKVX_SHAPED && params->key_bits != 16 && params->visual_entries)
-    return vkvx::fail(VKVX_UNSUPPORTED, "the kernels do not store pictures with VKVX_SHAPED; give another quantizer");
+  if (const int code = vkvx::check_call(*params, vkvx::append_workspace(*params, device))) return code;
   return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
 }
 }

@@ -3,6 +3,8 @@
 #include "../kernels/workspace.cuh"
 #include "internal.h"
 
+#include <algorithm>
+
 namespace vkvx {
 
 namespace {
@@ -56,7 +58,9 @@ int planes_columns(const VkvxParams& p) {
   return p.key_bits > 1 || queries == 1 ? 1 : queries == 2 ? 2 : 4;
 }
 
-size_t bound_of_workspace(const VkvxParams& p) { return workspace_bound(p); }
+size_t bound_of_workspace(const VkvxParams& p) {
+  return std::max(workspace_bound(p, kMostProcessors), append_workspace(p, Device{-1, kMostProcessors, 0, 0}));
+}
 
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {
   if (kernel == VKVX_PLANES) return decode_planes(p, device, stream);

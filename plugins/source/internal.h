@@ -9,6 +9,10 @@
 
 namespace vkvx {
 
+constexpr int kMostShapedGroup = 4096;  // largest group that VKVX_SHAPED takes
+
+constexpr int kMostProcessors = 256;    // multiprocessors that are counted on; a device with more works as one with these
+
 // Facts about the current device.
 struct Device {
   int index, processors, capability;  // capability: 90 for 9.0
@@ -33,6 +37,7 @@ int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream
 
 // Fills the token numbers of the workspace.
 void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream);
+size_t append_workspace(const VkvxParams& p, const Device& device);
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
 
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes

@@ -1,9 +1,7 @@
 #include "operator.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
-#include <mutex>
 #include <type_traits>
 
 namespace vkvx {
@@ -211,9 +209,6 @@ int64_t bytes_of(const Tensor& tensor, const Dims& dims, DataType model) {
   return bytes;
 }
 
-std::mutex logger_mutex;
-nvinfer1::ILoggerFinder* logger_finder = nullptr;
-
 }  // namespace
 
 Operator::Operator(const char* layer, const nvinfer1::PluginFieldCollection* fields)
@@ -361,23 +356,6 @@ const nvinfer1::PluginFieldCollection* table_fields() {
   }();
   static const nvinfer1::PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   return &collection;
-}
-
-void set_logger_finder(nvinfer1::ILoggerFinder* finder) {
-  const std::lock_guard<std::mutex> lock(logger_mutex);
-  logger_finder = finder;
-}
-
-void log_error(const std::string& text) noexcept {
-  nvinfer1::ILogger* logger = nullptr;
-  {
-    const std::lock_guard<std::mutex> lock(logger_mutex);
-    if (logger_finder != nullptr) logger = logger_finder->findLogger();
-  }
-  if (logger != nullptr)
-    logger->log(nvinfer1::ILogger::Severity::kERROR, text.c_str());
-  else
-    std::fprintf(stderr, "%s\n", text.c_str());
 }
 
 }  // namespace vkvx

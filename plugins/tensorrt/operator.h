@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../vkvx.h"
+#include "logger.h"
 
 namespace vkvx {
 
@@ -101,10 +102,6 @@ class Operator {
 
 // Fields of the table with their defaults, which live as long as the library.
 const nvinfer1::PluginFieldCollection* table_fields();
-
-// To TensorRT's logger if it gave one, else to the standard error stream.
-void set_logger_finder(nvinfer1::ILoggerFinder* finder);
-void log_error(const std::string& text) noexcept;
 
 // Runs the body; an exception is logged and `failure` returned, since none may leave a plugin.
 template <class Result, class Body>

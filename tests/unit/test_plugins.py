@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vkvx.errors import DependencyError, OptionError
+from vkvx.errors import DependencyError, OptionError, VkvxError
 from vkvx.plugins import build
 from vkvx.plugins.library import ABI_VERSION, CORRECTIONS, DTYPES, KERNELS, QUANTIZERS, Library, Params
-
-NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None or shutil.which("cmake") is None, reason="needs nvcc and CMake")
 
 
 @pytest.fixture
@@ -128,15 +125,8 @@ def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """The library for one architecture; a build of the sources that is there already is taken."""
-    found = build.find_library()
-    if found is None:
-        patch = pytest.MonkeyPatch()
-        patch.setenv(build.CACHE, str(tmp_path_factory.mktemp("cache")))
-        found = build.build("90")
-        patch.undo()
-    return Library(found)
+def library(kernel_build: Path) -> Library:
+    return Library(kernel_build / build.LIBRARY)
 
 
 def _params(**changes: object) -> Params:
@@ -148,7 +138,6 @@ def _params(**changes: object) -> Params:
     return Params(**(sizes | changes))
 
 
-@needs_nvcc
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -172,7 +161,6 @@ def test_wrong_sizes_are_refused(library: Library, changes: dict[str, object], w
         library.workspace_bytes(_params(**changes))
 
 
-@needs_nvcc
 def test_another_struct_is_refused(library: Library) -> None:
     params = _params()
     params.size -= 8
@@ -180,8 +168,21 @@ def test_another_struct_is_refused(library: Library) -> None:
         library.workspace_bytes(params)
 
 
-@needs_nvcc
 def test_workspace_grows_with_the_call(library: Library) -> None:
-    small = library.workspace_bytes(_params(kernel=KERNELS["plain"]))
-    large = library.workspace_bytes(_params(kernel=KERNELS["plain"], rows=64, positions=1000))
+    small = library.workspace_bound(_params())
+    large = library.workspace_bound(_params(rows=64, positions=1000))
     assert 0 < small < large
+    assert library.workspace_bound(_params(correction=1)) > small
+
+
+def test_bound_of_the_workspace_is_for_chosen_kernels_only(library: Library) -> None:
+    for changes in ({"kernel": KERNELS["plain"]}, {"splits": 2}):
+        with pytest.raises(OptionError, match="known for kernel VKVX_AUTO and 0 splits only"):
+            library.workspace_bound(_params(**changes))
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a device")
+def test_without_a_device_the_workspace_is_that_of_all(library: Library) -> None:
+    assert library.workspace_bytes(_params()) == library.workspace_bound(_params())
+    with pytest.raises(VkvxError, match="no CUDA device is current"):
+        library.workspace_zeroed(_params())

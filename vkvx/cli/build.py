@@ -35,10 +35,10 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--compute-capability",
-        nargs="+",
+        action="append",
         default=[],
         metavar="X.Y",
-        help="of the GPU to run on, such as 8.9; several with rtx (default: that of this machine's GPU)",
+        help="of the GPU to run on, such as 8.9; with rtx also several, such as 8.6,8.9 (default: this machine's GPU)",
     )
     parser.add_argument("--force", action="store_true", help="build even if it was done")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -1,0 +1,343 @@
+// Quantiser `shaped`: levels and codes of `lloyd`, which quantize_kernel has stored, moved by coordinate descent on the sum of e . H e.
+//
+// A block takes a whole group of one KV head, keys or values. A thread owns up to kTokens tokens: their errors e and codes lie in the
+// block's scratch memory [channel][token], H e of kChannels channels at a time in registers. Only the fit of a channel's levels needs
+// all tokens: one barrier a channel. docs/format.md, "shaped", is the specification.
+#pragma once
+
+#include "append.cuh"
+
+namespace vkvx {
+
+constexpr int kShapeThreads = 512;
+constexpr int kShapeFits = 2;  // sweeps that choose codes and levels; one more chooses the codes for the rounded levels
+
+// Threads of a block that takes `tokens` of them each, and bytes of scratch and of shared memory that it needs.
+inline int shape_threads(int group_size, int tokens) { return static_cast<int>(divide_up(divide_up(group_size, tokens), 32) * 32); }
+__host__ __device__ inline size_t shape_bytes(int group_size, int head_dim) { return static_cast<size_t>(group_size) * head_dim * 5; }
+inline int shape_shared(int head_dim, int channels, int threads) { return head_dim * (3 + channels + threads / 32) * 4; }
+
+// Element (i, j) of a head's metric; that of keys is turned to the row's last position, R H R^T.
+__device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int head, int b, int i, int j) {
+  const int D = p.head_dim, half = D / 2;
+  const __half* metric = static_cast<const __half*>(is_key ? p.key_metric : p.value_metric) + static_cast<int64_t>(head) * D * D;
+  if (!is_key) return __half2float(metric[i * D + j]);
+  const float* cosine = p.rotation + static_cast<int64_t>(b) * 2 * D;
+  const float* sine = cosine + D;
+  const int other_i = i < half ? i + half : i - half, other_j = j < half ? j + half : j - half;
+  const float sine_i = i < half ? -sine[i] : sine[i], sine_j = j < half ? -sine[j] : sine[j];
+  auto row = [&](int column) {
+    return __half2float(metric[i * D + column]) * cosine[i] + __half2float(metric[other_i * D + column]) * sine_i;
+  };
+  return row(j) * cosine[j] + row(other_j) * sine_j;
+}
+
+// Sums over the tokens of a channel that the fit of its levels needs.
+struct FitSums {
+  int codes, squares;
+  float wanted, products;
+};
+
+// Sums over the block, in a fixed order. `partial` holds 2 * warps entries; calls take turns with their halves, so one barrier is enough.
+__device__ __forceinline__ FitSums add_over_block(FitSums x, FitSums* partial, int turn) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+#pragma unroll
+  for (int o = 16; o; o >>= 1) {
+    x.codes += __shfl_xor_sync(kFull, x.codes, o);
+    x.squares += __shfl_xor_sync(kFull, x.squares, o);
+    x.wanted += __shfl_xor_sync(kFull, x.wanted, o);
+    x.products += __shfl_xor_sync(kFull, x.products, o);
+  }
+  FitSums* half = partial + (turn & 1) * warps;
+  if (lane == 0) half[warp] = x;
+  __syncthreads();
+  FitSums sum = half[0];
+  for (int w = 1; w < warps; ++w) {
+    const FitSums y = half[w];
+    sum.codes += y.codes;
+    sum.squares += y.squares;
+    sum.wanted += y.wanted;
+    sum.products += y.products;
+  }
+  return sum;
+}
+
+// One group while it is shaped. Pointers to shared memory: `mean`, `scale`, `low` [D], `tile` [D][kChannels], `partial`.
+template <int kChannels, int kTokens>
+struct Shaper {
+  const VkvxParams& p;
+  float* error;    // [D][group_size]
+  uint8_t* codes;  // [D][group_size]
+  float *mean, *scale, *low, *tile, *partial;
+  int b, head, count;
+  bool is_key;
+
+  __device__ bool is_live(int j) const { return static_cast<int>(threadIdx.x) + j * static_cast<int>(blockDim.x) < count; }
+  __device__ int64_t at(int channel, int j) const { return static_cast<int64_t>(channel) * p.group_size + threadIdx.x + j * blockDim.x; }
+
+  // Means of the channels, the levels of `lloyd`, its codes, and what they leave.
+  __device__ void start(const int* index, const __half* levels, int bits) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, D = p.head_dim;
+    const void* source = is_key ? p.key : p.value;
+    const int64_t* stride = is_key ? p.key_stride : p.value_stride;
+    const int64_t base = b * stride[0] + head * stride[1];
+    auto load = [&](int i, int channel) { return clean(load_float(source, base + index[i] * stride[2] + channel, p.dtype)); };
+    for (int c = lane; c < D; c += 32) {
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int i = warp; i < count; i += warps) sum += load(i, c);
+      partial[warp * D + c] = sum;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < D; c += blockDim.x) {
+      float sum = 0.0f;
+      for (int w = 0; w < warps; ++w) sum += partial[w * D + c];
+      mean[c] = sum / static_cast<float>(count);
+      scale[c] = __half2float(levels[c]);
+      low[c] = __half2float(levels[D + c]) - mean[c];
+    }
+    __syncthreads();
+    const float top = static_cast<float>((1 << bits) - 1);
+    for (int c = lane; c < D; c += 32) {
+      const float offset = __half2float(levels[D + c]), step = scale[c];
+      for (int i = 4 * warp; i < p.group_size; i += 4 * warps) {
+        float rest[4];
+        uint32_t packed = 0;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          rest[k] = 0.0f;
+          if (i + k >= count) continue;
+          const float x = load(i + k, c);
+          const float code = step > 0.0f ? fminf(fmaxf(rintf((x - offset) / step), 0.0f), top) : 0.0f;
+          rest[k] = x - mean[c] - fmaf(step, code, low[c]);
+          packed |= static_cast<uint32_t>(code) << 8 * k;
+        }
+        const int64_t to = static_cast<int64_t>(c) * p.group_size + i;
+        *reinterpret_cast<float4*>(error + to) = make_float4(rest[0], rest[1], rest[2], rest[3]);
+        *reinterpret_cast<uint32_t*>(codes + to) = packed;
+      }
+    }
+    __syncthreads();
+  }
+
+  // tile[k][i] = H(first + i, k).
+  __device__ void load_tile(int first) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.head_dim * kChannels; i += blockDim.x)
+      tile[i] = metric_at(p, is_key, head, b, first + i % kChannels, i / kChannels);
+    __syncthreads();
+  }
+
+  // pull = H e for the channels of the tile and the thread's tokens.
+  __device__ void multiply(float (&pull)[kChannels][kTokens]) const {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i)
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) pull[i][j] = 0.0f;
+    constexpr int kAhead = kTokens > 4 ? 1 : 8 / kTokens;
+    for (int k = 0; k < p.head_dim; k += kAhead) {
+      float e[kAhead][kTokens];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) e[a][j] = is_live(j) ? error[at(k + a, j)] : 0.0f;
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+        for (int i = 0; i < kChannels; i += 4) {
+          const float4 h = *reinterpret_cast<const float4*>(tile + (k + a) * kChannels + i);
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            pull[i][j] = fmaf(h.x, e[a][j], pull[i][j]);
+            pull[i + 1][j] = fmaf(h.y, e[a][j], pull[i + 1][j]);
+            pull[i + 2][j] = fmaf(h.z, e[a][j], pull[i + 2][j]);
+            pull[i + 3][j] = fmaf(h.w, e[a][j], pull[i + 3][j]);
+          }
+        }
+    }
+  }
+
+  // One pass over the channels that chooses codes and, if `fit`, levels.
+  __device__ void sweep(bool fit, float top) {
+    for (int first = 0; first < p.head_dim; first += kChannels) {
+      load_tile(first);
+      float pull[kChannels][kTokens];
+      multiply(pull);
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        const int c = first + i;
+        float step = scale[c], base = low[c];
+        if (!(step > 0.0f)) continue;
+        const float inverse = 1.0f / step, diagonal = 1.0f / tile[c * kChannels + i];
+        float rest[kTokens], before[kTokens], code[kTokens];
+        FitSums sums{};
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          rest[j] = before[j] = code[j] = 0.0f;
+          if (!is_live(j)) continue;
+          rest[j] = error[at(c, j)];
+          before[j] = fmaf(step, static_cast<float>(codes[at(c, j)]), base);
+          // Where this channel would have to be for the sum to be least, the others staying as they are.
+          const float wanted = fmaf(pull[i][j], diagonal, before[j]);
+          code[j] = fminf(fmaxf(rintf((wanted - base) * inverse), 0.0f), top);
+          const int whole = static_cast<int>(code[j]);
+          sums.codes += whole;
+          sums.squares += whole * whole;
+          sums.wanted += wanted;
+          sums.products = fmaf(code[j], wanted, sums.products);
+        }
+        if (fit) {
+          sums = add_over_block(sums, reinterpret_cast<FitSums*>(partial), i);
+          const int64_t spread = static_cast<int64_t>(count) * sums.squares - static_cast<int64_t>(sums.codes) * sums.codes;
+          if (spread > 0) {
+            const float n = static_cast<float>(count), middle = static_cast<float>(sums.codes) / n;
+            step = (sums.products - middle * sums.wanted) / (static_cast<float>(spread) / n);
+            base = sums.wanted / n - step * middle;
+            if (threadIdx.x == 0) scale[c] = step, low[c] = base;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          if (!is_live(j)) continue;
+          const float move = fmaf(step, code[j], base) - before[j];
+          error[at(c, j)] = rest[j] - move;
+          codes[at(c, j)] = static_cast<uint8_t>(code[j]);
+#pragma unroll
+          for (int k = i + 1; k < kChannels; ++k) pull[k][j] = fmaf(-tile[c * kChannels + k], move, pull[k][j]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // Rounds the levels to FP16 and stores them; the errors follow.
+  __device__ void round_levels(__half* levels) {
+    for (int c = 0; c < p.head_dim; ++c) {
+      const float step = scale[c], base = low[c];
+      const float rounded = __half2float(__float2half_rn(fminf(fmaxf(step, 0.0f), kHalfMax)));
+      const float offset = fminf(fmaxf(rounded > 0.0f ? base + mean[c] : mean[c], -kHalfMax), kHalfMax);
+      const __half rounded_offset = __float2half_rn(offset);
+      const float new_base = __half2float(rounded_offset) - mean[c];
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        scale[c] = rounded;
+        low[c] = new_base;
+        levels[c] = __float2half_rn(rounded);
+        levels[p.head_dim + c] = rounded_offset;
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        if (!is_live(j)) continue;
+        const float code = static_cast<float>(codes[at(c, j)]);
+        error[at(c, j)] += fmaf(step, code, base) - fmaf(rounded, code, new_base);
+        if (!(rounded > 0.0f)) codes[at(c, j)] = 0;
+      }
+    }
+    __syncthreads();
+  }
+
+  // The RMS of what is left of each channel, times the factor that makes the sum of H_cc rms_c^2 the mean of e . H e.
+  __device__ void store_rms(__half* out) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, D = p.head_dim;
+    float whole = 0.0f;
+    for (int first = 0; first < D; first += kChannels) {
+      load_tile(first);
+      float pull[kChannels][kTokens];
+      multiply(pull);
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        float square = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          const float e = is_live(j) ? error[at(first + i, j)] : 0.0f;
+          square = fmaf(e, e, square);
+          whole = fmaf(e, pull[i][j], whole);
+        }
+        square = warp_sum(square);
+        if (lane == 0) partial[warp * D + first + i] = square;
+        if (threadIdx.x == 0) low[first + i] = tile[(first + i) * kChannels + i];  // the levels are stored: now the diagonal
+      }
+    }
+    whole = warp_sum(whole);
+    __syncthreads();
+    if (lane == 0) tile[warp] = whole;
+    const float n = static_cast<float>(count);
+    for (int c = threadIdx.x; c < D; c += blockDim.x) {
+      float square = 0.0f;
+      for (int w = 0; w < warps; ++w) square += partial[w * D + c];
+      mean[c] = square / n;
+    }
+    __syncthreads();
+    float apart = 0.0f;
+    whole = 0.0f;
+    for (int w = 0; w < warps; ++w) whole += tile[w];
+    for (int c = 0; c < D; ++c) apart = fmaf(mean[c], low[c], apart);
+    const float factor = apart > 0.0f ? fmaxf(whole / n, 0.0f) / apart : 1.0f;
+    for (int c = threadIdx.x; c < D; c += blockDim.x) out[c] = __float2half_rn(fminf(sqrtf(mean[c] * factor), kHalfMax));
+  }
+
+  // Packs the codes of the group whose words begin at `out`.
+  __device__ void store_codes(int* out, int bits) const {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, D = p.head_dim, size = p.group_size;
+    for (int first = 32 * warp; first < size; first += 32 * warps) {
+      const int t = first + lane;
+      for (int c = 0; c < D; c += 32) {
+        uint32_t words[8] = {};
+        for (int k = 0; k < 32; ++k) {
+          const uint32_t code = codes[static_cast<int64_t>(c + k) * size + t];
+#pragma unroll
+          for (int plane = 0; plane < 8; ++plane) {
+            if (plane >= bits) break;
+            const uint32_t bit = code >> plane & 1;
+            if (is_key)
+              words[plane] |= bit << k;
+            else if (const uint32_t packed = __ballot_sync(kFull, bit); lane == k)
+              words[plane] = packed;
+          }
+        }
+        int* to = is_key ? out + (static_cast<int64_t>(t / kTile) * bits * kTile + t % kTile) * (D / 32) + c / 32
+                         : out + (static_cast<int64_t>(first / kTile) * bits * D + c + lane) * 4 + first % kTile / 32;
+        const int64_t next = is_key ? kTile * (D / 32) : D * 4;
+#pragma unroll
+        for (int plane = 0; plane < 8; ++plane)
+          if (plane < bits) to[plane * next] = static_cast<int>(words[plane]);
+      }
+    }
+  }
+};
+
+// Blocks take groups in turn: group n is that of call group n / (2 Hkv B), and so on. Dynamic shared memory: see shape_shared.
+template <int kChannels, int kTokens>
+__global__ void __launch_bounds__(kShapeThreads) shape_kernel(const __grid_constant__ VkvxParams p, char* scratch) {
+  extern __shared__ float4 memory[];
+  __shared__ int found[2];
+  const int D = p.head_dim, call_groups = p.visual_entries / p.group_size;
+  float* at = reinterpret_cast<float*>(memory);
+  char* own = scratch + blockIdx.x * shape_bytes(p.group_size, D);
+  float* error = reinterpret_cast<float*>(own);
+  Shaper<kChannels, kTokens> s{p, error, reinterpret_cast<uint8_t*>(error + static_cast<int64_t>(D) * p.group_size),
+                               at, at + D, at + 2 * D, at + 3 * D, at + (3 + kChannels) * D, 0, 0, 0, false};
+  const int groups = p.visual_capacity / p.group_size, problems = 2 * call_groups * p.kv_heads * p.rows;
+  for (int n = blockIdx.x; n < problems; n += gridDim.x) {
+    __syncthreads();
+    s.is_key = n % 2 == 0;
+    s.head = n / 2 % p.kv_heads;
+    s.b = n / 2 / p.kv_heads % p.rows;
+    const int g = n / 2 / p.kv_heads / p.rows;
+    int group;
+    if (!place_group(p, s.b, g, &group, &s.count, found)) continue;
+    const int bits = s.is_key ? p.key_bits : p.value_bits, rows = s.is_key ? 3 : 2;
+    const float top = static_cast<float>((1 << bits) - 1);
+    const int64_t slot_head = static_cast<int64_t>(p.slot[s.b]) * p.kv_heads + s.head;
+    __half* params = static_cast<__half*>(s.is_key ? p.visual_key_params : p.visual_value_params) + (slot_head * groups + group) * rows * D;
+    s.start(p.visual_index + static_cast<int64_t>(s.b) * p.visual_entries + static_cast<int64_t>(g) * p.group_size, params, bits);
+    for (int sweep = 0; sweep < kShapeFits; ++sweep) s.sweep(true, top);
+    s.round_levels(params);
+    s.sweep(false, top);
+    const int64_t tile = slot_head * (p.visual_capacity / kTile) + static_cast<int64_t>(group) * (p.group_size / kTile);
+    s.store_codes((s.is_key ? p.visual_key : p.visual_value) + tile * bits * kTile * (D / 32), bits);
+    if (s.is_key) s.store_rms(params + 2 * D);
+  }
+}
+
+}  // namespace vkvx
