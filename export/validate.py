@@ -139,7 +139,7 @@ def validate_bundle(
     pictures = list(images) if images else sample_pages()[:2]
     processor = Processor(directory, manifest)
     turns = [_turn(processor, picture, first=i == 0) for i, picture in enumerate(pictures)]
-    capacity = {
+    capacity: dict[str, Any] = {
         "slots": 2,  # the second row shows that the slot is honoured
         "visual_tokens": sum(
             manifest.quantization.group_size * -(-n // manifest.quantization.group_size)

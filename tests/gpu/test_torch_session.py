@@ -24,17 +24,25 @@ from vkvx.runtime.session import Session
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 
 PROMPT = "USER: <image>\nTranscribe the page. ASSISTANT:"
-CHOICES = [(1, "float16"), (2, "bfloat16"), (4, "float16"), (8, "float32"), (16, "float16")]
+CHOICES = [(1, "float16", "shaped"), (2, "bfloat16", "lloyd"), (4, "float16", "quantile"), (8, "float32", "lloyd")]
+CHOICES += [(16, "float16", "")]
 
 
 @contextmanager
 def opened(
-    bits: int = 1, dtype: str = "float16", device: str = "cuda", captured: bool = True, **capacity: Any
+    bits: int = 1,
+    dtype: str = "float16",
+    quantizer: str = "lloyd",
+    *,
+    device: str = "cuda",
+    captured: bool = True,
+    **capacity: Any,
 ) -> Iterator[tuple[Session, TorchBackend]]:
     """tiny-llava as the torch backend runs a bundle of it; needs no exporter."""
     source = resolve("tiny-llava")
     info = source.adapter.info(source, dtype)
-    quantization = ExportOptions(bits=bits, dtype=dtype).resolve(info.layers, info.tokens_per_picture)
+    options = ExportOptions(bits=bits, dtype=dtype, quantizer=None if bits == 16 else quantizer)
+    quantization = options.resolve(info.layers, info.tokens_per_picture)
     graphs = {"vision": Graph("", 18, source.adapter.pixel_inputs(source.config), ())}
     manifest = Manifest("", 1, info, quantization, graphs, ".", {})
     capacity = {"slots": 4, "visual_tokens": 3 * 640, "text_tokens": 256} | capacity
@@ -91,11 +99,11 @@ def turns(session: Session, pages: list[Page]) -> list[tuple[int, ...]]:
     return [*found, answer]
 
 
-@pytest.mark.parametrize(("bits", "dtype"), CHOICES)
-def test_captured_as_eager(pages: list[Page], bits: int, dtype: str) -> None:
+@pytest.mark.parametrize(("bits", "dtype", "quantizer"), CHOICES)
+def test_captured_as_eager(pages: list[Page], bits: int, dtype: str, quantizer: str) -> None:
     found = []
     for captured in (True, False):
-        with opened(bits, dtype, captured=captured) as (session, backend):
+        with opened(bits, dtype, quantizer, captured=captured) as (session, backend):
             fill(backend, seed=int(captured))
             answers = first_turns(session, pages)
             found.append(([one.token_ids for one in answers], turns(session, pages)))
@@ -107,11 +115,11 @@ def test_captured_as_eager(pages: list[Page], bits: int, dtype: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("bits", [1, 4, 16])
-def test_as_on_the_cpu(pages: list[Page], bits: int) -> None:
+@pytest.mark.parametrize(("bits", "quantizer"), [(1, "shaped"), (4, "lloyd"), (16, "")])
+def test_as_on_the_cpu(pages: list[Page], bits: int, quantizer: str) -> None:
     found = []
     for device in ("cuda", "cpu"):
-        with opened(bits, "float32", device) as (session, _):
+        with opened(bits, "float32", quantizer, device=device) as (session, _):
             found.append(session.generate([PROMPT] * 4, [page.path for page in pages[:4]], max_new_tokens=30))
     texts = [[one.text for one in answers] for answers in found]
     assert texts[0] == texts[1]
