@@ -25,6 +25,8 @@ STEPS = 3
 BEFORE, AFTER = 3, 5
 """Text tokens before and after the picture."""
 
+TEXT_TOKENS = BEFORE + AFTER + STEPS
+
 TOLERANCES = {"float32": (0.02, 0.15), "float16": (0.03, 0.15), "bfloat16": (0.1, 0.25)}
 """What logits may be off, as a share of their range: in the prefill, and in later steps, which read quantised pictures
 (a code on the border of two levels may differ). Engines that are wrong are off by a multiple of this."""
@@ -77,7 +79,7 @@ def record(bundle: Path, manifest: Manifest, directory: Path) -> Path:
     Raises BundleError and DependencyError.
     """
     tokens = manifest.model.tokens_per_picture or 0
-    capacity = {"slots": 1, "visual_tokens": tokens, "text_tokens": BEFORE + AFTER + STEPS}
+    capacity = {"slots": 1, "visual_tokens": tokens, "text_tokens": TEXT_TOKENS}
     logits = run(open_backend("onnxruntime", bundle, manifest, provider="cpu", **capacity), 0)
     target = directory / FILE_NAME
     handle, partial = tempfile.mkstemp(dir=directory, prefix=".golden-", suffix=".npz")
@@ -101,7 +103,7 @@ def check(backend: Backend, directories: Sequence[Path]) -> str:
     if path is None:
         return "not checked: the bundle has no golden sample"
     manifest, cache = backend.manifest, backend.cache
-    demand = cache.demand([manifest.model.tokens_per_picture or 0], BEFORE + AFTER + STEPS)
+    demand = cache.demand([manifest.model.tokens_per_picture or 0], TEXT_TOKENS)
     if demand[0] > cache.groups or demand[1] > cache.text_capacity:
         return "not checked: the cache has no room for the golden sample"
     try:
