@@ -58,7 +58,8 @@ def explain_parser_errors(name: str, file: str, errors: Iterable[Any], logged: s
     operator = str(error.node_operator()) if hasattr(error, "node_operator") else ""
     where = f"node {node} ({operator})" if operator else f"node {node}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{name} does not take {where} of {file}{more}: {text}; {_remedy(operator, text)}"
+    what = f"does not take {where} of {file}{more}" if node else f"cannot read {file}"
+    return f"{name} {what}: {text}; {_remedy(operator, text)}"
 
 
 def _remedy(operator: str, text: str) -> str:
@@ -66,8 +67,8 @@ def _remedy(operator: str, text: str) -> str:
         return "run `vkvx plugin build` for the plugin of this version, or give --plugin-free"
     if re.search(r"bfloat16|BF16|kBF16", text):
         return "export the model with --dtype float16"
-    if re.search(r"\b(cannot|could not|failed to) (open|read|load)\b|No such file", text, re.IGNORECASE):
-        return "copy the bundle again: a file of weights is missing"
+    if re.search(r"initializer|No such file", text):
+        return "copy the bundle again: a file of weights is missing or damaged"
     return "export the model again with --opset 17, or install another version of TensorRT"
 
 

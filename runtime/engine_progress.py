@@ -98,15 +98,18 @@ def run_cancellable(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
             results.append(work())
         except BaseException as error:
             errors.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=call, name="vkvx-build", daemon=True)
-    thread.start()
+    # An event, because Thread.join believes that the thread has ended once Ctrl-C has interrupted it.
+    ended = threading.Event()
+    threading.Thread(target=call, name="vkvx-build", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.1)
+        while not ended.wait(0.1):
+            pass
     except BaseException:
         cancel()
-        thread.join()
+        ended.wait()
         raise
     if errors:
         raise errors[0]

@@ -19,11 +19,9 @@ class TakeBranch(InPlacePass):
         for node in nodes:
             branch = node.attributes["then_branch"].as_graph()
             body, results = list(branch), list(branch.outputs)
+            branch.outputs.clear()
             branch.remove(body)
-            model.graph.insert_before(node, body)
-            for old, new in zip(node.outputs, results, strict=True):
-                ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], body, node.outputs, results)
         return PassResult(model, bool(nodes))
 
     def ensures(self, model: ir.Model) -> None:

@@ -40,11 +40,9 @@ class StaticExtents(InPlacePass):
 
 
 def _maxima(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if node.op_type == "ReduceMax" and len(node.inputs) == 1 and not _axes(node)]
-
-
-def _axes(node: ir.Node) -> bool:
-    return "axes" in node.attributes
+    """The nodes that reduce all axes."""
+    nodes = (node for node in graph if node.op_type == "ReduceMax")
+    return [node for node in nodes if len(node.inputs) == 1 and "axes" not in node.attributes]
 
 
 def _count(node: ir.Node) -> str | None:

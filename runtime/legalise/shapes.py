@@ -29,9 +29,8 @@ class WholeShape(InPlacePass):
             axes = ir.node("Constant", [], {"value": ir.tensor(np.arange(start, end, dtype=np.int64))})
             taken = ir.node("Gather", [shape.outputs[0], axes.outputs[0]], {"axis": 0}, name=node.name)
             assert node.graph is not None
-            node.graph.insert_before(node, [shape, axes, taken])
-            ir.convenience.replace_all_uses_with(node.outputs[0], taken.outputs[0], replace_graph_outputs=True)
-            node.graph.remove(node, safe=True)
+            new = [shape, axes, taken]
+            ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, node.outputs, taken.outputs)
             changed = True
         return PassResult(model, changed)
 
@@ -53,15 +52,14 @@ class PlainReshape(InPlacePass):
         """See the class."""
         changed = False
         for node in _nodes(model, "Reshape"):
-            if node.attributes.get_int("allowzero", 0) and not _may_mean_empty(node.inputs[1]):
-                node.attributes.pop("allowzero")
-                changed = True
+            if not node.attributes.get_int("allowzero", 0) or not _may_mean_empty(node.inputs[1]):
+                changed |= node.attributes.pop("allowzero", None) is not None
         return PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:
         """No Reshape has allowzero."""
         for node in _nodes(model, "Reshape"):
-            if node.attributes.get_int("allowzero", 0):
+            if "allowzero" in node.attributes:
                 raise PostconditionError(f"{node.name} reshapes to a target that holds a constant 0")
 
 

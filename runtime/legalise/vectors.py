@@ -21,9 +21,8 @@ class ArgMaxOfMatrix(InPlacePass):
             )
             result = ir.node("Squeeze", [found.outputs[0], axes.outputs[0]])
             assert node.graph is not None
-            node.graph.insert_before(node, [axes, matrix, found, result])
-            ir.convenience.replace_all_uses_with(node.outputs[0], result.outputs[0], replace_graph_outputs=True)
-            node.graph.remove(node, safe=True)
+            new = [axes, matrix, found, result]
+            ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, node.outputs, result.outputs)
         return PassResult(model, bool(nodes))
 
     def ensures(self, model: ir.Model) -> None:

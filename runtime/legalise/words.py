@@ -33,8 +33,10 @@ class SignedWords(InPlacePass):
                 if parts is None:  # from bool
                     cast.replace_input_with(0, source)
                 else:
-                    ir.convenience.replace_all_uses_with(cast.outputs[0], _bytes(cast, *parts))
-                    cast.graph.remove(cast, safe=True)
+                    new = _bytes(*parts)
+                    ir.convenience.replace_nodes_and_values(
+                        cast.graph, cast, [cast], new, cast.outputs, new[-1].outputs
+                    )
                 changed = True
         if changed:
             ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -61,8 +63,8 @@ def _division(value: ir.Value) -> tuple[ir.Value, ir.Value, np.ndarray] | None:
     return cast.inputs[0], unsqueeze.inputs[1], shifts.numpy()
 
 
-def _bytes(before: ir.Node, words: ir.Value, axes: ir.Value, shifts: np.ndarray) -> ir.Value:
-    """INT32 bytes of INT32 words; the nodes go in front of ``before``."""
+def _bytes(words: ir.Value, axes: ir.Value, shifts: np.ndarray) -> list[ir.Node]:
+    """Nodes that make INT32 bytes of INT32 words, the last one giving the result."""
     nodes: list[ir.Node] = []
 
     def op(op_type: str, *operands: ir.Value | np.ndarray) -> ir.Value:
@@ -84,6 +86,5 @@ def _bytes(before: ir.Node, words: ir.Value, axes: ir.Value, shifts: np.ndarray)
     shifted = op("Div", rest, shifts.astype(np.int32))
     low = op("Sub", shifted, op("Mul", op("Div", shifted, np.int32(256)), np.int32(256)))
     sign = np.where(shifts == 2**24, 128, 0).astype(np.int32)
-    result = op("Add", low, op("Where", negative, sign, np.int32(0)))
-    before.graph.insert_before(before, nodes)
-    return result
+    op("Add", low, op("Where", negative, sign, np.int32(0)))
+    return nodes

@@ -1,12 +1,20 @@
-"""What the tests of engines share."""
+"""What the tests of engines share: the plugin that they are built with, and stand-ins for GPU and TensorRT."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doubles import Cuda, TensorRT, install_cuda, install_tensorrt
+
+
+@pytest.fixture(scope="session")
+def plugin_file(plugin_builds: Any) -> Path:
+    """The plugin for TensorRT 10, 11 and RTX."""
+    path: Path = plugin_builds.plugin(3)
+    return path
 
 
 @pytest.fixture
