@@ -167,9 +167,10 @@ def validate_bundle(
     }
     total = 1 + len(turns) * (steps + 2)
     report_progress("compare", 0, total)
+    reference: Backend
     if engines:
         opened = open_backend(backend, directory, manifest, **capacity)
-        reference: Backend = open_backend("onnxruntime", directory, manifest, provider="cpu", **capacity)
+        reference = open_backend("onnxruntime", directory, manifest, provider="cpu", **capacity)
         name = "onnxruntime"
     else:
         from vkvx.export.reference import load_reference

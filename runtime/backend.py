@@ -39,8 +39,10 @@ class Backend(Protocol):
     provider: str
     manifest: Manifest
     cache: PackedCache
-    limits: Limits | None
-    """The most that a call may bring, None where only memory limits it."""
+
+    @property
+    def limits(self) -> Limits | None:
+        """The most that a call may bring, None where only memory limits it."""
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> Any:
         """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns.

@@ -130,8 +130,8 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, hidden_si
         visual_rows=_pad(call.visual_rows, least["visual_index"], -1),
     )
     shapes: dict[str, Shape] = {name: getattr(call, name).shape for name in CALL_INPUTS}
-    for name, shape in shapes.items():
-        _check(profile, name, shape)
+    for name in CALL_INPUTS:
+        _check(profile, name, shapes[name])
     shapes["visual_embeds"] = (*call.visual_index.shape, hidden_size)
     return CallPlan(profile, call, rows, shapes)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from vkvx.errors import CapacityError, DependencyError, DeviceError
 from vkvx.manifest import ITEM_BYTES
+from vkvx.packages import missing
 from vkvx.runtime.cache import Shape, numpy_dtype
 
 ALIGNMENT = 256
@@ -27,9 +28,7 @@ def load_cuda() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise DependencyError(
-            f"running an engine needs cuda-python 12 or 13 ({error}); run `pip install 'cuda-python>=12.6,<14'`"
-        ) from error
+        raise missing("cuda") from error
     return runtime
 
 
@@ -73,7 +72,7 @@ class PinnedMemory:
         if offset + size > self.size:
             raise ValueError(f"bytes {offset} to {offset + size} of {self.size}")
         raw = (ctypes.c_uint8 * size).from_address(self.address + offset)
-        return np.frombuffer(raw, np.uint8).view(kind).reshape(shape)
+        return np.ctypeslib.as_array(raw).view(kind).reshape(shape)
 
 
 class Graph:
@@ -221,8 +220,10 @@ class DeviceStorage:
         _, heads, capacity, *rest = buffer.shape
         entry = ITEM_BYTES[buffer.dtype] * int(np.prod(rest))
         pitch = capacity * entry
-        places = (buffer.address + row * heads * pitch for row in (target, source))
-        self._device.copy_rows(*places, pitch, entries * entry, heads)
+        start = buffer.address
+        self._device.copy_rows(
+            start + target * heads * pitch, start + source * heads * pitch, pitch, entries * entry, heads
+        )
 
     def read(self, buffer: DeviceArray) -> np.ndarray:
         return self._device.download(buffer)

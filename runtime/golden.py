@@ -79,8 +79,10 @@ def record(bundle: Path, manifest: Manifest, directory: Path) -> Path:
     Raises BundleError and DependencyError.
     """
     tokens = manifest.model.tokens_per_picture or 0
-    capacity = {"slots": 1, "visual_tokens": tokens, "text_tokens": TEXT_TOKENS}
-    logits = run(open_backend("onnxruntime", bundle, manifest, provider="cpu", **capacity), 0)
+    backend = open_backend(
+        "onnxruntime", bundle, manifest, slots=1, visual_tokens=tokens, text_tokens=TEXT_TOKENS, provider="cpu"
+    )
+    logits = run(backend, 0)
     target = directory / FILE_NAME
     handle, partial = tempfile.mkstemp(dir=directory, prefix=".golden-", suffix=".npz")
     try:

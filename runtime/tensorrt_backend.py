@@ -36,7 +36,7 @@ def open_rtx(bundle: Path, manifest: Manifest, **options: Any) -> TensorRTBacken
 
 
 def _open(
-    name: str, bundle: Path, manifest: Manifest, *, provider: str, threads: int | None, verify: bool, **capacity: int
+    name: str, bundle: Path, manifest: Manifest, *, provider: str, threads: int | None, verify: bool, **capacity: Any
 ) -> TensorRTBackend:
     if provider == "cpu":
         raise OptionError(f"backend '{name}' runs on a GPU, not with provider='cpu' (--provider cpu)")

@@ -16,7 +16,7 @@ class Log:
         errors: list[str] = []
         severe = (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR)
 
-        class Logger(library.ILogger):  # type: ignore[name-defined, misc]
+        class Logger(library.ILogger):
             def log(self, severity: Any, message: str) -> None:
                 if severity in severe:
                     errors.append(" ".join(message.split()))
