@@ -27,7 +27,7 @@ BEFORE, AFTER = 3, 5
 
 TEXT_TOKENS = BEFORE + AFTER + STEPS
 
-TOLERANCES = {"float32": (0.02, 0.15), "float16": (0.03, 0.15), "bfloat16": (0.1, 0.25)}
+TOLERANCES = {"float32": (0.01, 0.02), "float16": (0.01, 0.02), "bfloat16": (0.05, 0.08)}
 """What logits may be off, as a share of their range: in the prefill, and in later steps, which read quantised pictures
 (a code on the border of two levels may differ). Engines that are wrong are off by a multiple of this."""
 

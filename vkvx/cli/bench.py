@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
 from vkvx.cli.generation import BACKENDS, PROVIDERS
-from vkvx.errors import DependencyError, EngineError
+from vkvx.errors import DependencyError, EngineError, OptionError
 
 if TYPE_CHECKING:
     from vkvx.runtime.bench import Latency, Result
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
                         progress=progress,
                     )
                 )
-        except (DependencyError, EngineError) as error:
+        except (DependencyError, EngineError, OptionError) as error:
             if ALL not in wanted:
                 raise
             skipped[name] = str(error)
