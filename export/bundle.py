@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from vkvx.models.adapter import Source
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.packages import missing
+from vkvx.runtime import golden
 from vkvx.storage import check_output, check_room, new_directory
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 PROCESSOR = "processor"
+GOLDEN_WEIGHTS = 1 << 30
+"""Most bytes of weights for which an export runs the bundle once; see :mod:`vkvx.runtime.golden`."""
 _RESERVE = 8 << 20
 """Bytes that the graphs and the processor may take."""
 
@@ -118,8 +123,21 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
         files=dict(sorted(files.items())),
         tools={"python": platform.python_version(), **{tool: version(tool) for tool in TOOLS}},
     )
+    if _can_record(manifest, directory):
+        path = golden.record(directory, manifest, directory)
+        files = {**manifest.files, path.name: FileInfo(path.stat().st_size, sha256(path))}
+        manifest = replace(manifest, files=dict(sorted(files.items())))
     manifest.save(directory)
     return Manifest.load(directory)
+
+
+def _can_record(manifest: Manifest, directory: Path) -> bool:
+    """Whether the bundle gets a golden sample: onnxruntime holds all weights in memory for it."""
+    model = manifest.model
+    weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    if model.tokens_per_picture is None or model.tokens_per_picture + golden.TEXT_TOKENS > model.max_positions:
+        return False
+    return weights <= GOLDEN_WEIGHTS and find_spec("onnxruntime") is not None
 
 
 def _write_checkpoint(directory: Path, source: Source, places: Mapping[StoredTensor, Place]) -> None:

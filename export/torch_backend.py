@@ -24,7 +24,7 @@ from vkvx.manifest import Manifest
 from vkvx.models.adapter import Adapter
 from vkvx.plugins.library import MAX_HEAD_DIM
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
-from vkvx.runtime.layout import Call
+from vkvx.runtime.layout import Call, place_embeds
 
 
 class CudaStorage:
@@ -51,6 +51,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    limits = None
 
     def __init__(
         self,
@@ -94,6 +95,9 @@ class TorchBackend:
         with self._running(f"{len(pixel_inputs[names[0]])} pictures"):
             pixels = (self._place(np.asarray(pixel_inputs[name])) for name in names)
             return to_numpy(self._vision(*pixels).cpu())
+
+    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
+        return place_embeds(call, np.concatenate(embeds))
 
     def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
         with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):

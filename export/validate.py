@@ -1,4 +1,4 @@
-"""Compare a bundle in onnxruntime with its checkpoint in torch, tensor by tensor.
+"""Compare a bundle in onnxruntime with its checkpoint in torch, or its engines with onnxruntime, tensor by tensor.
 
 Both sides get the same tokens and the same picture embeddings. After each prefill, when the caches have been compared,
 the bundle takes over the reference's cache. So every call is compared on equal inputs, and a difference shows where it
@@ -17,11 +17,14 @@ import numpy as np
 from vkvx.errors import OptionError
 from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS
 from vkvx.manifest import Manifest
-from vkvx.runtime.backend import Backend, open_backend
+from vkvx.runtime.backend import ENGINE_BACKENDS, Backend, open_backend
 from vkvx.runtime.layout import Row, build_call, place_embeds
 from vkvx.runtime.processor import Picture, Prepared, Processor
+from vkvx.runtime.unpack import unpack_keys, unpack_values
 
 Progress = Callable[[str, int, int], None]
+COMPARED = ("onnxruntime", *ENGINE_BACKENDS)
+"""Backends that can be validated."""
 
 PROMPT = "Describe the picture."
 """What is asked about each picture; the tokens that follow come from the torch model, greedily."""
@@ -78,6 +81,7 @@ class Report:
     model: str
     dtype: str
     provider: str
+    backend: str = "onnxruntime"
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -96,7 +100,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain types."""
         return {
-            **{name: getattr(self, name) for name in ("bundle", "model", "dtype", "provider")},
+            **{name: getattr(self, name) for name in ("bundle", "model", "dtype", "provider", "backend")},
             "passed": self.passed,
             "first_divergent_layer": self.first_divergent_layer,
             "checks": [asdict(check) for check in self.checks],
@@ -112,8 +116,12 @@ def validate_bundle(
     rtol: float | None = None,
     provider: str = "auto",
     progress: Progress | None = None,
+    backend: str = "onnxruntime",
 ) -> Report:
-    """Run a bundle and its checkpoint side by side: vision, a prefill, ``steps`` decode steps, and a second turn.
+    """Run a bundle side by side with what it is made from: vision, a prefill, ``steps`` decode steps, a second turn.
+
+    Backend "onnxruntime" is compared with the checkpoint in torch; "tensorrt" and "rtx", the engines of a bundle, with
+    onnxruntime on the CPU.
 
     Args:
         bundle: directory of the bundle; the hashes of its files are verified.
@@ -121,13 +129,22 @@ def validate_bundle(
         images: one picture a turn; None takes two of the bundled sample pages.
         steps: decode steps after each prefill.
         atol, rtol: tolerance atol + rtol * range in place of ``TOLERANCES``, but for the share of codes.
-        provider: of onnxruntime.
+        provider: of onnxruntime; engines need none.
+        backend: what is compared.
 
     Raises:
-        BundleError, ModelError, InputError: if something cannot be read; OptionError: for an unusable number.
+        BundleError, EngineError, ModelError, InputError: if something cannot be read; DependencyError: without what the
+        backend or the reference needs; OptionError: for an unusable number, or an option that would have no effect.
     """
-    from vkvx.export.reference import load_reference
-    from vkvx.models.registry import resolve, sample_pages
+    from vkvx.models.registry import sample_pages
+
+    if backend not in COMPARED:
+        raise OptionError(f"backend '{backend}' (--backend) cannot be validated: give one of {', '.join(COMPARED)}")
+    engines = backend in ENGINE_BACKENDS
+    if engines and model is not None:
+        raise OptionError(f"--model has no effect with --backend {backend}: engines are compared with onnxruntime")
+    if engines and provider != "auto":
+        raise OptionError(f"--provider has no effect with --backend {backend}; leave it out")
 
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not 0 <= value < float("inf"):
@@ -148,13 +165,23 @@ def validate_bundle(
         ),
         "text_tokens": sum(len(t.token_ids) - sum(t.picture_lengths) + steps + 1 for t in turns),
     }
-    source = resolve(model or manifest.model.source, revision=None if model else manifest.model.revision)
     total = 1 + len(turns) * (steps + 2)
     report_progress("compare", 0, total)
-    reference = load_reference(source, manifest, **capacity)
-    backend = open_backend("onnxruntime", directory, manifest, provider=provider, **capacity)
-    report = Report(str(directory), str(source.name), manifest.model.dtype, getattr(backend, "provider", provider))
-    comparison = _Comparison(report, reference, backend, atol, rtol)
+    reference: Backend
+    if engines:
+        opened = open_backend(backend, directory, manifest, **capacity)
+        reference = open_backend("onnxruntime", directory, manifest, provider="cpu", **capacity)
+        name = "onnxruntime"
+    else:
+        from vkvx.export.reference import load_reference
+        from vkvx.models.registry import resolve
+
+        source = resolve(model or manifest.model.source, revision=None if model else manifest.model.revision)
+        reference = load_reference(source, manifest, **capacity)
+        opened = open_backend(backend, directory, manifest, provider=provider, **capacity)
+        name = str(source.name)
+    report = Report(str(directory), name, manifest.model.dtype, opened.provider, backend)
+    comparison = _Comparison(report, reference, opened, atol, rtol)
     position, done, token = 0, 1, None
     for number, turn in enumerate(turns, start=1):
         phase = "" if number == 1 else f"turn {number} "
@@ -162,7 +189,7 @@ def validate_bundle(
         ids = turn.token_ids if token is None else np.concatenate([[np.int32(token)], turn.token_ids])
         token = comparison.step(f"{phase}prefill", ids, turn.picture_lengths, position, embeds)
         comparison.caches(f"{phase}prefill")
-        backend.cache.load(reference.cache)
+        opened.cache.load(reference.cache)
         position += len(ids)
         done += 2
         report_progress("compare", done, total)
@@ -245,14 +272,10 @@ class _Comparison:
 
     def _read_codes(self, backend: Backend, layer: int, kind: str) -> np.ndarray:
         """Codes of the valid tokens, uint8 [Hkv, tokens, D]."""
-        import torch
-
-        from vkvx.quantization import unpack_keys, unpack_values
-
         unpack = unpack_keys if kind == "key" else unpack_values
         counts = self.reference.cache.visual_count[self.SLOT]
         size = self.manifest.quantization.group_size
-        codes = unpack(torch.from_numpy(np.array(backend.cache.read(f"{layer}.visual_{kind}")[self.SLOT]))).numpy()
+        codes = unpack(backend.cache.read(f"{layer}.visual_{kind}")[self.SLOT])
         return codes[:, (np.arange(size) < counts[:, None]).ravel()]
 
     def _codes(self, layer: int, kind: str, phase: str) -> tuple[int, float]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from vkvx.errors import OptionError
+from vkvx.errors import EngineError, OptionError, VkvxError
 from vkvx.manifest import Manifest
 from vkvx.models.checkpoint import CONFIG_FILE
 from vkvx.packages import missing
 from vkvx.plugins.build import find_library
 from vkvx.plugins.library import MAX_HEAD_DIM
 from vkvx.runtime.cache import PackedCache
+from vkvx.runtime.engine_manifest import BACKENDS as ENGINE_BACKENDS
+from vkvx.runtime.engine_manifest import Limits, engine_directories
 from vkvx.runtime.layout import Call
 
 _HOMES = {
     "onnxruntime": ("vkvx.runtime.onnxruntime_backend", "OnnxRuntimeBackend"),
     "torch": ("vkvx.export.reference", "open_bundle"),
+    "tensorrt": ("vkvx.runtime.tensorrt_backend", "open_tensorrt"),
+    "rtx": ("vkvx.runtime.tensorrt_backend", "open_rtx"),
 }
 """Module and function that opens a bundle, by name of the backend; imported when it is chosen."""
 BACKENDS = tuple(_HOMES)
@@ -36,15 +40,28 @@ class Backend(Protocol):
     manifest: Manifest
     cache: PackedCache
 
-    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns."""
+    @property
+    def limits(self) -> Limits | None:
+        """The most that a call may bring, None where only memory limits it."""
 
-    def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
+    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> Any:
+        """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns.
+
+        A NumPy array, or one on a device that ``np.asarray`` copies to main memory.
+        """
+
+    def place(self, call: Call, embeds: Sequence[Any]) -> Any:
+        """``visual_embeds`` [B, Nv, hidden] of a call, from what :meth:`encode` gave for its pictures, in order.
+
+        It is good for the next :meth:`step` only.
+        """
+
+    def step(self, call: Call, visual_embeds: Any | None) -> np.ndarray:
         """Run the decoder once: logits FP32 [B, V] at each row's last token.
 
-        ``visual_embeds`` [B, Nv, hidden] comes from :func:`vkvx.runtime.layout.place_embeds`; None if no row has a
-        picture. Caches and counts of the call's slots are updated in place. The caller has checked that everything
-        fits. If this raises, the counts are as before.
+        ``visual_embeds`` [B, Nv, hidden] comes from :meth:`place` or :func:`vkvx.runtime.layout.place_embeds`; None if
+        no row has a picture. Caches and counts of the call's slots are updated in place. The caller has checked that
+        everything fits. If this raises, the counts are as before.
         """
 
 
@@ -58,8 +75,13 @@ def open_backend(
     text_tokens: int,
     provider: str = "auto",
     threads: int | None = None,
+    verify: bool = True,
 ) -> Backend:
-    """Open a bundle in a backend by name. Raises OptionError, DependencyError, BundleError, CapacityError."""
+    """Open a bundle in a backend by name.
+
+    ``verify`` has an effect on engines only: their files are compared with their SHA-256, and they have to reproduce
+    the golden sample. Raises OptionError, DependencyError, BundleError, EngineError, CapacityError.
+    """
     if name not in BACKENDS:
         raise OptionError(f"unknown backend '{name}' (--backend): give one of auto, {', '.join(BACKENDS)}")
     module, function = _HOMES[name]
@@ -67,35 +89,69 @@ def open_backend(
         opener = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
         raise missing(error.name or name) from error
-    return opener(
-        bundle,
-        manifest,
-        slots=slots,
-        visual_tokens=visual_tokens,
-        text_tokens=text_tokens,
-        provider=provider,
-        threads=threads,
-    )
+    options: dict[str, Any] = {"provider": provider, "threads": threads}
+    if name in ENGINE_BACKENDS:
+        options["verify"] = verify
+    return opener(bundle, manifest, slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, **options)
 
 
 def choose_backend(
     bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None
 ) -> tuple[str, str]:
-    """The backend that serves a bundle best on this machine, and why: torch on a GPU with ``libvkvx``, or onnxruntime.
+    """The backend that serves a bundle best on this machine, and why: an engine built for the GPU; torch on a GPU with
+    ``libvkvx``; or onnxruntime.
 
-    torch is loaded only where everything else speaks for it.
+    TensorRT and torch are loaded only where everything else speaks for them.
     """
-    reason = _against_torch(bundle, manifest, provider, threads)
-    if reason is None:
-        return "torch", "there is a GPU, and libvkvx is built"
-    return "onnxruntime", reason
-
-
-def _against_torch(bundle: Path, manifest: Manifest, provider: str, threads: int | None) -> str | None:
     if provider == "cpu":
-        return "the CPU was asked for"
+        return "onnxruntime", "the CPU was asked for"
     if threads is not None:
-        return "a number of CPU threads was asked for"
+        return "onnxruntime", "a number of CPU threads was asked for"
+    engine, against = _engines_for(bundle)
+    if engine is not None:
+        return engine, "the bundle has engines for this GPU"
+    reasons = [against] if against else []
+    against = _against_torch(bundle, manifest)
+    if against is None:
+        return "torch", "; ".join([*reasons, "there is a GPU, and libvkvx is built"])
+    return "onnxruntime", "; ".join([*reasons, against])
+
+
+def engine_limits(bundle: Path, backend: str) -> Limits:
+    """The most that the engines of a bundle take on the GPU of this machine. Raises DependencyError, EngineError."""
+    from vkvx.runtime.device import Device
+    from vkvx.runtime.tensorrt_engine import find_engines
+
+    return find_engines(bundle, backend, Device().compute_capability)[1].limits
+
+
+def _engines_for(bundle: Path) -> tuple[str | None, str | None]:
+    """The backend whose engines this machine can run; else why not, or nothing if there are no engines."""
+    if not engine_directories(bundle):
+        return None, None
+    if find_spec("cuda") is None:
+        return None, "its engines need cuda-python"
+    from vkvx.runtime.device import Device
+    from vkvx.runtime.tensorrt_engine import find_engines
+    from vkvx.runtime.tensorrt_library import MODULES
+
+    try:
+        capability = Device().compute_capability
+    except VkvxError as error:
+        return None, str(error).partition(";")[0]
+    reason = f"its engines are not for compute capability {capability}"
+    for name in ENGINE_BACKENDS:
+        try:
+            find_engines(bundle, name, capability)
+        except EngineError:
+            continue
+        if find_spec(MODULES[name]) is not None:
+            return name, None
+        reason = f"its engines need the Python module {MODULES[name]}"
+    return None, reason
+
+
+def _against_torch(bundle: Path, manifest: Manifest) -> str | None:
     if find_library() is None:
         return "libvkvx is not built (vkvx plugin build)"
     if manifest.model.head_dim > MAX_HEAD_DIM:

@@ -6,12 +6,13 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vkvx.errors import CapacityError
 from vkvx.runtime.backend import Backend
-from vkvx.runtime.layout import Row, build_call, place_embeds
+from vkvx.runtime.layout import Row, build_call
 from vkvx.runtime.processor import Prepared, Processor
 from vkvx.runtime.sampling import GenerationOptions, Sampler
 from vkvx.runtime.text import IncrementalDecoder, StopStrings
@@ -106,6 +107,12 @@ class Request:
                 "shorten the prompt or lower max_new_tokens= (--max-new-tokens)"
             )
         cache.check_capacity(self.slot, *cache.demand(lengths, fed - sum(lengths)))
+        limits, prompt = self._backend.limits, fed - answer
+        if limits is not None and prompt > limits.input_len:
+            raise CapacityError(
+                f"the prompt has {prompt} tokens with its pictures, the engine takes {limits.input_len} in a call; "
+                f"build it with `vkvx build BUNDLE --max-input-len {prompt}`, or shorten the prompt"
+            )
 
     def admit(self) -> None:
         """Take a slot if there is none yet, and make the prompt part of the history."""
@@ -241,15 +248,18 @@ def _may_start(backend: Backend, request: Request, starting: Sequence[Request], 
         return True  # if there is no slot, acquiring one says so
     if request.owns_slot and not backend.cache.free_slots:
         return False
+    limits = backend.limits
+    if limits is not None and len(starting) >= limits.batch_size:
+        return False
     longest = max(len(one.prepared.token_ids) for one in (request, *starting))
     return not starting or longest * (len(starting) + 1) <= _PREFILL_POSITIONS
 
 
-def _step(backend: Backend, requests: list[Request], embeds: list[np.ndarray], started: float) -> list[Chunk]:
+def _step(backend: Backend, requests: list[Request], embeds: list[Any], started: float) -> list[Chunk]:
     manifest = backend.manifest
     rows = [request.next_row() for request in requests]
     size, image_token = manifest.quantization.group_size, manifest.model.image_token_id
     call = build_call(rows, group_size=size, image_token_id=image_token)
-    logits = backend.step(call, place_embeds(call, np.concatenate(embeds)) if embeds else None)
+    logits = backend.step(call, backend.place(call, embeds) if embeds else None)
     seconds = time.perf_counter() - started
     return [request.accept(row, seconds) for request, row in zip(requests, logits, strict=True)]

@@ -13,6 +13,9 @@ import numpy as np
 
 from vkvx.errors import InputError
 
+CALL_INPUTS = ("input_ids", "position_ids", "visual_index", "text_index", "last_index", "slot")
+"""Inputs of the decoder graph that a call brings, less ``visual_embeds``: INT32, fields of :class:`Call`."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from vkvx.manifest import Manifest
 from vkvx.packages import missing, requirement
 from vkvx.runtime.backend import PROVIDERS
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage, numpy_dtype
-from vkvx.runtime.layout import Call
+from vkvx.runtime.layout import CALL_INPUTS, Call, place_embeds
 from vkvx.runtime.threads import default_threads
 
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
@@ -36,7 +36,6 @@ _ONNX_TYPES = {  # how a buffer on a device is bound
     "tensor(int32)": np.int32,
     "tensor(uint16)": _ONNX_BFLOAT16,
 }
-_CALL_INPUTS = ("input_ids", "position_ids", "visual_index", "text_index", "last_index", "slot")
 
 
 class DeviceStorage:
@@ -81,6 +80,7 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
+    limits = None
 
     def __init__(
         self,
@@ -134,6 +134,9 @@ class OnnxRuntimeBackend:
         self._run(self._vision, binding, graph.file)
         return embeds
 
+    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
+        return place_embeds(call, np.concatenate(embeds))
+
     def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
         cache, binding = self.cache, self._binding
         if self._fills_empty and not call.visual_index.size:
@@ -143,7 +146,7 @@ class OnnxRuntimeBackend:
         if visual_embeds is None:
             visual_embeds = np.zeros((batch, entries, self.manifest.model.hidden_size), self._dtype)
         visual_embeds = np.ascontiguousarray(visual_embeds, self._dtype)
-        inputs = {name: getattr(call, name) for name in _CALL_INPUTS}
+        inputs = {name: getattr(call, name) for name in CALL_INPUTS}
         # Binding copies to the device, so the counts are bound anew each time.
         inputs |= {"visual_count": cache.visual_count, "text_count": cache.text_count, "visual_embeds": visual_embeds}
         for name, array in inputs.items():

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from vkvx.errors import InputError, OptionError
 from vkvx.manifest import Manifest, Progress
-from vkvx.runtime.backend import Backend, choose_backend, open_backend
+from vkvx.runtime.backend import ENGINE_BACKENDS, Backend, choose_backend, engine_limits, open_backend
 from vkvx.runtime.conversation import Conversation
 from vkvx.runtime.generation import Chunk, Generation, Request, run
 from vkvx.runtime.processor import Message, Picture, Processor
@@ -57,11 +57,12 @@ class Session:
 
         ``visual_tokens`` and ``text_tokens`` are what a slot has room for: by default four pictures (2048 visual tokens
         where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
-        "onnxruntime", "torch", or "auto": torch on a GPU with the CUDA kernels, elsewhere onnxruntime. ``provider`` is
-        "cpu", "cuda" or "auto". ``threads`` are those of a CPU. ``verify`` compares the SHA-256 of each file with the
-        manifest.
+        "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
+        with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
+        a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
+        sample.
 
-        Raises BundleError, OptionError, DependencyError, CapacityError.
+        Raises BundleError, EngineError, OptionError, DependencyError, CapacityError.
         """
         directory = Path(bundle)
         manifest = Manifest.load(directory)
@@ -74,15 +75,21 @@ class Session:
         if text_tokens is not None and text_tokens < 1:
             raise OptionError(f"text_tokens (--max-text-tokens) must be at least 1, got {text_tokens}")
         model, size = manifest.model, manifest.quantization.group_size
+        reason = "it was asked for"
+        if backend == "auto":
+            backend, reason = choose_backend(directory, manifest, provider, threads)
+        limits = engine_limits(directory, backend) if backend in ENGINE_BACKENDS else None
         if visual_tokens is None:
             picture = model.tokens_per_picture
             groups = -(-picture // size) * DEFAULT_PICTURES if picture else -(-DEFAULT_VISUAL_TOKENS // size)
             visual_tokens = groups * size
+            if limits is not None:  # at 16 bits pictures lie among the text rows
+                visual_tokens = min(visual_tokens, limits.visual_tokens or limits.text_tokens // 2)
         if text_tokens is None:
             text_tokens = min(model.max_positions, DEFAULT_TEXT_TOKENS)
-        reason = "it was asked for"
-        if backend == "auto":
-            backend, reason = choose_backend(directory, manifest, provider, threads)
+            if limits is not None:
+                room = limits.text_tokens - (0 if manifest.is_packed else visual_tokens)
+                text_tokens = max(1, min(text_tokens, room))
         opened = open_backend(
             backend,
             directory,
@@ -92,6 +99,7 @@ class Session:
             text_tokens=text_tokens,
             provider=provider,
             threads=threads,
+            verify=verify,
         )
         return cls(manifest, opened, Processor(directory, manifest), reason)
 

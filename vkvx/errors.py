@@ -27,6 +27,10 @@ class BuildError(VkvxError):
     """TensorRT cannot build an engine from a bundle: a node it does not take, or too little memory."""
 
 
+class DeviceError(VkvxError):
+    """A GPU or its driver fails at something that it should be able to do."""
+
+
 class InputError(VkvxError):
     """A prompt or picture cannot be used."""
 

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from vkvx.errors import DependencyError
 
-PIP_NAMES = {"PIL": "pillow", "onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
+PIP_NAMES = {"PIL": "pillow", "cuda": "cuda-python", "onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
 """Modules whose package has another name."""
 
 

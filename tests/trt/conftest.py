@@ -1,11 +1,13 @@
-"""The plugin that engines are built with in tests."""
+"""What the tests of engines share: the plugin that they are built with, and stand-ins for GPU and TensorRT."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles import Cuda, TensorRT, install_cuda, install_tensorrt
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +15,21 @@ def plugin_file(plugin_builds: Any) -> Path:
     """The plugin for TensorRT 10, 11 and RTX."""
     path: Path = plugin_builds.plugin(3)
     return path
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may add engines to."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """A GPU of compute capability 9.0 with 4 GiB, of main memory."""
+    return install_cuda(monkeypatch, Cuda())
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch, cuda: Cuda) -> TensorRT:
+    """TensorRT 10.9, of onnxruntime."""
+    return install_tensorrt(monkeypatch, cuda)

@@ -10,7 +10,8 @@ import numpy as np
 
 from vkvx.manifest import FileInfo, Graph, Manifest, ModelInfo, Quantization, TensorSpec
 from vkvx.runtime.cache import PackedCache
-from vkvx.runtime.layout import Call
+from vkvx.runtime.engine_manifest import Limits
+from vkvx.runtime.layout import Call, place_embeds
 from vkvx.runtime.processor import PLACEHOLDER, Prepared
 
 IMAGE, EOS, BOS = 3, 2, 1
@@ -97,6 +98,8 @@ class FakeBackend:
     What a slot holds is kept beside the cache and checked against the counts and positions of each call.
     """
 
+    limits: Limits | None = None
+
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
         self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens)
@@ -111,6 +114,9 @@ class FakeBackend:
         embeds[:, :, 0] = pixels[:, None]
         embeds[:, :, 1] = np.arange(PICTURE_TOKENS) + 1
         return embeds.reshape(-1, 8)
+
+    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
+        return place_embeds(call, np.concatenate(embeds))
 
     def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
         if self.fail_at == len(self.calls):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vkvx.runtime.sampling import GenerationOptions
     from vkvx.runtime.session import Session
 
-BACKENDS = ("auto", "onnxruntime", "torch")
+BACKENDS = ("auto", "onnxruntime", "torch", "tensorrt", "rtx")
 PROVIDERS = ("auto", "cpu", "cuda")
 
 
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="auto: torch on a GPU with `vkvx plugin build`, else onnxruntime (default: auto)",
+        help="auto: engines of `vkvx build` for this GPU, torch on a GPU with `vkvx plugin build`, else onnxruntime",
     )
     machine.add_argument("--provider", choices=PROVIDERS, default="auto", help="where to run (default: auto)")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")

@@ -1,4 +1,4 @@
-"""``vkvx validate``: a bundle in onnxruntime against the torch model that it was made from."""
+"""``vkvx validate``: a bundle in onnxruntime against the torch model that it was made from, or engines against it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         "validate",
         help="compare a bundle with its torch model",
         description="Run a bundle in onnxruntime and its checkpoint in torch on the same pictures and text, and compare"
-        " vision output, logits and caches over prefill, decode and a second turn. Exit code 1: something differs.",
+        " vision output, logits and caches over prefill, decode and a second turn. With --backend tensorrt or rtx the"
+        " engines of the bundle are compared with onnxruntime. Exit code 1: something differs.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
+    parser.add_argument(
+        "--backend",
+        choices=("onnxruntime", "tensorrt", "rtx"),
+        default="onnxruntime",
+        help="what is compared: the bundle in onnxruntime, or its engines (default: onnxruntime)",
+    )
     parser.add_argument("--model", metavar="MODEL", help="the checkpoint (default: what the manifest names)")
     parser.add_argument("--image", action="append", metavar="PATH", help="picture to use; may be repeated")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps to compare (default: 8)")
@@ -50,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             rtol=args.rtol,
             provider=args.provider,
             progress=progress,
+            backend=args.backend,
         )
     if args.json:
         terminal.print_json(report.to_json())
