@@ -146,7 +146,8 @@ def cuda_library() -> CudaLibrary:
     try:
         Library(path)
     except (DependencyError, AttributeError) as error:  # AttributeError: a library without these functions
-        advice = f"unset {build.OVERRIDE}" if os.environ.get(build.OVERRIDE) else "vkvx plugin build --force"
+        override = build.OVERRIDES[build.LIBRARY]
+        advice = f"unset {override}" if os.environ.get(override) else "vkvx plugin build --force"
         return CudaLibrary(str(path), capabilities, ptx, None, str(error), advice)
     return CudaLibrary(str(path), capabilities, ptx, ABI_VERSION)
 
