@@ -77,7 +77,7 @@ def test_every_bit_width_and_dtype(
     assert inputs["past.0.visual_key"].shape[3] == (1 if bits == 16 else bits)
     assert manifest.limits.visual_tokens == (0 if bits == 16 else 640)
     assert sorted(manifest.files) == ["decoder.engine", "libvkvx_tensorrt.so", "vision.engine"]
-    assert manifest.files["decoder.engine"].bytes > Manifest.load(bundle).files["model.safetensors"].bytes / 4
+    assert manifest.files["decoder.engine"].bytes > 5_000_000
 
 
 def test_rewritten_bits_are_those_that_an_export_writes(
