@@ -17,7 +17,7 @@ from vkvx.manifest import Manifest
 from vkvx.runtime.engine_limits import GIB, GivenLimits, build_profiles, resolve_limits, slot_bytes
 from vkvx.runtime.engine_options import EMBED, BuildOptions, check_options, choose_capabilities, configure
 from vkvx.runtime.engine_progress import BuildProgress, monitor, run_cancellable
-from vkvx.runtime.memory import available_memory, peak_memory
+from vkvx.runtime.memory import available_memory, gpu_memory, peak_memory
 from vkvx.runtime.tensorrt_library import Library, first_error, load
 
 NEW_FLAGS = ("VERSION_COMPATIBLE", "WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL")
@@ -331,3 +331,14 @@ def test_memory(tmp_path: Path) -> None:
     assert available_memory(tmp_path, group) == 5000 * 1024
     assert (peak_memory() or 0) > 10 << 20
     assert peak_memory(none) is None
+
+
+def test_memory_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_memory() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 81559\necho 24564\n")
+    program.chmod(0o755)
+    assert gpu_memory() == 24564 << 20
+    program.write_text("#!/bin/sh\necho no driver\nexit 9\n")
+    assert gpu_memory() is None
