@@ -41,18 +41,18 @@ struct Workspace {
   }
 };
 
-// Bytes that suffice for attention with at most these sizes on devices of up to `processors`. A call of fewer tiles than that has more parts, a
-// tile has one part if there are as many: tiles times parts is less than tiles + processors, and less than twice the processors if there are parts.
+// Bytes that suffice for attention with at most these sizes on devices of up to `processors`. choose_splits gives fewer parts to more tiles:
+// tiles times parts is less than tiles + processors, and less than 2 * processors where there is more than one part.
 inline size_t workspace_bound(const VkvxParams& p, int processors) {
-  // Blocks of `codes` take 4 columns at least, any block 8 at most.
-  const int columns = 8, positions = p.positions < kMaxDecodePositions ? p.positions : kMaxDecodePositions;
-  const int64_t column_tiles = divide_up(p.query_heads / p.kv_heads * positions, 4);
+  constexpr int least_columns = 4, most_columns = 8;  // query vectors of a block, but for `planes`, which takes few in all
+  const int positions = p.positions < kMaxDecodePositions ? p.positions : kMaxDecodePositions;
+  const int64_t column_tiles = divide_up(p.query_heads / p.kv_heads * positions, least_columns);
   const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles + processors, split = 2 * processors;
   VkvxParams none = p;
   none.correction = VKVX_CORRECTION_NONE;
   const size_t fixed = Workspace(none, 0, 1, 0).bytes;
   const size_t extremes = p.correction == VKVX_CORRECTION_AFFINE ? tiles * 8 * sizeof(float2) : 0;
-  const size_t partial = split * partial_floats(columns, p.head_dim) * sizeof(float);
+  const size_t partial = split * partial_floats(most_columns, p.head_dim) * sizeof(float);
   return fixed + extremes + partial + 2 * 256;  // what rounding up adds
 }
 

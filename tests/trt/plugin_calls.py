@@ -82,7 +82,7 @@ class Builds:
 
 def make_builds(kernels: Path | None, folder: Path) -> Builds:
     """Compile the plugins of both interfaces and the harness into the folder; skips the test without compilers."""
-    runtime = _rtx_library()
+    runtime = rtx_library()
     if given := os.environ.get(PREBUILT):
         return Builds(Path(given), runtime)
     headers = build.find_headers()
@@ -102,7 +102,8 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
 
 
-def _rtx_library() -> Path | None:
+def rtx_library() -> Path | None:
+    """The library of the package tensorrt-rtx-cu13, if that is installed."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((path for folder in folders if (path := Path(folder) / "libtensorrt_rtx.so.1").is_file()), None)

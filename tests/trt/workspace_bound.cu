@@ -30,7 +30,7 @@ int main() {
     size_t needed = vkvx::Workspace(call, 0, 1, 0).bytes;
     if (call.positions <= vkvx::kMaxDecodePositions) {
       const int queries = call.query_heads / call.kv_heads * call.positions;
-      const int columns = call.correction == VKVX_CORRECTION_AFFINE ? 8 : pick(0, 1) ? 8 : pick(1, 4);
+      const int columns = call.correction == VKVX_CORRECTION_AFFINE ? 4 * pick(1, 2) : pick(0, 1) ? 8 : pick(1, 4);  // `planes` has no affine
       const int64_t tiles = static_cast<int64_t>(call.rows) * call.kv_heads * vkvx::divide_up(queries, columns);
       const int splits = vkvx::choose_splits(call, tiles, pick(1, pick(0, 1) ? 100 : kProcessors));
       split += splits > 1;
