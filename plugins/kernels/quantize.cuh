@@ -119,9 +119,9 @@ struct Channels {
     }
   }
 
-  // Adds over the tokens what number(step, pair, numbers) gives: kMany pairs of FP16 numbers.
+  // Adds over the tokens of a quad of lanes what number(step, pair, numbers) gives, kMany pairs of FP16 numbers: for all 8 channels.
   template <int kMany, class Number>
-  __device__ __forceinline__ void add(float (&found)[kMany], Number number) const {
+  __device__ __forceinline__ void add(float (&found)[kMany][8], Number number) const {
     uint32_t ones[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -144,18 +144,17 @@ struct Channels {
         }
     }
 #pragma unroll
-    for (int n = 0; n < kMany; ++n) {
-      const float all[8] = {sums[n][0][0], sums[n][0][1], sums[n][0][2], sums[n][0][3], sums[n][1][0], sums[n][1][1], sums[n][1][2], sums[n][1][3]};
-      found[n] = add_over_quads(all);
-    }
+    for (int n = 0; n < kMany; ++n)
+#pragma unroll
+      for (int c = 0; c < 8; ++c) found[n][c] = sums[n][c / 4][c % 4];
   }
 
   __device__ __forceinline__ float n() const { return static_cast<float>(count); }
   __device__ __forceinline__ float mean() const { return sum / n(); }
   __device__ __forceinline__ void find_sum() {
-    float found[1];
+    float found[1][8];
     add(found, [&](int s, int j, uint32_t (&numbers)[1]) { numbers[0] = x[s][j]; });
-    sum = found[0] - static_cast<float>(copies) * copy;
+    sum = add_over_quads(found[0]) - static_cast<float>(copies) * copy;
   }
 
   // Reads the tokens, by all warps of the block, into `staged` [group_size][4] and x; false if there is nothing to store or no room.
@@ -299,9 +298,9 @@ struct Channels {
     // A bell of the tokens' mean distance from their mean, and the normal quantile to 2 digits.
     uint32_t means[4];
     share_pairs(means, __float2half_rn(mean()), 0);
-    float distances[1];
+    float distances[1][8];
     add(distances, [&](int s, int j, uint32_t (&numbers)[1]) { numbers[0] = as_bits(__habs2(__hsub2(as_half2(x[s][j]), as_half2(means[j])))); });
-    const float spread = fmaxf(1.2533f * distances[0] / static_cast<float>(tiles * kTile), 1e-7f), z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
+    const float spread = fmaxf(1.2533f * add_over_quads(distances[0]) / static_cast<float>(tiles * kTile), 1e-7f), z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
     float slope = 0.4f * n() * __expf(-0.5f * z * z) / spread, next = fmaf(z, spread, mean());
     int a = order_of_half(low) - 1, b = order_of_half(high);  // at or below a are `under` <= rank tokens, at or below b `over` > rank
     float under = 0.0f, over = n(), last = 0.0f, last_found = -1.0f;
@@ -315,24 +314,29 @@ struct Channels {
       uint32_t thresholds[2][4];
       share_pairs(thresholds[0], __float2half_rn(mine), 0);
       share_pairs(thresholds[1], __float2half_rn(mine), 2);
-      float counts[2];
+      float counts[2][8];
       add(counts, [&](int s, int j, uint32_t (&numbers)[2]) {
         numbers[0] = above(s, j, thresholds[0]);
         numbers[1] = above(s, j, thresholds[1]);
       });
-      const float found = n() - ((is_upper ? counts[1] : counts[0]) - copies_above(mine));
+      // Both in one number, so that lanes are added up once.
+      constexpr float kFactor = 2048.0f;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) counts[0][c] = fmaf(counts[1][c], kFactor, counts[0][c]);
+      const float both = add_over_quads(counts[0]), second = floorf(both / kFactor), first = both - second * kFactor;
+      const float found = n() - ((is_upper ? second : first) - copies_above(mine));
       if (done) continue;
       if (found > rank)
         b = probe, over = found;
       else
         a = probe, under = found;
-      const float rise = (found - last_found) / (mine - last);
+      const float rise = __fdividef(found - last_found, mine - last);
       if (last_found >= 0.0f && rise > 0.0f && rise < INFINITY) slope = rise;
       last = mine;
       last_found = found;
-      next = mine + (wanted - found) / slope;
+      next = mine + __fdividef(wanted - found, slope);
       const float from = half_of_order(a), to = half_of_order(b);
-      if (!(next > from && next < to)) next = from + (to - from) * ((wanted - under) / (over - under));
+      if (!(next > from && next < to)) next = from + (to - from) * __fdividef(wanted - under, over - under);
     }
     // The tokens on either side of b.
     const float end = half_of_order(b);
@@ -374,14 +378,16 @@ struct Channels {
       before = mine;
       uint32_t thresholds[4];
       share_pairs(thresholds, __float2half_rn(mine), 0);
-      float found[2];
+      float found[2][8];
       add(found, [&](int s, int j, uint32_t (&numbers)[2]) {
         numbers[0] = above(s, j, thresholds);
         numbers[1] = as_bits(__hmul2(as_half2(x[s][j]), as_half2(numbers[0])));
       });
-      const float many = found[0] - copies_above(mine), above_it = found[1] - copies_above(mine) * copy;
-      *upper = many > 0.0f ? above_it / many : threshold;
-      *lower = many < n() ? (sum - above_it) / (n() - many) : threshold;
+      const float many = add_over_quads(found[0]) - copies_above(mine), above_it = add_over_quads(found[1]) - copies_above(mine) * copy;
+      // These divisions are off by 2 FP32 ulp at most, and do not branch.
+      const float over = __fdividef(above_it, many), under = __fdividef(sum - above_it, n() - many);
+      *upper = many > 0.0f ? over : threshold;
+      *lower = many < n() ? under : threshold;
       threshold = (*lower + *upper) / 2.0f;
     }
   }
