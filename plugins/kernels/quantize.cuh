@@ -2,8 +2,9 @@
 //
 // A warp takes 8 channels of a group and keeps them in registers: lane and step are the token (32 a step), a register holds a pair of
 // channels. BF16 becomes FP16, exactly, by a power of two for each channel. Sums over tokens and counts come from tensor cores: a matrix
-// product with ones that tells the two channels of a register apart. The quad of lanes q then decides for channel q, so there is no barrier
-// before the codes are stored. The last tile of 128 tokens is filled up with copies of the last token, which sums take off again.
+// product with ones that tells the two channels of a register apart. The quad of lanes q then decides for channel q. Numbers come through
+// shared memory: a block reads 64 bytes of a token at a time. What looks at every number once works on shared memory in a short loop, since
+// long code would wait for instructions. The last tile of 128 tokens is filled up with copies of the last, which sums take off again.
 #pragma once
 
 #include "append.cuh"
@@ -94,6 +95,9 @@ __device__ __forceinline__ void ballots_above(uint32_t x, uint32_t threshold, ui
       : "r"(x), "r"(threshold));
 }
 
+// Where shared memory holds 8 channels of a token, `warp` of the block's 4 times 8: so that warps read and write without bank conflicts.
+__device__ __forceinline__ int place_of(int token, int warp) { return token * kQuantizeWarps + (warp ^ (token >> 1 & 3)); }
+
 // 8 channels of a group, less a pivot; all but `x`, `tiles`, `count` and `copies` is that of channel lane / 4.
 template <int kSteps>
 struct Channels {
@@ -115,9 +119,9 @@ struct Channels {
     }
   }
 
-  // Adds over the tokens what number(step, pair, numbers) gives: kMany pairs of FP16 numbers.
+  // Adds over the tokens of a quad of lanes what number(step, pair, numbers) gives, kMany pairs of FP16 numbers: for all 8 channels.
   template <int kMany, class Number>
-  __device__ __forceinline__ void add(float (&found)[kMany], Number number) const {
+  __device__ __forceinline__ void add(float (&found)[kMany][8], Number number) const {
     uint32_t ones[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -140,23 +144,22 @@ struct Channels {
         }
     }
 #pragma unroll
-    for (int n = 0; n < kMany; ++n) {
-      const float all[8] = {sums[n][0][0], sums[n][0][1], sums[n][0][2], sums[n][0][3], sums[n][1][0], sums[n][1][1], sums[n][1][2], sums[n][1][3]};
-      found[n] = add_over_quads(all);
-    }
+    for (int n = 0; n < kMany; ++n)
+#pragma unroll
+      for (int c = 0; c < 8; ++c) found[n][c] = sums[n][c / 4][c % 4];
   }
 
   __device__ __forceinline__ float n() const { return static_cast<float>(count); }
   __device__ __forceinline__ float mean() const { return sum / n(); }
   __device__ __forceinline__ void find_sum() {
-    float found[1];
+    float found[1][8];
     add(found, [&](int s, int j, uint32_t (&numbers)[1]) { numbers[0] = x[s][j]; });
-    sum = found[0] - static_cast<float>(copies) * copy;
+    sum = add_over_quads(found[0]) - static_cast<float>(copies) * copy;
   }
 
-  // Reads the tokens; false if there is nothing to store or no room.
-  __device__ __forceinline__ bool load(const VkvxParams& p, bool is_key, int b, int head, int g, int first_channel, int* group) {
-    const int lane = threadIdx.x & 31, slot = p.slot[b], groups = p.visual_capacity / p.group_size;
+  // Reads the tokens, by all warps of the block, into `staged` [group_size][4] and x; false if there is nothing to store or no room.
+  __device__ __forceinline__ bool load(const VkvxParams& p, bool is_key, int b, int head, int g, int first_channel, uint4* staged, int* group) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slot = p.slot[b], groups = p.visual_capacity / p.group_size;
     if (slot < 0) return false;
     const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries + static_cast<int64_t>(g) * p.group_size;
     int at[kSteps], valid = 0, last = 0, filled = 0;
@@ -171,8 +174,8 @@ struct Channels {
     for (int o = 16; o; o >>= 1) {
       valid += __shfl_xor_sync(kFull, valid, o);
       filled += __shfl_xor_sync(kFull, filled, o);
-      last = max(last, __shfl_xor_sync(kFull, last, o));
     }
+    last = reduce_max(last);
     count = reduce_max(valid);  // the same in all lanes, and so the compiler knows
     tiles = (count + kTile - 1) / kTile;
     copies = tiles * kTile - count;
@@ -180,15 +183,24 @@ struct Channels {
     if (count == 0 || *group >= groups) return false;
     const int64_t* stride = is_key ? p.key_stride : p.value_stride;
     const uint16_t* source = static_cast<const uint16_t*>(is_key ? p.key : p.value) + b * stride[0] + head * stride[1] + first_channel;
-    auto read = [&](uint32_t (&to)[4], int position) {
-      const uint4 v = *reinterpret_cast<const uint4*>(source + position * stride[2]);
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    };
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) read(x[s], at[s] < 0 ? last : at[s]);
+    each_step([&](int s) {
+      const int token = 32 * s + 8 * warp + lane / 4, position = __shfl_sync(kFull, at[s], 8 * warp + lane / 4);
+      const uint16_t* from = source + (position < 0 ? last : position) * stride[2] + 8 * (lane % 4);
+      copy_async(shared_address(staged + place_of(token, lane % 4)), from);
+    });
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    each_step([&](int s) {
+      const uint4 v = staged[place_of(32 * s + lane, warp)];
+      x[s][0] = v.x, x[s][1] = v.y, x[s][2] = v.z, x[s][3] = v.w;
+    });
     unit = 1.0f;
-    if (p.dtype == VKVX_BFLOAT16) from_bfloat();
-    find_sum_of_raw(source + static_cast<int64_t>(last) * stride[2], p.dtype == VKVX_BFLOAT16);
+    const bool bfloat = p.dtype == VKVX_BFLOAT16;
+    if (bfloat) from_bfloat();
+    const bool changed = find_sum_of_raw(source + static_cast<int64_t>(last) * stride[2] + 8 * warp, bfloat);
+    if (changed || bfloat)
+      each_step([&](int s) { staged[place_of(32 * s + lane, warp)] = make_uint4(x[s][0], x[s][1], x[s][2], x[s][3]); });
     return true;
   }
 
@@ -223,13 +235,14 @@ struct Channels {
     unit = 1.0f / mine;
   }
 
-  // Cleans the numbers if some are none, then finds sum, extremes and pivot.
-  __device__ __forceinline__ void find_sum_of_raw(const uint16_t* last_token, bool bfloat) {
+  // Cleans the numbers if some are none, then finds sum, extremes and pivot; whether x has changed.
+  __device__ __forceinline__ bool find_sum_of_raw(const uint16_t* last_token, bool bfloat) {
     const uint16_t bits = last_token[(threadIdx.x & 31) / 4];
     copy = clean(bfloat ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits))) / unit;
     pivot = 0.0f;
     find_sum();
-    if (!__all_sync(kFull, isfinite(sum))) {
+    const bool dirty = !__all_sync(kFull, isfinite(sum));
+    if (dirty) {
       each_step([&](int s) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -253,7 +266,7 @@ struct Channels {
     high = extreme_over_lanes(most, MostPair());
     // Where all numbers lie within a factor of 2, differences from the least are exact, and sums lose nothing to what they share.
     const bool near = (low > 0.0f && high <= 2.0f * low) || (high < 0.0f && low >= 2.0f * high);
-    if (!__any_sync(kFull, near)) return;
+    if (!__any_sync(kFull, near)) return dirty;
     pivot = near ? low : 0.0f;
     uint32_t pivots[4];
     share_pairs(pivots, __float2half_rn(pivot), 0);
@@ -265,6 +278,7 @@ struct Channels {
     low -= pivot;
     high -= pivot;
     find_sum();
+    return true;
   }
 
   // 1.0 where a number is above the threshold, else 0.
@@ -277,16 +291,16 @@ struct Channels {
 
   // Quantiles `alpha` and 1 - `alpha`. Lanes 0 and 1 of a quad search the lower, 2 and 3 the upper: a number so that as many tokens are
   // at or below it as the rank says, by secants from a guess, and bisection where that is slow.
-  __device__ __forceinline__ void find_quantiles(float alpha, float* lower, float* upper) const {
+  __device__ __forceinline__ void find_quantiles(float alpha, const uint4* staged, float* lower, float* upper) const {
     const bool is_upper = threadIdx.x & 2;
     const float q = is_upper ? static_cast<float>(1.0 - static_cast<double>(alpha)) : alpha, position = q * (n() - 1.0f);
     const float rank = floorf(position), wanted = rank + 1.0f;
     // A bell of the tokens' mean distance from their mean, and the normal quantile to 2 digits.
     uint32_t means[4];
     share_pairs(means, __float2half_rn(mean()), 0);
-    float distances[1];
+    float distances[1][8];
     add(distances, [&](int s, int j, uint32_t (&numbers)[1]) { numbers[0] = as_bits(__habs2(__hsub2(as_half2(x[s][j]), as_half2(means[j])))); });
-    const float spread = fmaxf(1.2533f * distances[0] / static_cast<float>(tiles * kTile), 1e-7f), z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
+    const float spread = fmaxf(1.2533f * add_over_quads(distances[0]) / static_cast<float>(tiles * kTile), 1e-7f), z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
     float slope = 0.4f * n() * __expf(-0.5f * z * z) / spread, next = fmaf(z, spread, mean());
     int a = order_of_half(low) - 1, b = order_of_half(high);  // at or below a are `under` <= rank tokens, at or below b `over` > rank
     float under = 0.0f, over = n(), last = 0.0f, last_found = -1.0f;
@@ -300,47 +314,56 @@ struct Channels {
       uint32_t thresholds[2][4];
       share_pairs(thresholds[0], __float2half_rn(mine), 0);
       share_pairs(thresholds[1], __float2half_rn(mine), 2);
-      float counts[2];
+      float counts[2][8];
       add(counts, [&](int s, int j, uint32_t (&numbers)[2]) {
         numbers[0] = above(s, j, thresholds[0]);
         numbers[1] = above(s, j, thresholds[1]);
       });
-      const float found = n() - ((is_upper ? counts[1] : counts[0]) - copies_above(mine));
+      // Both in one number, so that lanes are added up once.
+      constexpr float kFactor = 2048.0f;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) counts[0][c] = fmaf(counts[1][c], kFactor, counts[0][c]);
+      const float both = add_over_quads(counts[0]), second = floorf(both / kFactor), first = both - second * kFactor;
+      const float found = n() - ((is_upper ? second : first) - copies_above(mine));
       if (done) continue;
       if (found > rank)
         b = probe, over = found;
       else
         a = probe, under = found;
-      const float rise = (found - last_found) / (mine - last);
+      const float rise = __fdividef(found - last_found, mine - last);
       if (last_found >= 0.0f && rise > 0.0f && rise < INFINITY) slope = rise;
       last = mine;
       last_found = found;
-      next = mine + (wanted - found) / slope;
+      next = mine + __fdividef(wanted - found, slope);
       const float from = half_of_order(a), to = half_of_order(b);
-      if (!(next > from && next < to)) next = from + (to - from) * ((wanted - under) / (over - under));
+      if (!(next > from && next < to)) next = from + (to - from) * __fdividef(wanted - under, over - under);
     }
     // The tokens on either side of b.
     const float end = half_of_order(b);
-    float here[2], above_it[2];
+    uint32_t thresholds[2][4], below[2][4], beyond[2][4];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      uint32_t threshold[4], below[4], beyond[4];
-      share_pairs(threshold, __float2half_rn(end), 2 * side);
+      share_pairs(thresholds[side], __float2half_rn(end), 2 * side);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) below[j] = 0xfc00fc00u, beyond[j] = 0x7c007c00u;
-      each_step([&](int s) {
+      for (int j = 0; j < 4; ++j) below[side][j] = 0xfc00fc00u, beyond[side][j] = 0x7c007c00u;
+    }
+#pragma unroll 2
+    for (int t = threadIdx.x & 31; t < kTile * tiles; t += 32) {
+      const uint4 v = staged[place_of(t, threadIdx.x >> 5)];
+      const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int side = 0; side < 2; ++side)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const uint32_t mask = __hgt2_mask(as_half2(x[s][j]), as_half2(threshold[j]));
-          below[j] = MostPair()(below[j], (x[s][j] & ~mask) | (0xfc00fc00u & mask));
-          beyond[j] = LeastPair()(beyond[j], (x[s][j] & mask) | (0x7c007c00u & ~mask));
+          const uint32_t mask = __hgt2_mask(as_half2(pairs[j]), as_half2(thresholds[side][j]));
+          below[side][j] = MostPair()(below[side][j], (pairs[j] & ~mask) | (0xfc00fc00u & mask));
+          beyond[side][j] = LeastPair()(beyond[side][j], (pairs[j] & mask) | (0x7c007c00u & ~mask));
         }
-      });
-      here[side] = extreme_over_lanes(below, MostPair());
-      above_it[side] = extreme_over_lanes(beyond, LeastPair());
     }
-    const float at = is_upper ? here[1] : here[0], beyond = is_upper ? above_it[1] : above_it[0];
-    const float after = over > wanted || wanted >= n() ? at : beyond;
+    const float here[2] = {extreme_over_lanes(below[0], MostPair()), extreme_over_lanes(below[1], MostPair())};
+    const float above_it[2] = {extreme_over_lanes(beyond[0], LeastPair()), extreme_over_lanes(beyond[1], LeastPair())};
+    const float at = is_upper ? here[1] : here[0], next_one = is_upper ? above_it[1] : above_it[0];
+    const float after = over > wanted || wanted >= n() ? at : next_one;
     const float mine = at + (after - at) * (position - rank), others = __shfl_xor_sync(kFull, mine, 2);
     *lower = is_upper ? others : mine;
     *upper = is_upper ? mine : others;
@@ -355,14 +378,16 @@ struct Channels {
       before = mine;
       uint32_t thresholds[4];
       share_pairs(thresholds, __float2half_rn(mine), 0);
-      float found[2];
+      float found[2][8];
       add(found, [&](int s, int j, uint32_t (&numbers)[2]) {
         numbers[0] = above(s, j, thresholds);
         numbers[1] = as_bits(__hmul2(as_half2(x[s][j]), as_half2(numbers[0])));
       });
-      const float many = found[0] - copies_above(mine), above_it = found[1] - copies_above(mine) * copy;
-      *upper = many > 0.0f ? above_it / many : threshold;
-      *lower = many < n() ? (sum - above_it) / (n() - many) : threshold;
+      const float many = add_over_quads(found[0]) - copies_above(mine), above_it = add_over_quads(found[1]) - copies_above(mine) * copy;
+      // These divisions are off by 2 FP32 ulp at most, and do not branch.
+      const float over = __fdividef(above_it, many), under = __fdividef(sum - above_it, n() - many);
+      *upper = many > 0.0f ? over : threshold;
+      *lower = many < n() ? under : threshold;
       threshold = (*lower + *upper) / 2.0f;
     }
   }
@@ -419,12 +444,12 @@ struct Levels {
   __half scale, offset;
   float step, base;
 
-  __device__ __forceinline__ Levels(const Channels<kSteps>& x, const Quantizer& quantizer) {
+  __device__ __forceinline__ Levels(const Channels<kSteps>& x, const Quantizer& quantizer, const uint4* staged) {
     const float top = static_cast<float>((1 << quantizer.bits) - 1);
     const bool varies = x.high > x.low;
     float low = x.low, high = x.high;
     if (quantizer.kind == VKVX_QUANTILE) {
-      if (quantizer.alpha > 0.0f) x.find_quantiles(quantizer.alpha, &low, &high);
+      if (quantizer.alpha > 0.0f) x.find_quantiles(quantizer.alpha, staged, &low, &high);
     } else if (quantizer.kind == VKVX_SHRINK) {
       low = quantizer.gamma * (low + x.pivot) - x.pivot;
       high = quantizer.gamma * (high + x.pivot) - x.pivot;
@@ -453,12 +478,12 @@ struct Encoder {
   __device__ __forceinline__ float operator()(float x, int c) const { return fmaf(__saturatef((x - bases[c]) * inverses[c]), top, kMagic); }
 };
 
-// Mean squares are of what the levels leave. `bytes` [bits][group_size][4 warps] in shared memory gets the codes.
+// Mean square of what the levels leave of channel lane / 4. The codes of a token's 8 channels take the place of its numbers in `staged`: byte n
+// holds plane n.
 template <int kSteps>
-__device__ __forceinline__ float encode_keys(const Channels<kSteps>& x, const Levels<kSteps>& levels, int bits, int size, uint8_t* bytes) {
+__device__ __forceinline__ float encode_keys(const Channels<kSteps>& x, const Levels<kSteps>& levels, int bits, uint4* staged) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   float squares[8] = {};
-  auto is_live = [&](int s) { return 32 * s + lane < x.count; };
   if (bits == 1) {
     const float half = 0.5f * levels.step, middle = levels.base + half;
     uint32_t thresholds[4];
@@ -466,46 +491,56 @@ __device__ __forceinline__ float encode_keys(const Channels<kSteps>& x, const Le
     float middles[8], halves[8];
     share(middles, middle);
     share(halves, half);
-    x.each_step([&](int s) {
+#pragma unroll 2
+    for (int t = lane; t < kTile * x.tiles; t += 32) {
+      uint4& place = staged[place_of(t, warp)];
+      const uint4 v = place;
+      const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
       uint32_t byte = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) byte |= __hgt2_mask(as_half2(x.x[s][j]), as_half2(thresholds[j])) & (0x00020001u << 2 * j);
-      bytes[(32 * s + lane) * kQuantizeWarps + warp] = static_cast<uint8_t>(byte | byte >> 16);
+      for (int j = 0; j < 4; ++j) byte |= __hgt2_mask(as_half2(pairs[j]), as_half2(thresholds[j])) & (0x00020001u << 2 * j);
+      place.x = byte | byte >> 16;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        const float2 pair = __half22float2(as_half2(x.x[s][c / 2]));
+        const float2 pair = __half22float2(as_half2(pairs[c / 2]));
         const float rest = fabsf((c % 2 ? pair.y : pair.x) - middles[c]) - halves[c];  // the nearer level
-        if (is_live(s)) squares[c] = fmaf(rest, rest, squares[c]);
+        if (t < x.count) squares[c] = fmaf(rest, rest, squares[c]);
       }
-    });
+    }
   } else {
     const Encoder encode(levels.base, levels.step, bits);
     float steps[8];
     share(steps, levels.step);
-    x.each_step([&](int s) {
-      uint32_t codes[2] = {};
+    for (int t = lane; t < kTile * x.tiles; t += 32) {
+      uint4& place = staged[place_of(t, warp)];
+      const uint4 v = place;
+      const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+      uint32_t codes[2] = {}, planes[2] = {};
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        const float2 pair = __half22float2(as_half2(x.x[s][c / 2]));
+        const float2 pair = __half22float2(as_half2(pairs[c / 2]));
         const float number = c % 2 ? pair.y : pair.x, code = encode(number, c);
         codes[c / 4] |= (__float_as_uint(code) & 0xff) << 8 * (c % 4);
         const float rest = number - fmaf(steps[c], code - kMagic, encode.bases[c]);
-        if (is_live(s)) squares[c] = fmaf(rest, rest, squares[c]);
+        if (t < x.count) squares[c] = fmaf(rest, rest, squares[c]);
       }
-#pragma unroll 1
-      for (int plane = 0; plane < bits; ++plane) {
+#pragma unroll
+      for (int plane = 0; plane < 8; ++plane) {
         auto gather = [&](uint32_t four) { return (four >> plane & 0x01010101u) * 0x10204080u >> 28; };
-        bytes[(plane * size + 32 * s + lane) * kQuantizeWarps + warp] = static_cast<uint8_t>(gather(codes[0]) | gather(codes[1]) << 4);
+        planes[plane / 4] |= (gather(codes[0]) | gather(codes[1]) << 4) << 8 * (plane % 4);
       }
-    });
+      place.x = planes[0];
+      place.y = planes[1];
+    }
   }
   return add_over_lanes(squares) / x.n() * x.unit * x.unit;
 }
 
 // Packs along tokens: lane 4c + s holds the word of channel c and step s of a tile. `out` is the first tile's word of lane 0.
 template <int kSteps>
-__device__ __forceinline__ void store_values(const Channels<kSteps>& x, const Levels<kSteps>& levels, int bits, int group_tiles, int words, int* out) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ void store_values(const Channels<kSteps>& x, const Levels<kSteps>& levels, int bits, int group_tiles, int words, const uint4* staged,
+                                             int* out) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   auto store = [&](int tile, int plane, uint32_t word) {
     const int live = x.count - kTile * tile - 32 * (lane & 3);
     if (live < 32) word &= live > 0 ? (1u << live) - 1 : 0;
@@ -514,34 +549,38 @@ __device__ __forceinline__ void store_values(const Channels<kSteps>& x, const Le
   if (bits == 1) {
     uint32_t thresholds[4];
     share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(levels.base + 0.5f * levels.step) : __ushort_as_half(0x7c00), 0);
-#pragma unroll
-    for (int tile = 0; tile < kSteps / 4; ++tile) {
-      if (tile >= x.tiles) break;
+#pragma unroll 1
+    for (int tile = 0; tile < x.tiles; ++tile) {
       uint32_t word = 0;
 #pragma unroll
-      for (int s = 0; s < 4; ++s)
+      for (int s = 0; s < 4; ++s) {
+        const uint4 v = staged[place_of(kTile * tile + 32 * s + lane, warp)];
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           uint32_t low, high;
-          ballots_above(x.x[4 * tile + s][j], thresholds[j], &low, &high);
+          ballots_above(pairs[j], thresholds[j], &low, &high);
           if (lane == 8 * j + s) word = low;
           if (lane == 8 * j + 4 + s) word = high;
         }
+      }
       store(tile, 0, word);
     }
   } else {
     const Encoder encode(levels.base, levels.step, bits);
-#pragma unroll
-    for (int tile = 0; tile < kSteps / 4; ++tile) {
-      if (tile >= x.tiles) break;
+#pragma unroll 1
+    for (int tile = 0; tile < x.tiles; ++tile) {
       uint32_t codes[4][2] = {};
 #pragma unroll
-      for (int s = 0; s < 4; ++s)
+      for (int s = 0; s < 4; ++s) {
+        const uint4 v = staged[place_of(kTile * tile + 32 * s + lane, warp)];
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          const float2 pair = __half22float2(as_half2(x.x[4 * tile + s][c / 2]));
+          const float2 pair = __half22float2(as_half2(pairs[c / 2]));
           codes[s][c / 4] |= (__float_as_uint(encode(c % 2 ? pair.y : pair.x, c)) & 0xff) << 8 * (c % 4);
         }
+      }
 #pragma unroll 1
       for (int plane = 0; plane < bits; ++plane) {
         uint32_t word = 0;
@@ -560,10 +599,10 @@ __device__ __forceinline__ void store_values(const Channels<kSteps>& x, const Le
     for (int plane = 0; plane < bits; ++plane) store(tile, plane, 0);
 }
 
-// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: key_bits * group_size words.
+// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: 64 bytes a token of a group.
 template <int kSteps, int kBlocks>
 __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_kernel(const __grid_constant__ VkvxParams p) {
-  extern __shared__ uint32_t key_words[];
+  extern __shared__ uint4 staged[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, D = p.head_dim, words = D / 32;
   const int call_groups = p.visual_entries / p.group_size;
   const bool is_key = blockIdx.x < call_groups * words;
@@ -571,11 +610,11 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_kernel(
   const int g = part / words, word = part % words, head = blockIdx.y, b = blockIdx.z, first_channel = 32 * word + 8 * warp;
   int group;
   Channels<kSteps> x;
-  if (!x.load(p, is_key, b, head, g, first_channel, &group)) return;
+  if (!x.load(p, is_key, b, head, g, 32 * word, staged, &group)) return;
   const Quantizer quantizer{p.quantizer, is_key ? p.key_bits : p.value_bits, is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
                             is_key ? p.shrink_key : p.shrink_value};
   const int bits = quantizer.bits, group_tiles = p.group_size / kTile;
-  const Levels<kSteps> levels(x, quantizer);
+  const Levels<kSteps> levels(x, quantizer, staged);
   const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head, groups = p.visual_capacity / p.group_size;
   const int64_t first_word = (slot_head * (p.visual_capacity / kTile) + static_cast<int64_t>(group) * group_tiles) * bits * kTile * words;
   const int rows = is_key ? 3 : 2;
@@ -586,17 +625,30 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_kernel(
     params[D] = levels.offset;
   }
   if (!is_key) {
-    store_values(x, levels, bits, group_tiles, 4 * D, p.visual_value + first_word + 4 * first_channel);
+    store_values(x, levels, bits, group_tiles, 4 * D, staged, p.visual_value + first_word + 4 * first_channel);
     return;
   }
-  const float square = encode_keys(x, levels, bits, p.group_size, reinterpret_cast<uint8_t*>(key_words));
+  const float square = encode_keys(x, levels, bits, staged);
   if (lane % 4 == 0) params[2 * D] = __float2half_rn(fminf(sqrtf(square), kHalfMax));
   __syncthreads();
   int* out = p.visual_key + first_word + word;
-  for (int t = threadIdx.x; t < p.group_size; t += kQuantizeWarps * 32)
-    for (int plane = 0; plane < bits; ++plane)
-      out[static_cast<int64_t>((t / kTile * bits + plane) * kTile + t % kTile) * words] =
-          t < x.count ? static_cast<int>(key_words[plane * p.group_size + t]) : 0;
+  for (int t = threadIdx.x; t < p.group_size; t += kQuantizeWarps * 32) {
+    uint32_t planes[2][kQuantizeWarps] = {};
+    if (t < x.count)
+#pragma unroll
+      for (int w = 0; w < kQuantizeWarps; ++w) {
+        const uint2 v = *reinterpret_cast<const uint2*>(staged + place_of(t, w));
+        planes[0][w] = v.x, planes[1][w] = v.y;
+      }
+#pragma unroll
+    for (int plane = 0; plane < 8; ++plane) {
+      if (plane >= bits) break;
+      uint32_t packed = 0;
+#pragma unroll
+      for (int w = 0; w < kQuantizeWarps; ++w) packed |= (planes[plane / 4][w] >> 8 * (plane % 4) & 0xff) << 8 * w;
+      out[static_cast<int64_t>((t / kTile * bits + plane) * kTile + t % kTile) * words] = static_cast<int>(packed);
+    }
+  }
 }
 
 }  // namespace vkvx

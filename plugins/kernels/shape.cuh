@@ -11,13 +11,14 @@
 
 namespace vkvx {
 
-constexpr int kShapeThreads = 512;
+constexpr int kShapeThreads = 512;  // of a multiprocessor, by its registers
+constexpr int kMostWarps = kShapeThreads / 32;
 constexpr int kShapeFits = 2;  // sweeps that choose codes and levels; one more chooses the codes for the rounded levels
 
 // Threads of a block that takes `tokens` of them each, and bytes of scratch and of shared memory that it needs.
 inline int shape_threads(int group_size, int tokens) { return static_cast<int>(divide_up(divide_up(group_size, tokens), 32) * 32); }
 __host__ __device__ inline size_t shape_bytes(int tokens, int head_dim) { return static_cast<size_t>(tokens) * head_dim * 5; }
-inline int shape_shared(int head_dim, int channels, int threads) { return (head_dim * (3 + channels + std::max(2, threads / 32)) + channels * channels) * 4; }
+inline int shape_shared(int head_dim, int channels, int threads) { return (head_dim * (3 + channels + std::max(4, threads / 32)) + channels * channels) * 4; }
 
 // Element (i, j) of a head's metric; that of keys is turned to the row's last position, R H R^T.
 __device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int head, int b, int i, int j) {
@@ -41,27 +42,34 @@ struct FitSums {
 };
 
 // Sums over the block of codes, their squares, wanted numbers and products, in a fixed order; those of codes are exact. `partial` holds
-// 2 * warps entries; calls take turns with its halves, so one barrier is enough.
-__device__ __forceinline__ FitSums add_over_block(const float (&x)[4], float4* partial, int turn) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+// 2 * 4 * 16 entries, one for each warp of 16; calls take turns with its halves, so one barrier is enough. Those of warps that the block
+// does not have are 0.
+__device__ __forceinline__ FitSums add_over_block(const float (&x)[4], float* partial, int turn) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const bool up = lane & 16, high = lane & 8;
   const float a = (up ? x[2] : x[0]) + __shfl_xor_sync(kFull, up ? x[0] : x[2], 16);
   const float b = (up ? x[3] : x[1]) + __shfl_xor_sync(kFull, up ? x[1] : x[3], 16);
   float mine = (high ? b : a) + __shfl_xor_sync(kFull, high ? a : b, 8);
 #pragma unroll
   for (int o = 4; o; o >>= 1) mine += __shfl_xor_sync(kFull, mine, o);
-  float4* half = partial + (turn & 1) * warps;
-  if (lane % 8 == 0) reinterpret_cast<float*>(half + warp)[lane / 8] = mine;
+  float* half = partial + (turn & 1) * 4 * kMostWarps;
+  if (lane % 8 == 0) half[lane / 8 * kMostWarps + warp] = mine;
   __syncthreads();
-  FitSums sum{};
+  // Lanes 8n to 8n + 7 add up sum n: the first two as integers.
+  const float2 two = *reinterpret_cast<const float2*>(half + 2 * lane);
+  int whole = static_cast<int>(two.x) + static_cast<int>(two.y);
+  float real = two.x + two.y;
 #pragma unroll
-  for (int w = 0; w < kShapeThreads / 32; ++w) {
-    const float4 y = w < warps ? half[w] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    sum.codes += static_cast<int>(y.x);
-    sum.squares += static_cast<int>(y.y);
-    sum.wanted += y.z;
-    sum.products += y.w;
+  for (int o = 4; o; o >>= 1) {
+    const int other = __shfl_xor_sync(kFull, up ? __float_as_int(real) : whole, o);
+    whole += other;
+    real += __int_as_float(other);
   }
+  FitSums sum;
+  sum.codes = __shfl_sync(kFull, whole, 0);
+  sum.squares = __shfl_sync(kFull, whole, 8);
+  sum.wanted = __shfl_sync(kFull, real, 16);
+  sum.products = __shfl_sync(kFull, real, 24);
   return sum;
 }
 
@@ -156,7 +164,7 @@ struct Shaper {
     for (int i = 0; i < kChannels; ++i)
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) pull[i][j] = 0.0f;
-    constexpr int kAhead = kTokens > 4 ? 1 : 4;
+    constexpr int kAhead = kTokens > 4 ? 1 : 2;
     Errors next[kAhead];
     auto load = [&](int k) {
 #pragma unroll
@@ -189,6 +197,7 @@ struct Shaper {
 
   // One pass over the channels that chooses codes and, if `fit`, levels.
   __device__ void sweep(bool fit, float top) {
+    for (int i = threadIdx.x; i < 8 * kMostWarps; i += blockDim.x) partial[i] = 0.0f;  // load_tile has the barrier
     for (int first = 0; first < p.head_dim; first += kChannels) {
       load_tile(first);
       float pull[kChannels][kTokens];
@@ -225,7 +234,7 @@ struct Shaper {
             sums[3] = fmaf(code[j], wanted, sums[3]);
           }
           if (fit) {
-            const FitSums sum = add_over_block(sums, reinterpret_cast<float4*>(partial), i);
+            const FitSums sum = add_over_block(sums, partial, i);
             const int64_t spread = static_cast<int64_t>(count) * sum.squares - static_cast<int64_t>(sum.codes) * sum.codes;
             if (spread > 0) {
               const float n = static_cast<float>(count), middle = static_cast<float>(sum.codes) / n;
@@ -362,7 +371,7 @@ struct Shaper {
 
 // Blocks take groups in turn: group n is that of call group n / (2 Hkv B), and so on. Dynamic shared memory: see shape_shared.
 template <int kChannels, int kTokens>
-__global__ void __launch_bounds__(kShapeThreads) shape_kernel(const __grid_constant__ VkvxParams p, char* scratch) {
+__global__ void __launch_bounds__(kTokens == 4 ? kShapeThreads / 2 : kShapeThreads, kTokens == 4 ? 2 : 1) shape_kernel(const __grid_constant__ VkvxParams p, char* scratch) {
   extern __shared__ float4 memory[];
   __shared__ int found[2];
   const int D = p.head_dim, call_groups = p.visual_entries / p.group_size;

@@ -11,7 +11,9 @@ namespace {
 template <int kSteps, int kBlocks>
 int quantize_in_registers(const VkvxParams& p, cudaStream_t stream) {
   const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
-  const int bytes = p.key_bits * p.group_size * static_cast<int>(sizeof(int));
+  const int bytes = p.group_size * kQuantizeWarps * static_cast<int>(sizeof(uint4));
+  if (cudaFuncSetAttribute(quantize_kernel<kSteps, kBlocks>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+    return check_cuda("the shared memory that quantisation needs");
   quantize_kernel<kSteps, kBlocks><<<dim3(2 * parts, p.kv_heads, p.rows), kQuantizeWarps * 32, bytes, stream>>>(p);
   return check_cuda("quantisation");
 }

@@ -11,7 +11,7 @@ constexpr size_t kMostScratch = size_t{256} << 20;
 
 bool is_shaped(const VkvxParams& p) { return p.quantizer == VKVX_SHAPED && p.key_bits != 16 && p.visual_entries > 0; }
 
-int shape_tokens(const VkvxParams& p) { return p.group_size <= 2 * kShapeThreads ? 2 : kMostShapedGroup / kShapeThreads; }
+int shape_tokens(const VkvxParams& p) { return p.group_size <= 1024 ? 4 : kMostShapedGroup / kShapeThreads; }
 
 // Blocks that run at a time, each with scratch memory of its own, and bytes of that.
 int shape_blocks(const VkvxParams& p, const Device& device, size_t* bytes) {
@@ -44,7 +44,7 @@ size_t append_workspace(const VkvxParams& p, const Device& device) {
 }
 
 int shape(const VkvxParams& p, const Device& device, cudaStream_t stream) {
-  return shape_tokens(p) == 2 ? launch<32, 2>(p, device, stream) : launch<8, kMostShapedGroup / kShapeThreads>(p, device, stream);
+  return shape_tokens(p) == 4 ? launch<16, 4>(p, device, stream) : launch<8, kMostShapedGroup / kShapeThreads>(p, device, stream);
 }
 
 }  // namespace vkvx

@@ -209,8 +209,9 @@ def compare_group(
             # A value beside a threshold may fall to either side, and the levels follow: another result that is as good.
             room = x.shape[1] * (rounding**2 + scales[1] ** 2 / 24) + 1e-30
             share = (rests[0].square().sum(1, keepdim=True) + room) / (rests[1].square().sum(1, keepdim=True) + room)
-            assert (share[odd] < 1.5).all(), (share[odd].max(), x.shape)
-            assert abs(share.mean() - 1) < 0.02, (share.mean(), x.shape)
+            assert abs(share.median() - 1) < 0.001, (share.median(), x.shape)
+            assert share.mean() < 1.2, (share.mean(), x.shape)
+            assert bits > 1 or odd.double().mean() < 0.1, (odd.double().mean(), x.shape)
         else:
             assert not odd.any(), (odd.nonzero()[:3], x.shape)
         ratio = (x - offsets[0]) / torch.where(scales[0] > 0, scales[0], torch.inf)
@@ -220,7 +221,7 @@ def compare_group(
     else:
         errors = [((r @ metric) * r).sum().item() for r in rests]
         spread = x - x.mean(1, keepdim=True)
-        part = 0.05 if bits == 8 or x.shape[1] < 100 else 0.01
+        part = 0.05 if bits == 8 or x.shape[1] < 300 else 0.01
         room = part * errors[1] + 1e-6 * ((spread @ metric) * spread).sum().item()
         assert abs(errors[0] - errors[1]) <= room, (errors, x.shape)
         same = (codes[0] == codes[1]).double().mean().item()
