@@ -39,15 +39,15 @@ int quantize(const VkvxParams& p, const Device& device, cudaStream_t stream) {
 
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   const bool packed = p.key_bits != 16;
-  const int threads = p.kv_heads * p.head_dim < 256 ? 128 : 256;
+  const int threads = 256, parts = (p.kv_heads * p.head_dim + threads - 1) / threads;
   if (!packed) {
     const Workspace workspace(p, 0, 1, 0);
     rank_tokens(p, workspace.rank, stream);
-    append_rows_kernel<<<dim3(p.positions, p.rows), threads, 0, stream>>>(p, workspace.rank);
+    append_rows_kernel<<<dim3(p.positions, p.rows, parts), threads, 0, stream>>>(p, workspace.rank);
     return check_cuda("append of text rows");
   }
   if (p.text_entries && p.text_capacity) {
-    append_rows_kernel<<<dim3(p.text_entries, p.rows), threads, 0, stream>>>(p, nullptr);
+    append_rows_kernel<<<dim3(p.text_entries, p.rows, parts), threads, 0, stream>>>(p, nullptr);
     if (const int code = check_cuda("append of text rows")) return code;
   }
   if (p.visual_entries == 0 || p.visual_capacity == 0) return VKVX_OK;
