@@ -5,6 +5,8 @@
 // all tokens: one barrier a channel. docs/format.md, "shaped", is the specification.
 #pragma once
 
+#include <algorithm>
+
 #include "append.cuh"
 
 namespace vkvx {
@@ -14,8 +16,8 @@ constexpr int kShapeFits = 2;  // sweeps that choose codes and levels; one more 
 
 // Threads of a block that takes `tokens` of them each, and bytes of scratch and of shared memory that it needs.
 inline int shape_threads(int group_size, int tokens) { return static_cast<int>(divide_up(divide_up(group_size, tokens), 32) * 32); }
-__host__ __device__ inline size_t shape_bytes(int group_size, int head_dim) { return static_cast<size_t>(group_size) * head_dim * 5; }
-inline int shape_shared(int head_dim, int channels, int threads) { return head_dim * (3 + channels + threads / 32) * 4; }
+__host__ __device__ inline size_t shape_bytes(int tokens, int head_dim) { return static_cast<size_t>(tokens) * head_dim * 5; }
+inline int shape_shared(int head_dim, int channels, int threads) { return (head_dim * (3 + channels + std::max(2, threads / 32)) + channels * channels) * 4; }
 
 // Element (i, j) of a head's metric; that of keys is turned to the row's last position, R H R^T.
 __device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int head, int b, int i, int j) {
@@ -38,42 +40,57 @@ struct FitSums {
   float wanted, products;
 };
 
-// Sums over the block, in a fixed order. `partial` holds 2 * warps entries; calls take turns with their halves, so one barrier is enough.
-__device__ __forceinline__ FitSums add_over_block(FitSums x, FitSums* partial, int turn) {
+// Sums over the block of codes, their squares, wanted numbers and products, in a fixed order; those of codes are exact. `partial` holds
+// 2 * warps entries; calls take turns with its halves, so one barrier is enough.
+__device__ __forceinline__ FitSums add_over_block(const float (&x)[4], float4* partial, int turn) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const bool up = lane & 16, high = lane & 8;
+  const float a = (up ? x[2] : x[0]) + __shfl_xor_sync(kFull, up ? x[0] : x[2], 16);
+  const float b = (up ? x[3] : x[1]) + __shfl_xor_sync(kFull, up ? x[1] : x[3], 16);
+  float mine = (high ? b : a) + __shfl_xor_sync(kFull, high ? a : b, 8);
 #pragma unroll
-  for (int o = 16; o; o >>= 1) {
-    x.codes += __shfl_xor_sync(kFull, x.codes, o);
-    x.squares += __shfl_xor_sync(kFull, x.squares, o);
-    x.wanted += __shfl_xor_sync(kFull, x.wanted, o);
-    x.products += __shfl_xor_sync(kFull, x.products, o);
-  }
-  FitSums* half = partial + (turn & 1) * warps;
-  if (lane == 0) half[warp] = x;
+  for (int o = 4; o; o >>= 1) mine += __shfl_xor_sync(kFull, mine, o);
+  float4* half = partial + (turn & 1) * warps;
+  if (lane % 8 == 0) reinterpret_cast<float*>(half + warp)[lane / 8] = mine;
   __syncthreads();
-  FitSums sum = half[0];
-  for (int w = 1; w < warps; ++w) {
-    const FitSums y = half[w];
-    sum.codes += y.codes;
-    sum.squares += y.squares;
-    sum.wanted += y.wanted;
-    sum.products += y.products;
+  FitSums sum{};
+#pragma unroll
+  for (int w = 0; w < kShapeThreads / 32; ++w) {
+    const float4 y = w < warps ? half[w] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    sum.codes += static_cast<int>(y.x);
+    sum.squares += static_cast<int>(y.y);
+    sum.wanted += y.z;
+    sum.products += y.w;
   }
   return sum;
 }
 
-// One group while it is shaped. Pointers to shared memory: `mean`, `scale`, `low` [D], `tile` [D][kChannels], `partial`.
+// One group while it is shaped. In shared memory: mean, scale and low [D], tile [D][kChannels], later [kChannels][kChannels], partial.
 template <int kChannels, int kTokens>
 struct Shaper {
   const VkvxParams& p;
-  float* error;    // [D][group_size]
-  uint8_t* codes;  // [D][group_size]
-  float *mean, *scale, *low, *tile, *partial;
+  int pitch;       // tokens of all threads
+  float* error;    // [D][pitch]
+  uint8_t* codes;  // [D][pitch]
+  float *mean, *scale, *low, *tile, *later, *partial;
   int b, head, count;
   bool is_key;
 
-  __device__ bool is_live(int j) const { return static_cast<int>(threadIdx.x) + j * static_cast<int>(blockDim.x) < count; }
-  __device__ int64_t at(int channel, int j) const { return static_cast<int64_t>(channel) * p.group_size + threadIdx.x + j * blockDim.x; }
+  // A thread's tokens lie side by side.
+  struct alignas(4 * kTokens) Errors {
+    float of[kTokens];
+  };
+  struct alignas(kTokens) Codes {
+    uint8_t of[kTokens];
+  };
+
+  __device__ bool is_live(int j) const { return kTokens * static_cast<int>(threadIdx.x) + j < count; }
+  __device__ Errors& errors(int channel) const {
+    return *reinterpret_cast<Errors*>(error + static_cast<int64_t>(channel) * pitch + kTokens * threadIdx.x);
+  }
+  __device__ Codes& codes_of(int channel) const {
+    return *reinterpret_cast<Codes*>(codes + static_cast<int64_t>(channel) * pitch + kTokens * threadIdx.x);
+  }
 
   // Means of the channels, the levels of `lloyd`, its codes, and what they leave.
   __device__ void start(const int* index, const __half* levels, int bits) {
@@ -100,7 +117,7 @@ struct Shaper {
     const float top = static_cast<float>((1 << bits) - 1);
     for (int c = lane; c < D; c += 32) {
       const float offset = __half2float(levels[D + c]), step = scale[c];
-      for (int i = 4 * warp; i < p.group_size; i += 4 * warps) {
+      for (int i = 4 * warp; i < pitch; i += 4 * warps) {
         float rest[4];
         uint32_t packed = 0;
 #pragma unroll
@@ -112,7 +129,7 @@ struct Shaper {
           rest[k] = x - mean[c] - fmaf(step, code, low[c]);
           packed |= static_cast<uint32_t>(code) << 8 * k;
         }
-        const int64_t to = static_cast<int64_t>(c) * p.group_size + i;
+        const int64_t to = static_cast<int64_t>(c) * pitch + i;
         *reinterpret_cast<float4*>(error + to) = make_float4(rest[0], rest[1], rest[2], rest[3]);
         *reinterpret_cast<uint32_t*>(codes + to) = packed;
       }
@@ -120,11 +137,16 @@ struct Shaper {
     __syncthreads();
   }
 
-  // tile[k][i] = H(first + i, k).
+  // tile[k][i] = H(first + i, k), and of the channels themselves what comes after i: later[i][k] = H(first + i + 1 + k, first + i).
   __device__ void load_tile(int first) {
     __syncthreads();
     for (int i = threadIdx.x; i < p.head_dim * kChannels; i += blockDim.x)
-      tile[i] = metric_at(p, is_key, head, b, first + i % kChannels, i / kChannels);
+      tile[i] = metric_at(p, is_key, head, b, i / kChannels, first + i % kChannels);  // symmetric
+    __syncthreads();
+    for (int n = threadIdx.x; n < kChannels * kChannels; n += blockDim.x) {
+      const int i = n / kChannels, k = n % kChannels + i + 1;
+      later[n] = k < kChannels ? tile[(first + i) * kChannels + k] : 0.0f;
+    }
     __syncthreads();
   }
 
@@ -134,13 +156,21 @@ struct Shaper {
     for (int i = 0; i < kChannels; ++i)
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) pull[i][j] = 0.0f;
-    constexpr int kAhead = kTokens > 4 ? 1 : 8 / kTokens;
+    constexpr int kAhead = kTokens > 4 ? 1 : 4;
+    Errors next[kAhead];
+    auto load = [&](int k) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) next[a] = errors(k + a);
+    };
+    load(0);
+#pragma unroll 1
     for (int k = 0; k < p.head_dim; k += kAhead) {
       float e[kAhead][kTokens];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) e[a][j] = is_live(j) ? error[at(k + a, j)] : 0.0f;
+        for (int j = 0; j < kTokens; ++j) e[a][j] = next[a].of[j];
+      if (k + kAhead < p.head_dim) load(k + kAhead);
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
 #pragma unroll
@@ -163,47 +193,66 @@ struct Shaper {
       load_tile(first);
       float pull[kChannels][kTokens];
       multiply(pull);
-#pragma unroll
+      Errors rest_next = errors(first);
+      Codes code_next = codes_of(first);
+      // pull[0] is always that of channel c: the code of this loop is long enough without 32 copies.
+#pragma unroll 1
       for (int i = 0; i < kChannels; ++i) {
         const int c = first + i;
-        float step = scale[c], base = low[c];
-        if (!(step > 0.0f)) continue;
-        const float inverse = 1.0f / step, diagonal = 1.0f / tile[c * kChannels + i];
-        float rest[kTokens], before[kTokens], code[kTokens];
-        FitSums sums{};
+        Errors rest = rest_next;
+        Codes chosen = code_next;
+        float step = scale[c], base = low[c], before[kTokens], code[kTokens], move[kTokens];
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          rest[j] = before[j] = code[j] = 0.0f;
-          if (!is_live(j)) continue;
-          rest[j] = error[at(c, j)];
-          before[j] = fmaf(step, static_cast<float>(codes[at(c, j)]), base);
-          // Where this channel would have to be for the sum to be least, the others staying as they are.
-          const float wanted = fmaf(pull[i][j], diagonal, before[j]);
-          code[j] = fminf(fmaxf(rintf((wanted - base) * inverse), 0.0f), top);
-          const int whole = static_cast<int>(code[j]);
-          sums.codes += whole;
-          sums.squares += whole * whole;
-          sums.wanted += wanted;
-          sums.products = fmaf(code[j], wanted, sums.products);
+          before[j] = fmaf(step, static_cast<float>(chosen.of[j]), base);
+          move[j] = 0.0f;
         }
-        if (fit) {
-          sums = add_over_block(sums, reinterpret_cast<FitSums*>(partial), i);
-          const int64_t spread = static_cast<int64_t>(count) * sums.squares - static_cast<int64_t>(sums.codes) * sums.codes;
-          if (spread > 0) {
-            const float n = static_cast<float>(count), middle = static_cast<float>(sums.codes) / n;
-            step = (sums.products - middle * sums.wanted) / (static_cast<float>(spread) / n);
-            base = sums.wanted / n - step * middle;
-            if (threadIdx.x == 0) scale[c] = step, low[c] = base;
+        if (i + 1 < kChannels) {
+          rest_next = errors(c + 1);
+          code_next = codes_of(c + 1);
+        }
+        if (step > 0.0f) {
+          const float inverse = 1.0f / step, diagonal = 1.0f / tile[c * kChannels + i];
+          float sums[4] = {};
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            // Where this channel would have to be for the sum to be least, the others staying as they are.
+            const float wanted = fmaf(pull[0][j], diagonal, before[j]);
+            code[j] = is_live(j) ? fminf(fmaxf(rintf((wanted - base) * inverse), 0.0f), top) : 0.0f;
+            sums[0] += code[j];
+            sums[1] = fmaf(code[j], code[j], sums[1]);
+            sums[2] += is_live(j) ? wanted : 0.0f;
+            sums[3] = fmaf(code[j], wanted, sums[3]);
           }
+          if (fit) {
+            const FitSums sum = add_over_block(sums, reinterpret_cast<float4*>(partial), i);
+            const int64_t spread = static_cast<int64_t>(count) * sum.squares - static_cast<int64_t>(sum.codes) * sum.codes;
+            if (spread > 0) {
+              const float n = static_cast<float>(count), middle = static_cast<float>(sum.codes) / n;
+              step = (sum.products - middle * sum.wanted) / (static_cast<float>(spread) / n);
+              base = sum.wanted / n - step * middle;
+              if (threadIdx.x == 0) scale[c] = step, low[c] = base;
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            move[j] = is_live(j) ? fmaf(step, code[j], base) - before[j] : 0.0f;
+            rest.of[j] -= move[j];
+            chosen.of[j] = static_cast<uint8_t>(code[j]);
+          }
+          errors(c) = rest;
+          codes_of(c) = chosen;
         }
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) {
-          if (!is_live(j)) continue;
-          const float move = fmaf(step, code[j], base) - before[j];
-          error[at(c, j)] = rest[j] - move;
-          codes[at(c, j)] = static_cast<uint8_t>(code[j]);
+        for (int k = 0; k < kChannels; k += 4) {
+          const float4 h = *reinterpret_cast<const float4*>(later + i * kChannels + k);
 #pragma unroll
-          for (int k = i + 1; k < kChannels; ++k) pull[k][j] = fmaf(-tile[c * kChannels + k], move, pull[k][j]);
+          for (int j = 0; j < kTokens; ++j) {
+            pull[k][j] = fmaf(-h.x, move[j], pull[k + 1][j]);
+            pull[k + 1][j] = fmaf(-h.y, move[j], pull[k + 2][j]);
+            pull[k + 2][j] = fmaf(-h.z, move[j], pull[k + 3][j]);
+            pull[k + 3][j] = k + 4 < kChannels ? fmaf(-h.w, move[j], pull[(k + 4) % kChannels][j]) : 0.0f;
+          }
         }
       }
     }
@@ -212,27 +261,31 @@ struct Shaper {
 
   // Rounds the levels to FP16 and stores them; the errors follow.
   __device__ void round_levels(__half* levels) {
-    for (int c = 0; c < p.head_dim; ++c) {
-      const float step = scale[c], base = low[c];
-      const float rounded = __half2float(__float2half_rn(fminf(fmaxf(step, 0.0f), kHalfMax)));
-      const float offset = fminf(fmaxf(rounded > 0.0f ? base + mean[c] : mean[c], -kHalfMax), kHalfMax);
-      const __half rounded_offset = __float2half_rn(offset);
-      const float new_base = __half2float(rounded_offset) - mean[c];
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        scale[c] = rounded;
-        low[c] = new_base;
-        levels[c] = __float2half_rn(rounded);
-        levels[p.head_dim + c] = rounded_offset;
-      }
+    float* rounded = partial;  // scales, then the least levels
+    const int D = p.head_dim;
+    for (int c = threadIdx.x; c < D; c += blockDim.x) {
+      const __half step = __float2half_rn(fminf(fmaxf(scale[c], 0.0f), kHalfMax));
+      const float offset = __half2float(step) > 0.0f ? low[c] + mean[c] : mean[c];
+      levels[c] = step;
+      levels[D + c] = __float2half_rn(fminf(fmaxf(offset, -kHalfMax), kHalfMax));
+      rounded[c] = __half2float(step);
+      rounded[D + c] = __half2float(levels[D + c]) - mean[c];
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int c = 0; c < D; ++c) {
+      Errors rest = errors(c);
+      const Codes code = codes_of(c);
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
-        if (!is_live(j)) continue;
-        const float code = static_cast<float>(codes[at(c, j)]);
-        error[at(c, j)] += fmaf(step, code, base) - fmaf(rounded, code, new_base);
-        if (!(rounded > 0.0f)) codes[at(c, j)] = 0;
+        const float number = static_cast<float>(code.of[j]);
+        if (is_live(j)) rest.of[j] += fmaf(scale[c], number, low[c]) - fmaf(rounded[c], number, rounded[D + c]);
       }
+      errors(c) = rest;
+      if (!(rounded[c] > 0.0f)) codes_of(c) = Codes{};
     }
+    __syncthreads();
+    for (int c = threadIdx.x; c < D; c += blockDim.x) scale[c] = rounded[c], low[c] = rounded[D + c];
     __syncthreads();
   }
 
@@ -246,12 +299,12 @@ struct Shaper {
       multiply(pull);
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
+        const Errors rest = errors(first + i);
         float square = 0.0f;
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          const float e = is_live(j) ? error[at(first + i, j)] : 0.0f;
-          square = fmaf(e, e, square);
-          whole = fmaf(e, pull[i][j], whole);
+          square = fmaf(rest.of[j], rest.of[j], square);
+          whole = fmaf(rest.of[j], pull[i][j], whole);
         }
         square = warp_sum(square);
         if (lane == 0) partial[warp * D + first + i] = square;
@@ -283,8 +336,9 @@ struct Shaper {
       const int t = first + lane;
       for (int c = 0; c < D; c += 32) {
         uint32_t words[8] = {};
+#pragma unroll 8
         for (int k = 0; k < 32; ++k) {
-          const uint32_t code = codes[static_cast<int64_t>(c + k) * size + t];
+          const uint32_t code = codes[static_cast<int64_t>(c + k) * pitch + t];
 #pragma unroll
           for (int plane = 0; plane < 8; ++plane) {
             if (plane >= bits) break;
@@ -313,10 +367,10 @@ __global__ void __launch_bounds__(kShapeThreads) shape_kernel(const __grid_const
   __shared__ int found[2];
   const int D = p.head_dim, call_groups = p.visual_entries / p.group_size;
   float* at = reinterpret_cast<float*>(memory);
-  char* own = scratch + blockIdx.x * shape_bytes(p.group_size, D);
-  float* error = reinterpret_cast<float*>(own);
-  Shaper<kChannels, kTokens> s{p, error, reinterpret_cast<uint8_t*>(error + static_cast<int64_t>(D) * p.group_size),
-                               at, at + D, at + 2 * D, at + 3 * D, at + (3 + kChannels) * D, 0, 0, 0, false};
+  const int pitch = blockDim.x * kTokens;
+  float* error = reinterpret_cast<float*>(scratch + blockIdx.x * shape_bytes(pitch, D));
+  Shaper<kChannels, kTokens> s{p, pitch, error, reinterpret_cast<uint8_t*>(error + static_cast<int64_t>(D) * pitch), at, at + D, at + 2 * D,
+                               at + 3 * D, at + (3 + kChannels) * D, at + (3 + kChannels) * D + kChannels * kChannels, 0, 0, 0, false};
   const int groups = p.visual_capacity / p.group_size, problems = 2 * call_groups * p.kv_heads * p.rows;
   for (int n = blockIdx.x; n < problems; n += gridDim.x) {
     __syncthreads();

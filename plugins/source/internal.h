@@ -39,6 +39,7 @@ int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream
 void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream);
 size_t append_workspace(const VkvxParams& p, const Device& device);
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
+int shape(const VkvxParams& p, const Device& device, cudaStream_t stream);  // after the levels and codes of `lloyd` are stored
 
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes
 bool prefill_takes(const VkvxParams& p, const Device& device);

@@ -154,6 +154,13 @@ def _params(**changes: object) -> Params:
         ({"correction_limit": 0.0}, "correction_limit more than 0"),
         ({"scale": float("nan")}, "scale must be finite"),
         ({"splits": -1}, "splits is -1"),
+        (
+            {
+                "quantizer": QUANTIZERS["shaped"],
+                **dict.fromkeys(("group_size", "visual_capacity", "visual_entries"), 8192),
+            },
+            "group_size is 8192; give at most 4096 with VKVX_SHAPED",
+        ),
     ],
 )
 def test_wrong_sizes_are_refused(library: Library, changes: dict[str, object], words: str) -> None:
@@ -186,3 +193,16 @@ def test_without_a_device_the_workspace_is_that_of_all(library: Library) -> None
     assert library.workspace_bytes(_params()) == library.workspace_bound(_params())
     with pytest.raises(VkvxError, match="no CUDA device is current"):
         library.workspace_zeroed(_params())
+
+
+def test_only_pictures_of_shaped_need_workspace_for_the_append(library: Library) -> None:
+    sizes = {
+        (name, entries): library.workspace_bytes(
+            _params(quantizer=QUANTIZERS[name], visual_entries=entries, rows=8, slots=8, query_heads=8, kv_heads=8)
+        )
+        for name in ("lloyd", "shaped")
+        for entries in (0, 256)
+    }
+    shaped = sizes.pop(("shaped", 256))
+    assert len(set(sizes.values())) == 1
+    assert shaped >= sizes["lloyd", 0] + 128 * 64 * 5
