@@ -192,17 +192,6 @@ def test_workspace_grows_with_the_call(library: Library) -> None:
     assert library.workspace_bound(_params(correction=1)) > small
 
 
-def test_only_pictures_of_shaped_need_workspace_for_the_append(library: Library) -> None:
-    sizes = {
-        (name, entries): library.workspace_bytes(_params(quantizer=QUANTIZERS[name], visual_entries=entries))
-        for name in ("lloyd", "shaped")
-        for entries in (0, 256)
-    }
-    shaped = sizes.pop(("shaped", 256))
-    assert len(set(sizes.values())) == 1
-    assert shaped >= sizes["lloyd", 0] + 128 * 64 * 5
-
-
 def test_bound_of_the_workspace_is_for_chosen_kernels_only(library: Library) -> None:
     for changes in ({"kernel": KERNELS["plain"]}, {"splits": 2}):
         with pytest.raises(OptionError, match="known for kernel VKVX_AUTO and 0 splits only"):
@@ -214,3 +203,16 @@ def test_without_a_device_the_workspace_is_that_of_all(library: Library) -> None
     assert library.workspace_bytes(_params()) == library.workspace_bound(_params())
     with pytest.raises(VkvxError, match="no CUDA device is current"):
         library.workspace_zeroed(_params())
+
+
+def test_only_pictures_of_shaped_need_workspace_for_the_append(library: Library) -> None:
+    sizes = {
+        (name, entries): library.workspace_bytes(
+            _params(quantizer=QUANTIZERS[name], visual_entries=entries, rows=8, slots=8, query_heads=8, kv_heads=8)
+        )
+        for name in ("lloyd", "shaped")
+        for entries in (0, 256)
+    }
+    shaped = sizes.pop(("shaped", 256))
+    assert len(set(sizes.values())) == 1
+    assert shaped >= sizes["lloyd", 0] + 128 * 64 * 5
