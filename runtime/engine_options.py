@@ -151,7 +151,6 @@ def configure(library: Library, builder: Any, options: BuildOptions, capabilitie
         # Layers may take FP16, and take it where the graph has it: see ``engine_network``.
         config.set_flag(module.BuilderFlag.FP16)
         config.set_flag(module.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-    if library.release < (10, 0) and library.backend == "tensorrt":
         # Each captured decode step has a context of its own, all with one profile.
         config.set_preview_feature(module.PreviewFeature.PROFILE_SHARING_0806, True)
         # No layer of a decoder needs cuBLAS or cuDNN, which need not be installed then.
