@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import gpu
+from vkvx.errors import VkvxError
 
 BACKENDS = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 """torch's backends of ``scaled_dot_product_attention`` for FP16."""
@@ -59,9 +60,9 @@ def measure(
             if error > LIMIT:
                 return Outcome(method, bits, cache_bytes, None, error, f"wrong result, relative error {error:.1e}")
             return Outcome(method, bits, cache_bytes, gpu.microseconds(attend, cold=cold), error)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, VkvxError):
             raise
-        except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # torch and Triton refuse with many types
             reasons = [str(error), *(str(warning.message) for warning in caught)]
             lines = [reason.strip().splitlines()[0].partition(" (Triggered")[0] for reason in reasons if reason.strip()]
             return Outcome(method, bits, cache_bytes, note="not offered: " + "; ".join(dict.fromkeys(lines)))
