@@ -45,18 +45,12 @@ from vkvx.runtime.engine_options import (
     configure,
 )
 from vkvx.runtime.engine_progress import BuildProgress
-from vkvx.runtime.memory import available_memory, gpu_memory, peak_memory
+from vkvx.runtime.memory import available_memory, build_memory, gpu_memory, peak_memory
 from vkvx.runtime.tensorrt_library import PLUGIN_LIBRARIES, Library, load, plugin
 from vkvx.storage import Kind, check_room, new_directory
 
 KIND = Kind("engine directory", FILE_NAME, FORMAT, "move it away")
 ORDER = (DECODER, VISION)
-MEMORY_BASE = 400 << 20
-"""Bytes of main memory that a build takes whatever the size of the model: Python, TensorRT, its compiler."""
-MEMORY_PER_WEIGHT = 2.6
-"""Bytes that a build takes for each byte of the larger engine's weights; one more where engines are not streamed."""
-MEMORY_PER_PLAIN_LAYER = 300 << 20
-"""Bytes that a decoder layer takes whose attention is spelt out in standard layers."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +114,11 @@ def build_engines(
 
 def predicted_memory(library: Library, bundle: Path, manifest: Manifest, *, plugin_free: bool) -> int:
     """Bytes of main memory that a build takes at most; measured with TensorRT for RTX."""
-    per_weight = MEMORY_PER_WEIGHT + (0 if library.writes_streams else 1)
-    plain = MEMORY_PER_PLAIN_LAYER * manifest.layers if plugin_free and manifest.is_packed else 0
-    return int(MEMORY_BASE + per_weight * max(_weight_bytes(bundle, manifest).values()) + plain)
+    return build_memory(
+        max(_weight_bytes(bundle, manifest).values()),
+        streams=library.writes_streams,
+        plain_layers=manifest.layers if plugin_free and manifest.is_packed else 0,
+    )
 
 
 def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], verbose: bool) -> _Job:

@@ -9,6 +9,21 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+MEMORY_BASE = 400 << 20
+"""Bytes of main memory that a build takes whatever the size of the model: Python, TensorRT, its compiler."""
+MEMORY_PER_WEIGHT = 2.6
+"""Bytes that a build takes for each byte of the larger engine's weights; one more where engines are not streamed."""
+MEMORY_PER_PLAIN_LAYER = 300 << 20
+"""Bytes that a decoder layer takes whose attention is spelt out in standard layers."""
+
+
+def build_memory(weights: int, *, streams: bool = True, plain_layers: int = 0) -> int:
+    """Bytes of main memory that building an engine takes at most, from the bytes of its weights.
+
+    ``streams``: the library writes engines as a stream. ``plain_layers``: decoder layers without the plugin.
+    """
+    per_weight = MEMORY_PER_WEIGHT + (0 if streams else 1)
+    return int(MEMORY_BASE + per_weight * weights + MEMORY_PER_PLAIN_LAYER * plain_layers)
 
 
 def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:

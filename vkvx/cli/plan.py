@@ -72,10 +72,17 @@ def run(args: argparse.Namespace) -> int:
         reserve=args.reserve,
     )
     if args.json:
-        terminal.print_json({**asdict(plan), "weights": plan.weights, "cache": plan.cache})
+        extra = {"weights": plan.weights, "cache": plan.cache, "build_memory": _build_memory(plan)}
+        terminal.print_json({**asdict(plan), **extra})
     else:
         print("\n".join(_lines(plan)))
     return 0
+
+
+def _build_memory(plan: Plan) -> int:
+    from vkvx.runtime.memory import build_memory
+
+    return build_memory(max(plan.decoder_bytes, plan.vision_bytes))
 
 
 def _bits(text: str) -> tuple[int, ...]:
@@ -107,6 +114,7 @@ def _lines(plan: Plan) -> list[str]:
         f"model        {model.name}: {model.architecture}, {model.dtype}, {model.layers} layers,"
         f" {model.query_heads} query heads, {model.kv_heads} KV heads, head dim {model.head_dim}",
         f"weights      {size(plan.weights)}: decoder {size(plan.decoder_bytes)}, vision {size(plan.vision_bytes)}",
+        f"build        {size(_build_memory(plan))} of main memory to build the engines (`vkvx build`)",
         f"GPU          {size(plan.memory)}: {size(plan.reserve)} in reserve, {size(plan.cache)} for the cache",
         f"a sequence   {plan.pictures} x {plan.tokens_per_picture} visual tokens, {plan.text_tokens} text tokens",
         "",
