@@ -83,7 +83,7 @@ struct TileCursor {
 };
 
 template <class Engine, bool kScan, int kLookahead>
-__global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
+__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks) decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
 #if VKVX_HAS_TENSOR_CORES
   // Numbers of planes; without pictures (16 bits) any will do.
   const int D = Engine::kAny ? p.head_dim : Engine::kPaddedDim;
