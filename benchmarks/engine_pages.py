@@ -155,8 +155,8 @@ def read_pages(path: Path, manifest: Manifest) -> Iterator[list[Prepared]]:
         ]
 
 
-def run(directory: Path, bundle: Path, backend: str) -> dict[str, Any]:
-    """The engines of a bundle against what onnxruntime answered."""
+def run(directory: Path, bundle: Path, backend: str) -> Iterator[dict[str, Any]]:
+    """The engines of a bundle against what onnxruntime answered; then what is known of their memory and graphs."""
     begun = time.perf_counter()
     opened = open_for(bundle, backend)
     loaded = time.perf_counter()
@@ -166,7 +166,7 @@ def run(directory: Path, bundle: Path, backend: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     with np.load(directory / f"{bundle.name}.npz") as file:
         expected = {name: file[name] for name in file.files}
-    return {
+    yield {
         "bundle": bundle.name,
         "backend": opened.name,
         "golden": getattr(opened, "golden", None),
@@ -174,8 +174,8 @@ def run(directory: Path, bundle: Path, backend: str) -> dict[str, Any]:
         "conversations": len(turns),
         "seconds": round(seconds, 2),
         **compare(actual, expected),
-        **engine_facts(opened),
     }
+    yield engine_facts(opened)
 
 
 def compare(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -260,8 +260,8 @@ def main(argv: list[str]) -> None:
     if arguments.verb == "prepare":
         prepare(arguments.directory, arguments.bundle, arguments.pages)
         return
-    json.dump(run(arguments.directory, arguments.bundle[0], arguments.backend), sys.stdout, indent=1)
-    print()
+    for found in run(arguments.directory, arguments.bundle[0], arguments.backend):
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

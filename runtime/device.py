@@ -169,7 +169,8 @@ class Device:
 
     def clear(self, array: DeviceArray) -> None:
         """Queue zeros for a whole array."""
-        self.check(self.cuda.cudaMemsetAsync(array.address, 0, array.nbytes, self.stream), f"{array.nbytes} zeros")
+        if array.nbytes:
+            self.check(self.cuda.cudaMemsetAsync(array.address, 0, array.nbytes, self.stream), f"{array.nbytes} zeros")
 
     def upload(self, array: DeviceArray, contents: np.ndarray) -> None:
         """Replace the contents of an array by those of a NumPy array of the same bytes; waits for the device."""

@@ -52,6 +52,8 @@ class Call:
 def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> Call:
     """Lay out the rows of one call. Raises InputError if image tokens and picture lengths of a row disagree.
 
+    Positions count on over the padding: a graph may tell by them where in the row it is.
+
     A row of slot -1 without tokens is idle. S, Nv and Nt are the largest of any row; Nv is 0 if no row has a picture.
     """
     batch = len(rows)
@@ -68,10 +70,10 @@ def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> 
     embedded = 0
     for b, (row, mask) in enumerate(zip(rows, visual, strict=True)):
         count = len(row.token_ids)
+        position_ids[b] = np.arange(row.position, row.position + length)
         if count == 0:
             continue
         input_ids[b, :count] = row.token_ids
-        position_ids[b, :count] = np.arange(row.position, row.position + count)
         last_index[b] = count - 1
         if mask is None:
             text_index[b, :count] = np.arange(count)

@@ -134,9 +134,10 @@ class TensorRTBackend:
         return embeds
 
     def place(self, call: Call, embeds: Sequence[DeviceArray]) -> DeviceArray:
-        """See :meth:`vkvx.runtime.backend.Backend.place`: copies on the device, rows of padding stay undefined."""
+        """See :meth:`vkvx.runtime.backend.Backend.place`: copies on the device, zeros where there is no picture."""
         dtype, hidden = self.manifest.model.dtype, self.manifest.model.hidden_size
         placed = self._reserve("visual_embeds", dtype, (*call.visual_index.shape, hidden))
+        self.device.clear(placed)
         size = hidden * ITEM_BYTES[dtype]
         for target, piece, source, rows in embed_copies(call, [len(part) for part in embeds]):
             self.device.copy(placed.address + target * size, embeds[piece].address + source * size, rows * size)
@@ -170,14 +171,19 @@ class TensorRTBackend:
         return self._decode[rows]
 
     def _embeds(self, plan: CallPlan, given: DeviceArray | np.ndarray | None) -> DeviceArray:
-        """``visual_embeds`` of a call. Where no entry is a picture's, nothing reads them."""
+        """``visual_embeds`` of a call. Where no entry is a picture's they are zero: an engine may multiply them by 0."""
         shape, dtype = plan.shapes["visual_embeds"], self.manifest.model.dtype
         if plan.profile.name == DECODE:
             # A captured step keeps the address: memory for the most rows at once, never replaced.
+            first = "no embeds" not in self._room
             held = self._reserve("no embeds", dtype, (self.cache.slots, *shape[1:]))
+            if first:
+                self.device.clear(held)
             return DeviceArray(self.device, dtype, shape, held.address)
         if given is None or not prod(given.shape):
-            return self._reserve("visual_embeds", dtype, shape)
+            held = self._reserve("visual_embeds", dtype, shape)
+            self.device.clear(held)
+            return held
         if tuple(given.shape) != shape:
             raise OptionError(f"visual_embeds of shape {tuple(given.shape)} for a call that needs {shape}")
         if isinstance(given, DeviceArray):

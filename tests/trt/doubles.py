@@ -22,22 +22,19 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from vkvx.format import TILE
 from vkvx.manifest import FileInfo, Manifest, sha256
 from vkvx.runtime import tensorrt_engine
+from vkvx.runtime.engine_limits import build_profiles
 from vkvx.runtime.engine_manifest import (
-    DECODE,
     DECODER,
     FILE_NAME,
     FOLDER,
-    PREFILL,
     VISION,
     EngineInfo,
     EngineManifest,
     EngineTensor,
     Limits,
     PluginInfo,
-    Profile,
     bundle_hash,
     directory_name,
 )
@@ -345,41 +342,7 @@ def make_engines(
 ) -> Path:
     """Write an engine directory into a bundle, whose engines the stand-in can load."""
     manifest = Manifest.load(bundle)
-    size = manifest.quantization.group_size
-    least = 0 if empty_visual_index else size
-    entries = limits.visual_tokens if manifest.is_packed else 4 * size
-    sizes = {
-        "B": (1, limits.batch_size, limits.batch_size),
-        "Bc": (1, limits.slots, limits.slots),
-        "S": (1, 64, limits.input_len),
-        "Nt": (0, 64, limits.input_len),
-        "Nv": (least, entries, entries),
-        "G": (0, 1, limits.visual_tokens // size),
-        "T": (0, size // TILE, limits.visual_tokens // TILE),
-        "N": (1, limits.text_tokens, limits.text_tokens),
-        "P": (1, 1, limits.pictures),
-    }
-    decode = {
-        **sizes,
-        "B": (1, limits.slots, limits.slots),
-        "S": (1, 1, 1),
-        "Nt": (1, 1, 1),
-        "Nv": (least, least, least),
-    }
-
-    def shapes(graph: str, sizes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[tuple[int, ...], ...]]:
-        return {
-            tensor.name: tuple(
-                tuple(sizes[dim][which] if isinstance(dim, str) else dim for dim in tensor.shape) for which in range(3)
-            )
-            for tensor in manifest.graphs[graph].inputs
-        }
-
-    profiles = (
-        Profile(DECODER, 0, PREFILL, shapes(DECODER, sizes)),
-        Profile(DECODER, 1, DECODE, shapes(DECODER, decode)),
-        Profile(VISION, 0, PREFILL, shapes(VISION, sizes)),
-    )
+    profiles = build_profiles(manifest, limits, empty_indices=empty_visual_index)
     directory = bundle / FOLDER / directory_name(backend, [capability])
     directory.mkdir(parents=True, exist_ok=True)
     for name in (DECODER, VISION):
