@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import gpu
 from benchmarks.tables import markdown
 from vkvx.errors import VkvxError
-from vkvx.export.storage import write_file
+from vkvx.storage import write_file
 
 BENCHMARKS = {
     "unpack": "ways to unpack bit planes in onnxruntime on a CPU",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import attention, breakeven
 from vkvx.errors import InputError
 from vkvx.evaluation.plots import COLOURS, INK, MARKERS, WIDTH, drawing_style
-from vkvx.export.storage import write_file
+from vkvx.storage import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
