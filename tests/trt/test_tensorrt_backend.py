@@ -6,6 +6,7 @@ import gc
 import hashlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -316,12 +317,16 @@ class TestRefusals:
 
 @pytest.mark.usefixtures("tensorrt")
 class TestGoldenSample:
+    """That of the bundle, unless there is one beside the engines."""
+
     def test_a_right_engine_passes(self, bundle: Path) -> None:
-        golden.record(bundle, Manifest.load(bundle), bundle)
-        assert open_engines(bundle, verify=True).golden.startswith("golden sample: logits within")
+        backend = open_engines(bundle, verify=True, slots=1)
+        assert backend.golden.startswith("golden sample: logits within")
+        assert backend.cache.free_slots == (0,)
+        assert backend.cache.length(0) == 0
 
     def test_a_wrong_engine_is_refused(self, bundle: Path) -> None:
-        path = golden.record(bundle, Manifest.load(bundle), bundle)
+        path = golden.record(bundle, Manifest.load(bundle), bundle / "engines/tensorrt-9.0")
         with np.load(path) as file:
             logits = file["logits"]
         wrong = logits.copy()
@@ -335,16 +340,17 @@ class TestGoldenSample:
         wrong[0, 0] = np.nan
         np.savez(path, logits=wrong)
         assert "the prefill of the golden sample" in refused(EngineError, bundle, verify=True)
+        np.savez(path, logits=logits[:, 1:])
+        assert "this model gives (4, 406)" in refused(BundleError, bundle, verify=True)
         path.write_bytes(b"PK")
         assert "cannot be read" in refused(BundleError, bundle, verify=True)
 
-    def test_the_slot_is_free_again(self, bundle: Path) -> None:
-        golden.record(bundle, Manifest.load(bundle), bundle)
-        backend = open_engines(bundle, verify=True, slots=1)
-        assert backend.cache.free_slots == (0,)
-        assert backend.cache.length(0) == 0
-
-    def test_it_is_told_when_nothing_was_checked(self, bundle: Path) -> None:
-        assert "no golden sample" in open_engines(bundle, verify=True).golden
-        golden.record(bundle, Manifest.load(bundle), bundle)
-        assert "no room" in open_engines(bundle, verify=True, text_tokens=4).golden
+    def test_it_is_told_when_nothing_was_checked(self, own_bundle: Path) -> None:
+        manifest = Manifest.load(own_bundle)
+        files = {name: info for name, info in manifest.files.items() if name != golden.FILE_NAME}
+        replace(manifest, files=files).save(own_bundle)
+        (own_bundle / golden.FILE_NAME).unlink()
+        make_engines(own_bundle, LIMITS)
+        assert "no golden sample" in open_engines(own_bundle, verify=True).golden
+        golden.record(own_bundle, manifest, own_bundle)
+        assert "no room" in open_engines(own_bundle, verify=True, text_tokens=4).golden
