@@ -45,7 +45,7 @@ from vkvx.runtime.engine_options import (
     configure,
 )
 from vkvx.runtime.engine_progress import BuildProgress
-from vkvx.runtime.memory import available_memory, peak_memory
+from vkvx.runtime.memory import available_memory, gpu_memory, peak_memory
 from vkvx.runtime.tensorrt_library import PLUGIN_LIBRARIES, Library, load, plugin
 from vkvx.storage import Kind, check_room, new_directory
 
@@ -132,7 +132,8 @@ def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], ve
     capabilities = choose_capabilities(library, options.compute_capabilities, native)
     check_options(library, options, has_gpu=bool(native))
     weights = sum(_weight_bytes(bundle, manifest).values())
-    limits = resolve_limits(manifest, options.limits, weights)
+    own = gpu_memory() if set(capabilities) <= set(native) else None
+    limits = resolve_limits(manifest, options.limits, weights, own)
     # Without the plugin, the operator's function stands in, which reduces over the entries of a call.
     empty = library.takes_empty_tensors and not options.plugin_free
     profiles = build_profiles(manifest, limits, empty_indices=empty)

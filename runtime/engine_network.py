@@ -33,8 +33,9 @@ def parse(library: Library, builder: Any, logger: Any, graph: bytes, path: Path)
     """Parse a graph, whose external weights lie beside ``path``. Raises BuildError that names the node."""
     module = library.module
     flags = module.NetworkDefinitionCreationFlag
-    flag = flags.STRONGLY_TYPED if library.is_strongly_typed else flags.EXPLICIT_BATCH
-    network = builder.create_network(1 << int(flag))
+    # From TensorRT 11 on there may be no other networks, and no flag.
+    flag = getattr(flags, "STRONGLY_TYPED" if library.is_strongly_typed else "EXPLICIT_BATCH", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = module.OnnxParser(network, logger)
     logger.clear()
     if not parser.parse(graph, str(path.resolve())):
@@ -78,7 +79,7 @@ def _set_precisions(library: Library, layers: Iterable[Any]) -> None:
     Otherwise TensorRT would be free to take FP16 where the graph asks for FP32, in norms and logits.
     """
     module = library.module
-    floats = (module.float32, module.float16)
+    floats = (library.precision("float32"), library.precision("float16"))
     skipped = {getattr(module.LayerType, name, None) for name in ("CONSTANT", "SHAPE", "PLUGIN_V2", "CAST")}
     for layer in layers:
         if layer.type in skipped or not layer.num_outputs:

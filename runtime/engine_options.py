@@ -144,13 +144,13 @@ def configure(library: Library, builder: Any, options: BuildOptions, capabilitie
             config.set_flag(library.builder_flag(name, flag))
     if options.strip_plan:
         config.set_flag(library.builder_flag("REFIT_IDENTICAL", "--strip-plan"))
-    if library.plugin_interface == 3 and not options.plugin_free:
-        config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    aliases = getattr(module.PreviewFeature, "ALIASED_PLUGIN_IO_10_03", None)
+    if library.plugin_interface == 3 and aliases is not None and not options.plugin_free:
+        config.set_preview_feature(aliases, True)
     if not library.is_strongly_typed:
         # Layers may take FP16, and take it where the graph has it: see ``engine_network``.
         config.set_flag(module.BuilderFlag.FP16)
         config.set_flag(module.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-    if library.release < (10, 0) and library.backend == "tensorrt":
         # Each captured decode step has a context of its own, all with one profile.
         config.set_preview_feature(module.PreviewFeature.PROFILE_SHARING_0806, True)
         # No layer of a decoder needs cuBLAS or cuDNN, which need not be installed then.

@@ -59,17 +59,22 @@ class Library:
     @property
     def is_strongly_typed(self) -> bool:
         """Whether layers compute in the types of the graph; if not, precisions have to be set."""
-        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        return self.is_recent
+
+    @property
+    def is_recent(self) -> bool:
+        """TensorRT 10 or newer, or TensorRT for RTX: INT64, BF16, IPluginV3; else TensorRT 8.6."""
+        return self.backend == "rtx" or self.release >= (10, 0)
 
     @property
     def plugin_interface(self) -> int:
-        """3 for IPluginV3 with aliased outputs (TensorRT 10.3 and newer, RTX), else 2."""
-        return 3 if hasattr(self.module.PreviewFeature, "ALIASED_PLUGIN_IO_10_03") else 2
+        """3 for IPluginV3 with aliased outputs, 2 for IPluginV2DynamicExt."""
+        return 3 if self.is_recent else 2
 
     @property
     def takes_empty_tensors(self) -> bool:
         """Whether a profile may hold sizes of 0."""
-        return self.backend == "rtx" or self.release >= (10, 0)
+        return self.is_recent
 
     @property
     def writes_streams(self) -> bool:
@@ -81,13 +86,8 @@ class Library:
         """The ONNX that its parser takes."""
         from vkvx.runtime.legalise import Dialect
 
-        recent = self.backend == "rtx" or self.release >= (10, 0)
-        return Dialect(
-            version=self.version,
-            opset=None if recent else 17,
-            bfloat16=recent,
-            shape_and_reshape_attributes=recent,
-        )
+        recent = self.is_recent
+        return Dialect(self.version, None if recent else 17, bfloat16=recent, shape_and_reshape_attributes=recent)
 
     def builder_flag(self, name: str, option: str) -> Any:
         """A ``BuilderFlag``; OptionError if the library has none of this name."""
@@ -141,7 +141,12 @@ def load(backend: str, *, has_gpu: bool) -> Library:
         ) from error
     except (ImportError, OSError) as error:
         raise DependencyError(f"{NAMES[backend]} cannot be loaded: {error}") from error
-    return Library(backend, module, str(module.__version__))
+    library = Library(backend, module, str(module.__version__))
+    if backend == "tensorrt" and library.release != (8, 6) and library.release < (10, 3):
+        raise DependencyError(
+            f"{library.name} cannot run the plugin's interface; install TensorRT 8.6, or 10.3 or newer"
+        )
+    return library
 
 
 def _name_rtx_library() -> None:
@@ -201,26 +206,22 @@ def _has_creator(registry: Any) -> bool:
 
 
 def _make_logger(module: Any, verbose: bool) -> Any:
-    """An ``ILogger`` that keeps errors and warnings, and prints everything if ``verbose``."""
+    """An ``ILogger`` that keeps errors, and prints everything if ``verbose``."""
 
     class Logger(module.ILogger):
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
-            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             """Called by TensorRT, from any of its threads; must not raise."""
-            if severity <= module.ILogger.Severity.ERROR:
+            if int(severity) <= int(module.ILogger.Severity.ERROR):
                 self.errors.append(message)
-            elif severity == module.ILogger.Severity.WARNING:
-                self.warnings.append(message)
             if verbose:
                 print(f"{severity}: {message}", file=sys.stderr, flush=True)
 
         def clear(self) -> None:
             self.errors.clear()
-            self.warnings.clear()
 
         @property
         def first_error(self) -> str | None:

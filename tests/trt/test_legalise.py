@@ -361,7 +361,7 @@ def logits_of_a_conversation(bundle: Path) -> list[np.ndarray]:
 
 CASES = [
     ({"bits": 1, "dtype": "float32"}, OLD),
-    ({"bits": 2, "quantizer": "quantile", "score_correction": "affine", "dtype": "float32"}, RECENT),
+    ({"bits": 2, "quantizer": "quantile", "score_correction": "affine"}, RECENT),
     ({"bits": 16}, OLD),
 ]
 

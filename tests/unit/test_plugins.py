@@ -63,6 +63,16 @@ def test_a_build_is_found_by_the_hash_of_its_sources(cache: Path, monkeypatch: p
     assert build.find_library() is None
 
 
+def test_a_build_must_cover_what_is_asked(cache: Path) -> None:
+    for name in ("80-90", "120"):
+        folder = cache / f"{build.source_hash()}-{name}"
+        folder.mkdir(parents=True)
+        (folder / build.TENSORRT).touch()
+    assert build.find_library(build.TENSORRT, ["90"]) == cache / f"{build.source_hash()}-80-90" / build.TENSORRT
+    assert build.find_library(build.TENSORRT, ["90", "120"]) is None
+    assert build.find_library(build.LIBRARY, ["90"]) is None
+
+
 def test_the_library_can_be_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "own.so"
     monkeypatch.setenv(build.OVERRIDES[build.LIBRARY], str(own))
