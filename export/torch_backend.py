@@ -83,7 +83,8 @@ class TorchBackend:
         self._vision = VisionGraph(model, adapter, self._dtype)
         self._steps: DecodeSteps | None = None
         if self._stream is not None and has_kernels(manifest):
-            self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream)
+            with self._in_memory("the buffers of decode steps"):
+                self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream)
 
     @property
     def captures(self) -> bool:

@@ -192,6 +192,22 @@ def test_doctor_with_a_gpu_but_no_cuda_provider(cli: Callable, monkeypatch: pyte
     assert "pip install 'onnxruntime-gpu" in result.out
 
 
+def test_doctor_on_torch_with_a_gpu(cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    name = "run in torch on an NVIDIA GPU"
+    monkeypatch.setenv("VKVX_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"✗ {name}: torch {torch.__version__}: " in cli("doctor").out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = cli("doctor")
+    assert f"✗ {name}: libvkvx is not built\n      vkvx plugin build" in result.out
+    monkeypatch.setenv("VKVX_LIBRARY", str(tmp_path / "libvkvx.so"))
+    assert f"✗ {name}: VKVX_LIBRARY names {tmp_path}" in cli("doctor").out
+    (tmp_path / "libvkvx.so").touch()
+    assert f"✓ {name}\n" in cli("doctor").out + "\n"
+
+
 def test_probe_of_a_missing_and_of_a_broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vkvx_broken.py").write_text("raise RuntimeError('bad\\nlibrary')")
     (tmp_path / "vkvx_needy.py").write_text("import vkvx_absent")

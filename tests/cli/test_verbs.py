@@ -73,13 +73,24 @@ def test_run_reads_a_page_as_a_user_would(tiny_bundle: Path, pages: list[Page]) 
     result = run_process("run", tiny_bundle, QUESTION, "--image", pages[0].path)
     assert result.code == 0, result.err
     assert result.out == pages[0].truth + "\n"
-    speed, visual, text = result.err.splitlines()
+    speed, visual, text, backend = result.err.splitlines()
     assert "tokens/s (eos)" in speed
     manifest = Manifest.load(tiny_bundle)
     each = manifest.visual_bytes_per_picture() / 576
     assert visual.startswith("576 visual tokens in ")
     assert f"{each:,.0f} bytes each, {manifest.sixteen_bit_bytes_per_picture(1):,} in 16 bits" in visual
     assert "cache in use" in text
+    assert backend.startswith("ran in onnxruntime on cpu: ")
+
+
+def test_run_in_torch(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
+    result = cli(
+        "run", tiny_bundle, QUESTION, "--image", pages[0].path, "--json", "--backend", "torch", "--provider", "cpu"
+    )
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert found["text"] == pages[0].truth
+    assert (found["backend"], found["provider"], found["backend_reason"]) == ("torch", "cpu", "it was asked for")
 
 
 def test_run_json(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
@@ -93,6 +104,8 @@ def test_run_json(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
     assert found["visual_bytes"] * 12 <= found["sixteen_bit_bytes_per_visual_token"] * 576
     assert found["tokens_per_second"] > 0
     assert found["finish_reason"] == "eos"
+    assert (found["backend"], found["provider"]) == ("onnxruntime", "cpu")
+    assert found["backend_reason"]
 
 
 def test_run_with_a_raw_prompt(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:

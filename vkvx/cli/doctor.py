@@ -13,8 +13,10 @@ from typing import Any
 
 from vkvx import __version__, packages
 from vkvx.cli import terminal
+from vkvx.errors import DependencyError
 
 RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
+TORCH = ("numpy", "PIL", "jinja2", "safetensors", "torch", "transformers")
 EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
 _MODEL = '<ir_version: 8, opset_import: ["": 13]> probe (float[1] x) => (float[1] y) { y = Identity(x) }'
 
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         _needs("export", EXPORT, found),
         _needs("run on a CPU", RUN, found),
         _cuda(found, providers, failures, devices),
+        _torch_cuda(found),
     ]
     if args.json:
         terminal.print_json(
@@ -150,6 +153,25 @@ def _cuda(
     return Ability(name, False, failures.get(provider, "this onnxruntime has no CUDA provider"), advice)
 
 
+def _torch_cuda(found: dict[str, tuple[str | None, str | None]]) -> Ability:
+    name = "run in torch on an NVIDIA GPU"
+    base = _needs(name, TORCH, found)
+    if base.reason:
+        return base
+    import torch
+
+    from vkvx.plugins.build import find_library
+
+    if not torch.cuda.is_available():
+        reason = "no GPU that it can use" if torch.version.cuda else "this is a build without CUDA"
+        return Ability(name, False, f"torch {torch.__version__}: {reason}")
+    try:
+        built = find_library() is not None
+    except DependencyError as error:
+        return Ability(name, False, str(error))
+    return Ability(name, True) if built else Ability(name, False, "libvkvx is not built", "vkvx plugin build")
+
+
 def _lines(
     found: dict[str, tuple[str | None, str | None]],
     providers: list[str],
@@ -168,7 +190,7 @@ def _lines(
     lines += ["", "devices"]
     lines.append(f"  onnxruntime providers that work: {', '.join(providers) or 'none'}")
     lines.append(f"  NVIDIA GPUs: {'; '.join(devices) or 'none'}")
-    lines.append(f"  CUDA compiler: {compiler or 'none'} (not needed)")
+    lines.append(f"  CUDA compiler: {compiler or 'none'} (for `vkvx plugin build`)")
     lines += ["", "what works"]
     for ability in abilities:
         lines.append(

@@ -86,7 +86,7 @@ def parts(manifest: Manifest) -> dict[str, int]:
             part = graphs[path]
         elif path.startswith(f"{manifest.processor}/"):
             part = "processor and tokenizer"
-        elif path.endswith(".safetensors"):
+        elif path.endswith((".safetensors", ".safetensors.index.json")):
             part = "weights"
         else:
             part = path.partition("/")[0]
