@@ -15,6 +15,7 @@ import pytest
 from doubles import Cuda, TensorRT, install_tensorrt, make_engines
 
 from vkvx.errors import BundleError, CapacityError, DependencyError, DeviceError, EngineError, OptionError, VkvxError
+from vkvx.export.validate import validate_bundle
 from vkvx.manifest import Manifest
 from vkvx.models.registry import sample_pages
 from vkvx.runtime import golden
@@ -22,6 +23,7 @@ from vkvx.runtime.backend import choose_backend, open_backend
 from vkvx.runtime.engine_manifest import FILE_NAME, Limits
 from vkvx.runtime.layout import Row, build_call
 from vkvx.runtime.session import Session
+from vkvx.runtime.tensorrt_backend import TensorRTBackend
 
 LIMITS = Limits(batch_size=3, slots=4, input_len=1400, visual_tokens=1920, text_tokens=200, pictures=1)
 PAGES = sample_pages()
@@ -354,3 +356,39 @@ class TestGoldenSample:
         assert "no golden sample" in open_engines(own_bundle, verify=True).golden
         golden.record(own_bundle, manifest, own_bundle)
         assert "no room" in open_engines(own_bundle, verify=True, text_tokens=4).golden
+
+
+@pytest.mark.usefixtures("tensorrt")
+class TestValidate:
+    """``vkvx validate --backend tensorrt``."""
+
+    def test_engines_are_compared_with_onnxruntime(self, bundle: Path) -> None:
+        report = validate_bundle(bundle, backend="tensorrt", steps=2)
+        assert report.passed
+        assert (report.backend, report.model, report.provider) == ("tensorrt", "onnxruntime", "cuda")
+        names = {(check.phase, check.name) for check in report.checks}
+        assert {("vision", "image_embeds"), ("turn 2 prefill", "visual_codes"), ("turn 2 decode 2", "logits")} <= names
+        assert report.to_json()["backend"] == "tensorrt"
+
+    def test_a_wrong_engine_fails(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An engine that writes no text into its cache."""
+        step = TensorRTBackend.step
+
+        def forget(self: Any, call: Any, embeds: Any) -> np.ndarray:
+            logits = step(self, call, embeds)
+            self.device.clear(self.cache.buffers["1.text_key"])
+            return logits
+
+        monkeypatch.setattr(TensorRTBackend, "step", forget)
+        monkeypatch.setattr(golden, "check", lambda *_: "not checked")
+        report = validate_bundle(bundle, backend="tensorrt", steps=1)
+        assert not report.passed
+        assert report.first_divergent_layer == 1
+
+    def test_options_without_effect_are_refused(self, bundle: Path) -> None:
+        with pytest.raises(OptionError, match="--model has no effect with --backend tensorrt"):
+            validate_bundle(bundle, backend="tensorrt", model="tiny-llava")
+        with pytest.raises(OptionError, match="--provider has no effect with --backend rtx"):
+            validate_bundle(bundle, backend="rtx", provider="cpu")
+        with pytest.raises(OptionError, match="give one of onnxruntime, tensorrt, rtx"):
+            validate_bundle(bundle, backend="torch")
