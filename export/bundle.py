@@ -21,7 +21,6 @@ from vkvx.models.adapter import Source
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.packages import missing
-from vkvx.runtime import golden
 from vkvx.storage import check_output, check_room, new_directory
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
         tools={"python": platform.python_version(), **{tool: version(tool) for tool in TOOLS}},
     )
     if _can_record(manifest, directory):
+        from vkvx.runtime import golden  # NumPy comes with it, which the command line does without
+
         path = golden.record(directory, manifest, directory)
         files = {**manifest.files, path.name: FileInfo(path.stat().st_size, sha256(path))}
         manifest = replace(manifest, files=dict(sorted(files.items())))
@@ -133,6 +134,8 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
 
 def _can_record(manifest: Manifest, directory: Path) -> bool:
     """Whether the bundle gets a golden sample: onnxruntime holds all weights in memory for it."""
+    from vkvx.runtime import golden
+
     model = manifest.model
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     if model.tokens_per_picture is None or model.tokens_per_picture + golden.TEXT_TOKENS > model.max_positions:

@@ -228,7 +228,7 @@ class _Comparison:
     def vision(self, phase: str, turn: Prepared) -> np.ndarray:
         """Compare the picture embeddings; returns those of the bundle."""
         assert turn.pixel_inputs is not None
-        embeds = self.backend.encode(turn.pixel_inputs)
+        embeds = np.asarray(self.backend.encode(turn.pixel_inputs))
         self._close(
             "image_embeds", phase, None, embeds, self.reference.encode(turn.pixel_inputs), self.tolerances.vision
         )

@@ -171,7 +171,7 @@ class TensorRTBackend:
         return self._decode[rows]
 
     def _embeds(self, plan: CallPlan, given: DeviceArray | np.ndarray | None) -> DeviceArray:
-        """``visual_embeds`` of a call. Where no entry is a picture's they are zero: an engine may multiply them by 0."""
+        """``visual_embeds`` of a call: zero where no entry is a picture's, for an engine may multiply them by 0."""
         shape, dtype = plan.shapes["visual_embeds"], self.manifest.model.dtype
         if plan.profile.name == DECODE:
             # A captured step keeps the address: memory for the most rows at once, never replaced.

@@ -19,6 +19,7 @@ from vkvx.runtime.legalise.branches import TakeBranch
 from vkvx.runtime.legalise.extents import StaticExtents
 from vkvx.runtime.legalise.functions import InlineFunctions, StripFunctions
 from vkvx.runtime.legalise.names import UniqueNames
+from vkvx.runtime.legalise.rows import PlaceByProduct
 from vkvx.runtime.legalise.shapes import PlainReshape, WholeShape
 from vkvx.runtime.legalise.slices import SliceAxes
 from vkvx.runtime.legalise.types import check_types
@@ -70,6 +71,8 @@ def passes(dialect: Dialect, *, plugin_free: bool) -> Iterator[PassBase]:
         yield LowerOpset(dialect.opset)
     if not dialect.shape_and_reshape_attributes:
         yield from (WholeShape(), PlainReshape())
+        if not plugin_free:
+            yield PlaceByProduct()
 
 
 class LowerOpset(ir.passes.InPlacePass):

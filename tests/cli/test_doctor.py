@@ -28,7 +28,7 @@ def fat_binary(*entries: tuple[int, int]) -> bytes:
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file in the place of a build for 8.0, 8.9 and PTX for 9.0; it cannot be loaded."""
     monkeypatch.setenv(build.CACHE, str(tmp_path))
-    monkeypatch.delenv(build.OVERRIDE, raising=False)
+    monkeypatch.delenv(build.OVERRIDES[build.LIBRARY], raising=False)
     path = tmp_path / f"{build.source_hash()}-80" / build.LIBRARY
     path.parent.mkdir()
     path.write_bytes(b"\x7fELF" + bytes(60) + fat_binary((CUBIN, 89), (PTX, 90)) + b"between" + fat_binary((CUBIN, 80)))
@@ -57,12 +57,15 @@ def test_architectures_of_a_file(built: Path, tmp_path: Path) -> None:
 
 def test_no_library(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.CACHE, str(tmp_path))
-    monkeypatch.delenv(build.OVERRIDE, raising=False)
+    monkeypatch.delenv(build.OVERRIDES[build.LIBRARY], raising=False)
     out = cli("doctor").out
     assert "  CUDA library: not built\n" in out
     assert "  ✗ CUDA kernels: not built\n      vkvx plugin build\n" in out
-    monkeypatch.setenv(build.OVERRIDE, str(tmp_path / "gone.so"))
-    assert f"✗ CUDA kernels: {build.OVERRIDE} names {tmp_path / 'gone.so'}, which is no file" in cli("doctor").out
+    monkeypatch.setenv(build.OVERRIDES[build.LIBRARY], str(tmp_path / "gone.so"))
+    assert (
+        f"✗ CUDA kernels: {build.OVERRIDES[build.LIBRARY]} names {tmp_path / 'gone.so'}, which is no file"
+        in cli("doctor").out
+    )
 
 
 def test_a_library_that_cannot_be_loaded(cli: Callable, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +73,8 @@ def test_a_library_that_cannot_be_loaded(cli: Callable, built: Path, monkeypatch
     assert f"  CUDA library: {built}, cannot be loaded, for 8.0, 8.9, PTX for 9.0 and newer\n" in out
     assert f"✗ CUDA kernels: cannot load {built}" in out
     assert ability(cli)["advice"] == "vkvx plugin build --force"
-    monkeypatch.setenv(build.OVERRIDE, str(built))
-    assert ability(cli)["advice"] == f"unset {build.OVERRIDE}"
+    monkeypatch.setenv(build.OVERRIDES[build.LIBRARY], str(built))
+    assert ability(cli)["advice"] == f"unset {build.OVERRIDES[build.LIBRARY]}"
 
 
 def test_a_library_of_another_version(cli: Callable, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

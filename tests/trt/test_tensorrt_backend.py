@@ -6,6 +6,7 @@ import gc
 import hashlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from doubles import Cuda, TensorRT, install_tensorrt, make_engines
 
 from vkvx.errors import BundleError, CapacityError, DependencyError, DeviceError, EngineError, OptionError, VkvxError
+from vkvx.export.validate import validate_bundle
 from vkvx.manifest import Manifest
 from vkvx.models.registry import sample_pages
 from vkvx.runtime import golden
@@ -21,6 +23,7 @@ from vkvx.runtime.backend import choose_backend, open_backend
 from vkvx.runtime.engine_manifest import FILE_NAME, Limits
 from vkvx.runtime.layout import Row, build_call
 from vkvx.runtime.session import Session
+from vkvx.runtime.tensorrt_backend import TensorRTBackend
 
 LIMITS = Limits(batch_size=3, slots=4, input_len=1400, visual_tokens=1920, text_tokens=200, pictures=1)
 PAGES = sample_pages()
@@ -316,12 +319,16 @@ class TestRefusals:
 
 @pytest.mark.usefixtures("tensorrt")
 class TestGoldenSample:
+    """That of the bundle, unless there is one beside the engines."""
+
     def test_a_right_engine_passes(self, bundle: Path) -> None:
-        golden.record(bundle, Manifest.load(bundle), bundle)
-        assert open_engines(bundle, verify=True).golden.startswith("golden sample: logits within")
+        backend = open_engines(bundle, verify=True, slots=1)
+        assert backend.golden.startswith("golden sample: logits within")
+        assert backend.cache.free_slots == (0,)
+        assert backend.cache.length(0) == 0
 
     def test_a_wrong_engine_is_refused(self, bundle: Path) -> None:
-        path = golden.record(bundle, Manifest.load(bundle), bundle)
+        path = golden.record(bundle, Manifest.load(bundle), bundle / "engines/tensorrt-9.0")
         with np.load(path) as file:
             logits = file["logits"]
         wrong = logits.copy()
@@ -335,16 +342,53 @@ class TestGoldenSample:
         wrong[0, 0] = np.nan
         np.savez(path, logits=wrong)
         assert "the prefill of the golden sample" in refused(EngineError, bundle, verify=True)
+        np.savez(path, logits=logits[:, 1:])
+        assert "this model gives (4, 406)" in refused(BundleError, bundle, verify=True)
         path.write_bytes(b"PK")
         assert "cannot be read" in refused(BundleError, bundle, verify=True)
 
-    def test_the_slot_is_free_again(self, bundle: Path) -> None:
-        golden.record(bundle, Manifest.load(bundle), bundle)
-        backend = open_engines(bundle, verify=True, slots=1)
-        assert backend.cache.free_slots == (0,)
-        assert backend.cache.length(0) == 0
+    def test_it_is_told_when_nothing_was_checked(self, own_bundle: Path) -> None:
+        manifest = Manifest.load(own_bundle)
+        files = {name: info for name, info in manifest.files.items() if name != golden.FILE_NAME}
+        replace(manifest, files=files).save(own_bundle)
+        (own_bundle / golden.FILE_NAME).unlink()
+        make_engines(own_bundle, LIMITS)
+        assert "no golden sample" in open_engines(own_bundle, verify=True).golden
+        golden.record(own_bundle, manifest, own_bundle)
+        assert "no room" in open_engines(own_bundle, verify=True, text_tokens=4).golden
 
-    def test_it_is_told_when_nothing_was_checked(self, bundle: Path) -> None:
-        assert "no golden sample" in open_engines(bundle, verify=True).golden
-        golden.record(bundle, Manifest.load(bundle), bundle)
-        assert "no room" in open_engines(bundle, verify=True, text_tokens=4).golden
+
+@pytest.mark.usefixtures("tensorrt")
+class TestValidate:
+    """``vkvx validate --backend tensorrt``."""
+
+    def test_engines_are_compared_with_onnxruntime(self, bundle: Path) -> None:
+        report = validate_bundle(bundle, backend="tensorrt", steps=2)
+        assert report.passed
+        assert (report.backend, report.model, report.provider) == ("tensorrt", "onnxruntime", "cuda")
+        names = {(check.phase, check.name) for check in report.checks}
+        assert {("vision", "image_embeds"), ("turn 2 prefill", "visual_codes"), ("turn 2 decode 2", "logits")} <= names
+        assert report.to_json()["backend"] == "tensorrt"
+
+    def test_a_wrong_engine_fails(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An engine that writes no text into its cache."""
+        step = TensorRTBackend.step
+
+        def forget(self: Any, call: Any, embeds: Any) -> np.ndarray:
+            logits = step(self, call, embeds)
+            self.device.clear(self.cache.buffers["1.text_key"])
+            return logits
+
+        monkeypatch.setattr(TensorRTBackend, "step", forget)
+        monkeypatch.setattr(golden, "check", lambda *_: "not checked")
+        report = validate_bundle(bundle, backend="tensorrt", steps=1)
+        assert not report.passed
+        assert report.first_divergent_layer == 1
+
+    def test_options_without_effect_are_refused(self, bundle: Path) -> None:
+        with pytest.raises(OptionError, match="--model has no effect with --backend tensorrt"):
+            validate_bundle(bundle, backend="tensorrt", model="tiny-llava")
+        with pytest.raises(OptionError, match="--provider has no effect with --backend rtx"):
+            validate_bundle(bundle, backend="rtx", provider="cpu")
+        with pytest.raises(OptionError, match="give one of onnxruntime, tensorrt, rtx"):
+            validate_bundle(bundle, backend="torch")

@@ -102,7 +102,9 @@ def test_rows_are_laid_out_as_alone() -> None:
     for b, row in enumerate(rows):
         alone = call_of(row)
         own = sum(row.picture_lengths)
-        for name in ("input_ids", "position_ids", "visual_index", "text_index"):
+        # Positions count on over the padding.
+        assert together.position_ids[b].tolist() == list(range(row.position, row.position + 17))
+        for name in ("input_ids", "visual_index", "text_index"):
             mine, full = getattr(alone, name)[0], getattr(together, name)[b]
             np.testing.assert_array_equal(full[: len(mine)], mine)
             assert (full[len(mine) :] == (-1 if name.endswith("index") else 0)).all()
