@@ -205,6 +205,8 @@ def test_doctor_on_torch_with_a_gpu(cli: Callable, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("VKVX_LIBRARY", str(tmp_path / "libvkvx.so"))
     assert f"✗ {name}: VKVX_LIBRARY names {tmp_path}" in cli("doctor").out
     (tmp_path / "libvkvx.so").touch()
+    assert f"✗ {name}: cannot load {tmp_path}" in cli("doctor").out
+    monkeypatch.setattr("vkvx.plugins.library.Library", lambda path: None)
     assert f"✓ {name}\n" in cli("doctor").out + "\n"
 
 
