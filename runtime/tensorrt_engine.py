@@ -86,7 +86,7 @@ def open_engines(
     if verify:
         manifest.verify(directory, progress)
     log = Log(library)
-    if hasattr(library, "init_libnvinfer_plugins"):  # TensorRT's own, such as a scatter in TensorRT 8
+    if not hasattr(library, "ExecutionContextAllocationStrategy"):  # before TensorRT 10 some layers are plugins
         library.init_libnvinfer_plugins(log.logger, "")
     load_plugin(library, manifest, directory, log)
     runtime = library.Runtime(log.logger)

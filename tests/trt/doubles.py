@@ -204,6 +204,11 @@ class TensorRT(ModuleType):
         self.refuses_plugin: str | None = None
         if not version.startswith("8."):
             self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE=1)
+        self.has_own_plugins = False
+
+    def init_libnvinfer_plugins(self, logger: Logger, namespace: str) -> bool:
+        self.has_own_plugins = True
+        return True
 
     def get_plugin_registry(self) -> Any:
         def load_library(path: str) -> Any:
@@ -216,6 +221,8 @@ class TensorRT(ModuleType):
 
     def Runtime(self, logger: Logger) -> Any:
         def deserialize_cuda_engine(data: bytes) -> Any:
+            assert self.has_own_plugins == self.__version__.startswith("8.")
+            assert self.plugins, "an engine with a plugin needs its library first"
             try:
                 return Engine(self, logger, json.loads(data))
             except ValueError:
