@@ -12,6 +12,7 @@ tie the choice was; what follows in that conversation is not compared.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 import time
@@ -257,6 +258,7 @@ def main(argv: list[str]) -> None:
     verbs.choices["prepare"].add_argument("--pages", type=int, default=200)
     verbs.choices["run"].add_argument("--backend", default="tensorrt")
     arguments = parser.parse_args(argv)
+    faulthandler.enable()  # libraries of the GPU may end the process
     if arguments.verb == "prepare":
         prepare(arguments.directory, arguments.bundle, arguments.pages)
         return

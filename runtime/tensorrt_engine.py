@@ -12,7 +12,7 @@ from typing import Any
 
 from vkvx.errors import EngineError
 from vkvx.manifest import Progress
-from vkvx.runtime.device import Device, DeviceArray
+from vkvx.runtime.device import Device
 from vkvx.runtime.engine_manifest import DECODER, VISION, EngineManifest, engine_directories
 from vkvx.runtime.tensorrt_library import load
 from vkvx.runtime.tensorrt_log import Log
@@ -24,7 +24,7 @@ registry takes no plugin twice."""
 
 @dataclass(frozen=True)
 class Engines:
-    """The engines of a bundle, ready for contexts. ``scratch`` is memory that all contexts share: only one runs."""
+    """The engines of a bundle, ready for contexts."""
 
     directory: Path
     manifest: EngineManifest
@@ -33,22 +33,21 @@ class Engines:
     runtime: Any
     decoder: Any
     vision: Any
-    scratch: DeviceArray
 
     def context(self, engine: Any, profile: int, device: Device) -> Any:
-        """A new execution context with a profile, on the shared memory."""
+        """A new execution context with a profile. It has memory of its own: as much as the profile needs, or, before
+        TensorRT 10, the largest one."""
         strategies = getattr(self.library, "ExecutionContextAllocationStrategy", None)
         with self.log.explain(EngineError, f"TensorRT makes no context for {self.directory}"):
-            if strategies is None:  # TensorRT 8
-                context = engine.create_execution_context_without_device_memory()
+            if strategies is None:
+                context = engine.create_execution_context()
             else:
-                context = engine.create_execution_context(strategies.USER_MANAGED)
+                context = engine.create_execution_context(strategies.ON_PROFILE_CHANGE)
             self.log.require(context is not None)
-            if hasattr(context, "set_device_memory"):
-                context.set_device_memory(self.scratch.address, self.scratch.nbytes)
-            else:
-                context.device_memory = self.scratch.address
-            self.log.require(context.set_optimization_profile_async(profile, int(device.stream)))
+            # A first context has profile 0 already. To give it that again ends the process in TensorRT 8, where an
+            # engine has compiled regions.
+            if context.active_optimization_profile != profile:
+                self.log.require(context.set_optimization_profile_async(profile, int(device.stream)))
         device.synchronize()
         return context
 
@@ -87,6 +86,8 @@ def open_engines(
     if verify:
         manifest.verify(directory, progress)
     log = Log(library)
+    if not hasattr(library, "ExecutionContextAllocationStrategy"):  # before TensorRT 10 some layers are plugins
+        library.init_libnvinfer_plugins(log.logger, "")
     load_plugin(library, manifest, directory, log)
     runtime = library.Runtime(log.logger)
     if manifest.options.get("version_compatible"):
@@ -95,9 +96,7 @@ def open_engines(
     vision = _deserialize(runtime, directory / manifest.engines[VISION].file, log)
     for name, engine in ((DECODER, decoder), (VISION, vision)):
         _check_tensors(name, engine, manifest, directory)
-    size = max(_scratch_bytes(engine) for engine in (decoder, vision))
-    scratch = device.allocate("int32", (-(-size // 4),))
-    return Engines(directory, manifest, library, log, runtime, decoder, vision, scratch)
+    return Engines(directory, manifest, library, log, runtime, decoder, vision)
 
 
 def check_version(manifest: EngineManifest, version: str, directory: Path) -> None:
@@ -137,7 +136,6 @@ def load_plugin(library: Any, manifest: EngineManifest, directory: Path, log: Lo
             "build all engines with one vkvx"
         )
     with log.explain(EngineError, f"TensorRT cannot load the plugin {path}"):
-        # Plugins of TensorRT itself are not needed, but creating them makes the registry of the process.
         log.require(library.get_plugin_registry().load_library(str(path)) is not None)
     _loaded_plugins[library.__name__] = digest
 
@@ -158,8 +156,3 @@ def _check_tensors(name: str, engine: Any, manifest: EngineManifest, directory: 
             f"the {name} engine in {directory} and its engine.json disagree about the tensor {odd}; "
             "run `vkvx build BUNDLE --force`"
         )
-
-
-def _scratch_bytes(engine: Any) -> int:
-    # TensorRT 10 has a 64-bit size under another name.
-    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,15 @@ def plugin_file(plugin_builds: Any) -> Path:
 
 
 @pytest.fixture
-def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+def own_copy(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a bundle to where a test may change it."""
+    return lambda bundle: Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Path, own_copy: Callable[[Path], Path]) -> Path:
     """A copy of the tiny bundle that a test may add engines to."""
-    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    return own_copy(tiny_bundle)
 
 
 @pytest.fixture

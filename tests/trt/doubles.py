@@ -203,7 +203,12 @@ class TensorRT(ModuleType):
         self.plugins: list[str] = []
         self.refuses_plugin: str | None = None
         if not version.startswith("8."):
-            self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
+            self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE=1)
+        self.has_own_plugins = False
+
+    def init_libnvinfer_plugins(self, logger: Logger, namespace: str) -> bool:
+        self.has_own_plugins = True
+        return True
 
     def get_plugin_registry(self) -> Any:
         def load_library(path: str) -> Any:
@@ -216,6 +221,8 @@ class TensorRT(ModuleType):
 
     def Runtime(self, logger: Logger) -> Any:
         def deserialize_cuda_engine(data: bytes) -> Any:
+            assert self.has_own_plugins == self.__version__.startswith("8.")
+            assert self.plugins, "an engine with a plugin needs its library first"
             try:
                 return Engine(self, logger, json.loads(data))
             except ValueError:
@@ -228,8 +235,6 @@ class TensorRT(ModuleType):
 class Engine:
     """``ICudaEngine``."""
 
-    device_memory_size = 4096
-
     def __init__(self, library: TensorRT, logger: Logger, data: dict[str, Any]) -> None:
         self.library, self.logger, self.data = library, logger, data
         options = ort.SessionOptions()
@@ -239,37 +244,35 @@ class Engine:
         self.types = {x.name: x.type for x in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.names = [*data["inputs"], *data["outputs"]]
         self.num_io_tensors = len(self.names)
+        self.contexts = 0
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
-    def create_execution_context(self, strategy: int) -> Context:
-        assert strategy == 2
-        return Context(self)
-
-    def create_execution_context_without_device_memory(self) -> Context:
-        assert self.library.__version__.startswith("8.")
-        return Context(self)
+    def create_execution_context(self, strategy: int | None = None) -> Context:
+        assert (strategy is None) == self.library.__version__.startswith("8.")
+        self.contexts += 1
+        return Context(self, 0 if self.contexts == 1 else -1)
 
 
 class Context:
     """``IExecutionContext``: runs the ONNX file in onnxruntime, on the memory that was bound."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, profile: int) -> None:
         self.engine = engine
-        self.profile: int | None = None
+        self.active_optimization_profile = profile
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        self.device_memory: int | None = None
         self.ran: tuple[Any, ...] | None = None
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self.profile = index
+        assert index != self.active_optimization_profile, "TensorRT 8 aborts if a profile is set again"
+        self.active_optimization_profile = index
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert self.profile is not None
-        least, _, most = self.engine.data["profiles"][self.profile][name]
+        assert self.active_optimization_profile >= 0
+        least, _, most = self.engine.data["profiles"][self.active_optimization_profile][name]
         if len(shape) != len(least) or not all(a <= x <= b for a, x, b in zip(least, shape, most, strict=True)):
             self.engine.logger.log(Severity.ERROR, f"{name}: {shape} is not in [{least}, {most}]")
             return False
@@ -287,9 +290,8 @@ class Context:
         cuda = self.engine.library.cuda
         assert set(self.addresses) == set(self.engine.names)
         assert set(self.shapes) == set(self.engine.data["inputs"])
-        assert self.device_memory
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        state = (shapes, addresses, self.profile)
+        state = (shapes, addresses, self.active_optimization_profile)
         if cuda.recording is not None:
             assert self.ran == state, "TensorRT wants a run with the same shapes before a capture"
         self.ran = state

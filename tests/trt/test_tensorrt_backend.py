@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,12 +67,12 @@ def test_requests_come_and_go_and_get_what_onnxruntime_gives(
     empty: bool,
     bundle_factory: Any,
     expected: dict[int, list[tuple[int, ...]]],
-    tmp_path: Path,
+    own_copy: Any,
     monkeypatch: pytest.MonkeyPatch,
     cuda: Cuda,
 ) -> None:
     install_tensorrt(monkeypatch, cuda, version)
-    bundle = copy(bundle_factory(bits=bits), tmp_path)
+    bundle = own_copy(bundle_factory(bits=bits))
     limits = LIMITS if bits == 1 else Limits(3, 4, 1400, 0, 2500, 1)
     make_engines(bundle, limits, version=version, empty_visual_index=empty)
     with load(bundle, "tensorrt", slots=3) as session:
@@ -87,10 +86,6 @@ def test_requests_come_and_go_and_get_what_onnxruntime_gives(
         assert set(backend.graphs) == {1, 2, 3} & set(backend.graphs)
         assert 3 in backend.graphs
         assert cuda.launched > 5
-
-
-def copy(bundle: Path, target: Path) -> Path:
-    return Path(shutil.copytree(bundle, target / "bundle"))
 
 
 @pytest.fixture
