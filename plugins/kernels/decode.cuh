@@ -1,6 +1,6 @@
 // Decode attention: calls of at most 8 positions over packed groups, 16-bit text rows and the call's own tokens, in one launch.
 //
-// A block of 1 to 8 warps takes one KV head of one row, at most `Engine::kColumns` query vectors of it, and one of `splits` parts of what is
+// A block of some warps takes one KV head of one row, at most `Engine::kColumns` query vectors of it, and one of `splits` parts of what is
 // cached. Everything cached is laid out as a list of units: tiles of 128 visual tokens, text rows by 16, and the own tokens. Units have costs in
 // bytes, and each warp of each part takes the units that start in its share of the total: shares follow the counts on the device, the grid only the
 // shapes. Warps work alone, each with its own buffers, and fold their results into shared memory at group ends; the last block
@@ -83,7 +83,7 @@ struct TileCursor {
 };
 
 template <class Engine, bool kScan, int kLookahead>
-__global__ void __launch_bounds__(Engine::kMaxWarps * 32, Engine::kBlocks) decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
+__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks) decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
 #if VKVX_HAS_TENSOR_CORES
   // Numbers of planes; without pictures (16 bits) any will do.
   const int D = Engine::kAny ? p.head_dim : Engine::kPaddedDim;

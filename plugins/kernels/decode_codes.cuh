@@ -63,7 +63,9 @@ template <int kBits, int kWords, int kSets>
 struct CodesEngine {
   static constexpr bool kAny = kBits == 0;
   static constexpr int kColumns = 4 * kSets, kPaddedDim = 128 * kWords;
-  static constexpr int kMaxWarps = kSets == 2 ? 6 : 8, kBlocks = kWords == 2 ? 1 : 2;  // of so many warps, a multiprocessor
+  // Warps of a block, and blocks of a multiprocessor: measured. Two sets need 168 registers, wide heads all that there are.
+  static constexpr int kWarps = kSets == 2 && (kBits == 1 || kBits == 2) ? 6 : 4;
+  static constexpr int kBlocks = kWarps == 6 || kWords == 2 ? 2 : kSets == 2 ? 3 : 4;
   static constexpr bool kSnaps = true;
   static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
   static constexpr int kSegmentTiles = 128;  // sums of more could leave 32 bits

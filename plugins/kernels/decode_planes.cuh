@@ -31,7 +31,7 @@ template <int kBits, int kQueries>
 struct PlanesEngine {
   static constexpr int kColumns = kQueries;
   static constexpr int kPlanes = kBits, kPaddedDim = 128;
-  static constexpr int kMaxWarps = kQueries == 1 ? 8 : 6, kBlocks = 2;  // of so many warps, a multiprocessor
+  static constexpr int kWarps = 4, kBlocks = kQueries == 1 ? 4 : 3;  // of a block, of a multiprocessor
   static constexpr bool kAny = false, kSnaps = false;
 
   // Queries are written in base -2, so that odd planes alone are negative; 16 places hold integers of -43690 to 21845.

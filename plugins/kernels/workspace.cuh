@@ -5,14 +5,14 @@
 
 namespace vkvx {
 
-constexpr int kWarps = 4;  // of a block, where nothing speaks for another number
+constexpr int kUsualWarps = 4;  // of a block
 constexpr int kCounters = 16384;  // at the start of the workspace, zero between calls
 
 // Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for their start and their end.
 inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
   const int64_t units = p.visual_capacity / kTile + divide_up(p.text_capacity, kRowsAtOnce) + 1;
   int64_t splits = p.splits > 0 ? p.splits : divide_up(processors, tiles > 0 ? tiles : 1);
-  const int64_t most = p.splits > 0 ? divide_up(units, kWarps) : divide_up(units, 2 * kWarps);
+  const int64_t most = p.splits > 0 ? divide_up(units, kUsualWarps) : divide_up(units, 2 * kUsualWarps);
   splits = splits < most ? splits : most;
   return tiles > kCounters || splits < 1 ? 1 : static_cast<int>(splits);
 }

@@ -1,8 +1,6 @@
 // Launch of one instance of the decode kernel.
 #pragma once
 
-#include <cstdlib>
-
 #include "../kernels/workspace.cuh"
 #include "internal.h"
 
@@ -18,18 +16,16 @@ constexpr int lookahead_of() {
 template <class Engine>
 DecodeLayout layout_of(const VkvxParams& p, int columns, int warps) {
   const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0;
-  const int keys = Engine::kAny ? (p.key_bits < 8 ? p.key_bits : 8) : Engine::kPlanes, values = Engine::kAny ? (p.value_bits < 8 ? p.value_bits : 8) : Engine::kPlanes;
-  return DecodeLayout(keys, values, p.head_dim, Engine::kPaddedDim, Engine::kColumns, columns, lookahead_of<Engine>(), groups, warps);
+  auto planes = [](int bits) { return !Engine::kAny ? Engine::kPlanes : bits < 8 ? bits : 8; };
+  return DecodeLayout(planes(p.key_bits), planes(p.value_bits), p.head_dim, Engine::kPaddedDim, Engine::kColumns, columns, lookahead_of<Engine>(), groups, warps);
 }
 
-// Warps of a block: few blocks of many warps where there is little work, and no more than shared memory has room for.
+// Warps of a block: no more than shared memory has room for.
 template <class Engine>
 int choose_warps(const VkvxParams& p, int columns, const Device& device) {
-  int warps = kWarps;
-  if (p.splits == 0)
-    if (const char* s = getenv("VKVX_TRY_WARPS")) warps = atoi(s);
-  if (warps > Engine::kMaxWarps) warps = Engine::kMaxWarps;
-  while (warps > 1 && layout_of<Engine>(p, columns, warps).total + 1024 > device.shared_memory) --warps;
+  constexpr int kStatic = 1024;  // bytes beside the layout's
+  int warps = Engine::kWarps;
+  while (warps > 1 && layout_of<Engine>(p, columns, warps).total + kStatic > device.shared_memory) --warps;
   return warps;
 }
 
@@ -65,7 +61,7 @@ int launch_decode(const VkvxParams& p, const DecodePlan& plan, const Device& dev
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = device.capability >= 90 && !getenv("VKVX_TRY_SERIAL") ? 1 : 0;
+  config.numAttrs = device.capability >= 90 ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, p, plan);
   return check_cuda("decode attention");
 }

@@ -10,6 +10,7 @@ import torch
 from kernel_calls import Case, attend, error, make, reference
 
 from vkvx.errors import OptionError
+from vkvx.export import torch_op
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 
@@ -156,7 +157,7 @@ def test_calls_in_a_captured_graph() -> None:
     case = Case()
     tensors = make(case)
     expected = attend(tensors, case.attributes)
-    operation = torch.ops.vkvx.visual_kv_attention_
+    operation = torch_op.visual_kv_attention_
     inputs = [x.clone() for x in tensors.values()]
     operation(*inputs, **case.attributes.to_dict())
     graph = torch.cuda.CUDAGraph()
