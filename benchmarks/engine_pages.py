@@ -78,12 +78,12 @@ def converse(backend: Backend, turns: Sequence[Sequence[Prepared]]) -> dict[str,
         for number, steps in enumerate(STEPS):
             options = GenerationOptions(max_new_tokens=steps + 1, ignore_eos=True)
             requests = [
-                Request(row, turn[number], options, Silent(), observed, slot=slot, history=history)  # type: ignore[arg-type]
+                Request(row, turn[number], options, Silent(), observed, slot=slot, history=history)
                 for row, (turn, slot, history) in enumerate(zip(batch, slots, histories, strict=True))
             ]
             for request in requests:
                 request.check()
-            for chunk in run_requests(observed, requests):  # type: ignore[arg-type]
+            for chunk in run_requests(observed, requests):
                 answers[chunk.row] += chunk.token_ids
         found["tokens"] += answers
         for name in ("margins", "ranges"):

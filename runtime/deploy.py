@@ -156,8 +156,8 @@ def _check(
 ) -> None:
     if not _NAME.fullmatch(name):
         raise OptionError(f"--name {name} is no name of a model; give letters, digits, '.', '_' and '-'")
-    if backend not in BACKENDS:
-        raise OptionError(f"unknown backend '{backend}': give one of {', '.join(BACKENDS)}")
+    if backend not in ("auto", *BACKENDS):
+        raise OptionError(f"unknown backend '{backend}' (--backend): give one of auto, {', '.join(BACKENDS)}")
     if reference is not None and not reference.startswith("/"):
         raise OptionError(f"--reference {reference} must be an absolute path, as the server sees it")
     for option, value, least in (

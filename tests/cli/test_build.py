@@ -13,7 +13,7 @@ import pytest
 from commands import run_process
 from engine_calls import link_bundle
 
-from vkvx.cli.build import parse_size
+from vkvx.cli.terminal import parse_bytes
 from vkvx.errors import OptionError
 from vkvx.plugins import build as plugin_build
 
@@ -103,13 +103,13 @@ def test_what_is_no_bundle(cli: Callable, tmp_path: Path) -> None:
     [("24GiB", 24 << 30), ("1.5 gib", 3 << 29), ("512MB", 512 * 10**6), ("7KiB", 7 << 10), ("1024", 1024)],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert parse_size("--memory", text) == expected
+    assert parse_bytes(text, "--memory") == expected
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1TiB", "1 G"])
 def test_sizes_that_are_not_understood(text: str) -> None:
     with pytest.raises(OptionError, match="--memory"):
-        parse_size("--memory", text)
+        parse_bytes(text, "--memory")
 
 
 def test_inspect_engines(cli: Callable, built: tuple[Path, dict[str, Any]]) -> None:

@@ -200,6 +200,12 @@ def test_a_damaged_bundle_fails_the_load(tiny_bundle: Path, monkeypatch: pytest.
         TritonPythonModel().initialize({**arguments, "model_config": json.dumps({"parameters": parameters})})
 
 
+def test_backend_is_chosen_in_the_server_by_default(cli: Callable, tiny_bundle: Path, tmp_path: Path) -> None:
+    assert cli("deploy", "triton", tiny_bundle, "-o", tmp_path / "models", "--name", "tiny").code == 0
+    config = parsed((tmp_path / "models/tiny/config.pbtxt").read_text())
+    assert config.parameters["backend"].string_value == "auto"
+
+
 def test_the_verb(cli: Callable, tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ("deploy", "triton", tiny_bundle, "-o", tmp_path / "models", "--backend", "onnxruntime")
     done = cli(*arguments, "--gpus", "0,1", "--name", "tiny", "--json")

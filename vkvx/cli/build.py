@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
-from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
     from vkvx.runtime.engine_build import Result
     from vkvx.runtime.engine_options import BuildOptions
-
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:
@@ -100,13 +96,13 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         input_len=args.max_input_len,
         visual_tokens=args.max_visual_tokens,
         text_tokens=args.max_text_tokens,
-        memory=parse_size("--memory", args.memory),
+        memory=_size("--memory", args.memory),
     )
     return BuildOptions(
         backend=args.backend,
         compute_capabilities=tuple(name for given in args.compute_capability for name in given.split(",")),
         limits=limits,
-        workspace=parse_size("--workspace", args.workspace),
+        workspace=_size("--workspace", args.workspace),
         timing_cache=None if args.timing_cache is None else Path(args.timing_cache),
         optimization_level=args.optimization_level,
         version_compatible=args.version_compatible,
@@ -119,14 +115,8 @@ def _options(args: argparse.Namespace) -> BuildOptions:
     )
 
 
-def parse_size(flag: str, text: str | None) -> int | None:
-    """Bytes of a size such as ``24GiB``, ``512MB`` or ``1048576``; OptionError for anything else."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise OptionError(f"{flag} {text} is not understood: give a size such as 24GiB or 512MiB")
-    return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+def _size(option: str, text: str | None) -> int | None:
+    return None if text is None else terminal.parse_bytes(text, option)
 
 
 def _summary(result: Result, seconds: float) -> dict[str, Any]:

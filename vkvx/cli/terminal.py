@@ -66,11 +66,11 @@ def human_bytes(count: float) -> str:
 
 def parse_bytes(text: str, option: str) -> int:
     """``24GiB``, ``80GB``, ``512MiB`` or a plain number of bytes, more than 0; OptionError names the option."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?)b)?", text.strip().lower())
     count = 0
     if found is not None:
         number, prefix, binary = found.groups()
-        count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+        count = int(float(number) * (1024 if binary else 1000) ** " kmg".index(prefix or " "))
     if count <= 0:
         raise OptionError(f"{option} {text} is not understood: give a size such as 24GiB or 80GB")
     return count
