@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vkvx.errors import InputError
 from vkvx.runtime.generation import Chunk, Generation, Request, run
-from vkvx.runtime.processor import PLACEHOLDER, Message, Picture, Prepared
+from vkvx.runtime.processor import PLACEHOLDER, Message, Picture, Prepared, listed
 from vkvx.runtime.sampling import GenerationOptions
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Conversation:
         :meth:`Session.generate`. Errors (InputError, OptionError, CapacityError) come at once and change nothing.
         Asking again ends an answer that is still being read.
         """
-        pictures = _listed(images)
+        pictures = listed(images)
         self._stop_running()
         message = self._message(text, len(pictures))
         chunks = self._start(self._turn(message), pictures, options, changes)
@@ -82,7 +82,7 @@ class Conversation:
     ) -> Generator[Chunk, None, None]:
         """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts."""
         self._stop_running()
-        self._running = chunks = self._start(prompt, _listed(images), options, changes)
+        self._running = chunks = self._start(prompt, listed(images), options, changes)
         return chunks
 
     def fork(self) -> Conversation:
@@ -196,7 +196,3 @@ class Conversation:
         if self._history and len(ids) > 1 and ids[0] == self._history[-1] and ids[0] in eos:
             return Prepared(ids[1:], prepared.pixel_inputs, prepared.picture_lengths)
         return prepared
-
-
-def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
-    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]

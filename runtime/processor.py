@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Picture = Union[str, Path, "Image"]
+Pictures = Picture | Sequence[Picture] | None
 Message = Mapping[str, Any]
 
 PLACEHOLDER = "<image>"
@@ -36,6 +37,13 @@ class Prepared:
     token_ids: np.ndarray
     pixel_inputs: dict[str, np.ndarray] | None
     picture_lengths: tuple[int, ...]
+
+
+def listed(pictures: Pictures) -> list[Picture]:
+    """None, one picture or several, as a list."""
+    if pictures is None:
+        return []
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]  # type: ignore[list-item]
 
 
 class Processor:

@@ -10,8 +10,9 @@ from typing import Any
 
 from vkvx.errors import InputError, VkvxError
 from vkvx.runtime.generation import Chunk, Generation, Request, Scheduler
+from vkvx.runtime.processor import Pictures, listed
 from vkvx.runtime.sampling import GenerationOptions
-from vkvx.runtime.session import Pictures, Session, listed
+from vkvx.runtime.session import Session
 
 
 class Answer:

@@ -13,7 +13,7 @@ from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backend import ENGINE_BACKENDS, Backend, choose_backend, engine_limits, open_backend
 from vkvx.runtime.conversation import Conversation
 from vkvx.runtime.generation import Chunk, Generation, Request, run
-from vkvx.runtime.processor import Message, Picture, Processor
+from vkvx.runtime.processor import Message, Pictures, Processor, listed
 from vkvx.runtime.sampling import GenerationOptions
 
 __all__ = ["Chunk", "Conversation", "Generation", "GenerationOptions", "Session"]
@@ -21,8 +21,6 @@ __all__ = ["Chunk", "Conversation", "Generation", "GenerationOptions", "Session"
 DEFAULT_PICTURES = 4
 DEFAULT_VISUAL_TOKENS = 2048
 DEFAULT_TEXT_TOKENS = 1024
-
-Pictures = Picture | Sequence[Picture] | None
 
 
 class Session:
@@ -197,10 +195,3 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def listed(pictures: Pictures) -> list[Picture]:
-    """None, one picture or several, as a list."""
-    if pictures is None:
-        return []
-    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]  # type: ignore[list-item]
