@@ -158,24 +158,24 @@ def test_weakly_typed_networks_prefer_the_types_of_the_graph() -> None:
         def __init__(self) -> None:
             self.flags: list[str] = []
             self.sources: int | None = None
-            self.features: list[str] = []
+            self.features: list[tuple[str, bool]] = []
 
         def set_flag(self, flag: str) -> None:
             self.flags.append(flag)
 
         def set_preview_feature(self, feature: str, on: bool) -> None:
-            assert on
-            self.features.append(feature)
+            self.features.append((feature, on))
 
         def set_tactic_sources(self, sources: int) -> None:
             self.sources = sources
 
     flags = SimpleNamespace(FP16="fp16", PREFER_PRECISION_CONSTRAINTS="prefer", VERSION_COMPATIBLE="version")
-    old = module("8.6.0", (), BuilderFlag=flags, PreviewFeature=SimpleNamespace(PROFILE_SHARING_0806="sharing"))
+    features = SimpleNamespace(PROFILE_SHARING_0806="sharing", FASTER_DYNAMIC_SHAPES_0805="faster")
+    old = module("8.6.0", (), BuilderFlag=flags, PreviewFeature=features)
     builder = SimpleNamespace(create_builder_config=Config)
     config = configure(old, builder, BuildOptions(version_compatible=True), ("9.0",))
     assert (config.flags, config.sources) == (["version", "fp16", "prefer"], 0)
-    assert config.features == ["sharing"]
+    assert config.features == [("sharing", True), ("faster", False)]
 
 
 def test_the_library_of_rtx_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
