@@ -113,7 +113,7 @@ def build_engines(
 
 
 def predicted_memory(library: Library, bundle: Path, manifest: Manifest, *, plugin_free: bool) -> int:
-    """Bytes of main memory that a build takes at most; measured with TensorRT for RTX."""
+    """Bytes of main memory that a build takes at most; measured with TensorRT for RTX and 8.6."""
     return build_memory(
         max(_weight_bytes(bundle, manifest).values()),
         streams=library.writes_streams,

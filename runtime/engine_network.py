@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +43,7 @@ def parse(library: Library, builder: Any, logger: Any, graph: bytes, path: Path)
         raise BuildError(explain_parser_errors(library.name, path.name, errors, logger.first_error))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     if not library.is_strongly_typed:
-        _set_precisions(library, layers)
+        _set_precisions(library, layers, _value_types(graph))
     plugins = {getattr(module.LayerType, name, None) for name in ("PLUGIN_V2", "PLUGIN_V3")} - {None}
     return Network(network, parser, sum(layer.type in plugins for layer in layers))
 
@@ -73,23 +73,35 @@ def _remedy(operator: str, text: str) -> str:
     return "export the model again with --opset 17, or install another version of TensorRT"
 
 
-def _set_precisions(library: Library, layers: Iterable[Any]) -> None:
-    """Let layers of a weakly typed network compute in the types that the graph gives its values.
+def _value_types(graph: bytes) -> dict[str, str]:
+    """The float types that a serialised graph gives its values, by their names: "float32" or "float16"."""
+    import onnx
 
-    Otherwise TensorRT would be free to take FP16 where the graph asks for FP32, in norms and logits.
+    inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)).graph
+    names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
+    values = [*inferred.value_info, *inferred.input, *inferred.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return {name: names[number] for name, number in types.items() if number in names}
+
+
+def _set_precisions(library: Library, layers: Iterable[Any], types: Mapping[str, str]) -> None:
+    """Let layers of a weakly typed network compute in the types that the graph gives their results.
+
+    The parser of such a network takes all that is computed for FP32. Then TensorRT would choose between FP32 and FP16
+    for norms and logits, and for the plugin: in FP32 it would copy the FP16 caches back and forth.
     """
     module = library.module
-    floats = (library.precision("float32"), library.precision("float16"))
-    skipped = {getattr(module.LayerType, name, None) for name in ("CONSTANT", "SHAPE", "PLUGIN_V2", "CAST")}
+    skipped = {getattr(module.LayerType, name, None) for name in ("CONSTANT", "SHAPE", "CAST")}
     for layer in layers:
         if layer.type in skipped or not layer.num_outputs:
             continue
-        dtype = layer.get_output(0).dtype
-        if dtype in floats:
-            layer.precision = dtype
-            for i in range(layer.num_outputs):
-                if layer.get_output(i).dtype in floats:
-                    layer.set_output_type(i, dtype)
+        dtypes = [types.get(layer.get_output(i).name) for i in range(layer.num_outputs)]
+        if dtypes[0] is None:  # INT32, or a layer that the parser has added
+            continue
+        layer.precision = library.precision(dtypes[0])
+        for i, dtype in enumerate(dtypes):
+            if dtype is not None:
+                layer.set_output_type(i, library.precision(dtype))
 
 
 def check_tensors(library: Library, network: Network, graph: Graph) -> None:

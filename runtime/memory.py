@@ -11,6 +11,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 MEMORY_BASE = 400 << 20
 """Bytes of main memory that a build takes whatever the size of the model: Python, TensorRT, its compiler."""
+MEMORY_BASE_WHOLE = 4600 << 20
+"""The same for TensorRT 8.6, which writes no streams and loads kernels for every kind of GPU."""
 MEMORY_PER_WEIGHT = 2.6
 """Bytes that a build takes for each byte of the larger engine's weights; one more where engines are not streamed."""
 MEMORY_PER_PLAIN_LAYER = 300 << 20
@@ -22,8 +24,8 @@ def build_memory(weights: int, *, streams: bool = True, plain_layers: int = 0) -
 
     ``streams``: the library writes engines as a stream. ``plain_layers``: decoder layers without the plugin.
     """
-    per_weight = MEMORY_PER_WEIGHT + (0 if streams else 1)
-    return int(MEMORY_BASE + per_weight * weights + MEMORY_PER_PLAIN_LAYER * plain_layers)
+    base, per_weight = (MEMORY_BASE, MEMORY_PER_WEIGHT) if streams else (MEMORY_BASE_WHOLE, MEMORY_PER_WEIGHT + 1)
+    return int(base + per_weight * weights + MEMORY_PER_PLAIN_LAYER * plain_layers)
 
 
 def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:

@@ -48,6 +48,7 @@ constexpr Tensor kTable[kInputs + kMetricInputs] = {
 };
 
 constexpr const char* kWorkspaceField = "workspace_kib";
+constexpr const char* kModelField = "model_dtype";
 
 template <int kCount>
 int number_of(const char* what, const std::string& given, const char* const (&names)[kCount]) {
@@ -62,6 +63,7 @@ int number_of(const char* what, const std::string& given, const char* const (&na
 // In the order of the numbers in vkvx.h.
 constexpr const char* kQuantizers[] = {"minmax", "quantile", "shrink", "lloyd", "shaped"};
 constexpr const char* kCorrections[] = {"none", "affine", "expected"};
+constexpr const char* kModels[] = {"float16", "bfloat16", "float32"};
 
 bool model_type(DataType type, int32_t* number) {
   switch (type) {
@@ -225,6 +227,10 @@ Operator::Operator(const char* layer, const nvinfer1::PluginFieldCollection* fie
     if (std::strcmp(kWorkspaceField, field.name) == 0) {
       *asked_ = value_of<int32_t>(field);
       known = true;
+    } else if (std::strcmp(kModelField, field.name) == 0) {
+      model_ = value_of<std::string>(field);
+      if (!model_.empty()) number_of(kModelField, model_, kModels);
+      known = true;
     }
     if (!known) throw Error("field '" + std::string(field.name) + "' is not known; vkvx::VisualKVAttention version 1 has no such attribute");
   }
@@ -236,6 +242,7 @@ std::vector<PluginField> Operator::fields() {
   Attributes::visit(attributes_, [&](const char* name, const auto& member) { fields.push_back(field_of(name, member)); });
   asked_field_ = *asked_;
   fields.push_back(field_of(kWorkspaceField, asked_field_));
+  if (!model_.empty()) fields.push_back(field_of(kModelField, model_));
   return fields;
 }
 
@@ -252,7 +259,7 @@ bool Operator::supports(int position, DataType type, nvinfer1::TensorFormat form
   const Tensor& tensor = kTable[output < 0 ? position : output == 0 ? 0 : kAliases[output]];
   int32_t number;
   switch (tensor.type) {
-    case Type::kModel: return type == model && model_type(type, &number);
+    case Type::kModel: return type == model && model_type(type, &number) && (model_.empty() || model_ == kModels[number]);
     case Type::kInt32: return type == DataType::kINT32;
     case Type::kFloat16: return type == DataType::kHALF;
     default: return type == DataType::kFLOAT;
@@ -347,15 +354,18 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
   check(vkvx_append(&p, stream));
 }
 
-const nvinfer1::PluginFieldCollection* table_fields() {
+const nvinfer1::PluginFieldCollection* table_fields(bool chooses) {
   static const Attributes defaults;
+  static const std::string open;
   static const std::vector<PluginField> fields = [] {
     std::vector<PluginField> made;
     Attributes::visit(defaults, [&](const char* name, const auto& member) { made.push_back(field_of(name, member)); });
+    made.push_back(field_of(kModelField, open));
     return made;
   }();
-  static const nvinfer1::PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
-  return &collection;
+  static const int32_t count = static_cast<int32_t>(fields.size());
+  static const nvinfer1::PluginFieldCollection typed{count - 1, fields.data()}, choosing{count, fields.data()};
+  return chooses ? &choosing : &typed;
 }
 
 }  // namespace vkvx

@@ -98,10 +98,12 @@ class Operator {
   Attributes attributes_;
   std::shared_ptr<std::atomic<int32_t>> asked_;  // KiB of workspace, the most that was asked for
   int32_t asked_field_ = 0;                      // of fields()
+  std::string model_;                            // the type of the model; empty: that of the first input
 };
 
-// Fields of the table with their defaults, which live as long as the library.
-const nvinfer1::PluginFieldCollection* table_fields();
+// Fields of the table with their defaults, which live as long as the library. `chooses`: TensorRT chooses between FP16 and FP32 for
+// each layer; then a field more, model_dtype, keeps the node in the type of the graph.
+const nvinfer1::PluginFieldCollection* table_fields(bool chooses);
 
 // Runs the body; an exception is logged and `failure` returned, since none may leave a plugin.
 template <class Result, class Body>

@@ -148,7 +148,7 @@ class CreatorV2 : public IPluginCreator {
 
   const char* getPluginName() const noexcept override { return kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
-  const PluginFieldCollection* getFieldNames() noexcept override { return table_fields(); }
+  const PluginFieldCollection* getFieldNames() noexcept override { return table_fields(true); }
   void setPluginNamespace(const char* name_space) noexcept override { namespace_ = name_space; }
   const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 

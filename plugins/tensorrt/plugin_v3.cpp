@@ -120,7 +120,7 @@ class CreatorV3 : public IPluginCreatorV3One {
   IPluginV3* createPlugin(const char* name, const PluginFieldCollection* fields, TensorRTPhase) noexcept override {
     return guarded(name ? name : "", static_cast<IPluginV3*>(nullptr), [&] { return new PluginV3(Operator(name, fields), namespace_); });
   }
-  const PluginFieldCollection* getFieldNames() noexcept override { return table_fields(); }
+  const PluginFieldCollection* getFieldNames() noexcept override { return table_fields(false); }
   const char* getPluginName() const noexcept override { return kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return namespace_; }

@@ -22,7 +22,7 @@ from vkvx.runtime.legalise.names import UniqueNames
 from vkvx.runtime.legalise.rows import PlaceByProduct
 from vkvx.runtime.legalise.shapes import PlainReshape, WholeShape
 from vkvx.runtime.legalise.slices import SliceAxes
-from vkvx.runtime.legalise.types import check_types
+from vkvx.runtime.legalise.types import PluginTypes, check_types
 from vkvx.runtime.legalise.vectors import ArgMaxOfMatrix
 from vkvx.runtime.legalise.words import SignedWords
 
@@ -72,7 +72,7 @@ def passes(dialect: Dialect, *, plugin_free: bool) -> Iterator[PassBase]:
     if not dialect.shape_and_reshape_attributes:
         yield from (WholeShape(), PlainReshape())
         if not plugin_free:
-            yield PlaceByProduct()
+            yield from (PlaceByProduct(), PluginTypes())
 
 
 class LowerOpset(ir.passes.InPlacePass):

@@ -145,7 +145,10 @@ class Creator:
         """A plugin object, or None if the creator refuses the fields; :meth:`messages` says why."""
         fields = Fields(values)
         pointer = self.library.harness_create(self._creator, layer.encode(), byref(fields.collection))
-        return Node(self, pointer, len(OperatorAttributes(**values).inputs)) if pointer else None  # type: ignore[arg-type]
+        if not pointer:
+            return None
+        table = {name: value for name, value in values.items() if name != "model_dtype"}
+        return Node(self, pointer, len(OperatorAttributes(**table).inputs))  # type: ignore[arg-type]
 
 
 def _value(field: Field) -> object:

@@ -314,6 +314,8 @@ def test_the_decoder_for_the_plugin(tiny_bundle: Path, dialect: Dialect) -> None
     }
     opset = next(entry.version for entry in model.opset_import if not entry.domain)
     assert opset == (17 if dialect is OLD else 18)
+    told = [attribute.s for node in nodes for attribute in node.attribute if attribute.name == "model_dtype"]
+    assert told == ([b"float16"] * len(nodes) if dialect is OLD else [])
     if dialect is OLD:
         for node in model.graph.node:
             names = {attribute.name for attribute in node.attribute}

@@ -72,6 +72,8 @@ def test_exports_and_needs(plugin_builds: Builds, interface: int) -> None:
 
 def test_fields_are_the_table(creator: Creator) -> None:
     fields, table = creator.field_names(), OperatorAttributes().to_dict()
+    if not creator.has_aliases:  # IPluginV2DynamicExt, for networks in which TensorRT chooses types
+        assert fields.pop("model_dtype") == (FIELD_TYPES[str], "")
     assert list(fields) == list(table)
     for name, default in table.items():
         kind, value = fields[name]
@@ -106,6 +108,7 @@ def test_missing_fields_have_their_defaults(creator: Creator) -> None:
         ({"tau": 3}, "field 'tau' has type 5 and length 1; expected one FLOAT32"),
         ({"quantizer": 3}, "field 'quantizer' .* expected text"),
         ({"bits": 1}, "field 'bits' is not known"),
+        ({"model_dtype": "half"}, "model_dtype is 'half'; give one of float16, bfloat16, float32"),
     ],
 )
 def test_fields_that_are_refused(creator: Creator, values: dict[str, object], words: str) -> None:
@@ -135,6 +138,21 @@ def test_types_and_formats(creator: Creator) -> None:
         types = [right_type(definition, model) for definition in attributes.inputs]
         for output, definition in enumerate(OUTPUTS):
             assert node.output_type(output, types) == TYPES[right_type(definition, model)]
+
+
+@pytest.mark.parametrize("chosen", ["float16", "float32"])
+def test_a_node_that_keeps_to_one_type(creator: Creator, chosen: str) -> None:
+    """Where TensorRT may choose, the field ``model_dtype`` leaves it one type, in the engine as well."""
+    attributes = OperatorAttributes(quantizer="shaped")
+    node = creator.create({**attributes.to_dict(), "model_dtype": chosen})
+    assert node is not None, creator.messages()
+    for kept in (node, node.through_engine()):
+        for model in ("float16", "bfloat16", "float32"):
+            inputs, outputs = descs(attributes, model)
+            tensors = [*inputs, *outputs]
+            for position, definition in enumerate((*attributes.inputs, *OUTPUTS)):
+                expected = definition.dtype != "T" or model == chosen
+                assert kept.supports(position, tensors) == expected, (definition.name, model)
 
 
 def right_type(definition: TensorDefinition, model: str) -> str:
