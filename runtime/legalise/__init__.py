@@ -17,6 +17,7 @@ from vkvx.opset import OLD as OLD_OPSET
 from vkvx.opset import lower_opset
 from vkvx.runtime.legalise.branches import TakeBranch
 from vkvx.runtime.legalise.extents import StaticExtents
+from vkvx.runtime.legalise.frequencies import SplitFrequencies
 from vkvx.runtime.legalise.functions import InlineFunctions, StripFunctions
 from vkvx.runtime.legalise.names import UniqueNames
 from vkvx.runtime.legalise.rows import PlaceByProduct
@@ -70,7 +71,7 @@ def passes(dialect: Dialect, *, plugin_free: bool) -> Iterator[PassBase]:
     if dialect.opset is not None:
         yield LowerOpset(dialect.opset)
     if not dialect.shape_and_reshape_attributes:
-        yield from (WholeShape(), PlainReshape())
+        yield from (WholeShape(), PlainReshape(), SplitFrequencies())
         if not plugin_free:
             yield from (PlaceByProduct(), PluginTypes())
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from vkvx.errors import CapacityError, DependencyError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.runtime.engine_limits import GIB, GivenLimits, build_profiles, resolve_limits, slot_bytes
+from vkvx.runtime.engine_network import _set_precisions, _value_types
 from vkvx.runtime.engine_options import EMBED, BuildOptions, check_options, choose_capabilities, configure
 from vkvx.runtime.engine_progress import BuildProgress, monitor, run_cancellable
 from vkvx.runtime.memory import available_memory, gpu_memory, peak_memory
@@ -176,6 +180,59 @@ def test_weakly_typed_networks_prefer_the_types_of_the_graph() -> None:
     config = configure(old, builder, BuildOptions(version_compatible=True), ("9.0",))
     assert (config.flags, config.sources) == (["version", "fp16", "prefer"], 0)
     assert config.features == [("sharing", True), ("faster", False)]
+    assert config.builder_optimization_level == 0
+    config = configure(old, builder, BuildOptions(optimization_level=4), ("9.0",))
+    assert config.builder_optimization_level == 4
+
+
+def test_types_of_an_old_network_are_those_of_the_graph() -> None:
+    """The parser of TensorRT 8.6 takes all but inputs and outputs for FP32."""
+    text = """<ir_version: 10, opset_import: ["" : 17]> agraph (float16[n] x, int32[n] i) => (float16[n] y)
+      <float16[3] w = {1, 2, 3}> {
+      wide = Cast <to = 1> (x)
+      square = Mul(wide, wide)
+      narrow = Cast <to = 10> (square)
+      j = Add(i, i)
+      y = Mul(narrow, w)
+    }"""
+    types = _value_types(onnx.parser.parse_model(text).SerializeToString())
+    assert types == {"x": "float16", "wide": "float32", "square": "float32", "narrow": "float16", "y": "float16"}
+
+    class Layer:
+        num_outputs = 1
+        precision: str | None = None
+
+        def __init__(self, kind: str, result: str) -> None:
+            self.type, self.result, self.outputs = kind, result, {}
+
+        def get_output(self, index: int) -> Any:
+            return SimpleNamespace(name=self.result)
+
+        def set_output_type(self, index: int, dtype: str) -> None:
+            self.outputs[index] = dtype
+
+    kinds = ("CONSTANT", "SHAPE", "CAST", "ELEMENTWISE", "SHUFFLE", "PLUGIN_V2")
+    old = module(
+        "8.6.0",
+        DataType=SimpleNamespace(HALF="half", FLOAT="float"),
+        LayerType=SimpleNamespace(**{kind: kind for kind in kinds}),
+    )
+    layers = {
+        "square": Layer("ELEMENTWISE", "square"),
+        "narrow": Layer("CAST", "narrow"),
+        "j": Layer("ELEMENTWISE", "j"),
+        "added": Layer("SHUFFLE", "(Unnamed Layer* 3) [Shuffle]_output"),
+        "y": Layer("PLUGIN_V2", "y"),
+    }
+    _set_precisions(old, layers.values(), types)
+    assert {name: layer.precision for name, layer in layers.items() if layer.precision} == {
+        "square": "float",
+        "y": "half",
+    }
+    assert {name: layer.outputs for name, layer in layers.items() if layer.outputs} == {
+        "square": {0: "float"},
+        "y": {0: "half"},
+    }
 
 
 def test_the_library_of_rtx_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +353,10 @@ def test_no_monitor_before_tensorrt_10() -> None:
     watch.phase_finish("build")
 
 
-def test_an_interrupt_cancels_and_waits() -> None:
+def test_an_interrupt_cancels_and_waits(request: pytest.FixtureRequest) -> None:
+    # A process that a shell has put into the background ignores Ctrl-C, and so would this test.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = threading.Event()
     ended = []
 

@@ -22,6 +22,7 @@ from vkvx.runtime.layout import Row, build_call
 from vkvx.runtime.legalise import Dialect, LowerOpset, legalise
 from vkvx.runtime.legalise.branches import TakeBranch
 from vkvx.runtime.legalise.extents import StaticExtents
+from vkvx.runtime.legalise.frequencies import SplitFrequencies
 from vkvx.runtime.legalise.functions import InlineFunctions, StripFunctions
 from vkvx.runtime.legalise.names import UniqueNames
 from vkvx.runtime.legalise.shapes import PlainReshape, WholeShape
@@ -205,6 +206,35 @@ def test_argmax_of_a_vector(keepdims: int, shape: str) -> None:
     model = graph(f"agraph (float[{shape}] x) => ({result} y) {{ y = ArgMax <axis = 0, keepdims = {keepdims}> (x) }}")
     x = np.random.default_rng(0).normal(size=(5, 3) if rank == 2 else 5).astype(np.float32)
     check(model, ArgMaxOfMatrix(), {"x": x})
+
+
+def test_frequencies_lose_nothing_in_fp16() -> None:
+    """Angles up to position 4,095 keep 22 bits when TensorRT stores constants in FP16."""
+    frequencies = (10000.0 ** -(np.arange(32) / 32)).astype(np.float32)
+    text = f"""agraph (float[n, 1] p) => (float[n, 64] c, float[n, 32] s, float[n, 1] q)
+      <float[32] f = {{{", ".join(map(repr, frequencies.tolist()))}}}, float[1] h = {{0.1}}> {{
+      a = Mul(p, f)
+      b = Concat <axis = -1> (a, a)
+      c = Cos(b)
+      s = Sin(a)
+      q = Mul(p, h)
+    }}"""
+    model, feeds = graph(text), {"p": np.arange(4096, dtype=np.float32)[:, None]}
+    angles = feeds["p"].astype(np.float64) * frequencies
+    one = SplitFrequencies()
+    assert one(model).modified
+    onnx.checker.check_model(ir.to_proto(model))
+    assert not one(model).modified
+    for node in model.graph:
+        if node.op_type == "Constant":
+            values = node.attributes["value"].as_tensor().numpy()
+            assert np.array_equal(values, values.astype(np.float16))
+    cosines, sines, other = run(model, feeds)
+    np.testing.assert_allclose(cosines[:, 32:], np.cos(angles), atol=1e-3)
+    np.testing.assert_allclose(sines, np.sin(angles), atol=1e-3)
+    np.testing.assert_array_equal(other, feeds["p"] * np.float32(0.1))
+    rounded = np.cos(feeds["p"] * frequencies.astype(np.float16).astype(np.float64))
+    assert np.abs(rounded - np.cos(angles)).max() > 0.5  # what the pass is for
 
 
 def test_names_of_copied_loops_are_apart() -> None:
