@@ -224,16 +224,21 @@ def engine_facts(opened: Any) -> dict[str, Any]:
 
 
 def copies(opened: Any, graph: Any) -> dict[str, int]:
-    """Nodes of a captured graph by kind; copies with their bytes. A cache that was copied would show here."""
+    """How many nodes of a captured graph there are, how many copy, and how many of these read or write a cache."""
     cuda, check = opened.device.cuda, opened.device.check
+    caches = [(array.address, array.address + array.nbytes) for array in opened.cache.buffers.values()]
     total = cuda.cudaGraphGetNodes(graph.handle, 0)[2]
     nodes = cuda.cudaGraphGetNodes(graph.handle, total)[1]
-    found: dict[str, int] = {"nodes": int(total), "copies": 0, "largest_copy": 0}
+    found: dict[str, int] = {"nodes": int(total), "copies": 0, "copies_of_caches": 0, "largest_copy": 0}
     for node in nodes[: int(total)]:
         if check(cuda.cudaGraphNodeGetType(node), "a node") == cuda.cudaGraphNodeType.cudaGraphNodeTypeMemcpy:
-            extent = check(cuda.cudaGraphMemcpyNodeGetParams(node), "a copy").extent
+            copy = check(cuda.cudaGraphMemcpyNodeGetParams(node), "a copy")
+            ends = (int(copy.srcPtr.ptr), int(copy.dstPtr.ptr))
             found["copies"] += 1
-            found["largest_copy"] = max(found["largest_copy"], extent.width * extent.height * extent.depth)
+            found["copies_of_caches"] += any(first <= end < last for first, last in caches for end in ends)
+            found["largest_copy"] = max(
+                found["largest_copy"], copy.extent.width * copy.extent.height * copy.extent.depth
+            )
     return found
 
 

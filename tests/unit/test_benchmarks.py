@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks import attention, breakeven, gpu, rivals
+from benchmarks import attention, breakeven, engine_pages, gpu, rivals
 from benchmarks.rivals import Outcome
 from benchmarks.tables import markdown
 
@@ -221,3 +222,26 @@ def test_the_faster_form_of_a_backend_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert fastest is not None
     assert fastest(query, key, value) == ("flash", False)
     assert outcomes[0].cache_bytes == 4 * key.numel()
+
+
+def test_copies_of_caches_in_a_graph_are_counted() -> None:
+    """Copies into a cache, out of one, and elsewhere; a kernel between them."""
+
+    def copy(source: int, target: int, width: int) -> SimpleNamespace:
+        extent = SimpleNamespace(width=width, height=2, depth=1)
+        return SimpleNamespace(srcPtr=SimpleNamespace(ptr=source), dstPtr=SimpleNamespace(ptr=target), extent=extent)
+
+    nodes = [copy(64, 1000, 8), None, copy(5000, 1099, 4), copy(1100, 999, 50)]
+    kinds = SimpleNamespace(cudaGraphNodeTypeMemcpy="copy", cudaGraphNodeTypeKernel="kernel")
+    cuda = SimpleNamespace(
+        cudaGraphNodeType=kinds,
+        cudaGraphGetNodes=lambda handle, room: (0, nodes, len(nodes)),
+        cudaGraphNodeGetType=lambda node: kinds.cudaGraphNodeTypeMemcpy if node else kinds.cudaGraphNodeTypeKernel,
+        cudaGraphMemcpyNodeGetParams=lambda node: node,
+    )
+    opened = SimpleNamespace(
+        device=SimpleNamespace(cuda=cuda, check=lambda value, what: value),
+        cache=SimpleNamespace(buffers={"0.text_key": SimpleNamespace(address=1000, nbytes=100)}),
+    )
+    found = engine_pages.copies(opened, SimpleNamespace(handle=None))
+    assert found == {"nodes": 4, "copies": 3, "copies_of_caches": 2, "largest_copy": 100}
