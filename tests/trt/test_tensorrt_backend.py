@@ -14,7 +14,7 @@ import pytest
 from doubles import Cuda, TensorRT, install_tensorrt, make_engines
 
 from vkvx.errors import BundleError, CapacityError, DependencyError, DeviceError, EngineError, OptionError, VkvxError
-from vkvx.export.validate import validate_bundle
+from vkvx.export.validate import TOLERANCES, validate_bundle
 from vkvx.manifest import Manifest
 from vkvx.models.registry import sample_pages
 from vkvx.runtime import golden
@@ -379,6 +379,24 @@ class TestValidate:
         report = validate_bundle(bundle, backend="tensorrt", steps=1)
         assert not report.passed
         assert report.first_divergent_layer == 1
+
+    @pytest.mark.parametrize(("share", "passes"), [(2.2, True), (2.8, False)])
+    def test_how_far_logits_may_be_off(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch, share: float, passes: bool
+    ) -> None:
+        """2.5 times as far as between onnxruntime and torch."""
+        step = TensorRTBackend.step
+        off = share * TOLERANCES[Manifest.load(bundle).model.dtype].logits
+
+        def shift(self: Any, call: Any, embeds: Any) -> np.ndarray:
+            logits = step(self, call, embeds)
+            logits[:, 5] += off * np.ptp(logits)
+            return logits
+
+        monkeypatch.setattr(TensorRTBackend, "step", shift)
+        monkeypatch.setattr(golden, "check", lambda *_: "not checked")
+        report = validate_bundle(bundle, backend="tensorrt", steps=1)
+        assert {check.name for check in report.checks if not check.passed} == (set() if passes else {"logits"})
 
     def test_options_without_effect_are_refused(self, bundle: Path) -> None:
         with pytest.raises(OptionError, match="--model has no effect with --backend tensorrt"):
