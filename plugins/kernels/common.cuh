@@ -210,6 +210,8 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ void store_word(uint32_t address, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
+
 // Transpose of an 8x8 matrix of 16-bit elements spread over the warp.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   uint32_t y;

@@ -1,10 +1,9 @@
 // Levels and codes of groups of up to 1024 FP16 or BF16 tokens, all quantisers but `shaped`; docs/format.md is the specification.
 //
-// A warp takes 8 channels of a group and keeps them in registers: lane and step are the token (32 a step), a register holds a pair of
-// channels. BF16 becomes FP16, exactly, by a power of two for each channel. Sums over tokens and counts come from tensor cores: a matrix
-// product with ones that tells the two channels of a register apart. The quad of lanes q then decides for channel q. Numbers come through
-// shared memory: a block reads 64 bytes of a token at a time. What looks at every number once works on shared memory in a short loop, since
-// long code would wait for instructions. The last tile of 128 tokens is filled up with copies of the last, which sums take off again.
+// A block reads 64 bytes of a token at a time into shared memory. A warp takes 8 channels of them, transposed: a register holds a pair of tokens
+// of channel lane / 4, so that a lane needs the threshold of one channel only, and sums over tokens are products with ones on tensor cores. BF16
+// becomes FP16, exactly, by a power of two for each channel. What looks at every number once works in a short loop, since long code would wait for
+// instructions. The last tile of 128 tokens is filled up with copies of the last token until sum and extremes are known, then with the least number.
 #pragma once
 
 #include "quantize_channels.cuh"
@@ -17,17 +16,17 @@ struct Quantizer {
 };
 
 // Levels of channel lane / 4, rounded to FP16: of the numbers as they are, and of x.
-template <int kSteps>
 struct Levels {
   __half scale, offset;
   float step, base;
 
-  __device__ __forceinline__ Levels(const Channels<kSteps>& x, const Quantizer& quantizer, const uint4* staged) {
+  template <class X>
+  __device__ __forceinline__ Levels(const X& x, const Quantizer& quantizer) {
     const float top = static_cast<float>((1 << quantizer.bits) - 1);
     const bool varies = x.high > x.low;
     float low = x.low, high = x.high;
     if (quantizer.kind == VKVX_QUANTILE) {
-      if (quantizer.alpha > 0.0f) x.find_quantiles(quantizer.alpha, staged, &low, &high);
+      if (quantizer.alpha > 0.0f) x.find_quantiles(quantizer.alpha, &low, &high);
     } else if (quantizer.kind == VKVX_SHRINK) {
       low = quantizer.gamma * (low + x.pivot) - x.pivot;
       high = quantizer.gamma * (high + x.pivot) - x.pivot;
@@ -58,14 +57,14 @@ struct Encoder {
 
 // Mean square of what the levels leave of channel lane / 4. The codes of a token's 8 channels take the place of its numbers in `staged`: byte n
 // holds plane n.
-template <int kSteps>
-__device__ __forceinline__ float encode_keys(const Channels<kSteps>& x, const Levels<kSteps>& levels, int bits, uint4* staged) {
+template <class X>
+__device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, int bits, uint4* staged) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   float squares[8] = {};
   if (bits == 1) {
     const float half = 0.5f * levels.step, middle = levels.base + half;
     uint32_t thresholds[4];
-    share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(middle) : __ushort_as_half(0x7c00), 0);
+    share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(middle) : __ushort_as_half(0x7c00));
     float middles[8], halves[8];
     share(middles, middle);
     share(halves, half);
@@ -115,8 +114,8 @@ __device__ __forceinline__ float encode_keys(const Channels<kSteps>& x, const Le
 }
 
 // Packs along tokens: lane 4c + s holds the word of channel c and step s of a tile. `out` is the first tile's word of lane 0.
-template <int kSteps>
-__device__ __forceinline__ void store_values(const Channels<kSteps>& x, const Levels<kSteps>& levels, int bits, int group_tiles, int words, const uint4* staged,
+template <class X>
+__device__ __forceinline__ void store_values(const X& x, const Levels& levels, int bits, int group_tiles, int words, const uint4* staged,
                                              int* out) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   auto store = [&](int tile, int plane, uint32_t word) {
@@ -126,7 +125,7 @@ __device__ __forceinline__ void store_values(const Channels<kSteps>& x, const Le
   };
   if (bits == 1) {
     uint32_t thresholds[4];
-    share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(levels.base + 0.5f * levels.step) : __ushort_as_half(0x7c00), 0);
+    share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(levels.base + 0.5f * levels.step) : __ushort_as_half(0x7c00));
 #pragma unroll 1
     for (int tile = 0; tile < x.tiles; ++tile) {
       uint32_t word = 0;
@@ -178,7 +177,7 @@ __device__ __forceinline__ void store_values(const Channels<kSteps>& x, const Le
 }
 
 // Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: 64 bytes a token of a group.
-template <int kSteps, int kBlocks>
+template <int kSteps, int kHeld, int kBlocks>
 __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_kernel(const __grid_constant__ VkvxParams p) {
   extern __shared__ uint4 staged[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, D = p.head_dim, words = D / 32;
@@ -187,12 +186,12 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_kernel(
   const int part = is_key ? blockIdx.x : blockIdx.x - call_groups * words;
   const int g = part / words, word = part % words, head = blockIdx.y, b = blockIdx.z, first_channel = 32 * word + 8 * warp;
   int group;
-  Channels<kSteps> x;
+  Channels<kSteps, kHeld> x;
   if (!x.load(p, is_key, b, head, g, 32 * word, staged, &group)) return;
   const Quantizer quantizer{p.quantizer, is_key ? p.key_bits : p.value_bits, is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
                             is_key ? p.shrink_key : p.shrink_value};
   const int bits = quantizer.bits, group_tiles = p.group_size / kTile;
-  const Levels<kSteps> levels(x, quantizer, staged);
+  const Levels levels(x, quantizer);
   const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head, groups = p.visual_capacity / p.group_size;
   const int64_t first_word = (slot_head * (p.visual_capacity / kTile) + static_cast<int64_t>(group) * group_tiles) * bits * kTile * words;
   const int rows = is_key ? 3 : 2;
