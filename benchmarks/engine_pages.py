@@ -3,10 +3,13 @@
     python -m benchmarks.engine_pages prepare DIRECTORY BUNDLE...   the pages, and what onnxruntime answers
     python -m benchmarks.engine_pages run DIRECTORY BUNDLE          the engines of a bundle against that
 
+    ... run --backend onnxruntime --nudge                           onnxruntime against itself, pixels off by rounding
+
 A conversation is a prompt with a page, 64 decode steps, a second prompt with the next page, and 16 more steps; answers
 go on after the end of a sequence. ``prepare`` needs what exports need; ``run`` needs numpy, cuda-python and TensorRT
 only, and may be on another machine. Where a token differs, the two likeliest logits of onnxruntime tell how near to a
-tie the choice was; what follows in that conversation is not compared.
+tie the choice was; what follows in that conversation is not compared. ``--nudge`` moves each pixel by up to half an
+FP16 step, to tell what rounding alone does.
 """
 
 from __future__ import annotations
@@ -138,7 +141,7 @@ def prepare(directory: Path, bundles: Sequence[Path], pages: int) -> None:
         print(f"{bundle.name}: {len(turns)} conversations in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
-def read_pages(path: Path, manifest: Manifest) -> Iterator[list[Prepared]]:
+def read_pages(path: Path, manifest: Manifest, nudge: bool = False) -> Iterator[list[Prepared]]:
     """The two turns of each conversation; the second has the next page's picture."""
     tokens = manifest.model.tokens_per_picture or 0
     with np.load(path) as file:
@@ -149,6 +152,12 @@ def read_pages(path: Path, manifest: Manifest) -> Iterator[list[Prepared]]:
         {name: arrays[f"known.{name}.{page}"][arrays[f"numbers.{name}.{page}"]] for name in names}
         for page in range(count)
     ]
+    if nudge:
+        rng = np.random.default_rng(0)
+        for page_pixels in pixels:
+            for name, x in page_pixels.items():
+                if np.issubdtype(x.dtype, np.floating):
+                    page_pixels[name] = (x * (1 + rng.uniform(-1, 1, x.shape) * 2.0**-11)).astype(x.dtype)
     for page in range(count):
         yield [
             Prepared(arrays[f"first.{page}"], pixels[page], (tokens,)),
@@ -156,12 +165,12 @@ def read_pages(path: Path, manifest: Manifest) -> Iterator[list[Prepared]]:
         ]
 
 
-def run(directory: Path, bundle: Path, backend: str) -> Iterator[dict[str, Any]]:
+def run(directory: Path, bundle: Path, backend: str, nudge: bool = False) -> Iterator[dict[str, Any]]:
     """The engines of a bundle against what onnxruntime answered; then what is known of their memory and graphs."""
     begun = time.perf_counter()
     opened = open_for(bundle, backend)
     loaded = time.perf_counter()
-    turns = list(read_pages(directory / PAGES, opened.manifest))
+    turns = list(read_pages(directory / PAGES, opened.manifest, nudge))
     started = time.perf_counter()
     actual = converse(opened, turns)
     seconds = time.perf_counter() - started
@@ -262,12 +271,13 @@ def main(argv: list[str]) -> None:
         verb.add_argument("bundle", type=Path, nargs="+" if name == "prepare" else 1)
     verbs.choices["prepare"].add_argument("--pages", type=int, default=200)
     verbs.choices["run"].add_argument("--backend", default="tensorrt")
+    verbs.choices["run"].add_argument("--nudge", action="store_true", help="move pixels by up to half an FP16 step")
     arguments = parser.parse_args(argv)
     faulthandler.enable()  # libraries of the GPU may end the process
     if arguments.verb == "prepare":
         prepare(arguments.directory, arguments.bundle, arguments.pages)
         return
-    for found in run(arguments.directory, arguments.bundle[0], arguments.backend):
+    for found in run(arguments.directory, arguments.bundle[0], arguments.backend, arguments.nudge):
         print(json.dumps(found), flush=True)
 
 

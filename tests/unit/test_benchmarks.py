@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,3 +246,27 @@ def test_copies_of_caches_in_a_graph_are_counted() -> None:
     )
     found = engine_pages.copies(opened, SimpleNamespace(handle=None))
     assert found == {"nodes": 4, "copies": 3, "copies_of_caches": 2, "largest_copy": 100}
+
+
+def test_nudged_pages_are_off_by_rounding_and_the_same_each_time(tmp_path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for page in range(2):
+        known = np.array([-0.5, 0.25 + page], np.float32)
+        arrays |= {f"first.{page}": np.arange(3), f"second.{page}": np.arange(4)}
+        arrays |= {f"known.x.{page}": known, f"numbers.x.{page}": np.arange(64, dtype=np.uint8).reshape(8, 8) % 2}
+    np.savez(tmp_path / "pages.npz", **arrays)  # type: ignore[arg-type]
+    graph = SimpleNamespace(inputs=[SimpleNamespace(name="x")])
+    manifest = SimpleNamespace(model=SimpleNamespace(tokens_per_picture=9), graphs={"vision": graph})
+
+    def pixels(nudge: bool) -> np.ndarray:
+        pages = list(engine_pages.read_pages(tmp_path / "pages.npz", manifest, nudge))  # type: ignore[arg-type]
+        assert pages[0][1].pixel_inputs is pages[1][0].pixel_inputs, "the second turn shows the next page"
+        return np.stack([turns[0].pixel_inputs["x"] for turns in pages])  # type: ignore[index]
+
+    plain, nudged = pixels(False), pixels(True)
+    assert plain.dtype == nudged.dtype == np.float32
+    assert plain[0, 0].tolist() == [-0.5, 0.25] * 4
+    moved = np.abs(nudged / plain - 1)
+    assert 2.0**-13 < moved.max() <= 2.0**-11 + 1e-7
+    assert len(np.unique(nudged[0])) == 64
+    assert np.array_equal(nudged, pixels(True))
