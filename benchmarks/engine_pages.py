@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from vkvx.errors import VkvxError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backend import Backend, open_backend
 from vkvx.runtime.generation import Request
@@ -142,7 +143,10 @@ def prepare(directory: Path, bundles: Sequence[Path], pages: int) -> None:
 
 
 def read_pages(path: Path, manifest: Manifest, nudge: bool = False) -> Iterator[list[Prepared]]:
-    """The two turns of each conversation; the second has the next page's picture."""
+    """The two turns of each conversation; the second has the next page's picture.
+
+    With `nudge` pixels are off by up to 2^-11 of themselves, half the distance of FP16 numbers, the same each time.
+    """
     tokens = manifest.model.tokens_per_picture or 0
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
@@ -273,13 +277,16 @@ def main(argv: list[str]) -> None:
     verbs.choices["run"].add_argument("--backend", default="tensorrt")
     verbs.choices["run"].add_argument("--nudge", action="store_true", help="move pixels by up to half an FP16 step")
     arguments = parser.parse_args(argv)
-    faulthandler.enable()  # libraries of the GPU may end the process
-    if arguments.verb == "prepare":
-        prepare(arguments.directory, arguments.bundle, arguments.pages)
-        return
-    for found in run(arguments.directory, arguments.bundle[0], arguments.backend, arguments.nudge):
-        print(json.dumps(found), flush=True)
+    try:
+        if arguments.verb == "prepare":
+            prepare(arguments.directory, arguments.bundle, arguments.pages)
+            return
+        for found in run(arguments.directory, arguments.bundle[0], arguments.backend, arguments.nudge):
+            print(json.dumps(found), flush=True)
+    except (VkvxError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # libraries of the GPU may end the process
     main(sys.argv[1:])

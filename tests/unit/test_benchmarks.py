@@ -270,3 +270,11 @@ def test_nudged_pages_are_off_by_rounding_and_the_same_each_time(tmp_path: Path)
     assert 2.0**-13 < moved.max() <= 2.0**-11 + 1e-7
     assert len(np.unique(nudged[0])) == 64
     assert np.array_equal(nudged, pixels(True))
+
+
+def test_engine_pages_says_in_one_line_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        engine_pages.main(["run", str(tmp_path), str(tmp_path / "none")])
+    assert stop.value.code == 2
+    assert "vkvx export" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
