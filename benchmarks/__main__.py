@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import gpu
-from benchmarks.tables import markdown
+from benchmarks.lib import gpu
+from benchmarks.lib.tables import markdown
 from vkvx.errors import VkvxError
 from vkvx.storage import write_file
 
@@ -31,7 +31,7 @@ BENCHMARKS = {
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
 }
-"""Modules of this folder, with ``add_arguments(parser)`` and ``run(arguments)``, which returns rows of
+"""Modules of ``cases``, with ``add_arguments(parser)`` and ``run(arguments)``, which returns rows of
 results; they are the table unless there is ``tables(rows)``, which returns tables by title."""
 FIGURES = {"plots": "figures of attention and breakeven from their JSON files; needs no GPU"}
 """Modules of the same form that measure nothing: ``run`` returns nothing."""
@@ -69,11 +69,11 @@ def main(argv: list[str]) -> None:
     for name, summary in (BENCHMARKS | FIGURES).items():
         verb = verbs.add_parser(name, help=summary, description=summary)
         if name in argv:  # the others' imports take seconds
-            importlib.import_module(f"benchmarks.{name}").add_arguments(verb)
+            importlib.import_module(f"benchmarks.cases.{name}").add_arguments(verb)
         if name in BENCHMARKS:
             verb.add_argument("-o", "--output", type=Path, help=f"JSON file (default benchmarks/results/{name}.json)")
     arguments = parser.parse_args(argv)
-    module = importlib.import_module(f"benchmarks.{arguments.name}")
+    module = importlib.import_module(f"benchmarks.cases.{arguments.name}")
     try:
         rows = module.run(arguments)
         if arguments.name in BENCHMARKS:

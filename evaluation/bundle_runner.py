@@ -14,9 +14,9 @@ from vkvx.evaluation.records import Record
 from vkvx.evaluation.settings import Setting
 from vkvx.evaluation.tasks import Sample, prompt_of
 from vkvx.manifest import Manifest
-from vkvx.runtime.layout import Row, build_call, place_embeds
-from vkvx.runtime.processor import Prepared, Processor
-from vkvx.runtime.session import Session
+from vkvx.runtime.calls import Row, build_call, place_embeds
+from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.sessions.session import Session
 
 if TYPE_CHECKING:
     from torch import Tensor

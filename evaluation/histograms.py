@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vkvx import quantization
+from vkvx.plugins.reference import quantization
 
 if TYPE_CHECKING:
-    from vkvx.export.torch_cache import PackedVisualCache
+    from vkvx.runtime.transformers.cache import PackedVisualCache
 
 BINS = 40
 

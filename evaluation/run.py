@@ -19,8 +19,8 @@ from vkvx.evaluation.settings import Setting, options_of, product, setting_name,
 from vkvx.evaluation.tasks import Sample, Task, open_task
 from vkvx.export.options import ExportOptions
 from vkvx.manifest import FILE_NAME, FLOAT_DTYPES, Manifest, Progress
-from vkvx.models.adapter import Source
 from vkvx.models.checkpoint import read_checkpoint
+from vkvx.models.family import Source
 from vkvx.models.registry import ALIASES, resolve
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _plan_bundle(
 ) -> Plan:
     import onnxruntime
 
-    from vkvx.runtime.onnxruntime_backend import choose_provider
+    from vkvx.runtime.backends.onnxruntime.backend import choose_provider
 
     manifest = Manifest.load(bundle)
     manifest.verify(bundle, progress)
@@ -220,7 +220,7 @@ def _plan_bundle(
             raise OptionError("--model has no effect with --no-reference; leave one of the two out")
         own = Setting(name, options, manifest.quantization, reference=False)
         return Plan(str(bundle), task, [own], provider, info.dtype, batch, max_new_tokens, None, bundle, manifest)
-    from vkvx.export.reference import check_same_model
+    from vkvx.runtime.backends.torch.loading import check_same_model
 
     source = resolve(model or info.source, revision=None if model else info.revision)
     check_same_model(source, manifest)

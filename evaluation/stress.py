@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import vkvx.export.torch_op  # noqa: F401  (registers the operator)
+import vkvx.plugins.torch_op  # noqa: F401  (registers the operator)
 from vkvx.errors import OptionError
-from vkvx.export.operator import INPUTS, OperatorAttributes
-from vkvx.export.options import ExportOptions, layer_attributes
+from vkvx.export.options import ExportOptions
 from vkvx.format import BITS, CACHE_NAMES, QUANTIZERS, SCORE_CORRECTIONS
+from vkvx.plugins.operator import INPUTS, OperatorAttributes, layer_attributes
 
 GROUP_SIZE = 256
 """Visual tokens a group in all cases: what an export gives models whose pictures vary in size."""

@@ -13,7 +13,7 @@ from vkvx.errors import InputError, OptionError
 from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS
 from vkvx.manifest import Progress
 from vkvx.packages import missing
-from vkvx.runtime.processor import PLACEHOLDER, Picture, Processor, load_picture
+from vkvx.runtime.sessions.processor import PLACEHOLDER, Picture, Processor, load_picture
 
 DIGITS_PROMPT = "Transcribe the page."
 DIGITS_SAMPLES = 100

@@ -24,13 +24,13 @@ from vkvx.evaluation.histograms import worst_channels
 from vkvx.evaluation.records import Record
 from vkvx.evaluation.settings import FIELDS, Setting
 from vkvx.evaluation.tasks import Sample, prompt_of
-from vkvx.export.operator import VERSION
-from vkvx.export.plug_in import VisualCacheHandle, quantize_visual_cache
-from vkvx.export.reference import load_model
-from vkvx.export.torch_cache import CacheCall, CacheLayout, PackedVisualCache
 from vkvx.manifest import Graph, Manifest, ModelInfo, Quantization, TensorSpec
-from vkvx.models.adapter import Source
-from vkvx.runtime.processor import Prepared, Processor
+from vkvx.models.family import Source
+from vkvx.plugins.operator import VERSION
+from vkvx.runtime.backends.torch.loading import load_model
+from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.transformers.cache import CacheCall, CacheLayout, PackedVisualCache
+from vkvx.runtime.transformers.plug_in import VisualCacheHandle, quantize_visual_cache
 
 Observer = Callable[[CacheCall, int, Tensor, Tensor, Tensor, Tensor], None]
 """Called as observer(call, layer, query, key, value, output) after each layer's attention."""

@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 
 from vkvx import Session
-from vkvx.runtime.layout import Row, build_call, place_embeds
+from vkvx.runtime.calls import Row, build_call, place_embeds
 
 
 def main() -> None:

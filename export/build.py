@@ -13,17 +13,18 @@ import onnx_ir as ir
 from torch import Tensor
 
 from vkvx.errors import ModelError
-from vkvx.export.decoder import DecoderGraph, decoder_inputs, decoder_outputs
-from vkvx.export.function import attention_function
-from vkvx.export.graph import DTYPES, IR_DTYPES, Traced, build_model, fake_weight, trace
-from vkvx.export.metric import METRICS_FILE, compute_metrics
-from vkvx.export.operator import DOMAIN, VERSION, OperatorAttributes
-from vkvx.export.options import ExportOptions, layer_attributes
-from vkvx.export.vision import VisionGraph, vision_outputs
+from vkvx.export.options import ExportOptions
+from vkvx.export.trace import IR_DTYPES, Traced, trace
 from vkvx.export.weights import Place, load_tensor, match_parameters
 from vkvx.manifest import Graph, ModelInfo, Progress, Quantization
-from vkvx.models.adapter import AttentionWeights, Source
 from vkvx.models.checkpoint import StoredTensor, read_header
+from vkvx.models.family import AttentionWeights, Source
+from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs, decoder_outputs
+from vkvx.models.graph.metric import METRICS_FILE, compute_metrics
+from vkvx.models.graph.skeleton import DTYPES, build_model, fake_weight
+from vkvx.models.graph.vision import VisionGraph, vision_outputs
+from vkvx.plugins.function import attention_function
+from vkvx.plugins.operator import DOMAIN, VERSION, OperatorAttributes, layer_attributes
 
 IR_VERSION = 10
 """The first that tells functions of one name apart by overload."""

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from vkvx import __version__
 from vkvx.errors import ModelError
-from vkvx.export.operator import VERSION
 from vkvx.export.options import ExportOptions
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
-from vkvx.models.adapter import Source
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
+from vkvx.models.family import Source
 from vkvx.models.registry import resolve
 from vkvx.packages import missing
+from vkvx.plugins.operator import VERSION
 from vkvx.storage import check_output, check_room, new_directory
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 PROCESSOR = "processor"
 GOLDEN_WEIGHTS = 1 << 30
-"""Most bytes of weights for which an export runs the bundle once; see :mod:`vkvx.runtime.golden`."""
+"""Most bytes of weights for which an export runs the bundle once; see :mod:`vkvx.runtime.backends.golden`."""
 _RESERVE = 8 << 20
 """Bytes that the graphs and the processor may take."""
 
@@ -123,9 +123,19 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
         tools={"python": platform.python_version(), **{tool: version(tool) for tool in TOOLS}},
     )
     if _can_record(manifest, directory):
-        from vkvx.runtime import golden  # NumPy comes with it, which the command line does without
+        # NumPy comes with them, which the command line does without.
+        from vkvx.runtime.backends import golden
+        from vkvx.runtime.backends.registry import open_backend
 
-        path = golden.record(directory, manifest, directory)
+        tokens = manifest.model.tokens_per_picture or 0
+        backend = open_backend(
+            *("onnxruntime", directory, manifest),
+            slots=1,
+            visual_tokens=tokens,
+            text_tokens=golden.TEXT_TOKENS,
+            provider="cpu",
+        )
+        path = golden.record(backend, directory)
         files = {**manifest.files, path.name: FileInfo(path.stat().st_size, sha256(path))}
         manifest = replace(manifest, files=dict(sorted(files.items())))
     manifest.save(directory)
@@ -134,7 +144,7 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
 
 def _can_record(manifest: Manifest, directory: Path) -> bool:
     """Whether the bundle gets a golden sample: onnxruntime holds all weights in memory for it."""
-    from vkvx.runtime import golden
+    from vkvx.runtime.backends import golden
 
     model = manifest.model
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))

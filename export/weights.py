@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import torch
 
 from vkvx.errors import ModelError
-from vkvx.export.graph import DTYPES
 from vkvx.manifest import FileInfo
 from vkvx.models.checkpoint import StoredTensor
+from vkvx.models.graph.skeleton import DTYPES
 
 STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _STORED_DTYPES = {**{stored: DTYPES[name] for name, stored in STORED_NAMES.items()}, "F64": torch.float64}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vkvx.errors import ModelError
 from vkvx.format import WORD_BITS
 from vkvx.manifest import ModelInfo, TensorSpec
-from vkvx.models.adapter import Adapter, AttentionWeights, Source
+from vkvx.models.family import Adapter, AttentionWeights, Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vkvx.errors import ModelError
-from vkvx.models.adapter import Adapter, Source
+from vkvx.models.family import Adapter, Source
 from vkvx.models.llava import LlavaAdapter
 from vkvx.packages import missing
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vkvx.errors import DependencyError, OptionError, StorageError
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "libvkvx.so"
 TENSORRT = "libvkvx_tensorrt.so"
 """The plugin of TensorRT 10.3 and newer, TensorRT 11 and TensorRT for RTX."""
@@ -40,7 +40,7 @@ NO_HEADERS = (
 )
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 """Compute capabilities, without the dot, that ``all`` stands for."""
-_PATTERNS = ("CMakeLists.txt", "vkvx.h", "kernels/*.cuh", "source/*", "tensorrt/*")
+_PATTERNS = ("CMakeLists.txt", "vkvx.h", "kernels/*.cuh", "launch/*", "tensorrt/*")
 _SYSTEM_FOLDERS = (
     *(f"/usr/include/{machine}-linux-gnu" for machine in ("x86_64", "aarch64")),
     *("/usr/include", "/usr/local/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include"),

@@ -6,29 +6,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vkvx.runtime.backend import Backend, open_backend
+    from vkvx.runtime.backends.base import Backend
+    from vkvx.runtime.backends.registry import open_backend
     from vkvx.runtime.cache import PackedCache
-    from vkvx.runtime.conversation import Conversation
-    from vkvx.runtime.generation import Chunk, Generation
-    from vkvx.runtime.layout import Call, Row, build_call, place_embeds
-    from vkvx.runtime.processor import Processor
-    from vkvx.runtime.sampling import GenerationOptions
-    from vkvx.runtime.session import Session
+    from vkvx.runtime.calls import Call, Row, build_call, place_embeds
+    from vkvx.runtime.sessions.conversation import Conversation
+    from vkvx.runtime.sessions.generation import Chunk, Generation
+    from vkvx.runtime.sessions.processor import Processor
+    from vkvx.runtime.sessions.sampling import GenerationOptions
+    from vkvx.runtime.sessions.session import Session
 
 _HOMES = {
-    "Backend": "backend",
-    "Call": "layout",
-    "Chunk": "generation",
-    "Conversation": "conversation",
-    "Generation": "generation",
-    "GenerationOptions": "sampling",
+    "Backend": "backends.base",
+    "Call": "calls",
+    "Chunk": "sessions.generation",
+    "Conversation": "sessions.conversation",
+    "Generation": "sessions.generation",
+    "GenerationOptions": "sessions.sampling",
     "PackedCache": "cache",
-    "Processor": "processor",
-    "Row": "layout",
-    "Session": "session",
-    "build_call": "layout",
-    "open_backend": "backend",
-    "place_embeds": "layout",
+    "Processor": "sessions.processor",
+    "Row": "calls",
+    "Session": "sessions.session",
+    "build_call": "calls",
+    "open_backend": "backends.registry",
+    "place_embeds": "calls",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Bundles that the tests share, exported once a run, and the pages that come with tiny-llava."""
+"""What tests of several folders share: bundles (exported once per run), builds, stand-ins for TensorRT."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles import Cuda, TensorRT, install_cuda, install_tensorrt
 from samples import Page, bundled_pages
 
 
@@ -76,3 +77,51 @@ def bundle_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def tiny_bundle(bundle_factory: Callable[..., Path]) -> Path:
     """tiny-llava with all defaults: FP16, a visual cache of 1 bit; not to be changed."""
     return bundle_factory()
+
+
+@pytest.fixture(scope="session")
+def plugin_file(plugin_builds: Any) -> Path:
+    """The plugin for TensorRT 10, 11 and RTX."""
+    path: Path = plugin_builds.plugin(3)
+    return path
+
+
+@pytest.fixture
+def own_copy(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a bundle to where a test may change it."""
+    return lambda bundle: Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Path, own_copy: Callable[[Path], Path]) -> Path:
+    """A copy of the tiny bundle that a test may add engines to."""
+    return own_copy(tiny_bundle)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """A GPU of compute capability 9.0 with 4 GiB, of main memory."""
+    return install_cuda(monkeypatch, Cuda())
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch, cuda: Cuda) -> TensorRT:
+    """TensorRT 10.9, of onnxruntime."""
+    return install_tensorrt(monkeypatch, cuda)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``kernels`` need a GPU for torch and a built library."""
+    marked = [item for item in items if item.get_closest_marker("kernels")]
+    if not marked:
+        return
+    import torch
+
+    from vkvx.plugins import build
+
+    missing = "an NVIDIA GPU" if not torch.cuda.is_available() else None
+    if missing is None and build.find_library() is None:
+        missing = "the library, see `vkvx plugin build`"
+    for item in marked:
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))

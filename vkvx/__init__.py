@@ -13,22 +13,22 @@ __version__ = "0.1.0"
 _HOMES = {
     "BundleError": "vkvx.errors",
     "CapacityError": "vkvx.errors",
-    "Conversation": "vkvx.runtime.session",
+    "Conversation": "vkvx.runtime.sessions.session",
     "DependencyError": "vkvx.errors",
     "ExportOptions": "vkvx.export",
-    "Generation": "vkvx.runtime.session",
+    "Generation": "vkvx.runtime.sessions.session",
     "InputError": "vkvx.errors",
     "Manifest": "vkvx.manifest",
     "ModelError": "vkvx.errors",
     "OptionError": "vkvx.errors",
-    "Server": "vkvx.runtime.serving",
-    "Session": "vkvx.runtime.session",
+    "Server": "vkvx.runtime.serving.server",
+    "Session": "vkvx.runtime.sessions.session",
     "StorageError": "vkvx.errors",
     "VkvxError": "vkvx.errors",
     "evaluate": "vkvx.evaluation",
     "export_model": "vkvx.export",
-    "quantize_visual_cache": "vkvx.export.plug_in",
-    "validate_bundle": "vkvx.export.validate",
+    "quantize_visual_cache": "vkvx.runtime.transformers.plug_in",
+    "validate_bundle": "vkvx.runtime.checks.validate",
 }
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     )
     from vkvx.evaluation import evaluate
     from vkvx.export import ExportOptions, export_model
-    from vkvx.export.plug_in import quantize_visual_cache
-    from vkvx.export.validate import validate_bundle
     from vkvx.manifest import Manifest
-    from vkvx.runtime.serving import Server
-    from vkvx.runtime.session import Conversation, Generation, Session
+    from vkvx.runtime.checks.validate import validate_bundle
+    from vkvx.runtime.serving.server import Server
+    from vkvx.runtime.sessions.session import Conversation, Generation, Session
+    from vkvx.runtime.transformers.plug_in import quantize_visual_cache
 
 __all__ = [
     "BundleError",

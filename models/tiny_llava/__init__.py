@@ -1,8 +1,7 @@
-"""A small LLaVA that reads pages of handwritten digits, with the scripts that made it.
+"""A small LLaVA that reads pages of handwritten digits.
 
-The folder is a complete Hugging Face checkpoint (`LlavaForConditionalGeneration`, 5.5 million parameters, float16)
-beside its own sources: `data` draws pages and asks about them, `model` holds architecture, tokenizer and processor,
-`train` and `evaluate` are scripts. Importing this package imports none of them.
+The folder is a complete Hugging Face checkpoint (`LlavaForConditionalGeneration`, 5.5 million parameters, float16);
+`data` draws pages and asks about them. The scripts that trained it lie in `training/tiny_llava`.
 """
 
 from pathlib import Path

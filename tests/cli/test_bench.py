@@ -11,7 +11,7 @@ import pytest
 
 from vkvx.errors import OptionError
 from vkvx.manifest import Manifest
-from vkvx.runtime.bench import Latency, Load, bench_bundle, resident_bytes
+from vkvx.runtime.checks.bench import Latency, Load, bench_bundle, resident_bytes
 
 SMALL = ("--steps", 3, "--repeats", 2, "--prompt-tokens", 5, "--threads", 1, "--no-verify")
 

@@ -17,7 +17,7 @@ from samples import Page
 from tritonclient.grpc import model_config_pb2
 
 from vkvx import OptionError, Session, StorageError
-from vkvx.runtime.deploy import triton_config, write_triton_repository
+from vkvx.runtime.serving.deploy import triton_config, write_triton_repository
 
 PROMPT = "Transcribe the page."
 
@@ -138,7 +138,7 @@ def strings(*values: str | bytes) -> np.ndarray:
 def model(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
     folder = write_triton_repository(tiny_bundle, tmp_path, name="tiny", backend="onnxruntime", slots=2, gpus=())
-    from vkvx.runtime.triton import TritonPythonModel
+    from vkvx.runtime.serving.triton import TritonPythonModel
 
     loaded = TritonPythonModel()
     config = json_format.MessageToDict(parsed((folder / "config.pbtxt").read_text()), preserving_proto_field_name=True)
@@ -192,7 +192,7 @@ def test_wrong_requests_get_the_error(model: Any, inputs: dict[str, Any], messag
 
 def test_a_damaged_bundle_fails_the_load(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
-    from vkvx.runtime.triton import TritonPythonModel
+    from vkvx.runtime.serving.triton import TritonPythonModel
 
     parameters = {"bundle": {"string_value": str(tmp_path)}, "backend": {"string_value": "onnxruntime"}}
     arguments = {"model_repository": "/", "model_version": "1", "model_instance_kind": "CPU"}

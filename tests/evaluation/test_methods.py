@@ -7,14 +7,14 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import methods
-from benchmarks.methods import Study
-from benchmarks.simulation import TOKENS, Batch
+from benchmarks.cases import methods
+from benchmarks.cases.methods import Study
+from benchmarks.lib.simulation import TOKENS, Batch
 from vkvx import OptionError, quantize_visual_cache
 from vkvx.evaluation.tasks import DIGITS_PROMPT, Sample, prompt_of
-from vkvx.export.reference import load_model
 from vkvx.models.registry import resolve
 from vkvx.models.tiny_llava import data
+from vkvx.runtime.backends.torch.loading import load_model
 
 SEEDS = (5000, 5001)
 PRODUCT = {

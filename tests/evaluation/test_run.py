@@ -15,7 +15,7 @@ import vkvx
 from vkvx import CapacityError, ExportOptions, ModelError, OptionError, StorageError, evaluate
 from vkvx.evaluation import run as module
 from vkvx.evaluation.sensitivity import Step, choose, measure_sensitivity, write_bits_per_layer
-from vkvx.export.options import parse_bits_per_layer
+from vkvx.options import parse_bits_per_layer
 
 FAST = {"device": "cpu", "dtype": "float32", "max_new_tokens": 12, "batch": 1}
 

@@ -23,7 +23,7 @@ from vkvx.manifest import Manifest
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import resolve
-from vkvx.runtime.layout import Row, build_call, place_embeds
+from vkvx.runtime.calls import Row, build_call, place_embeds
 
 OPTIONS = ExportOptions(dtype="float16", bits=16)
 

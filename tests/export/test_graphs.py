@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from vkvx.errors import ModelError
 from vkvx.export.build import METRICS_FILE
-from vkvx.export.graph import trace
-from vkvx.export.operator import INPUTS, METRIC_INPUTS, NAME, OUTPUTS, OperatorAttributes
-from vkvx.export.options import layer_attributes
-from vkvx.export.reference import load_reference
-from vkvx.export.schema import operator_schema
+from vkvx.export.trace import trace
 from vkvx.manifest import Graph, Manifest, TensorSpec
 from vkvx.models.registry import resolve
-from vkvx.runtime.layout import Row, build_call, place_embeds
+from vkvx.plugins.operator import INPUTS, METRIC_INPUTS, NAME, OUTPUTS, OperatorAttributes, layer_attributes
+from vkvx.plugins.schema import operator_schema
+from vkvx.runtime.backends.torch.loading import load_reference
+from vkvx.runtime.calls import Row, build_call, place_embeds
 
 TYPES = {
     "float32": TensorProto.FLOAT,

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from vkvx.errors import OptionError
-from vkvx.export.options import ExportOptions, layer_attributes, parse_bits_per_layer
+from vkvx.export.options import ExportOptions
+from vkvx.options import parse_bits_per_layer
+from vkvx.plugins.operator import layer_attributes
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from vkvx.cli.generation import BACKENDS, PROVIDERS
 from vkvx.errors import DependencyError, EngineError, OptionError
 
 if TYPE_CHECKING:
-    from vkvx.runtime.bench import Latency, Result
+    from vkvx.runtime.checks.bench import Latency, Result
 
 ALL = "all"
 
@@ -47,7 +47,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Time each backend in turn; those of ``all`` that this machine lacks are named, not timed."""
-    from vkvx.runtime.bench import Load, bench_bundle
+    from vkvx.runtime.checks.bench import Load, bench_bundle
 
     load = Load(args.batch_size, args.pictures, args.prompt_tokens, args.steps, args.repeats)
     wanted = list(dict.fromkeys(args.backend or ["auto"]))

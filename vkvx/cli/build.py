@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vkvx.cli import terminal
 
 if TYPE_CHECKING:
-    from vkvx.runtime.engine_build import Result
-    from vkvx.runtime.engine_options import BuildOptions
+    from vkvx.runtime.engines.build import Result
+    from vkvx.runtime.engines.options import BuildOptions
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Build, or find that it was done, then say what there is."""
-    from vkvx.runtime.engine_build import build_engines
+    from vkvx.runtime.engines.build import build_engines
 
     options = _options(args)
     begun = time.perf_counter()
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> BuildOptions:
-    from vkvx.runtime.engine_limits import GivenLimits
-    from vkvx.runtime.engine_options import BuildOptions
+    from vkvx.runtime.engines.limits import GivenLimits
+    from vkvx.runtime.engines.options import BuildOptions
 
     limits = GivenLimits(
         batch_size=args.max_batch_size,

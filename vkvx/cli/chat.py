@@ -16,8 +16,8 @@ from vkvx.errors import VkvxError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vkvx.runtime.sampling import GenerationOptions
-    from vkvx.runtime.session import Session
+    from vkvx.runtime.sessions.sampling import GenerationOptions
+    from vkvx.runtime.sessions.session import Session
 
 TEXT_TOKENS = 4096
 """Default room for text: several turns need more than one question."""
@@ -94,7 +94,7 @@ class Chat:
         return True
 
     def _add_picture(self, path: str) -> None:
-        from vkvx.runtime.processor import load_picture
+        from vkvx.runtime.sessions.processor import load_picture
 
         picture = load_picture(Path(path).expanduser())
         self._pictures.append(picture)

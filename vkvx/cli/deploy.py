@@ -41,7 +41,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Write the repository, then say how to start the server."""
-    from vkvx.runtime.deploy import write_triton_repository
+    from vkvx.runtime.serving.deploy import write_triton_repository
 
     model = write_triton_repository(
         args.bundle,

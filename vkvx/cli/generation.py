@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from vkvx.cli import terminal
 
 if TYPE_CHECKING:
-    from vkvx.runtime.conversation import Conversation
-    from vkvx.runtime.sampling import GenerationOptions
-    from vkvx.runtime.session import Session
+    from vkvx.runtime.sessions.conversation import Conversation
+    from vkvx.runtime.sessions.sampling import GenerationOptions
+    from vkvx.runtime.sessions.session import Session
 
 BACKENDS = ("auto", "onnxruntime", "torch", "tensorrt", "rtx")
 PROVIDERS = ("auto", "cpu", "cuda")
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def options(args: argparse.Namespace) -> GenerationOptions:
     """The sampling options, checked."""
-    from vkvx.runtime.sampling import GenerationOptions
+    from vkvx.runtime.sessions.sampling import GenerationOptions
 
     return GenerationOptions(
         max_new_tokens=args.max_new_tokens,
@@ -63,7 +63,7 @@ def options(args: argparse.Namespace) -> GenerationOptions:
 
 def load_session(args: argparse.Namespace, visual_tokens: int | None = None, text_tokens: int | None = None) -> Session:
     """The bundle, ready to answer. The two sizes count where no option asks for others."""
-    from vkvx.runtime.session import Session
+    from vkvx.runtime.sessions.session import Session
 
     with terminal.Progress(args.verb, announce=False) as progress:
         return Session.load(

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_on_engines(directory: Path, args: argparse.Namespace) -> int:
     from vkvx.cli import inspect_engines
-    from vkvx.runtime.engine_manifest import EngineManifest
+    from vkvx.runtime.engines.manifest import EngineManifest
 
     manifest = EngineManifest.load(directory)
     if args.verify:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from vkvx.cli import terminal
 
 if TYPE_CHECKING:
-    from vkvx.runtime.engine_manifest import EngineManifest
+    from vkvx.runtime.engines.manifest import EngineManifest
 
 
 def report(directory: Path, manifest: EngineManifest, verified: bool) -> dict[str, Any]:
     """What ``--json`` prints. ``layers`` holds the layers of each engine, or why they cannot be shown."""
-    from vkvx.runtime.engine_layers import engine_layers
+    from vkvx.runtime.engines.layers import engine_layers
 
     data = manifest.to_json()
     layers: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from vkvx.cli import terminal
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
-    from vkvx.export.plan import Plan
+    from vkvx.runtime.checks.plan import Plan
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -50,26 +50,23 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Read the config, count parameters and bytes, print the table."""
     from vkvx.cli.export import group_size
-    from vkvx.export import ExportOptions
-    from vkvx.export.plan import plan_model
+    from vkvx.options import QuantizationOptions
+    from vkvx.runtime.checks.plan import plan_model
 
     memory = terminal.parse_bytes(args.gpu_memory, "--gpu-memory")
-    options = ExportOptions(
-        dtype=args.dtype,
-        cache_dir=args.cache_dir,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        group_size=group_size(args.group_size),
-    )
     plan = plan_model(
         args.model,
         memory,
-        options=options,
+        dtype=args.dtype,
+        options=QuantizationOptions(group_size=group_size(args.group_size)),
         bits=_bits(args.bits),
         pictures=args.pictures,
         text_tokens=args.text_tokens,
         tokens_per_picture=args.tokens_per_picture,
         reserve=args.reserve,
+        cache_dir=args.cache_dir,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
     )
     if args.json:
         extra = {"weights": plan.weights, "cache": plan.cache, "build_memory": _build_memory(plan)}
@@ -80,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build_memory(plan: Plan) -> int:
-    from vkvx.runtime.memory import build_memory
+    from vkvx.runtime.engines.memory import build_memory
 
     return build_memory(max(plan.decoder_bytes, plan.vision_bytes))
 

@@ -38,7 +38,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Answer one question."""
     from vkvx.manifest import Manifest
-    from vkvx.runtime.processor import load_picture
+    from vkvx.runtime.sessions.processor import load_picture
 
     options = generation.options(args)
     manifest = Manifest.load(args.bundle)

@@ -11,7 +11,7 @@ from vkvx.cli.generation import PROVIDERS
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
-    from vkvx.export.validate import Check, Report
+    from vkvx.runtime.checks.validate import Check, Report
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Compare; 0 if all is within tolerance, else 1."""
-    from vkvx.export.validate import validate_bundle
+    from vkvx.runtime.checks.validate import validate_bundle
 
     if args.steps < 1:
         raise OptionError(f"--steps {args.steps} is not supported: give at least 1")

@@ -1,0 +1,249 @@
+"""The decoder graph: embeds tokens, places picture embeddings, runs the text model over the packed cache, gives logits.
+
+The text model is Hugging Face's own, unpatched: its layers call the attention function ``vkvx``, which reaches the
+operator through :class:`Attention`, passed along as a keyword argument of the forward call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vkvx.errors import ModelError
+from vkvx.format import CACHE_NAMES
+from vkvx.manifest import ModelInfo, Quantization, TensorSpec, layer_caches
+from vkvx.models.family import Adapter
+from vkvx.models.graph.metric import rotation
+from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
+from vkvx.plugins.operator import OperatorAttributes
+
+IMPLEMENTATION = "vkvx"
+
+
+class LayerAttention(Protocol):
+    """What the attention function hands a layer's query, key and value to."""
+
+    attributes: Sequence[OperatorAttributes]
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
+
+
+class Attention:
+    """The state of one forward call: the operator's inputs that all layers share, and each layer's cache."""
+
+    def __init__(
+        self,
+        attributes: Sequence[OperatorAttributes],
+        indices: Sequence[Tensor],
+        visual_count: Tensor,
+        text_count: Tensor,
+        caches: Sequence[Tensor],
+        metrics: Sequence[Sequence[Tensor]],
+        in_place: bool = False,
+    ) -> None:
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none.
+
+        With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
+        """
+        self.attributes = attributes
+        self.in_place = in_place
+        self.metrics = metrics
+        self.indices = indices
+        self.visual_count, self.text_count = visual_count, text_count
+        self.caches = [caches[i : i + len(CACHE_NAMES)] for i in range(0, len(caches), len(CACHE_NAMES))]
+        self.presents: list[Sequence[Tensor]] = [()] * len(self.caches)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
+        visual, text = self.caches[layer][:4], self.caches[layer][4:]
+        inputs = (
+            *(query, key, value),
+            *self.indices,
+            *(*visual, self.visual_count, *text, self.text_count),
+            *self.metrics[layer],
+        )
+        attributes = self.attributes[layer].to_dict()
+        if self.in_place:
+            self.presents[layer] = self.caches[layer]
+            return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
+        output, *self.presents[layer] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
+        return output
+
+
+def use_attention_function(model: Any) -> None:
+    """Let the text model of ``model`` call the attention function in each layer, with ``vkvx_attention`` given."""
+    from transformers import AttentionInterface
+
+    # No mask function is registered under this name, so transformers builds no mask.
+    AttentionInterface.register(IMPLEMENTATION, _attention_function)
+    model.set_attn_implementation({"text_config": IMPLEMENTATION})
+
+
+def _attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What the text model calls in each layer; transformers wants [B, S, Hq, D] and the attention weights, if any."""
+    attention: LayerAttention | None = kwargs.get("vkvx_attention")
+    if attention is None:
+        raise ModelError("the decoder was called by itself; call the whole model, or remove() its packed cache first")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    scale = attention.attributes[layer].scale
+    if kwargs["scaling"] != scale or kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
+        raise ModelError(
+            f"layer {layer} scales its scores by {kwargs['scaling']} or bounds them; expected {scale} alone"
+        )
+    return attention(layer, query, key, value).transpose(1, 2), None
+
+
+class DecoderGraph(nn.Module):
+    """The decoder as one function of a call's arrays and the caches; runs eagerly and can be exported.
+
+    ``attributes`` holds the operator's attributes of each layer, ``metrics`` the key and value metric of each layer if
+    the quantiser needs them. ``model`` is set to the attention function ``vkvx``. With ``in_place`` the caches given
+    are updated and returned, which cannot be exported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        attributes: Sequence[OperatorAttributes],
+        metrics: Sequence[tuple[Tensor, Tensor]] = (),
+        *,
+        in_place: bool = False,
+    ) -> None:
+        super().__init__()
+        use_attention_function(model)
+        self.in_place = in_place
+        self.text_model = adapter.text_model(model)
+        self.rotary = adapter.rotary_embedding(model)
+        self.head = adapter.head(model)
+        self.attributes = tuple(attributes)
+        # Parameters, so that the exporter takes them for weights.
+        self.key_metrics, self.value_metrics = (
+            nn.ParameterList(nn.Parameter(pair[i], requires_grad=False) for pair in metrics) for i in range(2)
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        visual_embeds: Tensor,
+        visual_index: Tensor,
+        text_index: Tensor,
+        last_index: Tensor,
+        slot: Tensor,
+        visual_count: Tensor,
+        text_count: Tensor,
+        *caches: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches."""
+        embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
+        embeds = place_embeds(embeds, visual_embeds, visual_index)
+        indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
+        attention = Attention(
+            self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place
+        )
+        hidden = self.text_model(
+            inputs_embeds=embeds, position_ids=position_ids, use_cache=False, vkvx_attention=attention
+        ).last_hidden_state
+        if not all(attention.presents):
+            raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
+        batch, positions, width = hidden.shape
+        # The head is by far the largest product of a prefill: give it one position a row.
+        last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index
+        logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last)).float()
+        counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, caches[4].shape[2])
+        return logits, *counts, *(tensor for present in attention.presents for tensor in present)
+
+    def _metrics(self, position_ids: Tensor, last_index: Tensor) -> list[tuple[Tensor, ...]]:
+        """Metrics of each layer, and the rotation at the row's last position, which all share."""
+        if not self.key_metrics:
+            return [()] * len(self.attributes)
+        last = position_ids.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
+        turn = rotation(self.rotary, last)
+        return [(key, value, turn) for key, value in zip(self.key_metrics, self.value_metrics, strict=True)]
+
+    def _updated_counts(
+        self,
+        visual_index: Tensor,
+        text_index: Tensor,
+        slot: Tensor,
+        visual_count: Tensor,
+        text_count: Tensor,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Counts after the call. Sums over one-hot tables: idle rows and what does not fit match no entry."""
+        packed, size = self.attributes[0].is_packed, self.attributes[0].group_size
+        slots, groups = visual_count.shape
+        owner = slot.unsqueeze(0) == _range(slots, slot).unsqueeze(1)  # [Bc, B]
+        valid = (visual_index >= 0).int()
+        new_rows = (text_index >= 0).sum(1, dtype=torch.int32)
+        if packed:
+            first = (visual_count > 0).sum(1, dtype=torch.int32)  # [Bc]
+            row_first = (owner.int() * first.unsqueeze(1)).sum(0, dtype=torch.int32)  # [B]
+            tokens = valid.unflatten(1, (-1, size)).sum(2, dtype=torch.int32)  # [B, g]
+            target = row_first.unsqueeze(1) + _range(tokens.shape[1], slot)
+            hit = target.unsqueeze(2) == _range(groups, slot)  # [B, g, G]
+            added = (hit.int() * tokens.unsqueeze(2)).sum(1, dtype=torch.int32)  # [B, G]
+            visual_count = visual_count + (owner.int().unsqueeze(2) * added.unsqueeze(0)).sum(1, dtype=torch.int32)
+        else:
+            visual_count = visual_count + 0  # an output must not be an input
+            new_rows = new_rows + valid.sum(1, dtype=torch.int32)
+        text_count = text_count + (owner.int() * new_rows.unsqueeze(0)).sum(1, dtype=torch.int32)
+        return visual_count, text_count.clamp(max=rows)
+
+
+def place_embeds(embeds: Tensor, visual_embeds: Tensor, visual_index: Tensor) -> Tensor:
+    """Write row j of visual_embeds [B, Nv, hidden] to position visual_index[b, j] of embeds [B, S, hidden].
+
+    Padding (-1) is written to a spare position that is cut off: a scatter would take -1 for the last one.
+    """
+    batch, positions, width = embeds.shape
+    spare = embeds.new_zeros(batch, 1, width)
+    rows = torch.cat([embeds, spare], 1).reshape(batch * (positions + 1), width)
+    start = _range(batch, visual_index).unsqueeze(1) * (positions + 1)
+    target = start + torch.where(visual_index < 0, positions, visual_index)
+    rows = rows.index_put((target.reshape(-1).long(),), visual_embeds.reshape(-1, width))
+    return rows.reshape(batch, positions + 1, width)[:, :positions]
+
+
+def decoder_inputs(model: ModelInfo, quantization: Quantization) -> tuple[TensorSpec, ...]:
+    """Inputs of the decoder graph in order. T counts tiles and G groups of the cache, N its text rows."""
+    calls = (
+        TensorSpec("input_ids", "int32", ("B", "S")),
+        TensorSpec("position_ids", "int32", ("B", "S")),
+        TensorSpec("visual_embeds", model.dtype, ("B", "Nv", model.hidden_size)),
+        TensorSpec("visual_index", "int32", ("B", "Nv")),
+        TensorSpec("text_index", "int32", ("B", "Nt")),
+        TensorSpec("last_index", "int32", ("B",)),
+        TensorSpec("slot", "int32", ("B",)),
+    )
+    return (*calls, *_counts(""), *_caches("past", model, quantization))
+
+
+def decoder_outputs(model: ModelInfo, quantization: Quantization) -> tuple[TensorSpec, ...]:
+    """Outputs of the decoder graph in order."""
+    logits = TensorSpec("logits", "float32", ("B", model.vocab_size))
+    return (logits, *_counts("_out"), *_caches("present", model, quantization))
+
+
+def _counts(suffix: str) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec(f"visual_count{suffix}", "int32", ("Bc", "G")),
+        TensorSpec(f"text_count{suffix}", "int32", ("Bc",)),
+    )
+
+
+def _caches(prefix: str, model: ModelInfo, quantization: Quantization) -> tuple[TensorSpec, ...]:
+    layers = range(model.layers)
+    specs = (spec for i in layers for spec in layer_caches(model, quantization, i, "Bc", "T", "G", "N"))
+    return tuple(TensorSpec(f"{prefix}.{spec.name}", spec.dtype, spec.shape) for spec in specs)
+
+
+def _range(length: int, like: Tensor) -> Tensor:
+    return torch.arange(length, dtype=torch.int32, device=like.device)

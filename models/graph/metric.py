@@ -1,0 +1,101 @@
+"""The metrics of the quantiser ``shaped``, from a model's weights: what counts as an error of a key and of a value.
+
+*Keys.* A query is R W (g * x), with x the normalised hidden state, g the weight of the norm, W the query projection and
+R the rotary embedding of its position. With x taken as white, its second moment is R W diag(g^2) W^T R^T. Cached keys
+meet queries of many later positions, so the moment is averaged over positions after the call's last one, the nearest
+having the most weight. The operator turns the average to where a call ends.
+
+*Values.* An error e of a value shows as W e behind the output projection W of each query head: W^T W.
+
+Both are summed over the query heads of a KV head. Nothing here needs data; a model's own directions do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vkvx.manifest import ModelInfo
+from vkvx.models.family import Adapter, AttentionWeights
+from vkvx.plugins.reference.shaping import rotate
+
+REACH = 4096
+"""Positions after a call whose queries count, evenly on a logarithmic scale. (Answers are short, chats are long.)"""
+METRICS_FILE = "vkvx-metrics.safetensors"
+"""In a bundle: FP16 tensors ``key.{layer}`` and ``value.{layer}``, [Hkv, D, D]."""
+FLOOR = 0.1
+"""Added to the diagonal, whose mean is 1: the weights say nothing about what the hidden states prefer."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Metrics of keys and values of each layer, FP16 [Hkv, D, D], and the model's rotary embedding."""
+
+    key: tuple[Tensor, ...]
+    value: tuple[Tensor, ...]
+    rotary: Any
+
+    def rotation(self, positions: Tensor) -> Tensor:
+        """Cosine and sine at a position of each row, positions [B]: FP32 [B, 2, D]."""
+        return rotation(self.rotary, positions)
+
+
+def model_metrics(adapter: Adapter, model: Any, info: ModelInfo) -> Metrics:
+    """Metrics from the weights of a loaded model, on the devices of its layers."""
+    rotary = adapter.rotary_embedding(model)
+    layers = (adapter.attention_weights(model, layer) for layer in range(info.layers))
+    return Metrics(*compute_metrics(layers, rotary, info), rotary)
+
+
+def compute_metrics(
+    layers: Iterable[AttentionWeights], rotary: Any, info: ModelInfo
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Metrics of keys and of values of each layer, FP16 [Hkv, D, D]; layers come one at a time."""
+    window = torch.from_numpy(np.unique(np.geomspace(1, REACH, 64).astype(np.int64)))
+    pairs = []
+    for weights in layers:
+        turns = rotation(rotary, window.to(weights.query.device))
+        pairs.append((_key_metric(weights, info, turns), _value_metric(weights, info)))
+    keys, values = zip(*pairs, strict=True)
+    return keys, values
+
+
+def rotation(rotary: Any, positions: Tensor) -> Tensor:
+    """Cosine and sine of a rotary embedding at positions [B]: FP32 [B, 2, D]."""
+    like = torch.zeros(1, dtype=torch.float32, device=positions.device)
+    cosine, sine = rotary(like, positions.unsqueeze(1))
+    return torch.cat([cosine, sine], 1)
+
+
+def _key_metric(weights: AttentionWeights, info: ModelInfo, turns: Tensor) -> Tensor:
+    heads = (info.query_heads, info.head_dim, -1)
+    query = (weights.query.float() * weights.norm.float()).reshape(heads)
+    moment = query @ query.transpose(1, 2)
+    if weights.query_bias is not None:
+        bias = weights.query_bias.float().reshape(heads)
+        moment = moment + bias @ bias.transpose(1, 2)
+    moment = moment.unflatten(0, (info.kv_heads, -1)).mean(1)
+    mean = torch.zeros_like(moment)
+    for cosine, sine in turns:
+        mean += rotate(moment, cosine, sine)
+    return _normalised(mean)
+
+
+def _value_metric(weights: AttentionWeights, info: ModelInfo) -> Tensor:
+    output = weights.output.float().reshape(-1, info.query_heads, info.head_dim).transpose(0, 1)
+    moment = output.transpose(1, 2) @ output
+    return _normalised(moment.unflatten(0, (info.kv_heads, -1)).mean(1))
+
+
+def _normalised(metric: Tensor) -> Tensor:
+    """Scaled to a mean diagonal of 1, and the floor added; FP16. A metric of zeros becomes that of plain distance."""
+    size = metric.shape[-1]
+    scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    one = torch.eye(size, device=metric.device)
+    metric = torch.where(scale > 0, metric / torch.where(scale > 0, scale, 1.0), one) + FLOOR * one
+    return ((metric + metric.transpose(-1, -2)) / 2).half()

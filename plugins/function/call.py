@@ -1,0 +1,138 @@
+"""What the indices and counts of a call mean for its rows, as shared index tensors.
+
+Everything here depends on inputs that all layers share and on small constants, so onnxruntime's common subexpression
+elimination computes it once for the whole decoder.
+
+*Entries* are the M = Nv + Nt + 1 elements of both indices and one -1, which keeps axes from being empty. Attention and
+append gather their tokens by entry. Padding entries point at a valid token of their row and are masked, so that no
+NaN of a padding position, or of a cache row past the counts, enters a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vkvx.plugins.function.builder import FLOAT, INT64, Builder, Operand, Value
+
+FAR = 2**30
+"""Position of a key that no query may see."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Static sizes of a node."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    group_size: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles a group."""
+        return self.group_size // 128
+
+
+@dataclass(frozen=True)
+class Call:
+    """Index tensors of a call, INT64. ``n`` is the longest cached text, ``g`` the most cached groups; at least 1."""
+
+    live: Value  # [B] 1 where the row has a slot
+    row: Value  # [B] cache row, 0 for idle rows
+    text_count: Value  # [B], 0 for idle rows
+    used_groups: Value  # [B] ("" at 16 bits)
+    groups: Value  # scalar g ("" at 16 bits)
+    visual_count: Value  # [B, g] ("" at 16 bits)
+    visual_seen: Value  # [B, g * group_size] bool ("" at 16 bits)
+    position: Value  # [B, M] position of each entry, FAR for padding
+    source: Value  # [B, M] the same, with a valid token in place of padding
+    column_position: Value  # [B, g * group_size + n + M] earliest query position that sees the key
+    text_rows: Value  # [B, Hkv, n, 3] cached text rows in the cache
+    new_rows: Value  # [B, Hkv, M, 3] entries in key and value
+
+
+def indices(b: Builder, shape: Shape, outer: Value, inner: Value, rank: int = 4) -> Value:
+    """Indices (outer, head, inner) for GatherND and ScatterND: [B, Hkv, ..., 3].
+
+    outer is [B], inner [B, ...] with rank - 2 axes; rank counts the axes of the result.
+    """
+    heads = b.reshape(b.arange(shape.kv_heads), [1, shape.kv_heads] + [1] * (rank - 2))
+    outer = b.op("Mul", b.unsqueeze(outer, *range(1, rank)), [1, 0, 0])
+    inner = b.op("Mul", b.unsqueeze(inner, 1, rank - 1), [0, 0, 1])
+    return b.op("Add", b.op("Add", outer, b.op("Mul", heads, [0, 1, 0])), inner)
+
+
+def read_call(b: Builder, shape: Shape, packed: bool) -> Call:
+    """Nodes for ``Call``."""
+    with b.scope("call"):
+        slot = b.cast("slot", INT64)
+        live_rows = b.op("Greater", slot, -1)
+        live = b.cast(live_rows, INT64)
+        row = b.op("Max", slot, 0)
+        text_count = b.op("Mul", b.cast(b.op("Gather", "text_count", row), INT64), live)
+
+        padding = b.op("Min", b.unsqueeze("slot", 1), np.int32(-1))
+        entry = b.cast(b.op("Concat", "visual_index", "text_index", padding, axis=1), INT64)
+        valid = b.op("And", b.op("Greater", entry, -1), b.unsqueeze(live_rows, 1))
+        position = b.op("Where", valid, entry, FAR)
+        first = b.reduce("ReduceMin", position, 1)
+        first = b.op("Where", b.op("Less", first, FAR), first, 0)
+        source = b.op("Where", valid, entry, first)
+        new_rows = indices(b, shape, b.arange(b.size("slot", 0)), source)
+
+        # Rows past a count are unspecified: read the last valid one instead. Where there is none, attention drops what
+        # is read. At least one row and one group are read, because not every provider can reduce an empty axis.
+        longest = b.op("Max", b.op("ReduceMax", text_count, keepdims=0), 1)
+        cached = b.unsqueeze(b.arange(longest), 0)
+        count = b.unsqueeze(text_count, 1)
+        text_row = b.op("Max", b.op("Min", cached, b.op("Sub", count, 1)), 0)
+        text_rows = indices(b, shape, row, text_row)
+        columns = [b.op("Where", b.op("Less", cached, count), -1, FAR), position]
+
+        used = groups = visual_count = visual_seen = ""
+        if packed:
+            counts = b.cast(b.op("Gather", "visual_count", row), INT64)
+            counts = b.op("Mul", counts, b.unsqueeze(live, 1))
+            used = b.reduce("ReduceSum", b.cast(b.op("Greater", counts, 0), INT64), 1, keepdims=False)
+            groups = b.op("Max", b.op("ReduceMax", used, keepdims=0), 1)
+            visual_count = b.head(counts, groups, 1)
+            token = b.reshape(b.arange(shape.group_size), [1, 1, shape.group_size])
+            visual_seen = b.op("Less", token, b.unsqueeze(visual_count, 2))
+            visual_seen = b.reshape(visual_seen, [0, -1])
+            columns.insert(0, b.op("Where", visual_seen, -1, FAR))
+        column_position = b.op("Concat", *columns, axis=1)
+    return Call(
+        live, row, text_count, used, groups, visual_count, visual_seen, position, source, column_position, text_rows,
+        new_rows,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the n appended entries of each row come from and go to.
+
+    What does not fit repeats an entry that does, so no write leaves its slot and equal targets get equal data. When
+    nothing of the call fits (``fits`` is false), all entries point at one old place, to be written back unchanged.
+    """
+
+    fits: Value  # scalar bool
+    batch: Value  # [B] row of the call
+    entry: Value  # [B, n] entry of that row
+    row: Value  # [B] cache row
+    target: Value  # [B, n] index in the cache row
+
+
+def place(b: Builder, call: Call, used: Value, capacity: Value, entries: Operand) -> Placement:
+    """Append ``entries`` entries a row behind the ``used`` [B] ones, of ``capacity`` (scalar)."""
+    room = b.op("Mul", b.op("Sub", capacity, used), call.live)
+    has_room = b.op("Greater", room, 0)
+    donor = b.op("ArgMax", b.cast(room, FLOAT), keepdims=0)
+    fits = b.op("Gather", has_room, donor)
+    batch = b.op("Where", has_room, b.arange(b.size("slot", 0)), donor)
+    entry = b.op("Min", b.unsqueeze(b.arange(entries), 0), b.op("Sub", b.unsqueeze(room, 1), 1))
+    entry = b.op("Max", entry, 0)
+    target = b.op("Add", b.unsqueeze(b.op("Gather", used, batch), 1), entry)
+    target = b.op("Min", target, b.op("Sub", capacity, 1))
+    return Placement(fits, batch, entry, b.op("Gather", call.row, batch), target)

@@ -1,0 +1,1 @@
+"""The operator's quantisation in torch, slow and right: what functions and kernels are compared with."""

@@ -1,0 +1,252 @@
+"""The onnxruntime backend: CPU and CUDA execution providers, caches updated in place through I/O binding.
+
+Each cache buffer is bound to ``past.*`` and to ``present.*`` at once. onnxruntime then writes the new entries into
+the buffer and copies nothing else: the last node before a ``present.*`` is a ScatterND on the ``past.*`` itself. That
+is safe because the graph writes only at or past the counts, and reads only below them; the counts themselves have
+output arrays of their own and are taken over after the call.
+
+On the CPU a float16 bundle is computed in float32 between its float16 inputs, weights and caches: onnxruntime has no
+float16 kernels for most processors, inserts casts, and folds those of the weights on load. It has none for bfloat16 at
+all, so there a bfloat16 bundle runs as a float32 copy made on load, with text rows in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vkvx.errors import BundleError, DependencyError, OptionError
+from vkvx.manifest import Manifest
+from vkvx.packages import missing, requirement
+from vkvx.runtime.backends.base import PROVIDERS
+from vkvx.runtime.backends.onnxruntime.threads import default_threads
+from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage, numpy_dtype
+from vkvx.runtime.calls import CALL_INPUTS, Call, place_embeds
+
+_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+_ONNX_TYPES = {  # how a buffer on a device is bound
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(uint16)": _ONNX_BFLOAT16,
+}
+
+
+class DeviceStorage:
+    """Buffers in the memory of a device, as OrtValues; bfloat16 as UINT16, which NumPy knows.
+
+    onnxruntime offers no copy between parts of a device buffer, so :meth:`copy` goes through main memory. Empty buffers
+    are NumPy arrays: onnxruntime binds no device address that is null.
+    """
+
+    def __init__(self, ort: Any, device: str) -> None:
+        self._ort = ort
+        self._device = device
+
+    def allocate(self, dtype: str, shape: Shape) -> Any:
+        kind = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)
+        if 0 in shape:
+            return np.empty(shape, kind)
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, self._device, 0)
+
+    def copy(self, buffer: Any, source: int, target: int, entries: int) -> None:
+        contents = np.array(buffer.numpy())
+        contents[target, :, :entries] = contents[source, :, :entries]
+        buffer.update_inplace(contents)
+
+    def read(self, buffer: Any) -> np.ndarray:
+        if isinstance(buffer, np.ndarray):
+            return buffer
+        contents = np.array(buffer.numpy())
+        return contents.view(numpy_dtype("bfloat16")) if contents.dtype == np.uint16 else contents
+
+    def write(self, buffer: Any, contents: np.ndarray) -> None:
+        if isinstance(buffer, np.ndarray):
+            return
+        buffer.update_inplace(contents.view(np.uint16) if contents.dtype.name == "bfloat16" else contents)
+
+
+class OnnxRuntimeBackend:
+    """A bundle opened in onnxruntime, with a cache of its own. See :class:`vkvx.runtime.backends.base.Backend`.
+
+    ``provider`` is "cpu", "cuda", or "auto": CUDA where onnxruntime has it. ``threads`` are those of the CPU
+    provider, by default the physical cores that the process may use.
+    """
+
+    name = "onnxruntime"
+    limits = None
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        slots: int,
+        visual_tokens: int,
+        text_tokens: int,
+        provider: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self._ort = _import_onnxruntime()
+        self.provider = choose_provider(self._ort, provider)
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads (--threads) must be at least 1, got {threads}")
+        self.threads = threads or default_threads()
+        self.manifest = manifest
+        self._bundle = bundle
+        self._storage: Storage = HostStorage() if self.provider == "cpu" else DeviceStorage(self._ort, "cuda")
+        # What the graphs run with here: bfloat16 becomes float32 on the CPU.
+        self._widen = manifest.model.dtype == "bfloat16" and self.provider == "cpu"
+        dtype = "float32" if self._widen else manifest.model.dtype
+        self._dtype = numpy_dtype(dtype)
+        # The CUDA provider reduces no empty axis; a group of padding means the same as no group.
+        self._fills_empty = self.provider == "cuda"
+        self._weights: list[dict[str, np.ndarray]] = []
+        self._vision: Any = None  # opened with the first picture
+        self._decoder = self._open(manifest.graphs["decoder"].file)
+        cache_manifest = replace(manifest, model=replace(manifest.model, dtype=dtype))
+        self.cache = PackedCache(cache_manifest, slots, visual_tokens, text_tokens, self._storage)
+        self._binding = self._bind_caches()
+
+    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        graph = self.manifest.graphs["vision"]
+        if self._vision is None:
+            self._vision = self._open(graph.file)
+        binding = self._vision.io_binding()
+        for name, array in pixel_inputs.items():
+            binding.bind_ortvalue_input(name, _ort_value(self._ort, array))
+        output = graph.outputs[0]
+        if output.dtype != "bfloat16" or self._widen:
+            binding.bind_output(output.name)  # in main memory
+            self._run(self._vision, binding, graph.file)
+            return binding.get_outputs()[0].numpy()
+        # NumPy arrays of bfloat16 can be written to, but not had from onnxruntime.
+        pictures = len(next(iter(pixel_inputs.values())))
+        rows = pictures * (self.manifest.model.tokens_per_picture or 0)
+        embeds = np.empty((rows, self.manifest.model.hidden_size), numpy_dtype("bfloat16"))
+        binding.bind_ortvalue_output(output.name, _ort_value(self._ort, embeds))
+        self._run(self._vision, binding, graph.file)
+        return embeds
+
+    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
+        return place_embeds(call, np.concatenate(embeds))
+
+    def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
+        cache, binding = self.cache, self._binding
+        if self._fills_empty and not call.visual_index.size:
+            group = np.full((len(call.slot), cache.group_size), -1, np.int32)
+            call = replace(call, visual_index=group)
+        batch, entries = call.visual_index.shape
+        if visual_embeds is None:
+            visual_embeds = np.zeros((batch, entries, self.manifest.model.hidden_size), self._dtype)
+        visual_embeds = np.ascontiguousarray(visual_embeds, self._dtype)
+        inputs = {name: getattr(call, name) for name in CALL_INPUTS}
+        # Binding copies to the device, so the counts are bound anew each time.
+        inputs |= {"visual_count": cache.visual_count, "text_count": cache.text_count, "visual_embeds": visual_embeds}
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, _ort_value(self._ort, array))
+        logits = np.empty((batch, self.manifest.model.vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", _ort_value(self._ort, logits))
+        self._run(self._decoder, binding, self.manifest.graphs["decoder"].file)
+        inline = np.count_nonzero(call.visual_index >= 0, axis=1)
+        cache.commit(call.slot, self._visual_count_out, self._text_count_out, inline)
+        return logits
+
+    def _bind_caches(self) -> Any:
+        cache, ort = self.cache, self._ort
+        binding = self._decoder.io_binding()
+        for name, buffer in cache.buffers.items():
+            if isinstance(buffer, np.ndarray):
+                value = _ort_value(ort, buffer)
+                binding.bind_ortvalue_input(f"past.{name}", value)
+                binding.bind_ortvalue_output(f"present.{name}", value)
+            else:
+                kind = _ONNX_TYPES[buffer.data_type()]
+                place = (self.provider, 0, kind, buffer.shape(), buffer.data_ptr())
+                binding.bind_input(f"past.{name}", *place)
+                binding.bind_output(f"present.{name}", *place)
+        self._visual_count_out = np.zeros_like(cache.visual_count)
+        self._text_count_out = np.zeros_like(cache.text_count)
+        binding.bind_ortvalue_output("visual_count_out", _ort_value(ort, self._visual_count_out))
+        binding.bind_ortvalue_output("text_count_out", _ort_value(ort, self._text_count_out))
+        return binding
+
+    def _open(self, file: str) -> Any:
+        ort = self._ort
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        # Threads that spin while they wait halve the time of the smallest steps on an idle machine, but double it where
+        # others compute, and take twice the CPU time in either case.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.provider == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": 0}))
+        path = self._bundle / file
+        model: Any = str(path)
+        if self._widen:
+            from vkvx.runtime.backends.onnxruntime.bf16 import widen
+
+            model, values = widen(path)
+            options.add_external_initializers(list(values), [_ort_value(ort, array) for array in values.values()])
+            self._weights.append(values)  # onnxruntime does not copy them
+        try:
+            session = ort.InferenceSession(model, options, providers=providers)
+        except Exception as error:  # onnxruntime has its own exception types, without a common base
+            raise BundleError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
+        if self.provider == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            raise DependencyError(
+                "onnxruntime could not start its CUDA provider (CUDA 12 and cuDNN 9 libraries missing?); install them, "
+                "or use provider='cpu' (--provider cpu)"
+            )
+        return session
+
+    def _run(self, session: Any, binding: Any, file: str) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise BundleError(f"onnxruntime failed in {self._bundle / file}: {_first_line(error)}") from error
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing(error.name or "onnxruntime") from error
+    return onnxruntime
+
+
+def choose_provider(ort: Any, provider: str) -> str:
+    """cpu or cuda, as :class:`OnnxRuntimeBackend` takes ``provider``. Raises OptionError and DependencyError."""
+    if provider not in PROVIDERS:
+        raise OptionError(f"unknown provider '{provider}' (--provider): give one of {', '.join(PROVIDERS)}")
+    cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if provider == "cuda" and not cuda:
+        raise DependencyError(
+            "this onnxruntime has no CUDA provider; run `pip uninstall onnxruntime` and then "
+            f"`pip install '{requirement('onnxruntime-gpu')}'`"
+        )
+    if provider == "auto":
+        provider = "cuda" if cuda else "cpu"
+    if provider == "cuda" and hasattr(ort, "preload_dlls"):
+        # Finds the CUDA libraries that pip installs. What it prints is no result.
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+    return provider
+
+
+def _ort_value(ort: Any, array: np.ndarray) -> Any:
+    """An OrtValue on the memory of a C-contiguous array."""
+    if array.dtype.name == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""The TensorRT backend: engines over a packed cache in GPU memory."""

@@ -1,0 +1,189 @@
+"""What one call of an engine needs: the profile that takes it, its arrays padded to that profile, and their memory.
+
+NumPy only: nothing here needs a GPU or TensorRT.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from vkvx.errors import CapacityError
+from vkvx.manifest import ITEM_BYTES, Manifest
+from vkvx.runtime.backends.tensorrt.device import ALIGNMENT
+from vkvx.runtime.cache import PackedCache, Shape
+from vkvx.runtime.calls import CALL_INPUTS, Call
+from vkvx.runtime.engines.manifest import DECODE, DECODER, PREFILL, EngineManifest, Profile
+
+COUNTS = ("visual_count", "text_count")
+
+_PADDING = {"visual_index": -1, "visual_rows": -1, "text_index": -1, "slot": -1}
+_FLAGS = {
+    "rows": "--max-batch-size",
+    "slots": "--max-slots",
+    "positions": "--max-input-len",
+    "text tokens": "--max-input-len",
+    "visual tokens": "--max-visual-tokens",
+    "groups": "--max-visual-tokens",
+    "tiles": "--max-visual-tokens",
+    "text rows": "--max-text-tokens",
+}
+_AXES: dict[str, tuple[str, ...]] = {
+    "input_ids": ("rows", "positions"),
+    "position_ids": ("rows", "positions"),
+    "visual_index": ("rows", "visual tokens"),
+    "text_index": ("rows", "text tokens"),
+    "visual_count": ("slots", "groups"),
+    "text_count": ("slots",),
+    "visual_key": ("slots", "", "tiles"),
+    "visual_key_params": ("slots", "", "groups"),
+    "visual_value": ("slots", "", "tiles"),
+    "visual_value_params": ("slots", "", "groups"),
+    "text_key": ("slots", "", "text rows"),
+    "text_value": ("slots", "", "text rows"),
+}
+"""What the axes of an input are, for messages."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Device memory for one tensor. ``alias`` names the tensor whose memory it shares; its own bytes are then 0."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    alias: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it adds."""
+        return 0 if self.alias else ITEM_BYTES[self.dtype] * prod(self.shape)
+
+
+def cache_buffers(manifest: Manifest, engines: EngineManifest, cache: PackedCache) -> tuple[Buffer, ...]:
+    """The memory that caches and counts keep between calls, for inputs and outputs of the decoder.
+
+    An output that the engine updates in place shares the memory of its input. The counts have two buffers: all layers
+    read the old ones while the new ones are written.
+    """
+    shapes = manifest.cache_shapes(cache.slots, cache.visual_capacity, cache.text_capacity)
+    past = {f"past.{name}": spec for name, spec in shapes.items()}
+    counts: dict[str, tuple[str, Shape]] = {
+        "visual_count": ("int32", (cache.slots, cache.groups)),
+        "text_count": ("int32", (cache.slots,)),
+    }
+    buffers = [Buffer(name, *spec) for name, spec in (past | counts).items()]
+    buffers += [Buffer(f"{name}_out", *counts[name]) for name in COUNTS]
+    for present, source in engines.aliases.items():
+        buffers.append(Buffer(present, *past[source], alias=source))
+    return tuple(buffers)
+
+
+def check_cache(engines: EngineManifest, buffers: Sequence[Buffer]) -> None:
+    """Raise CapacityError if the engine does not take caches of these shapes."""
+    for name in (PREFILL, DECODE):
+        profile = engines.profile(DECODER, name)
+        for buffer in buffers:
+            if buffer.name in profile.shapes:
+                _check(profile, buffer.name, buffer.shape)
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """A call as an engine gets it: ``call`` padded to what ``profile`` takes, and the shapes of the inputs it brings.
+
+    ``rows`` are those of the call before it was padded by idle ones.
+    """
+
+    profile: Profile
+    call: Call
+    rows: int
+    shapes: dict[str, Shape]
+
+
+def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, hidden_size: int) -> CallPlan:
+    """Choose the profile of a call and pad the call to it.
+
+    One new token a row and no picture is a decode step; its rows are padded to :func:`decode_rows`, so that there are
+    few different steps to prepare. Raises CapacityError if the engine's limits do not suffice.
+    """
+    rows, group_size = len(call.slot), cache.group_size
+    decoding = call.input_ids.shape[1] == 1 and not (call.visual_index >= 0).any()
+    profile = engines.profile(DECODER, DECODE if decoding else PREFILL)
+    least = {name: list(profile.shapes[name][0]) for name in CALL_INPUTS}
+    if decoding:
+        wanted = decode_rows(rows, min(cache.slots, profile.shapes["slot"][2][0]))
+        for shape in least.values():
+            shape[0] = max(shape[0], wanted)
+        if not engines.empty_visual_index:
+            least["visual_index"][1] = group_size
+        call = replace(call, visual_index=call.visual_index[:, :0], visual_rows=call.visual_rows[:, :0])
+    elif not engines.empty_visual_index:
+        least["visual_index"][1] = max(group_size, least["visual_index"][1])
+    # Rows of all inputs, and entries of both forms of the visual index, grow together.
+    call = Call(
+        **{name: _pad(getattr(call, name), least[name], _PADDING.get(name, 0)) for name in CALL_INPUTS},
+        visual_rows=_pad(call.visual_rows, least["visual_index"], -1),
+    )
+    shapes: dict[str, Shape] = {name: getattr(call, name).shape for name in CALL_INPUTS}
+    for name in CALL_INPUTS:
+        _check(profile, name, shapes[name])
+    shapes["visual_embeds"] = (*call.visual_index.shape, hidden_size)
+    return CallPlan(profile, call, rows, shapes)
+
+
+def decode_rows(rows: int, most: int) -> int:
+    """Rows of the decode step that serves so many: the next power of two, or the most that there may be."""
+    return max(rows, min(most, 1 << (rows - 1).bit_length()))
+
+
+def pack(arrays: Mapping[str, Shape]) -> tuple[dict[str, int], int]:
+    """Places in one buffer for INT32 arrays of these shapes: the offset of each, aligned, and the bytes of all."""
+    offsets, end = {}, 0
+    for name, shape in arrays.items():
+        offsets[name] = end
+        end += -(-4 * prod(shape) // ALIGNMENT) * ALIGNMENT
+    return offsets, max(end, ALIGNMENT)
+
+
+def embed_copies(call: Call, pieces: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """How to lay out picture embeddings as ``visual_embeds``, in runs of rows: (target, piece, source, rows).
+
+    ``pieces`` are the rows of each part that the embeddings come in; ``target`` counts rows of [B * Nv].
+    """
+    rows = call.visual_rows.ravel()
+    targets = np.flatnonzero(rows >= 0)
+    if not len(targets):
+        return
+    sources = rows[targets]
+    starts = np.concatenate([[0], np.cumsum(pieces)])
+    owners = np.searchsorted(starts, sources, side="right") - 1
+    broken = (np.diff(targets) != 1) | (np.diff(sources) != 1) | (np.diff(owners) != 0)
+    firsts = np.concatenate([[0], np.flatnonzero(broken) + 1, [len(targets)]])
+    for first, last in itertools.pairwise(firsts.tolist()):
+        owner = owners[first]
+        yield int(targets[first]), int(owner), int(sources[first] - starts[owner]), int(last - first)
+
+
+def _pad(array: np.ndarray, least: Sequence[int], value: int) -> np.ndarray:
+    growth = [(0, max(0, low - size)) for size, low in zip(array.shape, least, strict=True)]
+    return np.pad(array, growth, constant_values=value) if any(after for _, after in growth) else array
+
+
+def _check(profile: Profile, name: str, shape: Shape) -> None:
+    if profile.takes(name, shape):
+        return
+    least, _, most = profile.shapes[name]
+    axis = next(i for i, size in enumerate(shape) if not least[i] <= size <= most[i])
+    labels = _AXES.get(name.rpartition(".")[2], ())
+    label = (labels[axis] if axis < len(labels) else "") or f"size of axis {axis}"
+    flag = "--max-slots" if (profile.name, label) == (DECODE, "rows") else _FLAGS.get(label)
+    remedy = f" with {flag} {shape[axis]}" if flag and shape[axis] > most[axis] else ""
+    raise CapacityError(
+        f"the engine's {profile.name} profile takes {least[axis]} to {most[axis]} {label} ({name}), got {shape[axis]}; "
+        f"run `vkvx build BUNDLE`{remedy} again, or ask for less"
+    )

@@ -1,0 +1,173 @@
+"""The torch backend: the modules that the graphs of a bundle were traced from, over a packed cache updated in place.
+
+On a CPU every call runs eagerly. On a GPU with the kernels of ``vkvx.plugins`` a decode step is the replay of a CUDA
+graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than a token a row run eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vkvx.errors import CapacityError
+from vkvx.manifest import Manifest
+from vkvx.models.family import Adapter
+from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs
+from vkvx.models.graph.vision import VisionGraph
+from vkvx.plugins import torch_cuda
+from vkvx.plugins.library import MAX_HEAD_DIM
+from vkvx.plugins.operator import layer_attributes
+from vkvx.runtime.backends.torch.capture import DecodeSteps
+from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
+from vkvx.runtime.calls import Call, place_embeds
+
+
+class CudaStorage:
+    """Buffers in the memory of a GPU, as tensors."""
+
+    def allocate(self, dtype: str, shape: Shape) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
+
+    def copy(self, buffer: Tensor, source: int, target: int, entries: int) -> None:
+        buffer[target, :, :entries] = buffer[source, :, :entries]
+
+    def read(self, buffer: Tensor) -> np.ndarray:
+        return to_numpy(buffer.cpu())
+
+    def write(self, buffer: Tensor, contents: np.ndarray) -> None:
+        buffer.copy_(to_torch(contents))
+
+
+class TorchBackend:
+    """A loaded model with a cache of its own. See :class:`vkvx.runtime.backends.base.Backend`.
+
+    ``provider`` is "cpu" or "cuda" and says where the model is; on a CPU the cache's buffers are NumPy arrays, on a GPU
+    tensors that keep their addresses.
+    """
+
+    name = "torch"
+    limits = None
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        manifest: Manifest,
+        metrics: Sequence[tuple[Tensor, Tensor]] = (),
+        *,
+        slots: int,
+        visual_tokens: int,
+        text_tokens: int,
+    ) -> None:
+        """``metrics`` holds the key and value metric of each layer if the quantiser needs them, beside the model.
+
+        The model is set to the attention function ``vkvx``. Raises CapacityError if a GPU has no room for the cache.
+        """
+        info = manifest.model
+        self.manifest = manifest
+        self.provider: str = model.device.type
+        self._device = model.device
+        self._dtype = getattr(torch, info.dtype)
+        self._stream = torch.cuda.Stream(self._device) if self.provider == "cuda" else None
+        storage: Storage = HostStorage() if self._stream is None else CudaStorage()
+        with self._in_memory("a cache of this size"):
+            self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens, storage)
+        self._buffers = [self._place(buffer) for buffer in self.cache.buffers.values()]
+        attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
+        self._decoder = DecoderGraph(model, adapter, attributes, metrics, in_place=True)
+        self._vision = VisionGraph(model, adapter, self._dtype)
+        self._steps: DecodeSteps | None = None
+        if self._stream is not None and has_kernels(manifest):
+            with self._in_memory("the buffers of decode steps"):
+                self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream)
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps run as captured CUDA graphs."""
+        return self._steps is not None
+
+    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
+        with self._running(f"{len(pixel_inputs[names[0]])} pictures"):
+            pixels = (self._place(np.asarray(pixel_inputs[name])) for name in names)
+            return to_numpy(self._vision(*pixels).cpu())
+
+    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
+        return place_embeds(call, np.concatenate(embeds))
+
+    def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
+        with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
+            if self._steps is not None and DecodeSteps.takes(call):
+                logits, visual_count, text_count = self._steps.run(call)
+            else:
+                logits, visual_count, text_count = self._run(call, visual_embeds)
+        inline = np.count_nonzero(call.visual_index >= 0, axis=1)
+        self.cache.commit(call.slot, visual_count, text_count, inline)
+        return logits
+
+    def _run(self, call: Call, visual_embeds: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        info, cache = self.manifest.model, self.cache
+        shape = (*call.visual_index.shape, info.hidden_size)
+        given = {"visual_count": cache.visual_count, "text_count": cache.text_count}
+        inputs = []
+        for spec in decoder_inputs(info, self.manifest.quantization)[: -len(self._buffers)]:
+            if spec.name != "visual_embeds":
+                inputs.append(self._place(given[spec.name] if spec.name in given else getattr(call, spec.name)))
+            elif visual_embeds is None:
+                inputs.append(torch.zeros(shape, dtype=self._dtype, device=self._device))
+            else:
+                inputs.append(self._place(visual_embeds).to(self._dtype))
+        logits, visual_count, text_count, *_ = self._decoder(*inputs, *self._buffers)
+        return logits.cpu().numpy(), visual_count.cpu().numpy(), text_count.cpu().numpy()
+
+    def _place(self, array: np.ndarray | Tensor) -> Tensor:
+        """The array on the model's device: its own memory if it is there."""
+        return (array if isinstance(array, Tensor) else to_torch(array)).to(self._device)
+
+    @contextmanager
+    def _running(self, what: str) -> Iterator[None]:
+        """Without gradients, and on a GPU on this backend's own stream, after what the caller's stream has to do."""
+        with torch.no_grad(), self._in_memory(what):
+            if self._stream is None:
+                yield
+                return
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                yield
+
+    @contextmanager
+    def _in_memory(self, what: str) -> Iterator[None]:
+        """Tell in one line that memory of the GPU is short."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"the GPU has no memory left for {what}; lower slots=, visual_tokens= (--max-visual-tokens) or "
+                "text_tokens= (--max-text-tokens), or give --backend onnxruntime --provider cpu"
+            ) from error
+
+
+def has_kernels(manifest: Manifest) -> bool:
+    """Whether ``libvkvx`` can attend for this model on a GPU."""
+    return manifest.model.head_dim <= MAX_HEAD_DIM and torch_cuda.kernels() is not None
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """A tensor on the array's memory."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """An array on the memory of a CPU tensor."""
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,98 @@
+"""Decode steps on a GPU as CUDA graphs: one for each number of rows, captured when it is first needed.
+
+A step costs one copy to the device, one launch, and two copies back, which are waited for: the next token is chosen on
+the host. For that all integers of a step, the counts included, lie in one array. The graph updates the device's counts
+after the caches; a step starts from those of the host, where slots are emptied, forked and cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vkvx.manifest import ModelInfo
+from vkvx.models.graph.decoder import DecoderGraph
+from vkvx.runtime.cache import PackedCache
+from vkvx.runtime.calls import Call
+
+
+class DecodeSteps:
+    """Runs calls of one text token a row over the buffers of one cache, on one stream.
+
+    What a graph reads and writes is allocated here, for as many rows as the cache has slots. Call :meth:`run` with
+    ``stream`` as the current one, and without gradients.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderGraph,
+        buffers: Sequence[Tensor],
+        cache: PackedCache,
+        model: ModelInfo,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self._decoder, self._buffers, self._cache, self._stream = decoder, buffers, cache, stream
+        slots, device = cache.slots, stream.device
+        shapes = ((3, slots), (slots, cache.groups), (slots,))
+        sizes = [math.prod(shape) for shape in shapes]
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
+        self._ints = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self._host_parts = [
+            part.view(shape).numpy() for part, shape in zip(self._host.split(sizes), shapes, strict=True)
+        ]
+        self._parts = [part.view(shape) for part, shape in zip(self._ints.split(sizes), shapes, strict=True)]
+        self._counts = self._ints[sizes[0] :]
+        self._zeros = torch.zeros(slots, 1, dtype=torch.int32, device=device)
+        self._no_picture = torch.zeros(slots, 0, dtype=torch.int32, device=device)
+        self._no_embeds = torch.zeros(slots, 0, model.hidden_size, dtype=getattr(torch, model.dtype), device=device)
+        self._logits = torch.zeros(slots, model.vocab_size, dtype=torch.float32, device=device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        """The graphs captured so far, by number of rows."""
+
+    @staticmethod
+    def takes(call: Call) -> bool:
+        """Whether every row feeds one text token."""
+        return call.input_ids.shape[1] == 1 and not call.visual_index.shape[1] and bool((call.slot >= 0).all())
+
+    def run(self, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logits FP32 [B, V], and the counts INT32 [slots, groups] and [slots] after the call; waits for them."""
+        rows = len(call.slot)
+        inputs, visual_count, text_count = self._host_parts
+        inputs[:, :rows] = call.input_ids[:, 0], call.position_ids[:, 0], call.slot
+        visual_count[...], text_count[...] = self._cache.visual_count, self._cache.text_count
+        self._ints.copy_(self._host, non_blocking=True)
+        if rows not in self.graphs:
+            self.graphs[rows] = self._capture(rows)
+        self.graphs[rows].replay()
+        logits, counts = (x.to("cpu", non_blocking=True) for x in (self._logits[:rows], self._counts))
+        self._stream.synchronize()
+        visual, text = counts.split([visual_count.size, text_count.size])
+        return logits.numpy(), visual.view(visual_count.shape).numpy(), text.numpy()
+
+    def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
+        """The graph of a step; the step itself is done when it is replayed."""
+        # Loads kernels and allocates workspaces, which must not happen within a capture. What it stores in the caches
+        # lies past the counts, and the step will store the same there.
+        self._forward(rows)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            logits, visual_count, text_count = self._forward(rows)
+            self._logits[:rows].copy_(logits)
+            self._parts[1].copy_(visual_count)
+            self._parts[2].copy_(text_count)
+        return graph
+
+    def _forward(self, rows: int) -> tuple[Tensor, ...]:
+        inputs, visual_count, text_count = self._parts
+        ids, positions, slot = inputs[:, :rows]
+        results = self._decoder(
+            *(ids.unsqueeze(1), positions.unsqueeze(1)),
+            *(self._no_embeds[:rows], self._no_picture[:rows], self._zeros[:rows], self._zeros[:rows, 0], slot),
+            *(visual_count, text_count, *self._buffers),
+        )
+        return results[:3]

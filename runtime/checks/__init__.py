@@ -1,0 +1,1 @@
+"""What tells whether a bundle is right, how fast it is, and what fits a GPU."""

@@ -1,0 +1,233 @@
+"""Times a backend: pictures, prefill and decode steps of a full batch, with inputs that need no processor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vkvx.errors import CapacityError, OptionError
+from vkvx.manifest import Manifest
+from vkvx.runtime.backends import golden
+from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.backends.registry import choose_backend, open_backend
+from vkvx.runtime.backends.tensorrt.device import DeviceArray
+from vkvx.runtime.calls import Row, build_call
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is timed: ``batch_size`` rows, each with ``pictures`` pictures and ``prompt_tokens`` text tokens, then
+    ``steps`` decode steps; all ``repeats`` times, after one round that does not count."""
+
+    batch_size: int = 1
+    pictures: int = 1
+    prompt_tokens: int = 32
+    steps: int = 64
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("pictures", 0), ("prompt_tokens", 1), ("steps", 1), ("repeats", 1)):
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise OptionError(f"{flag} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds over ``count`` calls."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Latency:
+        """Of times in seconds; percentiles interpolate linearly."""
+        milliseconds = 1000 * np.asarray(seconds, np.float64)
+        quantiles = (float(q) for q in np.percentile(milliseconds, (50, 90, 99)))
+        return cls(len(seconds), float(milliseconds.mean()), *quantiles)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Times and memory of one backend.
+
+    ``vision`` is None without pictures. ``tokens_per_second`` counts the tokens of all rows in decode.
+    ``cache_bytes_used`` are those that the sequences of the batch took, of ``cache_bytes_allocated``.
+    ``process_bytes`` is how much memory the process took for the backend (None where the system does not tell),
+    ``device_bytes`` how much of a GPU's memory was taken (None without one).
+    """
+
+    backend: str
+    provider: str
+    reason: str
+    device: str | None
+    load_seconds: float
+    vision: Latency | None
+    prefill: Latency
+    decode: Latency
+    tokens_per_second: float
+    cache_bytes_used: int
+    cache_bytes_allocated: int
+    process_bytes: int | None
+    device_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain types."""
+        return asdict(self)
+
+
+def bench_bundle(
+    bundle: Path,
+    backend: str,
+    load: Load,
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Open a bundle in a backend ("auto" chooses one) with just the cache that the load needs, and time it.
+
+    Raises what opening raises; BundleError for pictures in a model whose pictures vary in size; CapacityError if a
+    sequence is longer than the model's positions.
+    """
+    manifest = Manifest.load(bundle)
+    if verify:
+        manifest.verify(bundle, progress)
+    reason = "it was asked for"
+    if backend == "auto":
+        backend, reason = choose_backend(bundle, manifest, provider, threads)
+    tokens, size = manifest.model.tokens_per_picture or 0, manifest.quantization.group_size
+    length = load.pictures * tokens + load.prompt_tokens + load.steps
+    if length > manifest.model.max_positions:
+        raise CapacityError(
+            f"sequences of {length} tokens are longer than the {manifest.model.max_positions} positions of the model; "
+            "give fewer --pictures, --prompt-tokens or --steps"
+        )
+    before, free = resident_bytes(), device_bytes_used()
+    started = time.perf_counter()
+    opened = open_backend(
+        backend,
+        bundle,
+        manifest,
+        slots=load.batch_size,
+        visual_tokens=load.pictures * -(-tokens // size) * size,
+        text_tokens=load.prompt_tokens + load.steps,
+        provider=provider,
+        threads=threads,
+        verify=verify,
+    )
+    seconds = time.perf_counter() - started
+    vision, prefill, decode, used = time_backend(opened, load, progress)
+    after, taken = resident_bytes(), device_bytes_used()
+    return Result(
+        backend=opened.name,
+        provider=opened.provider,
+        reason=reason,
+        device=getattr(getattr(opened, "device", None), "name", None),
+        load_seconds=seconds,
+        vision=Latency.of(vision) if vision else None,
+        prefill=Latency.of(prefill),
+        decode=Latency.of(decode),
+        tokens_per_second=load.batch_size * len(decode) / sum(decode),
+        cache_bytes_used=used,
+        cache_bytes_allocated=opened.cache.allocated_bytes,
+        process_bytes=None if before is None or after is None else max(0, after - before),
+        device_bytes=None if free is None or taken is None else taken - free,
+    )
+
+
+def time_backend(
+    backend: Backend, load: Load, progress: Progress | None = None
+) -> tuple[list[float], list[float], list[float], int]:
+    """Seconds of each vision call, prefill and decode step, and the bytes of the cache that the batch took in the end.
+
+    A vision call encodes the pictures of the whole batch, and a prefill feeds all rows in as many calls as the
+    backend's limits ask for. Tokens are chosen greedily, as a session does; what waits for the
+    device is a part of the times.
+    """
+    manifest, cache, limits = backend.manifest, backend.cache, backend.limits
+    size, image_token = cache.group_size, manifest.model.image_token_id
+    tokens = manifest.model.tokens_per_picture or 0
+    pixels = golden.pixels(manifest, load.pictures) if load.pictures else None
+    prompt = [image_token] * (tokens * load.pictures) + golden.text(manifest, load.prompt_tokens)
+    rows = load.batch_size if limits is None else min(load.batch_size, limits.batch_size)
+    vision, prefill, decode = list[float](), list[float](), list[float]()
+    total, used = (1 + load.repeats) * (load.steps + 1), 0
+    done = 0
+
+    def count(steps: int = 1) -> None:
+        nonlocal done
+        done += steps
+        if progress is not None:
+            progress(f"bench {backend.name}", done, total)
+
+    def feed(slots: Sequence[int], ids: Sequence[Sequence[int]], embeds: Sequence[Any]) -> np.ndarray:
+        pictures = (tokens,) * load.pictures if embeds else ()
+        fed = [
+            Row(slot, np.array(one, np.int32), pictures, cache.length(slot))
+            for slot, one in zip(slots, ids, strict=True)
+        ]
+        call = build_call(fed, group_size=size, image_token_id=image_token)
+        return backend.step(call, backend.place(call, embeds) if embeds else None).argmax(axis=1)
+
+    for round_ in range(1 + load.repeats):
+        slots = [cache.acquire() for _ in range(load.batch_size)]
+        started = time.perf_counter()
+        embeds = [backend.encode(pixels) for _ in slots] if pixels is not None else []
+        if embeds and isinstance(embeds[-1], DeviceArray):
+            embeds[-1].device.synchronize()
+        encoded = time.perf_counter()
+        chosen = np.concatenate(
+            [
+                feed(slots[i : i + rows], [prompt] * len(slots[i : i + rows]), embeds[i : i + rows])
+                for i in range(0, len(slots), rows)
+            ]
+        )
+        filled = time.perf_counter()
+        count()
+        if round_:
+            prefill.append(filled - encoded)
+            if embeds:
+                vision.append(encoded - started)
+        for _ in range(load.steps):
+            started = time.perf_counter()
+            chosen = feed(slots, [[token] for token in chosen.tolist()], [])
+            if round_:
+                decode.append(time.perf_counter() - started)
+            count()
+        used = sum(cache.bytes_used(slot) for slot in slots)
+        for slot in slots:
+            cache.release(slot)
+    return vision, prefill, decode, used
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM, where the system tells."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def device_bytes_used() -> int | None:
+    """Memory of the first GPU that is taken, by whatever process; None without a GPU or cuda-python."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return None
+    error, free, total = runtime.cudaMemGetInfo()
+    return int(total - free) if error == runtime.cudaError_t.cudaSuccess else None

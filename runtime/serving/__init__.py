@@ -1,0 +1,1 @@
+"""Serving a session to many clients at once."""

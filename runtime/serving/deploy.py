@@ -1,0 +1,172 @@
+"""Writes what a server needs to serve a bundle: a model repository of Triton Inference Server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from vkvx.errors import OptionError, StorageError
+from vkvx.manifest import Manifest
+from vkvx.runtime.backends.registry import BACKENDS
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MODEL = '''"""The model of this directory; the code is in the package vkvx."""
+
+from vkvx.runtime.serving.triton import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+_REPLACEABLE = {"config.pbtxt", "1"}
+
+
+def triton_config(
+    name: str,
+    *,
+    backend: str = "auto",
+    bundle: str = "bundle",
+    slots: int = 8,
+    visual_tokens: int | None = None,
+    text_tokens: int | None = None,
+    gpus: Sequence[int] | None = None,
+    instances: int = 1,
+) -> str:
+    """``config.pbtxt`` of a bundle served by Triton's Python backend.
+
+    A request has ``prompt`` and optionally ``images`` (the bytes of picture files), ``raw_prompt``, ``stream`` and the
+    fields of GenerationOptions; a response ``text``, ``finish_reason`` (empty before the end) and ``token_ids``. The
+    model is decoupled: with ``stream`` a response comes for each step, else one in all. Batches are formed over slots
+    inside an instance, so Triton does not batch. ``gpus`` None: whatever Triton finds, ``()``: the CPU.
+    """
+    from vkvx.runtime.serving.triton import OPTIONS
+
+    inputs = [("prompt", "TYPE_STRING", 1, False), ("images", "TYPE_STRING", -1, True)]
+    inputs += [("raw_prompt", "TYPE_BOOL", 1, True), ("stream", "TYPE_BOOL", 1, True)]
+    inputs += [(option, dtype, -1 if option == "stop" else 1, True) for option, dtype in OPTIONS.items()]
+    outputs = [("text", "TYPE_STRING", 1), ("finish_reason", "TYPE_STRING", 1), ("token_ids", "TYPE_INT32", -1)]
+    parameters = {"bundle": bundle, "backend": backend, "slots": slots}
+    parameters |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
+    parameters |= {} if text_tokens is None else {"text_tokens": text_tokens}
+    kind = "KIND_AUTO" if gpus is None else "KIND_GPU" if gpus else "KIND_CPU"
+    devices = f"\n    gpus: {list(gpus)}" if gpus else ""
+    lines = [f"name: {json.dumps(name)}", 'backend: "python"', "max_batch_size: 0"]
+    for tensor, dtype, size, optional in inputs:
+        extra = "\n    optional: true" if optional else ""
+        lines.append(f'input {{\n    name: "{tensor}"\n    data_type: {dtype}\n    dims: [{size}]{extra}\n}}')
+    for tensor, dtype, size in outputs:
+        lines.append(f'output {{\n    name: "{tensor}"\n    data_type: {dtype}\n    dims: [{size}]\n}}')
+    lines.append("model_transaction_policy {\n    decoupled: true\n}")
+    lines.append(f"instance_group {{\n    count: {instances}\n    kind: {kind}{devices}\n}}")
+    for key, value in parameters.items():
+        text = json.dumps(str(value))
+        lines.append(f'parameters {{\n    key: "{key}"\n    value {{\n        string_value: {text}\n    }}\n}}')
+    return "\n".join(lines) + "\n"
+
+
+def write_triton_repository(
+    bundle: str | Path,
+    repository: str | Path,
+    *,
+    name: str | None = None,
+    backend: str = "auto",
+    reference: str | None = None,
+    slots: int = 8,
+    visual_tokens: int | None = None,
+    text_tokens: int | None = None,
+    gpus: Sequence[int] | None = None,
+    instances: int = 1,
+    force: bool = False,
+) -> Path:
+    """Add a bundle to a model repository; returns the model's directory ``repository/name``.
+
+    The bundle's files are hard links where the file system allows, else copies; with ``reference``, a path inside the
+    server's container, nothing is copied. The directory appears whole or not at all.
+
+    Raises:
+        BundleError: if ``bundle`` is none.
+        OptionError: for options that Triton or vkvx would refuse.
+        StorageError: if the place is taken or cannot be written.
+    """
+    source = Path(bundle).expanduser().absolute()
+    manifest = Manifest.load(source)
+    model = name or re.sub(r"[^A-Za-z0-9._-]", "-", manifest.model.name)
+    _check(model, backend, reference, slots, visual_tokens, text_tokens, gpus, instances)
+    target = Path(repository).expanduser().absolute() / model
+    if target.exists() and not (force and target.is_dir() and {x.name for x in target.iterdir()} <= _REPLACEABLE):
+        hint = (
+            "give --force to replace it, or another --name"
+            if not force
+            else "it is no model of vkvx; give another --name"
+        )
+        raise StorageError(f"{target} exists; {hint}")
+    config = triton_config(
+        model,
+        backend=backend,
+        bundle=reference or "bundle",
+        slots=slots,
+        visual_tokens=visual_tokens,
+        text_tokens=text_tokens,
+        gpus=gpus,
+        instances=instances,
+    )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Triton takes every directory of a repository for a model, but not one whose name starts with a dot.
+        folder = Path(tempfile.mkdtemp(prefix=f".{model}-", dir=target.parent))
+        try:
+            version = folder / "1"
+            version.mkdir()
+            folder.chmod(0o755)
+            (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+            (version / "model.py").write_text(_MODEL, encoding="utf-8")
+            if reference is None:
+                shutil.copytree(source, version / "bundle", copy_function=_link)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}; choose another repository with -o"
+        ) from error
+    return target
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _check(
+    name: str,
+    backend: str,
+    reference: str | None,
+    slots: int,
+    visual_tokens: int | None,
+    text_tokens: int | None,
+    gpus: Sequence[int] | None,
+    instances: int,
+) -> None:
+    if not _NAME.fullmatch(name):
+        raise OptionError(f"--name {name} is no name of a model; give letters, digits, '.', '_' and '-'")
+    if backend not in ("auto", *BACKENDS):
+        raise OptionError(f"unknown backend '{backend}' (--backend): give one of auto, {', '.join(BACKENDS)}")
+    if reference is not None and not reference.startswith("/"):
+        raise OptionError(f"--reference {reference} must be an absolute path, as the server sees it")
+    for option, value, least in (
+        ("--slots", slots, 1),
+        ("--instances", instances, 1),
+        ("--max-visual-tokens", visual_tokens, 0),
+        ("--max-text-tokens", text_tokens, 1),
+    ):
+        if value is not None and value < least:
+            raise OptionError(f"{option} must be at least {least}, got {value}")
+    if gpus is not None and (len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus)):
+        raise OptionError(f"--gpus {','.join(map(str, gpus))} must be different numbers from 0")

@@ -1,0 +1,1 @@
+"""Sessions over an open bundle: prompts and pictures in, generated text out."""

@@ -1,0 +1,197 @@
+"""A conversation: one slot of the cache, whose packed history later turns build on."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import Any
+
+from vkvx.errors import InputError
+from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
+from vkvx.runtime.sessions.processor import PLACEHOLDER, Message, Picture, Prepared, Processor, listed
+from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+
+_ANSWER = "\x02answer\x03"
+"""Stands for the last answer when a chat template is asked what follows one."""
+
+
+class Conversation:
+    """Turns over one packed history. Made by :meth:`Session.conversation`; close it when done.
+
+    The history is every token fed, which is more than the text shown where a stop string or an interruption ended an
+    answer: those tokens stay. The token chosen last is fed with the next turn.
+    """
+
+    def __init__(self, backend: Backend, processor: Processor) -> None:
+        self._backend = backend
+        self._processor = processor
+        self._slot: int | None = backend.cache.acquire()
+        self._history: list[int] = []
+        self._messages: list[Message] = []
+        self._running: Generator[Chunk, None, None] | Generator[str, None, None] | None = None
+        self.last: Generation | None = None
+        """The last answer that came to its end."""
+
+    def ask(
+        self,
+        text: str,
+        images: Picture | Sequence[Picture] = (),
+        *,
+        options: GenerationOptions | None = None,
+        **changes: Any,
+    ) -> Generator[str, None, None]:
+        """Ask as a user, by the model's chat template, and iterate over pieces of the answer.
+
+        Pictures go before the text, unless the text says where by ``<image>``. Options as in
+        :meth:`Session.generate`. Errors (InputError, OptionError, CapacityError) come at once and change nothing.
+        Asking again ends an answer that is still being read.
+        """
+        pictures = listed(images)
+        self._stop_running()
+        message = self._message(text, len(pictures))
+        chunks = self._start(self._turn(message), pictures, options, changes)
+        answer = self._answer(message, chunks)
+        self._running = answer
+        return answer
+
+    def generate(
+        self,
+        prompt: str,
+        images: Picture | Sequence[Picture] = (),
+        *,
+        options: GenerationOptions | None = None,
+        **changes: Any,
+    ) -> Generation:
+        """Continue the history by a prompt as it stands (no chat template, one ``<image>`` a picture) and answer it."""
+        generation = None
+        for chunk in self.stream(prompt, images, options=options, **changes):
+            generation = chunk.generation
+        assert generation is not None
+        return generation
+
+    def stream(
+        self,
+        prompt: str,
+        images: Picture | Sequence[Picture] = (),
+        *,
+        options: GenerationOptions | None = None,
+        **changes: Any,
+    ) -> Generator[Chunk, None, None]:
+        """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts."""
+        self._stop_running()
+        self._running = chunks = self._start(prompt, listed(images), options, changes)
+        return chunks
+
+    def fork(self) -> Conversation:
+        """A second conversation with the same history, in a slot of its own. Only what is valid is copied."""
+        self._stop_running()
+        slot = self._open_slot()
+        twin = Conversation(self._backend, self._processor)
+        self._backend.cache.fork(slot, twin._open_slot())
+        twin._history, twin._messages, twin.last = list(self._history), list(self._messages), self.last
+        return twin
+
+    def close(self) -> None:
+        """Give the slot back."""
+        if self._slot is not None:
+            self._stop_running()
+            self._backend.cache.release(self._slot)
+            self._slot = None
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def slot(self) -> int:
+        """The row of the cache that holds the history."""
+        return self._open_slot()
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What :meth:`ask` has said and got so far."""
+        return tuple(self._messages)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Every token of the history, the image token once for each visual token."""
+        return tuple(self._history)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the cache that the history takes."""
+        return self._backend.cache.bytes_used(self._open_slot())
+
+    def _open_slot(self) -> int:
+        if self._slot is None:
+            raise InputError("this conversation is closed; start another with session.conversation()")
+        return self._slot
+
+    def _stop_running(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _start(
+        self, prompt: str, images: list[Picture], options: GenerationOptions | None, changes: dict[str, Any]
+    ) -> Generator[Chunk, None, None]:
+        slot = self._open_slot()
+        chosen = changed_options(options, changes)
+        prepared = self._without_repeated_end(self._processor.prepare(prompt, images, first=not self._history))
+        request = Request(0, prepared, chosen, self._processor, self._backend, slot=slot, history=self._history)
+        request.check()
+        return self._remember(run(self._backend, [request]))
+
+    def _remember(self, chunks: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
+        with closing(chunks):
+            for chunk in chunks:
+                self.last = chunk.generation or self.last
+                yield chunk
+
+    def _answer(self, message: Message, chunks: Generator[Chunk, None, None]) -> Generator[str, None, None]:
+        said = ""
+        known = len(self._history)
+        try:
+            for chunk in chunks:
+                said += chunk.text
+                yield chunk.text
+        finally:
+            chunks.close()
+            if len(self._history) > known:
+                self._messages += [message, {"role": "assistant", "content": said}]
+
+    def _message(self, text: str, pictures: int) -> Message:
+        if PLACEHOLDER in text:
+            return {"role": "user", "content": text}
+        content: list[dict[str, str]] = [{"type": "image"}] * pictures
+        return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+    def _turn(self, message: Message) -> str:
+        """The text to feed for a message: all of it at first, later what follows the last answer."""
+        processor = self._processor
+        if not processor.has_chat_template:
+            content = message["content"]
+            if isinstance(content, str):
+                return content
+            return "".join(part.get("text", PLACEHOLDER + "\n") for part in content)
+        if not self._messages:
+            return processor.format([message])
+        earlier = [*self._messages[:-1], {"role": "assistant", "content": _ANSWER}]
+        _, found, rest = processor.format([*earlier, message]).rpartition(_ANSWER)
+        if not found:
+            raise InputError("the chat template changes answers; use generate() with prompts of your own")
+        return rest
+
+    def _without_repeated_end(self, prepared: Prepared) -> Prepared:
+        """Drop an end-of-sequence token that a template puts after an answer if the model ended the answer by it."""
+        eos = self._backend.manifest.model.eos_token_ids
+        ids = prepared.token_ids
+        if self._history and len(ids) > 1 and ids[0] == self._history[-1] and ids[0] in eos:
+            return Prepared(ids[1:], prepared.pixel_inputs, prepared.picture_lengths)
+        return prepared

@@ -1,0 +1,265 @@
+"""The loop that turns prepared prompts into tokens: admit, prefill, decode, leave."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vkvx.errors import CapacityError
+from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.calls import Row, build_call
+from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
+from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings
+
+_PREFILL_POSITIONS = 4096
+"""Prompts start together while rows times the longest prompt stay below this: it bounds the memory of a prefill."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. ``token_ids`` are all tokens chosen, the end-of-sequence token and those of a stop string included.
+
+    ``finish_reason`` is "eos", "stop" or "length". ``prompt_tokens`` counts what this call fed before the answer,
+    ``visual_tokens`` how many of them were visual. ``prefill_seconds`` include the vision tower; ``decode_seconds`` are
+    those of the steps after the first token, waiting for the consumer of a stream not included.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    visual_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: tokens after the first, by the time they took (0 if there was only one)."""
+        return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a step added to row ``row``. ``text`` may be empty: incomplete characters and possible beginnings of stop
+    strings are held back. The last chunk of a row has a ``finish_reason`` and the whole ``generation``."""
+
+    row: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    generation: Generation | None = None
+
+
+class Request:
+    """One row: a prompt to run on top of ``history``, and its state while it runs.
+
+    ``history`` holds every token of the sequence and is extended in place. What of it is not in the cache yet is what
+    the next call feeds; that is at least the token chosen last. ``slot`` None asks for a free slot, which is given
+    back at the end.
+    """
+
+    def __init__(
+        self,
+        row: int,
+        prepared: Prepared,
+        options: GenerationOptions,
+        processor: Processor,
+        backend: Backend,
+        *,
+        slot: int | None = None,
+        history: list[int] | None = None,
+    ) -> None:
+        model = backend.manifest.model
+        self.row = row
+        self.slot = slot
+        self.owns_slot = slot is None
+        self.prepared = prepared
+        self.options = options
+        self.history = [] if history is None else history
+        self._backend = backend
+        self._eos = () if options.ignore_eos else model.eos_token_ids
+        # An image token without a picture means nothing to the decoder, so it is never chosen.
+        self._sampler = Sampler(options, model.vocab_size, (model.image_token_id,))
+        self._decoder = IncrementalDecoder(processor.decode)
+        self._stops = StopStrings(options.stop)
+        self._base = len(self.history)
+        self._start = 0 if slot is None else backend.cache.length(slot)
+        self._text: list[str] = []
+        self._answer: list[int] = []
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self.finish_reason: str | None = None
+
+    def check(self) -> None:
+        """Raise CapacityError unless prompt and answer fit; nothing is changed."""
+        cache, model = self._backend.cache, self._backend.manifest.model
+        lengths, answer = self.prepared.picture_lengths, self.options.max_new_tokens - 1  # the last is never fed
+        fed = self._base - self._start + len(self.prepared.token_ids) + answer
+        if self._start + fed > model.max_positions:
+            raise CapacityError(
+                f"prompt and answer end at position {self._start + fed}, the model knows {model.max_positions}; "
+                "shorten the prompt or lower max_new_tokens= (--max-new-tokens)"
+            )
+        cache.check_capacity(self.slot, *cache.demand(lengths, fed - sum(lengths)))
+        limits, prompt = self._backend.limits, fed - answer
+        if limits is not None and prompt > limits.input_len:
+            raise CapacityError(
+                f"the prompt has {prompt} tokens with its pictures, the engine takes {limits.input_len} in a call; "
+                f"build it with `vkvx build BUNDLE --max-input-len {prompt}`, or shorten the prompt"
+            )
+
+    def admit(self) -> None:
+        """Take a slot if there is none yet, and make the prompt part of the history."""
+        if self.slot is None:
+            self.slot = self._backend.cache.acquire()
+        self.history.extend(self.prepared.token_ids.tolist())
+        self._sampler.observe(self.history)
+
+    def next_row(self) -> Row:
+        """What the next call feeds of this request."""
+        assert self.slot is not None
+        position = self._backend.cache.length(self.slot)
+        lengths = () if self._answer else self.prepared.picture_lengths
+        return Row(self.slot, np.array(self.history[position:], np.int32), lengths, position)
+
+    def accept(self, logits: np.ndarray, seconds: float) -> Chunk:
+        """Choose the next token from logits [V] of a call that took so long."""
+        if self._answer:
+            self.decode_seconds += seconds
+        else:
+            self.prefill_seconds += seconds
+        token = self._sampler.sample(logits)
+        self._answer.append(token)
+        self.history.append(token)
+        text = ""
+        if token in self._eos:
+            self.finish_reason = "eos"
+        else:
+            text = self._stops.push(self._decoder.push(token))
+            if self._stops.found is None and len(self._answer) == self.options.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            text += self._stops.push(self._decoder.flush())
+        if self._stops.found is not None:
+            self.finish_reason = "stop"
+        elif self.finish_reason:
+            text += self._stops.flush()
+        self._text.append(text)
+        if self.finish_reason is None:
+            return Chunk(self.row, text, (token,))
+        generation = Generation(
+            text="".join(self._text),
+            token_ids=tuple(self._answer),
+            finish_reason=self.finish_reason,
+            prompt_tokens=self._prompt_tokens,
+            visual_tokens=sum(self.prepared.picture_lengths),
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+        )
+        return Chunk(self.row, text, (token,), self.finish_reason, generation)
+
+    def leave(self) -> None:
+        """End the request, at its end or before: give the slot back, or undo a prompt that never reached the cache."""
+        cache = self._backend.cache
+        if self.slot is None:
+            return
+        if self.owns_slot:
+            cache.release(self.slot)
+        elif cache.length(self.slot) == self._start:
+            del self.history[self._base :]
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return len(self.history) - len(self._answer) - self._start
+
+
+class Scheduler:
+    """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._waiting = deque[Request]()
+        self._live = list[Request]()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._waiting or self._live)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that was checked; it starts as soon as a slot is free."""
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request before its end, if it has not ended."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self._live:
+            self._live.remove(request)
+            request.leave()
+
+    def step(self) -> list[Chunk]:
+        """Start what may start, run one call, and return what it added; a finished row has left by then."""
+        backend, live, waiting = self._backend, self._live, self._waiting
+        starting = list[Request]()
+        while waiting and _may_start(backend, waiting[0], starting, live):
+            starting.append(waiting.popleft())
+            live.append(starting[-1])
+            starting[-1].admit()
+        started = time.perf_counter()
+        embeds = [backend.encode(pixels) for one in starting if (pixels := one.prepared.pixel_inputs) is not None]
+        chunks = _step(backend, starting or live, embeds, started)
+        for request in [one for one in live if one.finish_reason]:
+            live.remove(request)
+            request.leave()
+        return chunks
+
+    def close(self) -> None:
+        """End all requests."""
+        self._waiting.clear()
+        while self._live:
+            self._live.pop().leave()
+
+
+def run(backend: Backend, requests: Iterable[Request]) -> Generator[Chunk, None, None]:
+    """Run requests to their ends, as many at a time as there are slots, and yield what each step adds.
+
+    A finished row leaves, and the next request takes its slot while the others go on. Closing the iterator
+    ends all rows.
+    """
+    scheduler = Scheduler(backend)
+    for request in requests:
+        scheduler.submit(request)
+    try:
+        while scheduler.busy:
+            yield from scheduler.step()
+    finally:
+        scheduler.close()
+
+
+def _may_start(backend: Backend, request: Request, starting: Sequence[Request], live: Sequence[Request]) -> bool:
+    if not starting and not live:
+        return True  # if there is no slot, acquiring one says so
+    if request.owns_slot and not backend.cache.free_slots:
+        return False
+    limits = backend.limits
+    if limits is not None and len(starting) >= limits.batch_size:
+        return False
+    longest = max(len(one.prepared.token_ids) for one in (request, *starting))
+    return not starting or longest * (len(starting) + 1) <= _PREFILL_POSITIONS
+
+
+def _step(backend: Backend, requests: list[Request], embeds: list[Any], started: float) -> list[Chunk]:
+    manifest = backend.manifest
+    rows = [request.next_row() for request in requests]
+    size, image_token = manifest.quantization.group_size, manifest.model.image_token_id
+    call = build_call(rows, group_size=size, image_token_id=image_token)
+    logits = backend.step(call, backend.place(call, embeds) if embeds else None)
+    seconds = time.perf_counter() - started
+    return [request.accept(row, seconds) for request, row in zip(requests, logits, strict=True)]

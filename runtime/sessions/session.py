@@ -1,0 +1,193 @@
+"""Sessions: a bundle opened in a backend, ready to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+from vkvx.errors import InputError, OptionError
+from vkvx.manifest import Manifest, Progress
+from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.backends.registry import ENGINE_BACKENDS, choose_backend, engine_limits, open_backend
+from vkvx.runtime.sessions.conversation import Conversation
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
+from vkvx.runtime.sessions.processor import Message, Pictures, Processor, listed
+from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+
+__all__ = ["Chunk", "Conversation", "Generation", "GenerationOptions", "Session"]
+
+DEFAULT_PICTURES = 4
+DEFAULT_VISUAL_TOKENS = 2048
+DEFAULT_TEXT_TOKENS = 1024
+
+
+class Session:
+    """A bundle with a cache of ``slots`` sequences. Make one with :meth:`load`; use it from one thread.
+
+    ``backend.name`` and ``backend.provider`` say what runs it and where, ``backend_reason`` why.
+    """
+
+    def __init__(
+        self, manifest: Manifest, backend: Backend, processor: Processor, backend_reason: str = "it was asked for"
+    ) -> None:
+        self.manifest = manifest
+        self.backend = backend
+        self.processor = processor
+        self.backend_reason = backend_reason
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str = "auto",
+        provider: str = "auto",
+        slots: int = 1,
+        visual_tokens: int | None = None,
+        text_tokens: int | None = None,
+        threads: int | None = None,
+        verify: bool = True,
+        progress: Progress | None = None,
+    ) -> Session:
+        """Open a bundle directory.
+
+        ``visual_tokens`` and ``text_tokens`` are what a slot has room for: by default four pictures (2048 visual tokens
+        where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
+        "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
+        with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
+        a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
+        sample.
+
+        Raises BundleError, EngineError, OptionError, DependencyError, CapacityError.
+        """
+        directory = Path(bundle)
+        manifest = Manifest.load(directory)
+        if verify:
+            manifest.verify(directory, progress)
+        if slots < 1:
+            raise OptionError(f"slots must be at least 1, got {slots}")
+        if visual_tokens is not None and visual_tokens < 0:
+            raise OptionError(f"visual_tokens (--max-visual-tokens) must be at least 0, got {visual_tokens}")
+        if text_tokens is not None and text_tokens < 1:
+            raise OptionError(f"text_tokens (--max-text-tokens) must be at least 1, got {text_tokens}")
+        model, size = manifest.model, manifest.quantization.group_size
+        reason = "it was asked for"
+        if backend == "auto":
+            backend, reason = choose_backend(directory, manifest, provider, threads)
+        limits = engine_limits(directory, backend) if backend in ENGINE_BACKENDS else None
+        if visual_tokens is None:
+            picture = model.tokens_per_picture
+            groups = -(-picture // size) * DEFAULT_PICTURES if picture else -(-DEFAULT_VISUAL_TOKENS // size)
+            visual_tokens = groups * size
+            if limits is not None:  # at 16 bits pictures lie among the text rows
+                visual_tokens = min(visual_tokens, limits.visual_tokens or limits.text_tokens // 2)
+        if text_tokens is None:
+            text_tokens = min(model.max_positions, DEFAULT_TEXT_TOKENS)
+            if limits is not None:
+                room = limits.text_tokens - (0 if manifest.is_packed else visual_tokens)
+                text_tokens = max(1, min(text_tokens, room))
+        opened = open_backend(
+            backend,
+            directory,
+            manifest,
+            slots=slots,
+            visual_tokens=visual_tokens,
+            text_tokens=text_tokens,
+            provider=provider,
+            threads=threads,
+            verify=verify,
+        )
+        return cls(manifest, opened, Processor(directory, manifest), reason)
+
+    @overload
+    def generate(
+        self, prompts: str, images: Pictures = None, *, options: GenerationOptions | None = None, **changes: Any
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Pictures] | None = None,
+        *,
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        **changes: Any,
+    ) -> list[Generation]: ...
+
+    def generate(self, prompts: Any, images: Any = None, *, options: Any = None, **changes: Any) -> Any:
+        """Answer one prompt, or several at once.
+
+        A prompt is text with one ``<image>`` for each of its pictures (:meth:`format` applies the chat template). A
+        picture is a path or a PIL image. For one prompt ``images`` is a picture or a list of them, for a list of
+        prompts a list with such an entry (or None) for each. Options are fields of :class:`GenerationOptions`, given
+        as keywords or as ``options`` (for a list of prompts also one a prompt, for instance to give each its own
+        seed).
+
+        A row gets in a batch what it gets alone. With more prompts than free slots, the next prompt starts when a row
+        ends. Raises InputError, OptionError, and CapacityError before anything runs if a prompt with its answer does
+        not fit.
+        """
+        single = isinstance(prompts, str)
+        results: dict[int, Generation] = {}
+        for chunk in self.stream(prompts, images, options=options, **changes):
+            if chunk.generation is not None:
+                results[chunk.row] = chunk.generation
+        return results[0] if single else [results[row] for row in range(len(results))]
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        images: Any = None,
+        *,
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        **changes: Any,
+    ) -> Generator[Chunk, None, None]:
+        """Like :meth:`generate`, but iterate over what each step adds. Errors of the input come at once.
+
+        Closing the iterator ends all rows and frees their slots.
+        """
+        if isinstance(prompts, str):
+            prompts, images = [prompts], [images]
+        elif images is None:
+            images = [None] * len(prompts)
+        if not isinstance(images, Sequence) or len(images) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts need a list of as many entries of pictures (None for no picture)")
+        if options is None or isinstance(options, GenerationOptions):
+            options = [self.options(options, changes)] * len(prompts)
+        elif len(options) != len(prompts):
+            raise OptionError(f"{len(prompts)} prompts need as many entries of options, got {len(options)}")
+        else:
+            options = [self.options(one, changes) for one in options]
+        requests = []
+        for row, (prompt, pictures, chosen) in enumerate(zip(prompts, images, options, strict=True)):
+            prepared = self.processor.prepare(prompt, listed(pictures))
+            requests.append(Request(row, prepared, chosen, self.processor, self.backend))
+            requests[-1].check()
+        return run(self.backend, requests)
+
+    def conversation(self) -> Conversation:
+        """Start a conversation in a free slot. Raises CapacityError if there is none."""
+        return Conversation(self.backend, self.processor)
+
+    def format(self, messages: Sequence[Message]) -> str:
+        """The prompt of messages by the model's chat template. See :meth:`Processor.format`."""
+        return self.processor.format(messages)
+
+    @staticmethod
+    def options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
+        """Options with some fields changed. Raises OptionError for unknown fields and values out of range."""
+        return changed_options(base, changes)
+
+    def close(self) -> None:
+        """Drop the graphs and the cache."""
+        del self.backend
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""The packed cache inside transformers' own `generate()`."""

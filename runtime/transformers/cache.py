@@ -1,0 +1,349 @@
+"""The packed visual cache as a transformers ``Cache``: real words in torch tensors, updated in place by the operator.
+
+The layers of the model call :class:`CacheCall` in place of the model's attention; the cache's ``update`` passes keys
+and values through. Shapes and symbols are those of ``docs/format.md``; row b of a batch is slot b.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+
+from vkvx.errors import InputError, ModelError, OptionError
+from vkvx.format import CACHE_NAMES, TILE
+from vkvx.manifest import ModelInfo, Quantization, layer_caches
+from vkvx.models.graph.metric import Metrics
+from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
+from vkvx.plugins.operator import OperatorAttributes
+
+PADDING, TEXT, VISUAL = range(3)
+"""Kinds of positions."""
+MIN_SPARE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the caches of a model look like: its shapes, the quantisation, and the operator's attributes by layer.
+
+    ``metrics`` are there if the quantiser needs them; they follow from the model.
+    """
+
+    info: ModelInfo
+    quantization: Quantization
+    attributes: tuple[OperatorAttributes, ...]
+    metrics: Metrics | None = field(default=None, compare=False)
+
+
+class PackedVisualCache(Cache):
+    """Keys and values of a batch of sequences, those of pictures packed; give it as ``past_key_values``.
+
+    Buffers are allocated by the first call, on the device of each layer, for its number of rows. They grow when a call
+    needs more: visual groups to exactly what is needed, text rows by a quarter more (at least 64), so that decoding
+    seldom copies. All rows have the capacity of the fullest one.
+    """
+
+    def __init__(self, layout: CacheLayout) -> None:
+        super().__init__(layers=[])
+        self.layout = layout
+        self._running: CacheCall | None = None
+        self._clear(0)
+
+    def _clear(self, rows: int) -> None:
+        self._kinds = torch.zeros(rows, 0, dtype=torch.uint8)  # of every position fed so far
+        self._visual_count = torch.zeros(rows, 0, dtype=torch.int32)  # [B, G]
+        self._text_count = torch.zeros(rows, dtype=torch.int32)
+        self._text_capacity = 0
+        self._buffers: list[dict[str, Tensor]] = [{} for _ in self.layout.attributes]
+
+    # What a forward call of the model does
+
+    def begin(self, kinds: Tensor, positions: Tensor | None = None) -> CacheCall:
+        """Prepare a forward call that feeds tokens of these kinds, UINT8 [B, S] on the CPU; makes room for them.
+
+        ``positions``, [B or 1, S], are those of the rotary embedding; without them each row counts its own tokens.
+
+        Raises InputError for another number of rows than the cache has, or a row whose visual tokens are not whole
+        pictures.
+        """
+        if not self.get_seq_length():
+            self._clear(len(kinds))
+        elif len(kinds) != len(self._kinds):
+            raise InputError(f"the cache holds {len(self._kinds)} rows, the call has {len(kinds)}; give as many")
+        if positions is None:
+            positions = self.positions(kinds)
+        last = positions.cpu().expand(len(kinds), -1).masked_fill(kinds == PADDING, 0).amax(1)
+        call = self._new_call(kinds, last)
+        missing = call.visual_count.shape[1] - self._visual_count.shape[1]
+        self._visual_count = pad(self._visual_count, (0, missing))
+        needed = int(call.text_count.max())
+        if needed > self._text_capacity:
+            self._text_capacity = needed + max(MIN_SPARE_ROWS, needed // 4)
+        self._running = call
+        return call
+
+    def _new_call(self, kinds: Tensor, last: Tensor) -> CacheCall:
+        return CacheCall(self, kinds, last)
+
+    def positions(self, kinds: Tensor) -> Tensor:
+        """Positions INT64 [B, S] of new tokens if every row counts its own: padding does not shift what follows."""
+        valid = kinds != PADDING
+        known = self.mask.sum(1, keepdim=True) if self.get_seq_length() else 0
+        return (valid.cumsum(1) - 1 + known).clamp(min=0)
+
+    def finish(self, call: CacheCall, *, succeeded: bool) -> None:
+        """End a forward call; its tokens are in the cache if it succeeded, otherwise the cache is as before it.
+
+        Raises ModelError if a layer did not use the cache.
+        """
+        self._running = None
+        if not succeeded:
+            return
+        if call.layers_done != set(range(len(self))):
+            raise ModelError(
+                "not every layer used the packed cache; leave the attention implementation alone until remove()"
+            )
+        self._kinds = torch.cat([self._kinds, call.kinds], 1)
+        self._visual_count, self._text_count = call.visual_count, call.text_count
+
+    def buffers(self, layer: int, key: Tensor) -> dict[str, Tensor]:
+        """The cache tensors of a layer, in the order of the operator's outputs, with room for the running call.
+
+        Text rows take the dtype of ``key``; what lies at or past the counts is unspecified.
+        """
+        groups = self._visual_count.shape[1]
+        tiles = groups * self.layout.quantization.group_size // TILE
+        layout, old = self.layout, self._buffers[layer]
+        specs = layer_caches(
+            *(layout.info, layout.quantization, layer, len(self._visual_count)), tiles, groups, self._text_capacity
+        )
+        grown: dict[str, Tensor] = {}
+        for name, spec in zip(CACHE_NAMES, specs, strict=True):
+            dtype = key.dtype if name.startswith("text") else getattr(torch, spec.dtype)
+            tensor = old.get(name)
+            if tensor is None or tensor.shape != spec.shape or tensor.device != key.device:
+                with torch.inference_mode(False):  # may be used outside of that mode later
+                    tensor = torch.zeros(spec.shape, dtype=dtype, device=key.device)  # type: ignore[arg-type]
+                if name in old:
+                    tensor[:, :, : old[name].shape[2]] = old[name]
+            grown[name] = tensor
+        self._buffers[layer] = grown
+        return grown
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Pass the call's keys and values through; the attention function stores them.
+
+        Raises ModelError outside of a model that :func:`vkvx.quantize_visual_cache` has prepared.
+        """
+        if self._running is None:
+            raise ModelError("the model does not use the packed cache; call quantize_visual_cache(model) first")
+        return key_states, value_states
+
+    # Lengths and bytes
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions fed so far, padding included: the length that the attention mask has had."""
+        return self._kinds.shape[1]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no limit but memory."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a mask over all positions."""
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def mask(self) -> Tensor:
+        """BOOL [B, positions], on the CPU: which positions fed so far were no padding."""
+        return self._kinds != PADDING
+
+    @property
+    def visual_tokens(self) -> list[int]:
+        """Visual tokens of each row."""
+        return (self._kinds == VISUAL).sum(1).tolist()
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """Text tokens of each row."""
+        return (self._kinds == TEXT).sum(1).tolist()
+
+    @property
+    def visual_bytes(self) -> int:
+        """Bytes that hold visual tokens, all rows and layers: words and params, padding of groups included."""
+        if self._is_packed:
+            return int((self._visual_count > 0).sum()) * self._bytes_per_entry("visual", self._visual_count.shape[1])
+        return sum(self.visual_tokens) * self._bytes_per_entry("text", self._text_capacity)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes that hold text tokens, all rows and layers."""
+        return sum(self.text_tokens) * self._bytes_per_entry("text", self._text_capacity)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers, what is there for growth and for shorter rows included."""
+        return sum(tensor.nbytes for layer in self._buffers for tensor in layer.values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first call."""
+        return len(self._kinds) if self.is_initialized else -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything has been fed."""
+        return self.get_seq_length() > 0
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.layout.attributes[0].is_packed
+
+    def _bytes_per_entry(self, kind: str, capacity: int) -> int:
+        entries = max(1, len(self._kinds) * capacity)
+        tensors = [buffer for layer in self._buffers for name, buffer in layer.items() if name.startswith(kind)]
+        return sum(tensor.nbytes for tensor in tensors) // entries
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self.layout.attributes)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} layers, {len(self._kinds)} rows of {self.get_seq_length()} positions, "
+            f"{self.visual_bytes} visual and {self.text_bytes} text bytes)"
+        )
+
+    # Changes between calls
+
+    def reset(self) -> None:
+        """Forget everything and free the buffers."""
+        self._clear(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last positions of all rows; as in transformers the number is negative or 0.
+
+        Raises OptionError for a positive number, more positions than there are, and packed visual tokens among them.
+        """
+        removed = -tokens_to_remove
+        if not 0 <= removed <= self.get_seq_length():
+            raise OptionError(
+                f"crop({tokens_to_remove}) is not possible with {self.get_seq_length()} positions; "
+                "give the number to remove, as a negative one"
+            )
+        kept = self.get_seq_length() - removed
+        kinds = self._kinds[:, kept:]
+        if self._is_packed and (kinds == VISUAL).any():
+            raise OptionError("crop cannot take back pictures, which are packed; reset() and feed the rest again")
+        self._kinds = self._kinds[:, :kept]
+        self._text_count = self._text_count - (kinds != PADDING).sum(1, dtype=torch.int32)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i hold what row ``beam_idx[i]`` holds; INT64 [rows to be]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.batch_select_indices(torch.arange(len(self._kinds)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, INT64 [rows to be], in this order; a row may come several times."""
+        if not self.is_initialized:
+            return
+        rows = indices.cpu()
+        self._kinds, self._visual_count = self._kinds[rows], self._visual_count[rows]
+        self._text_count = self._text_count[rows]
+        self._buffers = [
+            {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in layer.items()}
+            for layer in self._buffers
+        ]
+
+
+class CacheCall:
+    """One forward call over a cache: the operator's indices, and the counts that follow from them.
+
+    ``kinds`` is UINT8 [B, S]; the counts INT32 [B, groups needed] and [B] are those after the call, on the CPU.
+    """
+
+    def __init__(self, cache: PackedVisualCache, kinds: Tensor, last: Tensor) -> None:
+        """``last``, [B], is the position of each row's last token."""
+        layout = cache.layout
+        self._last = last
+        self.attributes = layout.attributes
+        self.kinds = kinds
+        self.layers_done: set[int] = set()
+        self.cache = cache
+        size, tokens = layout.quantization.group_size, layout.info.tokens_per_picture
+        assert tokens is not None
+        visual = kinds == VISUAL
+        self.text_index = _positions(kinds == TEXT)
+        self.visual_index = _positions(visual)
+        if ((pieces := visual.sum(1)) % tokens).any():
+            raise InputError(
+                f"rows with {pieces.tolist()} visual tokens are not made of whole pictures of {tokens}; "
+                "give each picture in one call"
+            )
+        if self.visual_index.shape[1]:  # every picture starts a group
+            pictures = self.visual_index.unflatten(1, (-1, tokens))
+            self.visual_index = pad(pictures, (0, -tokens % size), value=-1).flatten(1)
+        before, self.visual_count = cache._visual_count, cache._visual_count
+        if self.attributes[0].is_packed:
+            self.text_count = cache._text_count + (kinds == TEXT).sum(1, dtype=torch.int32)
+            added = (
+                (self.visual_index >= 0).unflatten(1, (-1, size)).sum(2)
+                if self.visual_index.shape[1]
+                else before[:, :0]
+            )
+            lists = [
+                [*filter(None, old), *filter(None, new)]
+                for old, new in zip(before.tolist(), added.tolist(), strict=True)
+            ]
+            width = max(before.shape[1], *(len(counts) for counts in lists))
+            filled = [counts + [0] * (width - len(counts)) for counts in lists]
+            self.visual_count = torch.tensor(filled, dtype=torch.int32).reshape(len(kinds), width)
+        else:
+            self.text_count = cache._text_count + (kinds != PADDING).sum(1, dtype=torch.int32)
+        self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._rotations: dict[torch.device, Tensor] = {}
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of a layer and storage of its new tokens: query [B, Hq, S, D], key, value [B, Hkv, S, D]."""
+        tensors = tuple(self.cache.buffers(layer, key).values())
+        visual_index, text_index, slot, visual_count, text_count = self._inputs(key.device)
+        output = torch.ops.vkvx.visual_kv_attention_(
+            *(query, key, value, visual_index, text_index, slot),
+            *(*tensors[:4], visual_count, *tensors[4:], text_count),
+            *self._metrics(layer, key.device),
+            **self.attributes[layer].to_dict(),
+        )
+        self.layers_done.add(layer)
+        return output
+
+    def _metrics(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The operator's further inputs if the quantiser needs metrics."""
+        metrics = self.cache.layout.metrics
+        if metrics is None:
+            return ()
+        if device not in self._rotations:
+            self._rotations[device] = metrics.rotation(self._last.to(device))
+        return metrics.key[layer], metrics.value[layer], self._rotations[device]
+
+    def _inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Indices, slots and the counts before the call, on a layer's device."""
+        if device not in self._on_device:
+            slot = torch.arange(len(self.kinds), dtype=torch.int32)
+            counts = self.cache._visual_count, self.cache._text_count
+            tensors = (self.visual_index, self.text_index, slot, *counts)
+            self._on_device[device] = tuple(tensor.to(device) for tensor in tensors)
+        return self._on_device[device]
+
+
+def _positions(chosen: Tensor) -> Tensor:
+    """Ascending positions of what is True in BOOL [B, S]: INT32 [B, most in a row], -1 at the end of other rows."""
+    count = chosen.sum(1, keepdim=True)
+    order = (~chosen).to(torch.uint8).sort(dim=1, stable=True).indices[:, : int(count.max())]
+    return torch.where(torch.arange(order.shape[1]) < count, order, -1).int()

@@ -1,0 +1,182 @@
+"""Gives a loaded Hugging Face model the packed visual cache, in torch and without an export.
+
+Nothing of the model is replaced: the text model is set to the attention function ``vkvx`` (``AttentionInterface``), a
+forward pre-hook of the whole model tells pictures from text and hands the cache over, a forward hook ends the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vkvx.errors import InputError, ModelError, OptionError
+from vkvx.manifest import FLOAT_DTYPES
+from vkvx.models.family import Source
+from vkvx.models.graph.decoder import IMPLEMENTATION, use_attention_function
+from vkvx.models.graph.metric import model_metrics
+from vkvx.models.registry import adapter_for
+from vkvx.options import QuantizationOptions
+from vkvx.plugins.operator import layer_attributes
+from vkvx.runtime.transformers.cache import PADDING, TEXT, VISUAL, CacheLayout, PackedVisualCache
+
+
+def quantize_visual_cache(
+    model: Any,
+    bits: int = 1,
+    *,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    bits_per_layer: str | None = None,
+    group_size: str | int = "auto",
+    quantizer: str | None = None,
+    quantile_alpha: float | None = None,
+    score_correction: str | None = None,
+    tau: float | None = None,
+    correction_limit: float | None = None,
+) -> VisualCacheHandle:
+    """Let ``model.generate()`` and forward calls of a transformers model keep pictures packed in their KV cache.
+
+    Options mean what they mean in :class:`vkvx.ExportOptions` (None is the default, 16 bits the unquantised baseline).
+    Lasts until :meth:`VisualCacheHandle.remove`; the result is also a context manager that removes it.
+
+    Raises OptionError, and ModelError for a model of another class or with a trait that the cache cannot honour.
+    """
+    options = QuantizationOptions(
+        bits=bits,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        bits_per_layer=bits_per_layer,
+        group_size=group_size,
+        quantizer=quantizer,
+        quantile_alpha=quantile_alpha,
+        score_correction=score_correction,
+        tau=tau,
+        correction_limit=correction_limit,
+    )
+    options.check()
+    return VisualCacheHandle(model, _layout(model, options))
+
+
+class VisualCacheHandle:
+    """A model with a packed cache. Made by :func:`quantize_visual_cache`."""
+
+    def __init__(self, model: Any, layout: CacheLayout) -> None:
+        self.model = model
+        self.layout = layout
+        self._before_that = model.config.text_config._attn_implementation
+        if self._before_that == IMPLEMENTATION:
+            raise ModelError("the model has a packed cache already; remove() that first")
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        use_attention_function(model)
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._finish, with_kwargs=True, always_call=True),
+        ]
+
+    def new_cache(self) -> PackedVisualCache:
+        """An empty cache to give as ``past_key_values``; without one every ``generate`` makes its own."""
+        return PackedVisualCache(self.layout)
+
+    def remove(self) -> None:
+        """Make the model what it was. Caches made so far cannot be used without this handle's like."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.model.config.text_config._attn_implementation == IMPLEMENTATION:
+            self.model.set_attn_implementation({"text_config": self._before_that})
+
+    def __enter__(self) -> VisualCacheHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        ids: Tensor | None = given.get("input_ids")
+        if ids is None:
+            raise InputError("the packed cache tells pictures from text by input_ids; give these, not inputs_embeds")
+        if given.get("output_attentions"):
+            raise OptionError("the packed cache has no attention weights to return; leave out output_attentions")
+        if model.training and getattr(model.config.text_config, "attention_dropout", 0.0):
+            raise ModelError("the packed cache knows no attention dropout; call model.eval() first")
+        past = given.get("past_key_values")
+        cache = self._cache(past)
+        valid = _new_part_of_mask(given.get("attention_mask"), ids, cache)
+        kinds = torch.where(valid, TEXT, PADDING).to(torch.uint8)
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        if given.get("pixel_values") is not None or encoded is not None:
+            kinds[valid & (ids.cpu() == self.layout.info.image_token_id)] = VISUAL
+        if given.get("position_ids") is None:  # count as generate() does
+            given["position_ids"] = cache.positions(kinds).to(ids.device)
+        call = cache.begin(kinds, given["position_ids"])
+        use_cache = given.get("use_cache")
+        if use_cache is None:
+            use_cache = model.config.text_config.use_cache
+        given["past_key_values"] = cache if use_cache or past is not None else None
+        given["vkvx_attention"] = call
+        return (), given
+
+    def _finish(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = kwargs.get("vkvx_attention")
+        if call is not None:
+            call.cache.finish(call, succeeded=output is not None)
+
+    def _cache(self, past: Any) -> PackedVisualCache:
+        """The cache of a call: the given one, or a new one in place of the empty one that ``generate`` makes."""
+        from transformers import DynamicCache
+
+        if past is None:
+            return self.new_cache()
+        if isinstance(past, PackedVisualCache):
+            if past.layout != self.layout:
+                raise OptionError("past_key_values comes from another model or other options; give handle.new_cache()")
+            return past
+        own = type(past) is DynamicCache and not past.offloading and not getattr(past, "_is_user_defined", False)
+        if not own or past.get_seq_length() or getattr(past, "_vkvx_replaced", False):
+            raise OptionError(
+                f"past_key_values of type {type(past).__name__} cannot hold packed pictures; "
+                "leave it and cache_implementation out, or give handle.new_cache()"
+            )
+        past._vkvx_replaced = True  # whoever gives it again takes it for the history
+        return self.new_cache()
+
+
+def _layout(model: Any, options: QuantizationOptions) -> CacheLayout:
+    adapter = adapter_for(model)
+    config = model.config
+    adapter.check(config)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in FLOAT_DTYPES:
+        raise ModelError(f"the model computes in {dtype}; load it with dtype {', '.join(FLOAT_DTYPES)}")
+    name = str(config.name_or_path)
+    info = adapter.info(Source(type(model).__name__, name, Path(name), config, adapter, None), dtype)
+    if info.tokens_per_picture is None:
+        raise ModelError(f"pictures of varying size are not supported in torch; export {info.name} instead")
+    quantization = options.resolve(info.layers, info.tokens_per_picture)
+    attributes = layer_attributes(quantization, info.head_dim**-0.5)
+    metrics = model_metrics(adapter, model, info) if attributes[0].needs_metrics else None
+    return CacheLayout(info, quantization, attributes, metrics)
+
+
+def _new_part_of_mask(mask: Tensor | None, ids: Tensor, cache: PackedVisualCache) -> Tensor:
+    """BOOL [B, S] on the CPU: which new positions are tokens. Raises InputError for a mask that cannot be honoured."""
+    if mask is None:
+        return torch.ones(ids.shape, dtype=torch.bool)
+    past = cache.get_seq_length()
+    if mask.dim() != 2 or mask.shape != (ids.shape[0], past + ids.shape[1]):
+        raise InputError(
+            f"the attention mask has shape {list(mask.shape)}; give one of {ids.shape[0]} rows and "
+            f"{past + ids.shape[1]} positions, those in the cache included"
+        )
+    valid = mask.bool().cpu()
+    if past and valid.shape[0] == cache.batch_size and (valid[:, :past] != cache.mask).any():
+        raise InputError("the attention mask hides or shows other cached tokens than before; give the same mask again")
+    return valid[:, past:]

@@ -1,0 +1,173 @@
+"""A manifest, a tokenizer and a backend that need no model, for tests of the runtime around them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vkvx.manifest import FileInfo, Graph, Manifest, ModelInfo, Quantization, TensorSpec
+from vkvx.runtime.cache import PackedCache
+from vkvx.runtime.calls import Call, place_embeds
+from vkvx.runtime.engines.manifest import Limits
+from vkvx.runtime.sessions.processor import PLACEHOLDER, Prepared
+
+IMAGE, EOS, BOS = 3, 2, 1
+PICTURE_TOKENS, GROUP = 160, 128  # a picture pads to two groups
+
+
+def manifest(
+    bits: int = 1, layers: int = 2, dtype: str = "float16", max_positions: int = 4096, group_size: int = GROUP
+) -> Manifest:
+    """Two KV heads of 64 channels; a picture has 160 visual tokens."""
+    return Manifest(
+        vkvx_version="0.1.0",
+        operator_version=1,
+        model=ModelInfo(
+            name="fake",
+            source="nowhere",
+            revision=None,
+            architecture="LlavaForConditionalGeneration",
+            dtype=dtype,
+            layers=layers,
+            query_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            hidden_size=8,
+            vocab_size=256,
+            max_positions=max_positions,
+            image_token_id=IMAGE,
+            tokens_per_picture=PICTURE_TOKENS,
+            eos_token_ids=(EOS,),
+            pad_token_id=0,
+        ),
+        quantization=Quantization(
+            key_bits=(bits,) * layers,
+            value_bits=(bits,) * layers,
+            group_size=group_size,
+            quantizer="lloyd",
+            quantile_alpha_key=(0.2,) * layers,
+            quantile_alpha_value=(0.2,) * layers,
+            shrink_key=(0.5,) * layers,
+            shrink_value=(0.3,) * layers,
+            score_correction="expected",
+            tau=3.0,
+            correction_limit=3.0,
+        ),
+        graphs={
+            "vision": Graph("vision.onnx", 18, (TensorSpec("pixel_values", "float32", ("P", 1)),), ()),
+            "decoder": Graph("decoder.onnx", 18, (), ()),
+        },
+        processor="processor",
+        files={"vision.onnx": FileInfo(0, ""), "decoder.onnx": FileInfo(0, "")},
+    )
+
+
+class FakeProcessor:
+    """One token a byte; the tokens 0 to 3 are special. A picture is a number, and so is its pixel."""
+
+    has_chat_template = True
+
+    def prepare(self, prompt: str, images: Sequence[float] = (), *, first: bool = True) -> Prepared:
+        ids = [BOS] if first else []
+        for number, part in enumerate(prompt.split(PLACEHOLDER)):
+            ids += [IMAGE] * PICTURE_TOKENS if number else []
+            for number_, piece in enumerate(part.split("</s>")):
+                ids += ([EOS] if number_ else []) + list(piece.encode())
+        pixels = {"pixel_values": np.array(images, np.float32)[:, None]} if images else None
+        return Prepared(np.array(ids, np.int32), pixels, (PICTURE_TOKENS,) * len(images))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token for token in token_ids if token > 3).decode(errors="replace")
+
+    def format(self, messages: Sequence[Mapping]) -> str:
+        text = ""
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = "".join(part.get("text", PLACEHOLDER) for part in content)
+            text += f"[{content}]" if message["role"] == "user" else f"{content}</s>"
+        return text
+
+
+class FakeBackend:
+    """Chooses the next token by a hash of all that a slot holds, or by ``script`` (tokens after the prompt of a slot).
+
+    What a slot holds is kept beside the cache and checked against the counts and positions of each call.
+    """
+
+    limits: Limits | None = None
+
+    def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
+        self.manifest = manifest
+        self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens)
+        self.held: dict[int, list[float]] = {slot: [] for slot in range(slots)}
+        self.script: list[int] | None = None
+        self.calls: list[Call] = []
+        self.fail_at: int | None = None
+
+    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        pixels = pixel_inputs["pixel_values"][:, 0]
+        embeds = np.zeros((len(pixels), PICTURE_TOKENS, 8), np.float16)
+        embeds[:, :, 0] = pixels[:, None]
+        embeds[:, :, 1] = np.arange(PICTURE_TOKENS) + 1
+        return embeds.reshape(-1, 8)
+
+    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
+        return place_embeds(call, np.concatenate(embeds))
+
+    def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
+        if self.fail_at == len(self.calls):
+            raise KeyboardInterrupt
+        self.calls.append(call)
+        cache, size = self.cache, self.manifest.quantization.group_size
+        visual_count, text_count = cache.visual_count.copy(), cache.text_count.copy()
+        logits = np.zeros((len(call.slot), self.manifest.model.vocab_size), np.float32)
+        for b, slot in enumerate(call.slot.tolist()):
+            if cache.length(slot) == 0:
+                self.held[slot] = []
+            held = self.held[slot]
+            assert len(held) == cache.length(slot)
+            new: dict[int, float] = {}
+            for entry, at in enumerate(call.visual_index[b].tolist()):
+                if at >= 0:
+                    assert visual_embeds is not None
+                    assert call.input_ids[b, at] == IMAGE
+                    new[at] = float(visual_embeds[b, entry, 0]) * 1000 + float(visual_embeds[b, entry, 1])
+            valid = (call.visual_index[b].reshape(-1, size) >= 0).sum(1)
+            valid = valid[valid > 0]
+            texts = [at for at in call.text_index[b].tolist() if at >= 0]
+            new.update({at: float(call.input_ids[b, at]) for at in texts})
+            assert sorted(new) == list(range(len(new)))
+            assert call.last_index[b] == len(new) - 1
+            assert call.position_ids[b, : len(new)].tolist() == list(range(len(held), len(held) + len(new)))
+            held += [new[at] for at in range(len(new))]
+            if self.manifest.is_packed:
+                first = cache.group_count(slot)
+                visual_count[slot, first : first + len(valid)] = valid
+                text_count[slot] += len(texts)
+            else:
+                text_count[slot] += len(new)
+            logits[b] = self._logits(held)
+        cache.commit(call.slot, visual_count, text_count, np.count_nonzero(call.visual_index >= 0, axis=1))
+        return logits
+
+    def _logits(self, held: list[float]) -> np.ndarray:
+        size = self.manifest.model.vocab_size
+        if self.script is not None:
+            fed = "".join(chr(int(token)) for token in held if 0 <= token < 256 and token == int(token))
+            said = fed[fed.rindex("]") + 1 :]
+            logits = np.zeros(size, np.float32)
+            logits[self.script[len(said)]] = 10
+            return logits
+        seed = int.from_bytes(hashlib.sha256(np.array(held).tobytes()).digest()[:8], "little")
+        logits = np.random.default_rng(seed).standard_normal(size).astype(np.float32) * 2
+        logits[EOS] += 3  # answers end after some tokens
+        return logits
+
+
+def widened(base: Manifest, dtype: str) -> Manifest:
+    """The same manifest with another dtype."""
+    return replace(base, model=replace(base.model, dtype=dtype))

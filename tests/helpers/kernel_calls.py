@@ -1,0 +1,174 @@
+"""Calls of the attention kernels on random packed caches, and float64 attention over the same numbers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vkvx.plugins import torch_cuda
+from vkvx.plugins.library import KERNELS
+from vkvx.plugins.operator import INPUTS, OperatorAttributes
+
+
+@dataclass
+class Case:
+    """A decode call: group counts and text count by row, and which positions of a row are padding."""
+
+    key_bits: int = 1
+    value_bits: int = 1
+    head_dim: int = 128
+    kv_heads: int = 2
+    ratio: int = 1
+    positions: int = 1
+    correction: str = "expected"
+    dtype: torch.dtype = torch.float16
+    group_size: int = 256
+    counts: list[list[int]] = field(default_factory=lambda: [[256, 256, 219], [77], [], [256, 5, 256, 130]])
+    text: list[int] = field(default_factory=lambda: [100, 0, 33, 61])
+    padding: list[list[int]] = field(default_factory=lambda: [[], [0], [2], [1]])
+    slots: int = 6
+    groups: int = 4
+    text_rows: int = 100
+    seed: int = field(default_factory=lambda: random.randrange(2**31))
+
+    @property
+    def attributes(self) -> OperatorAttributes:
+        return OperatorAttributes(
+            key_bits=self.key_bits,
+            value_bits=self.value_bits,
+            group_size=self.group_size,
+            score_correction=self.correction,
+            scale=self.head_dim**-0.5,
+        )
+
+
+def make(case: Case, device: str = "cuda") -> dict[str, Tensor]:
+    """Inputs by name. What lies past the counts, and at padding positions, is NaN."""
+    gen = torch.Generator(device).manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, device=device)
+
+    def words(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=gen, device=device).to(torch.int32)
+
+    rows, s, d, g, n = len(case.counts), case.positions, case.head_dim, case.groups, case.text_rows
+    lead = (case.slots, case.kv_heads)
+    slot = torch.randperm(case.slots, generator=gen, device=device)[:rows].to(torch.int32)
+    t: dict[str, Tensor] = {"slot": slot}
+    tiles = g * case.group_size // 128
+    t["visual_key"] = words(*lead, tiles, case.key_bits, 128, d // 32)
+    t["visual_value"] = words(*lead, tiles, case.value_bits, d, 4)
+    for name, bits, extra in (("key", case.key_bits, 1), ("value", case.value_bits, 0)):
+        top = 2**bits - 1
+        scale = (normal(*lead, g, 1, d) * 0.5).exp() * 2 / top
+        offset = normal(*lead, g, 1, d) * (1.0 if extra else 0.2) - scale * top / 2
+        rest = [scale * 0.3 * torch.rand(scale.shape, generator=gen, device=device)] * extra
+        t[f"visual_{name}_params"] = torch.cat([scale, offset, *rest], 3).half()
+    visual_count = torch.zeros(case.slots, g, dtype=torch.int32)
+    text_count = torch.zeros(case.slots, dtype=torch.int32)
+    for row, at in enumerate(slot.tolist()):
+        visual_count[at, : len(case.counts[row])] = torch.tensor(case.counts[row], dtype=torch.int32)
+        text_count[at] = case.text[row]
+    for name in ("text_key", "text_value"):
+        t[name] = normal(*lead, n, d).to(case.dtype)
+    for at in range(case.slots):
+        for name in ("text_key", "text_value"):
+            t[name][at, :, text_count[at] :] = torch.nan
+        for name in ("visual_key_params", "visual_value_params"):
+            t[name][at, :, visual_count[at] == 0] = torch.nan
+    t["visual_count"], t["text_count"] = visual_count.to(device), text_count.to(device)
+    text_index = torch.arange(s, dtype=torch.int32).repeat(rows, 1)
+    # As models make them: positions before heads in memory.
+    for name, heads in (("query", case.kv_heads * case.ratio), ("key", case.kv_heads), ("value", case.kv_heads)):
+        t[name] = normal(rows, s, heads, d).to(case.dtype).transpose(1, 2)
+    for row in range(rows):
+        pads = [i for i in case.padding[row] if i < s and s > 1]
+        kept = [i for i in range(s) if i not in pads]
+        text_index[row] = torch.tensor(kept + [-1] * len(pads), dtype=torch.int32)
+        for name in ("query", "key", "value"):
+            t[name][row, :, pads] = torch.nan
+    t["text_index"] = text_index.to(device)
+    t["visual_index"] = torch.zeros(rows, 0, dtype=torch.int32, device=device)
+    return {definition.name: t[definition.name] for definition in INPUTS}
+
+
+def attend(tensors: dict[str, Tensor], attributes: OperatorAttributes, kernel: str = "auto", splits: int = 0) -> Tensor:
+    """The output of one kernel; its buffer is NaN before, the workspace random but for what has to be zero."""
+    library = torch_cuda.kernels()
+    assert library is not None
+    output = torch.full(tensors["query"].shape, torch.nan, dtype=tensors["query"].dtype, device="cuda")
+    params = torch_cuda._params(tensors, attributes, output)
+    params.kernel, params.splits = KERNELS[kernel], splits
+    size = library.workspace_bytes(params)
+    workspace = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
+    workspace[: 4 * 16384] = 0
+    params.workspace, params.workspace_bytes = workspace.data_ptr(), size
+    for _ in range(2):  # the second run meets what the first one left
+        output.fill_(torch.nan)
+        library.attention(params, torch.cuda.current_stream().cuda_stream)
+    return output
+
+
+def _codes(words: Tensor, along_tokens: bool) -> Tensor:
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    bits = ((words.unsqueeze(-1) >> shifts) & 1).flatten(-2).double()
+    codes = sum((bits.select(-3, p) * 2**p for p in range(words.shape[-3])), torch.zeros((), device=words.device))
+    return (codes.transpose(-1, -2) if along_tokens else codes).flatten(-3, -2)
+
+
+def reference(t: dict[str, Tensor], a: OperatorAttributes) -> Tensor:
+    """Attention in float64, row by row, for calls without visual tokens of their own."""
+    rows, heads, s, d = t["query"].shape
+    kv = t["key"].shape[1]
+    out = torch.zeros(rows, heads, s, d, dtype=torch.float64, device=t["query"].device)
+    for b in range(rows):
+        slot = int(t["slot"][b])
+        if slot < 0:
+            continue
+        index = t["text_index"][b]
+        token = torch.zeros(s, dtype=torch.bool, device=out.device)
+        token[index[index >= 0].long()] = True
+        q = torch.where(token[:, None], t["query"][b].double(), 0.0).reshape(kv, -1, d)
+        counts = [count for count in t["visual_count"][slot].tolist() if count]
+        scores, values = [], []
+        if counts:
+            g, tiles = len(counts), len(counts) * a.group_size // 128
+            kp, vp = (t[f"visual_{n}_params"][slot, :, :g].double().unsqueeze(3) for n in ("key", "value"))
+            k = _codes(t["visual_key"][slot, :, :tiles], False).unflatten(1, (g, -1)) * kp[:, :, 0] + kp[:, :, 1]
+            v = _codes(t["visual_value"][slot, :, :tiles], True).unflatten(1, (g, -1)) * vp[:, :, 0] + vp[:, :, 1]
+            x = torch.einsum("hqd,hgnd->hqgn", q, k) * a.scale
+            if a.score_correction == "expected":
+                excess = 0.5 * a.scale**2 * torch.einsum("hqd,hgd->hqg", q**2, kp[:, :, 2, 0] ** 2)
+                x = x + (excess / (1 + excess / a.correction_limit))[..., None]
+            valid = torch.arange(a.group_size, device=out.device) < torch.tensor(counts, device=out.device)[:, None]
+            x, v = x[:, :, valid], v[:, valid]
+            if a.score_correction == "affine":
+                low, high = x.amin(-1, True), x.amax(-1, True)
+                x = low + (x - low) * ((high - a.tau - low) / (high - low)).clamp(min=0)
+            scores.append(x)
+            values.append(v)
+        count = int(t["text_count"][slot])
+        scores.append(q @ t["text_key"][slot, :, :count].double().transpose(1, 2) * a.scale)
+        values.append(t["text_value"][slot, :, :count].double())
+        key, value = (torch.where(token[:, None], t[n][b].double(), 0.0) for n in ("key", "value"))
+        seen = torch.ones(s, s, dtype=torch.bool, device=out.device).tril() & token
+        scores.append(torch.where(seen.repeat(heads // kv, 1), q @ key.transpose(1, 2) * a.scale, -1e300))
+        values.append(value)
+        o = (torch.cat(scores, -1).softmax(-1) @ torch.cat(values, 1)).reshape(heads, s, d)
+        out[b] = torch.where(token[:, None], o, 0.0)
+    return out
+
+
+def error(output: Tensor, expected: Tensor) -> float:
+    """The worst row's |output - expected| / |expected|; infinite where either has a NaN or a row of zeros differs."""
+    worst = 0.0
+    for x, y in zip(output.double(), expected, strict=True):
+        size, off = float(y.norm()), float((x - y).norm())
+        worst = max(worst, off / size if size else (torch.inf if off else 0.0))
+        if off != off:
+            return torch.inf
+    return worst

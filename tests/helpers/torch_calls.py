@@ -1,0 +1,43 @@
+"""The torch ops called with NumPy inputs by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from operator_cases import CACHES, INPUTS, METRIC_INPUTS, Arrays
+from oracle import Attributes
+from torch import Tensor
+
+import vkvx.plugins.torch_op  # noqa: F401  (registers the ops)
+
+TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def tensors(inputs: Arrays, float_type: str = "float32") -> dict[str, Tensor]:
+    out = {name: torch.from_numpy(inputs[name].copy()) for name in inputs}
+    for name in ("query", "key", "value", "text_key", "text_value"):
+        out[name] = out[name].to(TORCH_TYPES[float_type])
+    return out
+
+
+def arrays(named: dict[str, Tensor]) -> Arrays:
+    return {name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in named.items()}
+
+
+def bits_of(t: Tensor) -> Tensor:
+    return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(bits_of(a), bits_of(b))
+
+
+def arguments(attributes: Attributes) -> dict[str, object]:
+    return asdict(attributes) | {"softcap": 0.0, "sliding_window": 0}
+
+
+def run_op(named: dict[str, Tensor], attributes: Attributes) -> dict[str, Tensor]:
+    tensors_in_order = (named[n] for n in (*INPUTS, *METRIC_INPUTS) if n in named)
+    results = torch.ops.vkvx.visual_kv_attention(*tensors_in_order, **arguments(attributes))
+    return dict(zip(("output", *CACHES), results, strict=True))

@@ -1,0 +1,104 @@
+"""Metrics from a model's weights, and that export, plug-in and reference use the same ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vkvx.export import ExportOptions, export_model
+from vkvx.export.build import METRICS_FILE
+from vkvx.manifest import Manifest
+from vkvx.models.graph.metric import FLOOR, REACH, model_metrics
+from vkvx.models.registry import resolve
+from vkvx.runtime.backends.torch.loading import load_model
+
+
+@pytest.fixture(scope="module")
+def source():
+    return resolve("tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    return load_model(source, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def info(source):
+    return source.adapter.info(source, "float32")
+
+
+def rotation(position: int, d: int) -> np.ndarray:
+    """The rotary embedding of a position as a matrix, float64, from its definition (theta 10000)."""
+    half = d // 2
+    angle = position * 10000.0 ** (-np.arange(half) / half)
+    matrix = np.zeros((d, d))
+    i = np.arange(half)
+    matrix[i, i] = matrix[i + half, i + half] = np.cos(angle)
+    matrix[i, i + half], matrix[i + half, i] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
+def test_metrics_are_what_the_format_says(source, model, info) -> None:
+    metrics = model_metrics(source.adapter, model, info)
+    d, share = info.head_dim, info.query_heads // info.kv_heads
+    positions = np.unique(np.geomspace(1, REACH, 64).astype(int))
+    for layer, block in enumerate(model.model.language_model.layers):
+        attention = block.self_attn
+        query = (attention.q_proj.weight * block.input_layernorm.weight).double().numpy()
+        output = attention.o_proj.weight.double().numpy()
+        for head in range(info.kv_heads):
+            key, value = np.zeros((d, d)), np.zeros((d, d))
+            for h in range(head * share, (head + 1) * share):
+                part = query[h * d : (h + 1) * d]
+                for position in positions:
+                    turned = rotation(position, d) @ part
+                    key += turned @ turned.T
+                columns = output[:, h * d : (h + 1) * d]
+                value += columns.T @ columns
+            for wanted, got in ((key, metrics.key), (value, metrics.value)):
+                wanted = wanted / (np.trace(wanted) / d) + FLOOR * np.eye(d)
+                found = got[layer][head]
+                assert found.dtype == torch.float16
+                assert np.allclose(found.numpy(), wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_the_rotation_of_a_call_is_the_models(source, model, info) -> None:
+    metrics = model_metrics(source.adapter, model, info)
+    cosine, sine = metrics.rotation(torch.tensor([0, 7, 900])).double().unbind(1)
+    d = info.head_dim
+    for row, position in enumerate((0, 7, 900)):
+        matrix = rotation(position, d)
+        assert np.allclose(cosine[row].numpy(), np.diag(matrix), atol=1e-4)
+        assert np.allclose(sine[row, : d // 2].numpy(), np.diag(matrix[d // 2 :, : d // 2]), atol=1e-4)
+
+
+def test_bundle_holds_the_metrics_of_the_weights(source, model, info, tmp_path: Path) -> None:
+    export_model("tiny-llava", tmp_path / "b", ExportOptions(dtype="float32"))
+    stored = load_file(tmp_path / "b" / METRICS_FILE)
+    metrics = model_metrics(source.adapter, model, info)
+    for kind, tensors in (("key", metrics.key), ("value", metrics.value)):
+        for layer, tensor in enumerate(tensors):
+            assert torch.equal(stored.pop(f"{kind}.{layer}"), tensor)
+    assert not stored
+    assert METRICS_FILE in Manifest.load(tmp_path / "b").files
+    graph = onnx.load(tmp_path / "b" / "decoder.onnx", load_external_data=True).graph
+    initializers = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    nodes = [node for node in graph.node if node.domain == "vkvx"]
+    for layer, node in enumerate(nodes):
+        assert len(node.input) == 17
+        assert np.array_equal(initializers[node.input[14]], metrics.key[layer].numpy())
+        assert np.array_equal(initializers[node.input[15]], metrics.value[layer].numpy())
+    assert len({node.input[16] for node in nodes}) == 1
+
+
+def test_other_quantisers_need_no_metrics(tmp_path: Path) -> None:
+    export_model("tiny-llava", tmp_path / "b", ExportOptions(quantizer="lloyd"))
+    assert not (tmp_path / "b" / METRICS_FILE).exists()
+    nodes = [n for n in onnx.load(tmp_path / "b" / "decoder.onnx", load_external_data=False).graph.node if n.domain]
+    assert {len(node.input) for node in nodes} == {14}

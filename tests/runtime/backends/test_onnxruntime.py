@@ -1,0 +1,200 @@
+"""What the runtime relies on in onnxruntime, on graphs of a few nodes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from vkvx.errors import DependencyError, OptionError
+from vkvx.manifest import Manifest
+from vkvx.runtime.backends.onnxruntime.backend import DeviceStorage, OnnxRuntimeBackend
+from vkvx.runtime.backends.onnxruntime.bf16 import widen
+
+OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
+
+
+def scatter(dtype: int) -> ort.InferenceSession:
+    """present = past with rows written; old = a row of past as it was."""
+    nodes = [
+        helper.make_node("ScatterND", ["past", "index", "rows"], ["present"]),
+        helper.make_node("Gather", ["past", "which"], ["old"], axis=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "scatter",
+        [
+            helper.make_tensor_value_info("past", dtype, ["slots", "length", 256]),
+            helper.make_tensor_value_info("index", TensorProto.INT64, ["n", 2]),
+            helper.make_tensor_value_info("rows", dtype, ["n", 256]),
+            helper.make_tensor_value_info("which", TensorProto.INT64, ["k"]),
+        ],
+        [
+            helper.make_tensor_value_info("present", dtype, ["slots", "length", 256]),
+            helper.make_tensor_value_info("old", dtype, ["k", "length", 256]),
+        ],
+    )
+    return ort.InferenceSession(helper.make_model(graph, opset_imports=OPSETS, ir_version=10).SerializeToString())
+
+
+TYPES = [(TensorProto.FLOAT, np.float32), (TensorProto.FLOAT16, np.float16), (TensorProto.INT32, np.int32)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_one_buffer_as_past_and_present_is_not_copied(kind: int, dtype: type) -> None:
+    session = scatter(kind)
+    past = np.full((8, 4096, 256), 7, dtype)
+    rows = np.array([[3] * 256, [5] * 256], dtype)
+    binding = session.io_binding()
+    binding.bind_cpu_input("index", np.array([[3, 7], [2, 9]], np.int64))
+    binding.bind_cpu_input("rows", rows)
+    binding.bind_cpu_input("which", np.zeros(0, np.int64))
+    binding.bind_ortvalue_input("past", ort.OrtValue.ortvalue_from_numpy(past))
+    binding.bind_output("old")
+
+    def best(target: np.ndarray) -> float:
+        binding.bind_ortvalue_output("present", ort.OrtValue.ortvalue_from_numpy(target))
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            session.run_with_iobinding(binding)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    copied = np.zeros_like(past)
+    apart = best(copied)
+    assert best(past) < apart / 5
+    expected = np.full_like(past, 7)
+    expected[[3, 2], [7, 9]] = rows
+    np.testing.assert_array_equal(past, expected)
+    np.testing.assert_array_equal(copied, expected)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_empty_buffers_may_be_bound(kind: int, dtype: type) -> None:
+    session = scatter(kind)
+    value = ort.OrtValue.ortvalue_from_numpy(np.zeros((8, 0, 256), dtype))
+    binding = session.io_binding()
+    binding.bind_cpu_input("index", np.zeros((0, 2), np.int64))
+    binding.bind_cpu_input("rows", np.zeros((0, 256), dtype))
+    binding.bind_cpu_input("which", np.array([1], np.int64))
+    binding.bind_ortvalue_input("past", value)
+    binding.bind_ortvalue_output("present", value)
+    binding.bind_output("old")
+    session.run_with_iobinding(binding)
+    assert binding.get_outputs()[1].numpy().shape == (1, 0, 256)
+
+
+def bfloat16_model(folder: Path) -> Path:
+    """(x @ weight + 1.5)[columns], the addition in a local function with a subgraph, weights in an external file."""
+    weight = np.arange(64 * 8).reshape(64, 8).astype(ml_dtypes.bfloat16)
+    columns = np.array([5, 0, 2], np.int64)
+    (folder / "weights.bin").write_bytes(b"--------" + weight.tobytes() + columns.tobytes())
+    initializers = []
+    for name, kind, values, offset in (
+        ("weight", TensorProto.BFLOAT16, weight, 8),
+        ("columns", TensorProto.INT64, columns, 8 + weight.nbytes),
+    ):
+        tensor = TensorProto(name=name, data_type=kind, dims=values.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", "weights.bin"), ("offset", offset), ("length", values.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        initializers.append(tensor)
+    half = helper.make_tensor(
+        "half", TensorProto.BFLOAT16, [1], np.array([0.5], ml_dtypes.bfloat16).tobytes(), raw=True
+    )
+    initializers.append(helper.make_tensor("one", TensorProto.BFLOAT16, [1], [1.0]))
+    then = helper.make_graph(
+        [helper.make_node("Constant", [], ["c"], value=half), helper.make_node("Add", ["a", "c"], ["s"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("s", TensorProto.BFLOAT16, None)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["a"], ["t"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("t", TensorProto.BFLOAT16, None)],
+    )
+    function = helper.make_function(
+        "local",
+        "AddHalf",
+        ["a"],
+        ["b"],
+        [
+            helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("yes", TensorProto.BOOL, [], [True])),
+            helper.make_node("If", ["yes"], ["r"], then_branch=then, else_branch=other),
+            helper.make_node("Cast", ["r"], ["f"], to=TensorProto.FLOAT),
+            helper.make_node("Cast", ["f"], ["b"], to=TensorProto.BFLOAT16),
+        ],
+        OPSETS,
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "weight"], ["y"]),
+            helper.make_node("Add", ["y", "one"], ["y1"]),
+            helper.make_node("AddHalf", ["y1"], ["z"], domain="local"),
+            helper.make_node("Gather", ["z", "columns"], ["out"], axis=1),
+        ],
+        "model",
+        [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, ["B", 64])],
+        [helper.make_tensor_value_info("out", TensorProto.BFLOAT16, ["B", 3])],
+        initializers,
+    )
+    model = helper.make_model(graph, functions=[function], opset_imports=OPSETS, ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_a_bfloat16_graph_runs_as_float32(tmp_path: Path) -> None:
+    path = bfloat16_model(tmp_path)
+    with pytest.raises(Exception, match=r"(?i)bfloat16|not.implemented"):
+        ort.InferenceSession(str(path))
+    model, values = widen(path)
+    assert {name: value.dtype.name for name, value in values.items()} == {"weight": "float32", "columns": "int64"}
+    options = ort.SessionOptions()
+    options.add_external_initializers(list(values), [ort.OrtValue.ortvalue_from_numpy(v) for v in values.values()])
+    session = ort.InferenceSession(model, options)
+    x = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
+    (out,) = session.run(None, {"x": x})
+    expected = x @ np.arange(64 * 8).reshape(64, 8).astype(ml_dtypes.bfloat16).astype(np.float32) + 1.5
+    np.testing.assert_allclose(out, expected[:, [5, 0, 2]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
+def test_device_buffers_are_copied_and_read_through_main_memory(dtype: str) -> None:
+    storage = DeviceStorage(ort, "cpu")  # the same calls as on a GPU, on the only device there is everywhere
+    buffer = storage.allocate(dtype, (3, 2, 5, 4))
+    contents = np.arange(120).reshape(3, 2, 5, 4).astype(np.uint16 if dtype == "bfloat16" else dtype)
+    buffer.update_inplace(contents)
+    storage.copy(buffer, 2, 0, 3)
+    contents[0, :, :3] = contents[2, :, :3]
+    read = storage.read(buffer)
+    assert read.dtype.name == dtype
+    np.testing.assert_array_equal(read.view(contents.dtype), contents)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="there is a CUDA provider")
+def test_a_missing_provider_says_what_to_install() -> None:
+    with pytest.raises(DependencyError, match=r"pip install .onnxruntime-gpu"):
+        open_with(provider="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"), [({"provider": "tpu"}, "auto, cpu, cuda"), ({"threads": 0}, "--threads")]
+)
+def test_unusable_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        open_with(**options)
+
+
+def open_with(**options: Any) -> OnnxRuntimeBackend:
+    manifest: Any = None
+    typed: Manifest = manifest  # refused before it is looked at
+    return OnnxRuntimeBackend(Path(), typed, slots=1, visual_tokens=1, text_tokens=1, **options)

@@ -1,0 +1,372 @@
+"""Batches, waves, turns and stops, over a backend that checks what it is fed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import EOS, IMAGE, PICTURE_TOKENS, FakeBackend, FakeProcessor, manifest
+
+from vkvx.errors import CapacityError, InputError, OptionError
+from vkvx.runtime.sessions.generation import Chunk, Generation
+from vkvx.runtime.sessions.sampling import GenerationOptions
+from vkvx.runtime.sessions.session import Session
+
+PROMPTS = ["no picture", "<image>one", "a<image>b<image> two", "three <image><image> <image>"]
+PICTURES: list[Any] = [None, [1.0], [2.0, 3.0], [1.0, 4.0, 2.0]]
+
+
+def session(slots: int = 1, bits: int = 1, **options: Any) -> Session:
+    positions = options.pop("max_positions", 4096)
+    fake = manifest(bits, max_positions=positions)
+    return Session(fake, FakeBackend(fake, slots, **options), FakeProcessor())  # type: ignore[arg-type]
+
+
+def backend_of(loaded: Session) -> FakeBackend:
+    backend = loaded.backend
+    assert isinstance(backend, FakeBackend)
+    return backend
+
+
+def scripted(text: str | bytes, slots: int = 1) -> Session:
+    """A session that answers this, byte by byte, whatever it is asked in brackets."""
+    loaded = session(slots)
+    backend_of(loaded).script = list(text.encode() if isinstance(text, str) else text)
+    return loaded
+
+
+def tokens(generation: Generation) -> tuple[Any, ...]:
+    return generation.token_ids, generation.text, generation.finish_reason
+
+
+@pytest.mark.parametrize("bits", [1, 16])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 40, "seed": 5, "repetition_penalty": 1.2}])
+def test_a_row_gets_in_a_batch_what_it_gets_alone(bits: int, options: dict[str, Any]) -> None:
+    alone = [
+        session(1, bits).generate(prompt, pictures, max_new_tokens=40, **options)
+        for prompt, pictures in zip(PROMPTS, PICTURES, strict=True)
+    ]
+    assert len({generation.token_ids for generation in alone}) == 4
+    for slots in (1, 2, 3, 4, 7):
+        loaded = session(slots, bits)
+        together = loaded.generate(PROMPTS, PICTURES, max_new_tokens=40, **options)
+        assert [tokens(one) for one in together] == [tokens(one) for one in alone]
+        assert loaded.backend.cache.free_slots == tuple(range(slots))
+
+
+def test_finished_rows_leave_and_waiting_ones_take_their_slots() -> None:
+    loaded = session(2)
+    lengths = [3, 9, 4, 2]
+    options = [GenerationOptions(max_new_tokens=length, ignore_eos=True) for length in lengths]
+    results = loaded.generate(PROMPTS, PICTURES, options=options)
+    assert [len(one.token_ids) for one in results] == lengths
+    calls = backend_of(loaded).calls
+    shapes = [call.input_ids.shape for call in calls]
+    assert shapes[0][0] == 2  # two prompts start together
+    starts = [shape for shape in shapes if shape[1] > 1]
+    assert [shape[0] for shape in starts] == [2, 1, 1]  # the others one by one, between decode steps
+    assert max(len(set(call.slot.tolist())) for call in calls) == 2
+    assert sum(shape[0] for shape in shapes) == sum(lengths)  # every row of a call gives a token
+
+
+def test_long_prompts_do_not_start_together() -> None:
+    loaded = session(4, text_tokens=3000)
+    loaded.generate(["x" * 1500] * 4, max_new_tokens=1)
+    assert [call.input_ids.shape[0] for call in backend_of(loaded).calls] == [2, 2]
+
+
+def test_an_image_token_is_never_chosen() -> None:
+    loaded = session()
+    backend_of(loaded).script = [IMAGE]
+    assert IMAGE not in loaded.generate("[q]", max_new_tokens=1).token_ids
+
+
+def test_ends_at_eos_unless_told_otherwise() -> None:
+    loaded = scripted(b"ab\x02cd\x02")
+    generation = loaded.generate("[q]", max_new_tokens=5)
+    assert (generation.text, generation.finish_reason) == ("ab", "eos")
+    assert generation.token_ids == (97, 98, EOS)
+    assert (generation.prompt_tokens, generation.visual_tokens) == (4, 0)
+    generation = loaded.generate("[q]", max_new_tokens=5, ignore_eos=True)
+    assert (generation.text, generation.finish_reason) == ("abcd", "length")
+
+
+def test_counts_and_times() -> None:
+    generation = session().generate("<image>one", [1.0], max_new_tokens=6, ignore_eos=True)
+    assert (generation.prompt_tokens, generation.visual_tokens) == (PICTURE_TOKENS + 4, PICTURE_TOKENS)
+    assert generation.prefill_seconds > 0
+    assert generation.tokens_per_second == 5 / generation.decode_seconds
+    assert session().generate("a", max_new_tokens=1).tokens_per_second == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "text", "reason"),
+    [
+        ("one two###three", ("###",), "one two", "stop"),
+        ("one ##two", ("###",), "one ##two", "length"),
+        ("naïve ☃ stop", ("☃",), "naïve ", "stop"),
+        ("ends with ##", ("###",), "ends with ##", "length"),
+        ("ends here###", ("###",), "ends here", "stop"),
+        ("ab", ("b", "ab"), "", "stop"),
+    ],
+)
+def test_stop_strings_never_show(answer: str, stop: tuple[str, ...], text: str, reason: str) -> None:
+    options: dict[str, Any] = {"stop": stop, "max_new_tokens": len(answer.encode()), "ignore_eos": True}
+    seen = ""
+    last: Chunk | None = None
+    for chunk in scripted(answer).stream("[q]", **options):
+        seen += chunk.text
+        assert text.startswith(seen)
+        last = chunk
+    assert last is not None
+    assert last.generation is not None
+    assert (seen, last.finish_reason) == (text, reason)
+    assert last.generation.text == text
+    assert scripted(answer).generate("[q]", **options).text == text
+
+
+def test_an_incomplete_character_at_the_end_is_shown_as_such() -> None:
+    generation = scripted("a€").generate("[q]", max_new_tokens=3)
+    assert generation.text == "a\ufffd"
+
+
+def test_stream_equals_generate() -> None:
+    loaded = session(2)
+    expected = loaded.generate(PROMPTS, PICTURES, max_new_tokens=20)
+    texts, ids, ends = [""] * 4, [[] for _ in PROMPTS], {}  # type: ignore[var-annotated]
+    for chunk in session(2).stream(PROMPTS, PICTURES, max_new_tokens=20):
+        texts[chunk.row] += chunk.text
+        ids[chunk.row] += chunk.token_ids
+        assert (chunk.finish_reason is None) == (chunk.generation is None)
+        if chunk.generation:
+            ends[chunk.row] = chunk.generation
+    for row, one in enumerate(expected):
+        assert (texts[row], tuple(ids[row])) == (one.text, one.token_ids)
+        assert tokens(ends[row]) == tokens(one)
+
+
+def test_an_abandoned_stream_frees_its_slots() -> None:
+    loaded = session(2)
+    stream = loaded.stream(PROMPTS, PICTURES)
+    next(stream)
+    assert loaded.backend.cache.free_slots == ()
+    stream.close()
+    assert loaded.backend.cache.free_slots == (0, 1)
+
+
+def test_streams_of_one_session_do_not_disturb_each_other() -> None:
+    expected = [tokens(session().generate(prompt, max_new_tokens=12)) for prompt in ("first", "second")]
+    loaded = session(2)
+    streams = [loaded.stream(prompt, max_new_tokens=12) for prompt in ("first", "second")]
+    results: list[Any] = [None, None]
+    while any(result is None for result in results):
+        for number, stream in enumerate(streams):
+            chunk = next(stream, None)
+            if chunk is not None and chunk.generation is not None:
+                results[number] = tokens(chunk.generation)
+    assert results == expected
+
+
+def test_seeds_may_differ_by_row() -> None:
+    options = [GenerationOptions(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    first, second, third = session(3).generate(["x"] * 3, options=options, max_new_tokens=12)
+    assert first.token_ids == second.token_ids != third.token_ids
+
+
+# Conversations
+
+
+@pytest.mark.parametrize("bits", [1, 16])
+def test_later_turns_build_on_what_is_packed(bits: int) -> None:
+    loaded = session(2, bits)
+    with loaded.conversation() as talk:
+        first = "".join(talk.ask("what is this", [1.0], max_new_tokens=6))
+        assert talk.last is not None
+        assert talk.last.text == first
+        second = "".join(talk.ask("and this", [2.0, 3.0], max_new_tokens=6))
+        third = talk.generate("raw", max_new_tokens=5)
+        roles = [message["role"] for message in talk.messages]
+        assert roles == ["user", "assistant"] * 2
+        assert talk.messages[1]["content"] == first
+        assert talk.messages[3]["content"] == second
+        history, cache = talk.token_ids, loaded.backend.cache
+        assert cache.length(talk.slot) == len(history) - 1  # the token chosen last waits for the next turn
+        assert cache.visual_tokens(talk.slot) == 3 * PICTURE_TOKENS
+        assert talk.bytes_used == cache.bytes_used(talk.slot)
+        assert history[-5:][-len(third.token_ids) :] == third.token_ids[-5:]
+    assert loaded.backend.cache.free_slots == (0, 1)
+    # The turns were fed as one sequence: the same tokens in one go lead to the same answer.
+    again = session(1, bits)
+    prompt_length = len(history) - len(third.token_ids)
+    held = backend_of(loaded).held[0]
+    assert len(held) == len(history) - 1
+    assert [IMAGE if value > 255 or value != int(value) else int(value) for value in held] == list(history[:-1])
+    assert again.backend._logits(held[:prompt_length]).argmax() == third.token_ids[0]  # type: ignore[attr-defined]
+
+
+def test_a_template_and_the_model_may_both_end_an_answer() -> None:
+    loaded = scripted(b"yes\x02")
+    talk = loaded.conversation()
+    assert "".join(talk.ask("a")) == "yes"
+    assert talk.token_ids[-1] == EOS
+    assert "".join(talk.ask("b")) == "yes"
+    text = bytes(talk.token_ids)
+    assert text == b"\x01[a]yes\x02[b]yes\x02"  # one end between the turns
+    assert list(backend_of(loaded).held[0]) == list(text[:-1])
+
+
+def test_an_answer_cut_short_is_ended_by_the_template() -> None:
+    loaded = scripted(b"yes, well\x02")
+    talk = loaded.conversation()
+    assert "".join(talk.ask("a", max_new_tokens=3)) == "yes"
+    assert "".join(talk.ask("b", stop=", ")) == "yes"
+    assert bytes(talk.token_ids) == b"\x01[a]yes\x02[b]yes, "
+
+
+def test_fork_goes_its_own_way() -> None:
+    loaded = session(3)
+    talk = loaded.conversation()
+    list(talk.ask("start", [1.0], max_new_tokens=5))
+    twin = talk.fork()
+    assert twin.token_ids == talk.token_ids
+    assert twin.messages == talk.messages
+    backend_of(loaded).held[twin.slot] = list(backend_of(loaded).held[talk.slot])  # the fake's own record
+    same = ["".join(one.ask("next", max_new_tokens=6)) for one in (talk, twin)]
+    assert same[0] == same[1]
+    other = "".join(twin.ask("else", max_new_tokens=6))
+    assert other != "".join(talk.ask("next", max_new_tokens=6))
+    third = loaded.conversation()
+    with pytest.raises(CapacityError, match="slots"):
+        talk.fork()
+    third.close()
+    twin.close()
+    talk.close()
+    assert loaded.backend.cache.free_slots == (0, 1, 2)
+    with pytest.raises(InputError, match="closed"):
+        talk.ask("more")
+
+
+def test_asking_again_ends_the_answer_before() -> None:
+    loaded = scripted(b"abcdefgh\x02")
+    talk = loaded.conversation()
+    answer = talk.ask("a")
+    assert next(answer) + next(answer) == "ab"
+    assert "".join(talk.ask("b")) == "abcdefgh"
+    assert next(answer, None) is None
+    assert [message["content"] for message in talk.messages if message["role"] == "assistant"] == ["ab", "abcdefgh"]
+    assert bytes(talk.token_ids) == b"\x01[a]ab\x02[b]abcdefgh\x02"
+
+
+def test_an_interrupted_prefill_leaves_the_conversation_as_it_was() -> None:
+    loaded = scripted(b"yes\x02")
+    talk = loaded.conversation()
+    list(talk.ask("a"))
+    before = (talk.token_ids, talk.messages, loaded.backend.cache.length(talk.slot))
+    backend_of(loaded).fail_at = len(backend_of(loaded).calls)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.ask("b", [5.0]))
+    assert (talk.token_ids, talk.messages, loaded.backend.cache.length(talk.slot)) == before
+    backend_of(loaded).fail_at = None
+    assert "".join(talk.ask("b", [5.0])) == "yes"
+
+
+def test_an_interrupted_answer_can_be_followed_up() -> None:
+    loaded = scripted(b"yes\x02")
+    talk = loaded.conversation()
+    backend_of(loaded).fail_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.ask("a"))
+    assert bytes(talk.token_ids) == b"\x01[a]ye"
+    backend_of(loaded).fail_at = None
+    assert "".join(talk.ask("b")) == "yes"
+    assert bytes(talk.token_ids) == b"\x01[a]ye\x02[b]yes\x02"
+
+
+def test_conversations_and_batches_share_a_session() -> None:
+    loaded = session(3)
+    talk = loaded.conversation()
+    list(talk.ask("hold", max_new_tokens=3))
+    alone = [tokens(session().generate(prompt, max_new_tokens=8)) for prompt in ("p", "q", "r")]
+    assert [tokens(one) for one in loaded.generate(["p", "q", "r"], max_new_tokens=8)] == alone
+    others = [loaded.conversation() for _ in range(2)]
+    with pytest.raises(CapacityError, match="slots"):
+        loaded.generate("p")
+    with pytest.raises(CapacityError, match="slots"):
+        loaded.conversation()
+    others[0].close()
+    assert tokens(loaded.generate("p", max_new_tokens=8)) == alone[0]
+
+
+# Refusals
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
+    loaded = session(2, visual_tokens=256, text_tokens=20)
+    with pytest.raises(CapacityError, match="--max-visual-tokens"):
+        loaded.generate(["fits", "<image><image>"], [None, [1.0, 2.0]], max_new_tokens=4)
+    with pytest.raises(CapacityError, match=r"21 text tokens.*--max-text-tokens.*--max-new-tokens"):
+        loaded.generate("abc", max_new_tokens=18)
+    assert backend_of(loaded).calls == []
+    generation = loaded.generate("abc", max_new_tokens=17, ignore_eos=True)  # the last token is never fed
+    assert len(generation.token_ids) == 17
+
+
+def test_a_refused_turn_changes_nothing() -> None:
+    loaded = session(1, visual_tokens=256, text_tokens=40)
+    talk = loaded.conversation()
+    list(talk.ask("a", [1.0], max_new_tokens=4))
+    before = (talk.token_ids, talk.messages, loaded.backend.cache.length(talk.slot))
+    with pytest.raises(CapacityError, match="0 of 2 free"):
+        talk.ask("b", [2.0])
+    with pytest.raises(CapacityError, match="--max-text-tokens"):
+        talk.ask("c", max_new_tokens=40)
+    with pytest.raises(OptionError):
+        talk.ask("d", temperature=-1)
+    assert (talk.token_ids, talk.messages, loaded.backend.cache.length(talk.slot)) == before
+    list(talk.ask("e", max_new_tokens=4))
+
+
+def test_the_last_row_of_a_cache_can_be_used() -> None:
+    loaded = session(1, text_tokens=30)
+    talk = loaded.conversation()
+    talk.generate("x" * 9, max_new_tokens=10, ignore_eos=True)  # 10 + 9 rows, one token waits
+    talk.generate("y" * 5, max_new_tokens=6, ignore_eos=True)  # 6 + 5 rows
+    assert loaded.backend.cache.text_tokens(talk.slot) == 30
+    with pytest.raises(CapacityError):
+        talk.generate("z", max_new_tokens=1)
+
+
+def test_the_positions_of_the_model_are_a_limit() -> None:
+    loaded = session(1, max_positions=200)
+    with pytest.raises(CapacityError, match=r"position 201.*200"):
+        loaded.generate("<image>" + "x" * 29, [1.0], max_new_tokens=12)
+    loaded.generate("<image>" + "x" * 29, [1.0], max_new_tokens=11, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "options", "error"),
+    [
+        (["a", "b"], [None], {}, InputError),
+        (["a", "b"], 1.0, {}, InputError),
+        (["a", "b"], None, {"options": [GenerationOptions()]}, OptionError),
+        ("a", None, {"max_tokens": 3}, OptionError),
+        ("a", None, {"top_p": 2}, OptionError),
+    ],
+)
+def test_refuses_what_does_not_match(prompts: Any, images: Any, options: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        session().stream(prompts, images, **options)
+
+
+def test_random_schedules_feed_every_row_rightly() -> None:
+    random = np.random.default_rng(3)
+    for _ in range(6):
+        count = int(random.integers(1, 9))
+        chosen = random.integers(0, 4, count).tolist()
+        prompts = [PROMPTS[i] + "x" * int(random.integers(0, 5)) for i in chosen]
+        pictures = [PICTURES[i] for i in chosen]
+        options = [GenerationOptions(max_new_tokens=int(random.integers(1, 15))) for _ in chosen]
+        together = session(int(random.integers(1, 5))).generate(prompts, pictures, options=options)
+        for prompt, picture, option, one in zip(prompts, pictures, options, together, strict=True):
+            assert tokens(session().generate(prompt, picture, options=option)) == tokens(one)

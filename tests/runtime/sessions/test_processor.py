@@ -1,0 +1,194 @@
+"""Prompts and pictures to tokens and pixels, with the processor of the bundled model."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import manifest as fake_manifest
+from PIL import Image
+
+import vkvx.models.tiny_llava
+from vkvx.errors import BundleError, InputError
+from vkvx.manifest import Manifest
+from vkvx.runtime.sessions.processor import Processor, load_picture
+
+MODEL = Path(vkvx.models.tiny_llava.__file__).parent
+TOKENS = 576
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe the page."}]}]
+
+
+def manifest() -> Manifest:
+    base = fake_manifest()
+    return replace(base, model=replace(base.model, tokens_per_picture=TOKENS))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle")
+    (directory / "processor").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, directory / "processor")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def processor(bundle: Path) -> Processor:
+    return Processor(bundle, manifest())
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_agrees_with_the_processor_of_transformers(bundle: Path, processor: Processor, picture: Path) -> None:
+    from transformers import AutoProcessor
+
+    theirs = AutoProcessor.from_pretrained(str(bundle / "processor"), backend="pil")
+    for prompt, count in ((processor.format(QUESTION), 1), ("a <image><image>\nb", 2), ("12 <image>x", 1)):
+        images = [load_picture(picture)] * count
+        expected = theirs(text=prompt, images=images, return_tensors="np")
+        prepared = processor.prepare(prompt, [picture] * count)
+        np.testing.assert_array_equal(prepared.token_ids, expected["input_ids"][0])
+        assert prepared.token_ids.dtype == np.int32
+        assert prepared.picture_lengths == (TOKENS,) * count
+        assert prepared.pixel_inputs is not None
+        np.testing.assert_array_equal(prepared.pixel_inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_the_sequence_begins_once(processor: Processor) -> None:
+    begin = processor.tokenizer.bos_token_id
+    first = processor.prepare("USER: 1").token_ids.tolist()
+    assert first[0] == begin
+    assert processor.prepare("USER: 1", first=False).token_ids.tolist() == first[1:]
+    assert processor.prepare(processor.tokenizer.bos_token + "USER: 1").token_ids.tolist() == first
+    assert processor.prepare("USER: 1").pixel_inputs is None
+
+
+def test_the_chat_template(processor: Processor) -> None:
+    assert processor.has_chat_template
+    assert processor.format(QUESTION) == "USER: <image>\nTranscribe the page. ASSISTANT:"
+    assert processor.format([{"role": "user", "content": "Hi"}]) == "USER: Hi ASSISTANT:"
+    with pytest.raises(InputError, match="unknown role"):
+        processor.format([{"role": "nobody", "content": "Hi"}])
+
+
+def test_without_a_chat_template(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "bundle/processor/chat_template.jinja").unlink()
+    bare = Processor(tmp_path / "bundle", manifest())
+    assert not bare.has_chat_template
+    with pytest.raises(InputError, match="no chat template"):
+        bare.format(QUESTION)
+
+
+def test_text_leaves_out_special_tokens(processor: Processor) -> None:
+    ids = processor.prepare("a 12</s>b").token_ids.tolist()
+    assert processor.decode(ids) == "a 12b"
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("no place", 1), ("<image>", 0), ("<image><image>", 1), ("<image>", 2)])
+def test_refuses_pictures_without_place_and_places_without_picture(
+    processor: Processor, picture: Path, prompt: str, count: int
+) -> None:
+    with pytest.raises(InputError, match=rf"{prompt.count('<image>')} <image> and comes with {count} picture"):
+        processor.prepare(prompt, [picture] * count)
+
+
+def test_refuses_an_empty_turn(processor: Processor) -> None:
+    with pytest.raises(InputError, match="empty"):
+        processor.prepare("", first=False)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_damaged_processor_files(bundle: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "bundle/processor" / name).write_text("{")
+    with pytest.raises(BundleError, match="export the model again"):
+        Processor(tmp_path / "bundle", manifest())
+
+
+# Pictures
+
+
+def test_pictures_become_rgb_and_upright(tmp_path: Path, picture: Path) -> None:
+    assert load_picture(picture).mode == "RGB"
+    for mode in ("L", "RGBA", "P", "1", "CMYK", "I;16"):
+        assert load_picture(Image.new(mode, (4, 3))).mode == "RGB"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_picture(tmp_path / "turned.jpg").size == (30, 40)
+
+
+def bad_pictures(folder: Path, good: bytes) -> dict[str, Path]:
+    text = folder / "text.png"
+    text.write_text("not a picture")
+    cut = folder / "cut.png"
+    cut.write_bytes(good[: len(good) // 2])
+    flipped = folder / "flipped.png"
+    flipped.write_bytes(good[:200] + bytes(255 - byte for byte in good[200:400]) + good[400:])
+    empty = folder / "empty.jpg"
+    empty.touch()
+    return {
+        "text": text,
+        "cut": cut,
+        "flipped": flipped,
+        "empty": empty,
+        "missing": folder / "none.png",
+        "folder": folder,
+    }
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "flipped", "empty", "missing", "folder"])
+def test_bad_pictures_are_named(tmp_path: Path, picture: Path, kind: str) -> None:
+    path = bad_pictures(tmp_path, picture.read_bytes())[kind]
+    with pytest.raises(InputError) as caught:
+        load_picture(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    for side in (10_000, 60_000):  # above the limit at which Pillow warns, and that at which it raises
+        header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+        path = tmp_path / f"{side}.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+        with pytest.raises(InputError, match=r"more than .* pixels"):
+            load_picture(path)
+
+
+def test_refuses_what_is_no_picture_at_all() -> None:
+    with pytest.raises(InputError, match="got int"):
+        load_picture(7)  # type: ignore[arg-type]
+
+
+def test_torch_is_not_needed(bundle: Path, picture: Path) -> None:
+    code = f"""
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_processor import manifest
+from vkvx.runtime.sessions.processor import Processor
+prepared = Processor(Path({str(bundle)!r}), manifest()).prepare("<image> what", [{str(picture)!r}])
+print(len(prepared.token_ids))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > TOKENS
+    assert result.stderr == ""

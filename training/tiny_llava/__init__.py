@@ -1,0 +1,1 @@
+"""Training and measuring tiny-llava: `python -m training.tiny_llava.train`."""

@@ -1,0 +1,193 @@
+"""How a user asks for the quantisation of a cache, and what it means for a model. Standard library only."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from vkvx.errors import OptionError
+from vkvx.format import (
+    BASELINE_BITS,
+    BITS,
+    QUANTILE_ALPHA,
+    QUANTIZERS,
+    SCORE_CORRECTIONS,
+    SHRINK_KEY,
+    SHRINK_VALUE,
+    auto_group_size,
+    check_group_size,
+)
+from vkvx.manifest import Quantization
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+DEFAULT_QUANTIZER, DEFAULT_SCORE_CORRECTION = "shaped", "expected"
+DEFAULT_TAU = DEFAULT_CORRECTION_LIMIT = 3.0
+_DEFAULTS = {"quantizer": DEFAULT_QUANTIZER, "score_correction": DEFAULT_SCORE_CORRECTION}
+_NUMBERS = {
+    "quantile_alpha": ("quantizer", "quantile", "at least 0 and less than 0.5", 0.0, 0.5),
+    "tau": ("score_correction", "affine", "at least 0", 0.0, math.inf),
+    "correction_limit": ("score_correction", "expected", "greater than 0", math.nextafter(0.0, 1.0), math.inf),
+}
+"""Options of one method: the option that chooses it, its name there, what is allowed in words and as a range."""
+_METHODS = (*_DEFAULTS, *_NUMBERS)
+"""Options that have no effect where nothing is quantised."""
+
+_RANGE = re.compile(r"(?P<first>\d+)(?P<dash>-(?P<last>\d+)?)?:(?P<bits>\d+)")
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """What can be asked for of the visual cache.
+
+    None means the default. An option that would have no effect (``tau`` without ``score_correction="affine"``, say) is
+    refused, not ignored.
+
+    Attributes:
+        bits: of visual keys and values: 1, 2, 4 or 8; 16 is the unquantised baseline.
+        key_bits, value_bits: in place of ``bits``.
+        bits_per_layer: in place of these in some layers, such as ``"0-1:8,2-:1"``: a layer or range of layers, counted
+            from 0, ends included, then the bits of its keys and values.
+        group_size: visual tokens that share scale and offset, a multiple of 128; "auto" suits the model's pictures.
+        quantizer: minmax, quantile, shrink, lloyd or shaped (the default).
+        quantile_alpha: tail cut off on each side by ``quantile``, at least 0, less than 0.5; it defaults by bits.
+        score_correction: none, affine or expected (the default).
+        tau: of ``affine``, at least 0; 3 by default.
+        correction_limit: of ``expected``, greater than 0; 3 by default.
+    """
+
+    bits: int = 1
+    key_bits: int | None = None
+    value_bits: int | None = None
+    bits_per_layer: str | None = None
+    group_size: str | int = "auto"
+    quantizer: str | None = None
+    quantile_alpha: float | None = None
+    score_correction: str | None = None
+    tau: float | None = None
+    correction_limit: float | None = None
+
+    def check(self) -> None:
+        """Raise OptionError for what no model could be exported with."""
+        self._check_bits()
+        if self.group_size != "auto":
+            if not isinstance(self.group_size, int):
+                raise OptionError(f"group size '{self.group_size}' is not supported; give 'auto' or a multiple of 128")
+            check_group_size(self.group_size)
+        for name, value, known in (
+            ("quantizer", self.quantizer, QUANTIZERS),
+            ("score-correction", self.score_correction, SCORE_CORRECTIONS),
+        ):
+            if value is not None and value not in known:
+                raise OptionError(f"unknown {name} '{value}'; give --{name} with one of {', '.join(known)}")
+        for name, (_, _, allowed, low, high) in _NUMBERS.items():
+            value, option = getattr(self, name), name.replace("_", "-")
+            if value is not None and not low <= value < high:
+                raise OptionError(f"{option.replace('-', ' ')} {value} is not supported; give --{option} {allowed}")
+        for reason in self.without_effect().values():
+            raise OptionError(reason)
+
+    def with_bits(self, bits: int) -> Self:
+        """The same options with this many bits throughout."""
+        return replace(self, bits=bits, key_bits=None, value_bits=None, bits_per_layer=None)
+
+    def without_effect(self) -> dict[str, str]:
+        """The options given that would change nothing, and for each the line that says so."""
+        given = {name for name in _METHODS if getattr(self, name) is not None}
+        if self._pair == (BASELINE_BITS, BASELINE_BITS):
+            return {
+                name: f"--{name.replace('_', '-')} has no effect at 16 bits; leave it out"
+                for name in _METHODS
+                if name in given
+            }
+        reasons = {}
+        for name, (of, needed, *_) in _NUMBERS.items():
+            chosen = getattr(self, of) or _DEFAULTS[of]
+            if name in given and chosen != needed:
+                reasons[name] = (
+                    f"--{name.replace('_', '-')} has no effect with {chosen}; "
+                    f"give --{of.replace('_', '-')} {needed} as well"
+                )
+        return reasons
+
+    def resolve(self, layers: int, tokens_per_picture: int | None) -> Quantization:
+        """The quantisation of a model with this many layers and tokens a picture; OptionError."""
+        self.check()
+        bits = [self._pair] * layers
+        if self.bits_per_layer is not None:
+            overrides = parse_bits_per_layer(self.bits_per_layer, layers)
+            bits = [(overrides[i], overrides[i]) if i in overrides else pair for i, pair in enumerate(bits)]
+        key_bits, value_bits = (tuple(column) for column in zip(*bits, strict=True))
+        alpha = None if self.quantile_alpha is None else float(self.quantile_alpha)
+        # At 16 bits nothing is quantised; the numbers only fill the manifest.
+        alphas = {**QUANTILE_ALPHA, BASELINE_BITS: 0.0} if alpha is None else dict.fromkeys(BITS, alpha)
+        shrink_key, shrink_value = ({**table, BASELINE_BITS: 1.0} for table in (SHRINK_KEY, SHRINK_VALUE))
+        size = auto_group_size(tokens_per_picture) if self.group_size == "auto" else int(self.group_size)
+        return Quantization(
+            key_bits=key_bits,
+            value_bits=value_bits,
+            group_size=size,
+            quantizer=self.quantizer or DEFAULT_QUANTIZER,
+            quantile_alpha_key=tuple(alphas[b] for b in key_bits),
+            quantile_alpha_value=tuple(alphas[b] for b in value_bits),
+            shrink_key=tuple(shrink_key[b] for b in key_bits),
+            shrink_value=tuple(shrink_value[b] for b in value_bits),
+            score_correction=self.score_correction or DEFAULT_SCORE_CORRECTION,
+            tau=DEFAULT_TAU if self.tau is None else float(self.tau),
+            correction_limit=DEFAULT_CORRECTION_LIMIT
+            if self.correction_limit is None
+            else float(self.correction_limit),
+        )
+
+    @property
+    def _pair(self) -> tuple[int, int]:
+        """Key and value bits of a layer that ``bits_per_layer`` does not name."""
+        return (
+            self.bits if self.key_bits is None else self.key_bits,
+            self.bits if self.value_bits is None else self.value_bits,
+        )
+
+    def _check_bits(self) -> None:
+        for name, bits in (("bits", self.bits), ("key-bits", self.key_bits), ("value-bits", self.value_bits)):
+            if bits is not None and bits not in (*BITS, BASELINE_BITS):
+                raise OptionError(f"{bits} bits are not supported; give --{name} 1, 2, 4 or 8, or --bits 16")
+        if (BASELINE_BITS in self._pair) != (self._pair == (BASELINE_BITS, BASELINE_BITS)):
+            raise OptionError("16 bits are for the whole model, not for keys or values alone; give --bits 16")
+        if self.bits_per_layer is not None:
+            if BASELINE_BITS in self._pair:
+                raise OptionError("16 bits are for the whole model; leave out --bits-per-layer or --bits 16")
+            parse_bits_per_layer(self.bits_per_layer)
+
+
+def parse_bits_per_layer(text: str, layers: int | None = None) -> dict[int, int]:
+    """Read ``"0-1:8,2-:1"``: comma-separated LAYER:BITS, FIRST-LAST:BITS or FIRST-:BITS. Returns layer to bits.
+
+    Raises OptionError for what cannot be read, bits other than 1, 2, 4 and 8, layers named twice, and layers that the
+    model lacks. With ``layers`` unknown only the grammar is checked and the result is empty.
+    """
+    result: dict[int, int] = {}
+    for item in text.split(","):
+        match = _RANGE.fullmatch(item.strip())
+        if match is None:
+            raise OptionError(f"'{item}' in --bits-per-layer is not understood; write LAYERS:BITS, such as 0-1:8,2-:1")
+        bits, first = int(match["bits"]), int(match["first"])
+        if bits not in BITS:
+            hint = "; 16 bits are for the whole model (--bits 16)" if bits == BASELINE_BITS else ""
+            raise OptionError(f"{bits} bits in --bits-per-layer are not supported; give 1, 2, 4 or 8{hint}")
+        last = int(match["last"]) if match["last"] else None
+        if last is not None and last < first:
+            raise OptionError(f"'{item}' in --bits-per-layer ends before it starts; write FIRST-LAST:BITS")
+        if layers is None:
+            continue
+        if last is None:
+            last = max(first, layers - 1) if match["dash"] else first
+        if last >= layers:
+            raise OptionError(f"--bits-per-layer names layer {last}; the model has layers 0 to {layers - 1}")
+        for layer in range(first, last + 1):
+            if layer in result:
+                raise OptionError(f"--bits-per-layer names layer {layer} twice; name each layer once")
+            result[layer] = bits
+    return result
