@@ -12,7 +12,7 @@ DEPENDENCIES := pyproject.toml constraints.txt Makefile
 help:
 	@echo "make demo    export tiny-llava with a 1-bit visual cache and read a page with it"
 	@echo "make test    lint, types, all tests"
-	@echo "make lint    ruff and mypy only"
+	@echo "make lint    ruff, mypy and import-linter only"
 	@echo "make clean   remove .venv and build"
 
 demo: .venv/demo-ready
@@ -24,10 +24,11 @@ test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: types
+	@cd build/types && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-logo
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# mypy does not see through the package-dir table of pyproject.toml, so it gets the packages as folders of links.
+# mypy and import-linter do not see through the package-dir table of pyproject.toml: they get the packages as folders of links.
 types: .venv/test-ready
 	@rm -rf build/types && mkdir -p build/types/vkvx
 	@ln -s $(CURDIR)/vkvx/* $(CURDIR)/evaluation $(CURDIR)/export $(CURDIR)/models $(CURDIR)/plugins $(CURDIR)/runtime build/types/vkvx/
