@@ -74,6 +74,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "quantization":  # the module that docs/format.md shows
+        return import_module("vkvx.plugins.reference.quantization")
     if name not in _HOMES:
         raise AttributeError(f"module 'vkvx' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
