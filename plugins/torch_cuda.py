@@ -12,11 +12,12 @@ import warnings
 import torch
 from torch import Tensor
 
+from vkvx.format import CACHE_NAMES
 from vkvx.plugins import build
-from vkvx.plugins.library import CORRECTIONS, DTYPES, MAX_HEAD_DIM, QUANTIZERS, Library, Params
+from vkvx.plugins.c_interface import MAX_HEAD_DIM, MAX_SHAPED_GROUP, STRIDED
+from vkvx.plugins.library import Library, Params
 from vkvx.plugins.operator import OperatorAttributes
 
-MAX_SHAPED_GROUP = 4096
 _WORKSPACES: dict[tuple[int, int], Tensor] = {}
 """By device and stream: zero before the first use, and shared by all layers."""
 _OUTGROWN: list[Tensor] = []
@@ -55,62 +56,17 @@ def run(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> Tensor:
     with torch.cuda.device(query.device):
         stream = torch.cuda.current_stream().cuda_stream
         # Rows of a head are read as they lie, other layouts are copied.
-        held = {
-            name: x if name in ("query", "key", "value") and x.stride(-1) == 1 else x.contiguous()
-            for name, x in tensors.items()
-        }
+        held = {name: x if name in STRIDED and x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        params = _params(held, attributes, output)
-        size = library.workspace_bytes(params)
-        workspace = _workspace(query.device, stream, size)
+        params = Params.of(held, attributes, output)
+        workspace = _workspace(query.device, stream, library.workspace_bytes(params))
         params.workspace, params.workspace_bytes = workspace.data_ptr(), workspace.numel()
         library.attention(params, stream)
         library.append(params, stream)
         for name, x in held.items():
-            if name.startswith(("visual_key", "visual_value", "text_key", "text_value")) and x is not tensors[name]:
+            if name in CACHE_NAMES and x is not tensors[name]:
                 tensors[name].copy_(x)
     return output
-
-
-def _params(tensors: dict[str, Tensor], attributes: OperatorAttributes, output: Tensor) -> Params:
-    rows, query_heads, positions, head_dim = tensors["query"].shape
-    slots, kv_heads, text_capacity, _ = tensors["text_key"].shape
-    a = attributes
-    params = Params(
-        dtype=DTYPES[str(tensors["query"].dtype).removeprefix("torch.")],
-        rows=rows,
-        positions=positions,
-        slots=slots,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        group_size=a.group_size,
-        visual_capacity=tensors["visual_count"].shape[1] * a.group_size,
-        text_capacity=text_capacity,
-        visual_entries=tensors["visual_index"].shape[1],
-        text_entries=tensors["text_index"].shape[1],
-        key_bits=a.key_bits,
-        value_bits=a.value_bits,
-        quantizer=QUANTIZERS[a.quantizer],
-        correction=CORRECTIONS[a.score_correction],
-        quantile_alpha_key=a.quantile_alpha_key,
-        quantile_alpha_value=a.quantile_alpha_value,
-        shrink_key=a.shrink_key,
-        shrink_value=a.shrink_value,
-        tau=a.tau,
-        correction_limit=a.correction_limit,
-        scale=a.scale,
-        output=output.data_ptr(),
-        **{t.name: _address(tensors[t.name]) for t in a.inputs},
-    )
-    for name in ("query", "key", "value"):
-        getattr(params, f"{name}_stride")[:] = tensors[name].stride()[:3]
-    return params
-
-
-def _address(x: Tensor) -> int:
-    """The data's address; that of an empty tensor is never read, but the interface wants one."""
-    return x.data_ptr() if x.numel() else 256
 
 
 def _workspace(device: torch.device, stream: int, size: int) -> Tensor:
