@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from operator_cases import Dims, attributes_for, empty_state, new_call
 from torch_calls import tensors
 
+from vkvx.errors import VkvxError
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import CORRECTIONS, DTYPES, QUANTIZERS, Params
 from vkvx.plugins.operator import INPUTS, METRIC_INPUTS, OperatorAttributes
@@ -71,3 +75,80 @@ def test_the_address_of_an_empty_tensor_is_not_null() -> None:
     named, attributes = call("lloyd", 128, "t1")
     assert named["visual_index"].numel() == 0
     assert Params.of(named, attributes, torch.empty_like(named["query"])).visual_index
+
+
+class Captures:
+    """A stand-in for streams that are captured at times, and the memory of their device."""
+
+    def __init__(self) -> None:
+        self.active, self.made = False, 0
+        self.workspaces = torch_cuda.Workspaces(self._allocate, lambda: self.active)
+
+    def _allocate(self, device: torch.device, size: int) -> torch.Tensor:
+        assert not self.active
+        self.made += 1
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def get(self, size: int, *, stream: int = 1, captured: bool = False) -> torch.Tensor:
+        """The workspace of a call."""
+        self.active = captured
+        return self.workspaces.get(CPU, stream, size)
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_workspace_is_shared_by_the_calls_of_a_stream() -> None:
+    captures = Captures()
+    first = captures.get(100)
+    assert captures.get(60) is first
+    assert captures.get(100, captured=True) is first
+    assert captures.get(100, stream=2) is not first
+    assert captures.made == 2
+
+
+@pytest.mark.parametrize("before", [[], [50]])
+def test_a_capture_allocates_no_workspace(before: list[int]) -> None:
+    """The graph would zero it at each replay, and own its memory."""
+    captures = Captures()
+    for size in before:
+        captures.get(size)
+    with pytest.raises(VkvxError, match="run the same call once before the capture") as caught:
+        captures.get(100, captured=True)
+    assert "\n" not in str(caught.value)
+    captures.get(100)
+    assert captures.get(100, captured=True).numel() == 100
+
+
+def test_a_capture_takes_the_workspace_that_its_thread_warmed_up() -> None:
+    """torch.cuda.graph captures on a stream of its own, so the call before it was on another one."""
+    captures = Captures()
+    warm = captures.get(100, stream=1)
+    assert captures.get(100, stream=2, captured=True) is warm
+    assert captures.get(100, stream=1) is not warm  # a replay may run beside what comes next on that stream
+    with pytest.raises(VkvxError, match="in the same thread"):
+        captures.get(101, stream=3, captured=True)
+    other = threading.Thread(target=captures.get, args=(200,), kwargs={"stream": 4})
+    other.start()
+    other.join()
+    with pytest.raises(VkvxError, match="in the same thread"):
+        captures.get(200, stream=3, captured=True)
+    assert captures.get(100, stream=2) is warm
+
+
+def test_a_graph_keeps_its_workspace_from_other_captures() -> None:
+    captures = Captures()
+    captures.get(100, stream=1)
+    captures.get(100, stream=2, captured=True)
+    with pytest.raises(VkvxError):
+        captures.get(100, stream=3, captured=True)
+
+
+def test_outgrown_workspaces_stay_where_a_graph_has_them() -> None:
+    captures = Captures()
+    kept = []
+    for size, captured in ((10, False), (20, True), (30, False), (40, True), (50, False)):
+        kept.append(weakref.ref(captures.get(size)))
+        if captured:
+            captures.get(size, captured=True)
+    assert [reference() is not None for reference in kept] == [False, True, False, True, True]
