@@ -40,7 +40,7 @@ NO_HEADERS = (
 )
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 """Compute capabilities, without the dot, that ``all`` stands for."""
-_PATTERNS = ("CMakeLists.txt", "vkvx.h", "kernels/*.cuh", "launch/*", "tensorrt/*")
+_PATTERNS = ("CMakeLists.txt", "*.h", "kernels/*.cuh", "launch/*", "tensorrt/*")
 _SYSTEM_FOLDERS = (
     *(f"/usr/include/{machine}-linux-gnu" for machine in ("x86_64", "aarch64")),
     *("/usr/include", "/usr/local/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include"),
@@ -54,10 +54,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vkvx"
 
 
+def source_files() -> list[Path]:
+    """Everything that a build reads from this folder."""
+    return sorted(path for pattern in _PATTERNS for path in SOURCES.glob(pattern))
+
+
 def source_hash() -> str:
-    """Hash of everything that a build reads from this folder; 16 hexadecimal digits."""
+    """Hash of the source files; 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _PATTERNS for path in SOURCES.glob(pattern)):
+    for path in source_files():
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

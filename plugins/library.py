@@ -1,61 +1,71 @@
 """``libvkvx`` through ctypes: the parameter struct of ``vkvx.h`` and its functions. Needs no torch.
 
-Pointers are plain integers (``tensor.data_ptr()``), streams likewise; ``docs/plugins.md`` has an example.
+Pointers are plain integers (``tensor.data_ptr()``), streams likewise; ``docs/kernels.md`` says more.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Mapping
 from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import Any
 
 from vkvx.errors import DependencyError, OptionError, VkvxError
+from vkvx.plugins import c_interface
+from vkvx.plugins.c_interface import ABI_VERSION
+from vkvx.plugins.c_interface import MAX_HEAD_DIM as MAX_HEAD_DIM
+from vkvx.plugins.operator import OperatorAttributes
 
-ABI_VERSION = 2
-DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-QUANTIZERS = {"minmax": 0, "quantile": 1, "shrink": 2, "lloyd": 3, "shaped": 4}
-CORRECTIONS = {"none": 0, "affine": 1, "expected": 2}
-MAX_HEAD_DIM = 256
-"""The widest head that the kernels take."""
-KERNELS = {"auto": 0, "plain": 1, "codes": 2, "planes": 3, "prefill": 4}
-_BAD_ARGUMENT, _UNSUPPORTED = 1, 2
+DTYPES = c_interface.DTYPES.numbers
+KERNELS = c_interface.KERNELS.numbers
+QUANTIZERS = c_interface.enumerations()["quantizer"].numbers
+CORRECTIONS = c_interface.enumerations()["correction"].numbers
+_BAD_ARGUMENT, _UNSUPPORTED = (c_interface.RESULTS.numbers[name] for name in ("bad_argument", "unsupported"))
+_EMPTY = 256
+"""Address of an empty tensor: never read, but null says that a tensor is missing."""
+
+
+def ctypes_fields(fields: Iterable[c_interface.Field]) -> list[tuple[str, Any]]:
+    """The fields of a struct as ctypes wants them."""
+    types = {"int32_t": c_int32, "float": c_float, "int64_t[3]": c_int64 * 3, "size_t": c_size_t}
+    return [(field.name, c_void_p if field.type.endswith("*") else types[field.type]) for field in fields]
 
 
 class Params(ctypes.Structure):
     """``VkvxParams`` of ``vkvx.h``; ``size`` is filled in."""
 
-    _fields_ = (
-        *(
-            (name, c_int32)
-            for name in (
-                *("size", "dtype", "rows", "positions", "slots", "query_heads", "kv_heads", "head_dim", "group_size"),
-                *("visual_capacity", "text_capacity", "visual_entries", "text_entries", "key_bits", "value_bits"),
-                *("quantizer", "correction", "kernel", "splits"),
-            )
-        ),
-        *(
-            (name, c_float)
-            for name in (
-                *("quantile_alpha_key", "quantile_alpha_value", "shrink_key", "shrink_value"),
-                *("tau", "correction_limit", "scale"),
-            )
-        ),
-        ("query_stride", c_int64 * 3),
-        ("key_stride", c_int64 * 3),
-        ("value_stride", c_int64 * 3),
-        *(
-            (name, c_void_p)
-            for name in (
-                *("query", "key", "value", "visual_index", "text_index", "slot", "visual_key", "visual_key_params"),
-                *("visual_value", "visual_value_params", "visual_count", "text_key", "text_value", "text_count"),
-                *("key_metric", "value_metric", "rotation", "output", "workspace"),
-            )
-        ),
-        ("workspace_bytes", c_size_t),
-    )
+    _fields_ = ctypes_fields(c_interface.struct_fields())
 
     def __init__(self, **values: object) -> None:
         super().__init__(size=ctypes.sizeof(Params), **values)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Any], attributes: OperatorAttributes, output: Any) -> Params:
+        """All but the workspace of a call: from the operator's inputs by name, its attributes, and the output.
+
+        Tensors have the methods of torch's. Those of ``STRIDED`` may lie in any order but for their last axis, the
+        others are contiguous.
+        """
+        params = cls(**{name: getattr(attributes, attribute) for name, attribute in _PLAIN})
+        for name, attribute, numbers in _NUMBERED:
+            setattr(params, name, numbers[getattr(attributes, attribute)])
+        params.dtype = DTYPES[str(tensors["query"].dtype).removeprefix("torch.")]
+        for name, (tensor, axis), unit in _SIZES:
+            setattr(params, name, tensors[tensor].shape[axis] * (getattr(attributes, unit) if unit else 1))
+        for name in c_interface.STRIDED:
+            getattr(params, f"{name}_stride")[:] = tensors[name].stride()[:3]
+        for definition in attributes.inputs:
+            tensor = tensors[definition.name]
+            setattr(params, definition.name, tensor.data_ptr() if tensor.numel() else _EMPTY)
+        params.output = output.data_ptr()
+        return params
+
+
+_FILLED = [field for field in c_interface.struct_fields() if field.attribute]
+_PLAIN = [(f.name, f.attribute) for f in _FILLED if f.name not in c_interface.enumerations()]
+_NUMBERED = [(f.name, f.attribute, e.numbers) for f in _FILLED if (e := c_interface.enumerations().get(f.name))]
+_SIZES = [(f.name, c_interface.size_sources()[f.size], f.unit) for f in c_interface.struct_fields() if f.size]
 
 
 class Library:

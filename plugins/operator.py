@@ -1,23 +1,24 @@
 """Definition of the operator ``vkvx::VisualKVAttention``, version 1: the one table behind all forms of it.
 
-The torch ops, the ONNX function and the table in ``docs/operator.md`` are built from or checked against it.
-Nothing here needs torch.
+The torch ops, the ONNX schema and function, the C interface (``c_interface.py``) and the TensorRT plugins are built
+from it, the table in ``docs/operator.md`` is checked against it. Names of quantisers and score corrections are those of
+``vkvx/format.py``. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from vkvx.errors import OptionError
 from vkvx.format import (
     BASELINE_BITS,
     CACHE_NAMES,
     METRIC_QUANTIZERS,
+    QUANTIZERS,
     SCORE_CORRECTIONS,
     check_bits,
     check_group_size,
-    check_quantizer,
 )
 from vkvx.manifest import Quantization
 
@@ -69,6 +70,71 @@ METRIC_INPUTS = (
 OUTPUTS = (TensorDefinition("output", "T", ("B", "Hq", "S", "D"), "attention output, 0 on padding"), *_CACHES)
 
 
+class Range(NamedTuple):
+    """Numbers that an attribute may have. Bounds are excluded where ``above`` and ``below`` say so."""
+
+    least: float | None = None
+    most: float | None = None
+    above: bool = False
+    below: bool = False
+
+    def conditions(self) -> list[tuple[str, float]]:
+        """Comparisons that a number has to pass, such as ``(">=", 0.0)``; NaN passes none."""
+        bounds = ((">" if self.above else ">=", self.least), ("<" if self.below else "<=", self.most))
+        return [(sign, bound) for sign, bound in bounds if bound is not None]
+
+    def takes(self, x: float) -> bool:
+        """Whether the number passes."""
+        is_enough = self.least is None or (x > self.least if self.above else x >= self.least)
+        return is_enough and (self.most is None or (x < self.most if self.below else x <= self.most))
+
+    def __str__(self) -> str:
+        if self == RESERVED:
+            return "0, it is reserved"
+        words = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
+        return " and ".join(f"{words[sign]} {bound:g}" for sign, bound in self.conditions())
+
+
+RESERVED = Range(0.0, 0.0)
+_FRACTION = Range(0.0, 0.5, below=True)
+_FACTOR = Range(0.0, 1.0, above=True)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """What is known of an attribute beside its name, type and default.
+
+    ``field`` is its name in ``VkvxParams``: None for its own, "" for an attribute that kernels do not get. ``choices``
+    are the names that a string may be, in the order of their numbers there.
+    """
+
+    meaning: str
+    within: Range | None
+    choices: tuple[str, ...]
+    field: str | None
+
+
+def attribute(
+    default: Any,
+    meaning: str = "",
+    *,
+    within: Range | None = None,
+    choices: tuple[str, ...] = (),
+    field_name: str | None = None,
+) -> Any:
+    """A field of ``OperatorAttributes``."""
+    return field(default=default, metadata={"attribute": Attribute(meaning, within, choices, field_name)})
+
+
+def definitions(table: type[OperatorAttributes]) -> dict[str, Attribute]:
+    """Each attribute of ``OperatorAttributes``, or of a table that extends it, by its name."""
+    return {f.name: f.metadata["attribute"] for f in fields(table)}
+
+
+_CHECKED: dict[type, list[tuple[str, Attribute]]] = {}
+"""By table: attributes with choices or a range. Kept, as each call of the torch ops makes its attributes anew."""
+
+
 @dataclass(frozen=True)
 class OperatorAttributes:
     """Attributes of one node; defaults are those of a 1-bit cache.
@@ -76,20 +142,20 @@ class OperatorAttributes:
     ``scale`` multiplies the scores (models use 1/sqrt(D)). ``softcap`` and ``sliding_window`` are reserved: 0 only.
     """
 
-    key_bits: int = 1
-    value_bits: int = 1
-    group_size: int = 128
-    quantizer: str = "lloyd"
-    quantile_alpha_key: float = 0.2
-    quantile_alpha_value: float = 0.2
-    shrink_key: float = 0.5
-    shrink_value: float = 0.3
-    score_correction: str = "expected"
-    tau: float = 3.0
-    correction_limit: float = 3.0
-    scale: float = 1.0
-    softcap: float = 0.0
-    sliding_window: int = 0
+    key_bits: int = attribute(1, "16 together with value_bits: nothing is packed")
+    value_bits: int = attribute(1)
+    group_size: int = attribute(128)
+    quantizer: str = attribute("lloyd", choices=QUANTIZERS)
+    quantile_alpha_key: float = attribute(0.2, "of VKVX_QUANTILE", within=_FRACTION)
+    quantile_alpha_value: float = attribute(0.2, within=_FRACTION)
+    shrink_key: float = attribute(0.5, "of VKVX_SHRINK", within=_FACTOR)
+    shrink_value: float = attribute(0.3, within=_FACTOR)
+    score_correction: str = attribute("expected", choices=SCORE_CORRECTIONS, field_name="correction")
+    tau: float = attribute(3.0, "of VKVX_CORRECTION_AFFINE", within=Range(least=0.0))
+    correction_limit: float = attribute(3.0, "of VKVX_CORRECTION_EXPECTED", within=Range(least=0.0, above=True))
+    scale: float = attribute(1.0, "of the scores")
+    softcap: float = attribute(0.0, within=RESERVED, field_name="")
+    sliding_window: int = attribute(0, within=RESERVED, field_name="")
 
     def __post_init__(self) -> None:
         """Refuse values that no implementation supports (OptionError)."""
@@ -97,23 +163,17 @@ class OperatorAttributes:
             check_bits(self.key_bits)
             check_bits(self.value_bits)
         check_group_size(self.group_size)
-        check_quantizer(self.quantizer)
-        if self.score_correction not in SCORE_CORRECTIONS:
-            raise OptionError(
-                f"unknown score correction '{self.score_correction}': give one of {', '.join(SCORE_CORRECTIONS)}"
-            )
-        if not all(0.0 <= a < 0.5 for a in (self.quantile_alpha_key, self.quantile_alpha_value)):
-            raise OptionError("the quantile alpha must be at least 0 and less than 0.5")
-        if not all(0.0 < g <= 1.0 for g in (self.shrink_key, self.shrink_value)):
-            raise OptionError("the shrink factors must be greater than 0 and at most 1")
-        if not self.tau >= 0.0:
-            raise OptionError(f"tau {self.tau} is not supported: give a number of at least 0")
-        if not self.correction_limit > 0.0:
-            raise OptionError(f"correction limit {self.correction_limit} is not supported: give a number above 0")
-        if self.softcap != 0.0 or self.sliding_window != 0:
-            raise OptionError(
-                "softcap and sliding_window are reserved in version 1 of the operator: only 0 is accepted"
-            )
+        if (checked := _CHECKED.get(type(self))) is None:
+            known = definitions(type(self)).items()
+            checked = _CHECKED[type(self)] = [(name, a) for name, a in known if a.choices or a.within]
+        for name, definition in checked:
+            value = getattr(self, name)
+            if definition.choices and value not in definition.choices:
+                words = name.replace("_", " ")
+                raise OptionError(f"unknown {words} '{value}': give one of {', '.join(definition.choices)}")
+            if definition.within is not None and not definition.within.takes(value):
+                words = name.replace("_", " ")
+                raise OptionError(f"{words} {value} is not supported: give {definition.within}")
 
     @property
     def needs_metrics(self) -> bool:
@@ -137,21 +197,8 @@ class OperatorAttributes:
 
 def layer_attributes(quantization: Quantization, scale: float) -> tuple[OperatorAttributes, ...]:
     """The operator's attributes in each layer; ``scale`` multiplies the scores."""
-    q = quantization
+    named = {f.name: getattr(quantization, f.name) for f in fields(quantization)}
     return tuple(
-        OperatorAttributes(
-            key_bits=q.key_bits[layer],
-            value_bits=q.value_bits[layer],
-            group_size=q.group_size,
-            quantizer=q.quantizer,
-            quantile_alpha_key=q.quantile_alpha_key[layer],
-            quantile_alpha_value=q.quantile_alpha_value[layer],
-            shrink_key=q.shrink_key[layer],
-            shrink_value=q.shrink_value[layer],
-            score_correction=q.score_correction,
-            tau=q.tau,
-            correction_limit=q.correction_limit,
-            scale=scale,
-        )
-        for layer in range(len(q.key_bits))
+        OperatorAttributes(**{n: x[layer] if isinstance(x, tuple) else x for n, x in named.items()}, scale=scale)
+        for layer in range(len(quantization.key_bits))
     )

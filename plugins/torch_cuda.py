@@ -7,19 +7,73 @@ the kernels take, the reference runs instead.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from vkvx.errors import VkvxError
+from vkvx.format import CACHE_NAMES
 from vkvx.plugins import build
-from vkvx.plugins.library import CORRECTIONS, DTYPES, MAX_HEAD_DIM, QUANTIZERS, Library, Params
+from vkvx.plugins.c_interface import MAX_HEAD_DIM, MAX_SHAPED_GROUP, STRIDED
+from vkvx.plugins.library import Library, Params
 from vkvx.plugins.operator import OperatorAttributes
 
-MAX_SHAPED_GROUP = 4096
-_WORKSPACES: dict[tuple[int, int], Tensor] = {}
-"""By device and stream: zero before the first use, and shared by all layers."""
-_OUTGROWN: list[Tensor] = []
+
+class Workspaces:
+    """Scratch memory of the kernels by device and stream, shared by all layers; it is zero before its first use.
+
+    A CUDA graph keeps the addresses of its capture, and nothing says when it is gone: a workspace that a capture has
+    met stays allocated after a larger one has taken its place. Others are freed then.
+    """
+
+    def __init__(self, allocate: Callable[[torch.device, int], Tensor], is_capturing: Callable[[], bool]) -> None:
+        self._allocate, self._is_capturing = allocate, is_capturing
+        self._held: dict[tuple[torch.device, int], tuple[Tensor, int]] = {}
+        """And the thread that used it last."""
+        self._captured: set[tuple[torch.device, int]] = set()
+        self._kept: list[Tensor] = []
+
+    def get(self, device: torch.device, stream: int, size: int) -> Tensor:
+        """At least ``size`` bytes for the next call on this stream, the current one.
+
+        Raises VkvxError where they would have to be allocated within a capture: they would come from the memory of that
+        graph, and each of its replays would zero them.
+        """
+        place, capturing = (device, stream), self._is_capturing()
+        held, _ = self._held.get(place, (None, 0))
+        if held is None or held.numel() < size:
+            found = self._take_over(device, size) if capturing else self._allocate(device, size)
+            if held is not None and place in self._captured:
+                self._kept.append(held)
+            self._captured.discard(place)
+            held = found
+        if capturing:
+            self._captured.add(place)
+        self._held[place] = held, threading.get_ident()
+        return held
+
+    def _take_over(self, device: torch.device, size: int) -> Tensor:
+        """The workspace of another stream, on which this thread ran the call before: torch captures on its own stream.
+
+        What ran there is done, since whoever captures waits for it first; another thread might be running there now.
+        """
+        for place, (held, thread) in list(self._held.items()):
+            is_own = thread == threading.get_ident() and place not in self._captured
+            if is_own and place[0] == device and held.numel() >= size:
+                del self._held[place]
+                return held
+        raise VkvxError(
+            "this call needs a workspace, which cannot be allocated while a CUDA graph is captured: "
+            "run the same call once before the capture, in the same thread"
+        )
+
+
+_WORKSPACES = Workspaces(
+    lambda device, size: torch.zeros(size, dtype=torch.uint8, device=device), torch.cuda.is_current_stream_capturing
+)
 
 
 @functools.cache
@@ -55,71 +109,14 @@ def run(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> Tensor:
     with torch.cuda.device(query.device):
         stream = torch.cuda.current_stream().cuda_stream
         # Rows of a head are read as they lie, other layouts are copied.
-        held = {
-            name: x if name in ("query", "key", "value") and x.stride(-1) == 1 else x.contiguous()
-            for name, x in tensors.items()
-        }
+        held = {name: x if name in STRIDED and x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        params = _params(held, attributes, output)
-        size = library.workspace_bytes(params)
-        workspace = _workspace(query.device, stream, size)
+        params = Params.of(held, attributes, output)
+        workspace = _WORKSPACES.get(query.device, stream, library.workspace_bytes(params))
         params.workspace, params.workspace_bytes = workspace.data_ptr(), workspace.numel()
         library.attention(params, stream)
         library.append(params, stream)
         for name, x in held.items():
-            if name.startswith(("visual_key", "visual_value", "text_key", "text_value")) and x is not tensors[name]:
+            if name in CACHE_NAMES and x is not tensors[name]:
                 tensors[name].copy_(x)
     return output
-
-
-def _params(tensors: dict[str, Tensor], attributes: OperatorAttributes, output: Tensor) -> Params:
-    rows, query_heads, positions, head_dim = tensors["query"].shape
-    slots, kv_heads, text_capacity, _ = tensors["text_key"].shape
-    a = attributes
-    params = Params(
-        dtype=DTYPES[str(tensors["query"].dtype).removeprefix("torch.")],
-        rows=rows,
-        positions=positions,
-        slots=slots,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        group_size=a.group_size,
-        visual_capacity=tensors["visual_count"].shape[1] * a.group_size,
-        text_capacity=text_capacity,
-        visual_entries=tensors["visual_index"].shape[1],
-        text_entries=tensors["text_index"].shape[1],
-        key_bits=a.key_bits,
-        value_bits=a.value_bits,
-        quantizer=QUANTIZERS[a.quantizer],
-        correction=CORRECTIONS[a.score_correction],
-        quantile_alpha_key=a.quantile_alpha_key,
-        quantile_alpha_value=a.quantile_alpha_value,
-        shrink_key=a.shrink_key,
-        shrink_value=a.shrink_value,
-        tau=a.tau,
-        correction_limit=a.correction_limit,
-        scale=a.scale,
-        output=output.data_ptr(),
-        **{t.name: _address(tensors[t.name]) for t in a.inputs},
-    )
-    for name in ("query", "key", "value"):
-        getattr(params, f"{name}_stride")[:] = tensors[name].stride()[:3]
-    return params
-
-
-def _address(x: Tensor) -> int:
-    """The data's address; that of an empty tensor is never read, but the interface wants one."""
-    return x.data_ptr() if x.numel() else 256
-
-
-def _workspace(device: torch.device, stream: int, size: int) -> Tensor:
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    held = _WORKSPACES.get((index, stream))
-    if held is None or held.numel() < size:
-        # A captured graph keeps the addresses of its run, so an outgrown workspace stays allocated with the new one.
-        if held is not None:
-            _OUTGROWN.append(held)
-        held = torch.zeros(size, dtype=torch.uint8, device=device)
-        _WORKSPACES[index, stream] = held
-    return held

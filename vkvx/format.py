@@ -11,9 +11,12 @@ BITS = (1, 2, 4, 8)
 BASELINE_BITS = 16
 """Stands for the unquantised baseline, which stores visual tokens with the text; for a whole model only."""
 QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
+"""Names in the order of their numbers in the C interface: a new one comes last."""
 METRIC_QUANTIZERS = ("shaped",)
 """Quantisers that need the metrics of keys and values; see ``docs/format.md``."""
+LLOYD_ITERATIONS = 8
 SCORE_CORRECTIONS = ("none", "affine", "expected")
+"""Ordered likewise."""
 CACHE_NAMES = ("visual_key", "visual_key_params", "visual_value", "visual_value_params", "text_key", "text_value")
 """Cache tensors of a layer, in the order of the operator's outputs."""
 

@@ -52,9 +52,9 @@ class QuantizationOptions:
         bits_per_layer: in place of these in some layers, such as ``"0-1:8,2-:1"``: a layer or range of layers, counted
             from 0, ends included, then the bits of its keys and values.
         group_size: visual tokens that share scale and offset, a multiple of 128; "auto" suits the model's pictures.
-        quantizer: minmax, quantile, shrink, lloyd or shaped (the default).
+        quantizer: one of ``vkvx.format.QUANTIZERS``; shaped by default.
         quantile_alpha: tail cut off on each side by ``quantile``, at least 0, less than 0.5; it defaults by bits.
-        score_correction: none, affine or expected (the default).
+        score_correction: one of ``vkvx.format.SCORE_CORRECTIONS``; expected by default.
         tau: of ``affine``, at least 0; 3 by default.
         correction_limit: of ``expected``, greater than 0; 3 by default.
     """

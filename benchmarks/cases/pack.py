@@ -6,8 +6,7 @@ import argparse
 from typing import Any
 
 from benchmarks.lib import gpu
-
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
+from vkvx.format import QUANTIZERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

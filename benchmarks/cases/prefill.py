@@ -121,10 +121,7 @@ def _error(call: gpu.Call, output: Any) -> float:
     """Relative error of the first row's first two KV heads against float64."""
     import torch
 
-    from vkvx.plugins.library import CORRECTIONS
-
-    correction = {number: name for name, number in CORRECTIONS.items()}[call.params.correction]
-    t, scale = call.tensors, call.attribute_scale
+    t, scale, correction = call.tensors, call.attribute_scale, call.correction
     ratio = t["query"].shape[1] // t["key"].shape[1]
     squared, total, counts = 0.0, 0.0, torch.tensor(call.counts, device="cuda")
     for head in range(min(2, t["key"].shape[1])):

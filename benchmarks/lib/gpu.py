@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import math
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 
 from vkvx.errors import DependencyError
 from vkvx.plugins import build
-from vkvx.plugins.library import CORRECTIONS, DTYPES, KERNELS, QUANTIZERS, Library, Params
+from vkvx.plugins.library import KERNELS, Library, Params
+from vkvx.plugins.operator import OperatorAttributes
 
 
 def library() -> Library:
@@ -213,38 +213,19 @@ class Call:
             self.tensors |= {"key_metric": metric, "value_metric": metric.clone(), "rotation": rotation}
         self.output = torch.empty_like(self.tensors["query"])
         self.group_size, self.counts, self.attribute_scale, self.correction = group_size, counts, d**-0.5, correction
-        addresses = {name: x.data_ptr() if x.numel() else 256 for name, x in self.tensors.items()}
-        self.params = Params(
-            **addresses,
-            output=self.output.data_ptr(),
-            dtype=DTYPES["float16"],
-            rows=rows,
-            positions=positions,
-            slots=rows,
-            query_heads=query_heads,
-            kv_heads=kv_heads,
-            head_dim=d,
-            group_size=group_size,
-            visual_capacity=capacity,
-            text_capacity=max(16, positions),
-            visual_entries=len(index),
-            text_entries=positions - visual,
+        attributes = OperatorAttributes(
             key_bits=bits,
             value_bits=bits,
-            quantizer=QUANTIZERS[quantizer],
-            correction=CORRECTIONS[correction],
-            kernel=KERNELS[kernel],
+            group_size=group_size,
+            quantizer=quantizer,
             quantile_alpha_key=0.1,
             quantile_alpha_value=0.1,
-            shrink_key=0.5,
             shrink_value=0.5,
-            tau=3.0,
-            correction_limit=3.0,
+            score_correction=correction,
             scale=self.attribute_scale,
         )
-        for name in ("query", "key", "value"):
-            strides: ctypes.Array[ctypes.c_int64] = getattr(self.params, f"{name}_stride")
-            strides[:] = self.tensors[name].stride()[:3]
+        self.params = Params.of(self.tensors, attributes, self.output)
+        self.params.kernel = KERNELS[kernel]
         size = kernels.workspace_bytes(self.params)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
         self.params.workspace, self.params.workspace_bytes = self._workspace.data_ptr(), size

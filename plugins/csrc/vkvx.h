@@ -12,7 +12,10 @@
 extern "C" {
 #endif
 
+/* Written by `python -m vkvx.plugins.generate` from plugins/operator.py, to the mark below: change that. */
+/* clang-format off */
 #define VKVX_ABI_VERSION 2
+#define VKVX_MAX_HEAD_DIM 256
 
 enum { VKVX_OK = 0, VKVX_BAD_ARGUMENT = 1, VKVX_UNSUPPORTED = 2, VKVX_WORKSPACE_TOO_SMALL = 3, VKVX_CUDA_ERROR = 4 };
 enum { VKVX_FLOAT16 = 0, VKVX_BFLOAT16 = 1, VKVX_FLOAT32 = 2 };
@@ -21,60 +24,63 @@ enum { VKVX_CORRECTION_NONE = 0, VKVX_CORRECTION_AFFINE = 1, VKVX_CORRECTION_EXP
 /* Kernels of the attention: the fastest that takes the shape, or a certain one (for tests and measurements). */
 enum { VKVX_AUTO = 0, VKVX_PLAIN = 1, VKVX_CODES = 2, VKVX_PLANES = 3, VKVX_PREFILL = 4 };
 
-/* Letters as in docs/operator.md. Strides are in elements; the last axis of every tensor is contiguous, and so are all tensors without a
- * stride here. At 16 bits key_bits and value_bits are 16, and visual_capacity is 0. */
+/* Letters as in docs/operator.md, where T is the type of dtype. Strides are in elements; the last axis of every tensor
+ * is contiguous, and so are all tensors without a stride here. At 16 bits key_bits and value_bits are 16, and
+ * visual_capacity is 0. */
 typedef struct VkvxParams {
-  int32_t size; /* sizeof(VkvxParams) */
-  int32_t dtype;
-  int32_t rows;            /* B */
-  int32_t positions;       /* S */
-  int32_t slots;           /* Bc */
-  int32_t query_heads;     /* Hq */
-  int32_t kv_heads;        /* Hkv */
-  int32_t head_dim;        /* D */
+  int32_t size;                      /* sizeof(VkvxParams) */
+  int32_t dtype;                     /* of T */
+  int32_t rows;                      /* B */
+  int32_t positions;                 /* S */
+  int32_t slots;                     /* Bc */
+  int32_t query_heads;               /* Hq */
+  int32_t kv_heads;                  /* Hkv */
+  int32_t head_dim;                  /* D */
   int32_t group_size;
-  int32_t visual_capacity; /* C */
-  int32_t text_capacity;   /* N */
-  int32_t visual_entries;  /* Nv */
-  int32_t text_entries;    /* Nt */
-  int32_t key_bits;
+  int32_t visual_capacity;           /* C */
+  int32_t text_capacity;             /* N */
+  int32_t visual_entries;            /* Nv */
+  int32_t text_entries;              /* Nt */
+  int32_t key_bits;                  /* 16 together with value_bits: nothing is packed */
   int32_t value_bits;
-  int32_t quantizer;
-  int32_t correction;
-  int32_t kernel; /* VKVX_AUTO, or one of the kernels */
-  int32_t splits; /* parts of the sequence that run side by side in decode; 0: chosen by shape */
-  float quantile_alpha_key;
+  int32_t quantizer;                 /* VKVX_MINMAX to VKVX_SHAPED */
+  int32_t correction;                /* VKVX_CORRECTION_NONE to VKVX_CORRECTION_EXPECTED */
+  int32_t kernel;                    /* VKVX_AUTO, or one of the kernels */
+  int32_t splits;                    /* parts of the sequence that run side by side in decode; 0: chosen by shape */
+  float quantile_alpha_key;          /* of VKVX_QUANTILE */
   float quantile_alpha_value;
-  float shrink_key;
+  float shrink_key;                  /* of VKVX_SHRINK */
   float shrink_value;
-  float tau;
-  float correction_limit;
-  float scale;
-  int64_t query_stride[3]; /* of row, head, position */
-  int64_t key_stride[3];
-  int64_t value_stride[3];
-  const void *query;
-  const void *key;
-  const void *value;
-  const int32_t *visual_index;
-  const int32_t *text_index;
-  const int32_t *slot;
-  int32_t *visual_key;
-  void *visual_key_params;
-  int32_t *visual_value;
-  void *visual_value_params;
-  const int32_t *visual_count;
-  void *text_key;
-  void *text_value;
-  const int32_t *text_count;
+  float tau;                         /* of VKVX_CORRECTION_AFFINE */
+  float correction_limit;            /* of VKVX_CORRECTION_EXPECTED */
+  float scale;                       /* of the scores */
+  int64_t query_stride[3];           /* of row, head, position */
+  int64_t key_stride[3];             /* of row, head, position */
+  int64_t value_stride[3];           /* of row, head, position */
+  const void *query;                 /* T [B, Hq, S, D] */
+  const void *key;                   /* T [B, Hkv, S, D] */
+  const void *value;                 /* T [B, Hkv, S, D] */
+  const int32_t *visual_index;       /* int32 [B, Nv] */
+  const int32_t *text_index;         /* int32 [B, Nt] */
+  const int32_t *slot;               /* int32 [B] */
+  int32_t *visual_key;               /* int32 [Bc, Hkv, C/128, bk, 128, D/32] */
+  void *visual_key_params;           /* float16 [Bc, Hkv, G, 3, D] */
+  int32_t *visual_value;             /* int32 [Bc, Hkv, C/128, bv, D, 4] */
+  void *visual_value_params;         /* float16 [Bc, Hkv, G, 2, D] */
+  const int32_t *visual_count;       /* int32 [Bc, G] */
+  void *text_key;                    /* T [Bc, Hkv, N, D] */
+  void *text_value;                  /* T [Bc, Hkv, N, D] */
+  const int32_t *text_count;         /* int32 [Bc] */
   /* Of VKVX_SHAPED, for calls with visual entries that are to be packed; null otherwise. */
-  const void *key_metric;   /* FP16 [Hkv, D, D] */
-  const void *value_metric; /* FP16 [Hkv, D, D] */
-  const float *rotation;    /* [B, 2, D] */
-  void *output; /* [B, Hq, S, D], contiguous */
-  void *workspace;
+  const void *key_metric;            /* float16 [Hkv, D, D] */
+  const void *value_metric;          /* float16 [Hkv, D, D] */
+  const float *rotation;             /* float32 [B, 2, D] */
+  void *output;                      /* T [B, Hq, S, D] */
+  void *workspace;                   /* zero before its first use, see below */
   size_t workspace_bytes;
 } VkvxParams;
+/* clang-format on */
+/* End of what is written. */
 
 /* VKVX_ABI_VERSION of the library. */
 int vkvx_abi_version(void);

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vkvx.format import LLOYD_ITERATIONS
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, UINT8, Builder, Value
 
-LLOYD_ITERATIONS = 8
 FP16_MAX = 65504.0
 _BEYOND = 2.0**18
 """More than the distance of any two sanitised values."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from vkvx.errors import OptionError
 from vkvx.format import (
     BITS,
+    LLOYD_ITERATIONS,
     METRIC_QUANTIZERS,
     QUANTILE_ALPHA,
     QUANTIZERS,
@@ -53,7 +54,6 @@ __all__ = [
     "unpack_values",
 ]
 
-LLOYD_ITERATIONS = 8
 FP16_MAX = 65504.0
 
 

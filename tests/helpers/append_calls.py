@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vkvx.format import CACHE_NAMES, QUANTILE_ALPHA
 from vkvx.plugins import torch_cuda, torch_op
+from vkvx.plugins.library import Params
 from vkvx.plugins.operator import OperatorAttributes
 from vkvx.plugins.reference import quantization
 
@@ -124,7 +125,7 @@ def append(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> dict[s
         named[name].copy_(x)
         buffers.append(buffer)
     output = torch.empty(tensors["query"].shape, dtype=tensors["query"].dtype, device="cuda")
-    params = torch_cuda._params(named, attributes, output)
+    params = Params.of(named, attributes, output)
     size = library.workspace_bytes(params)
     workspace = torch.randint(0, 255, (size + GUARD,), dtype=torch.uint8, device="cuda")
     workspace[: 4 * 16384] = 0

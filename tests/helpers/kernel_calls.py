@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vkvx.plugins import torch_cuda
-from vkvx.plugins.library import KERNELS
+from vkvx.plugins.library import KERNELS, Params
 from vkvx.plugins.operator import INPUTS, OperatorAttributes
 
 
@@ -101,7 +101,7 @@ def attend(tensors: dict[str, Tensor], attributes: OperatorAttributes, kernel: s
     library = torch_cuda.kernels()
     assert library is not None
     output = torch.full(tensors["query"].shape, torch.nan, dtype=tensors["query"].dtype, device="cuda")
-    params = torch_cuda._params(tensors, attributes, output)
+    params = Params.of(tensors, attributes, output)
     params.kernel, params.splits = KERNELS[kernel], splits
     size = library.workspace_bytes(params)
     workspace = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")

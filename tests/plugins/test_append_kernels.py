@@ -10,10 +10,12 @@ from append_calls import Append, append, check, make, same_bits
 from torch import Tensor
 
 from vkvx.errors import OptionError
+from vkvx.format import QUANTIZERS
+from vkvx.plugins import torch_cuda
+from vkvx.plugins.library import Params
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
 BITS = (1, 2, 4, 8)
 SIZES: dict[int, list[list[int]]] = {
     128: [[128, 3], [1], [], [100, 128]],
@@ -147,11 +149,9 @@ def test_shaped_needs_its_metrics() -> None:
     tensors = make(Append("shaped"))
     del tensors["rotation"]
     tensors["rotation"] = torch.empty(0, device="cuda")
-    from vkvx.plugins import torch_cuda
-
     library = torch_cuda.kernels()
     assert library is not None
-    params = torch_cuda._params(tensors, Append("shaped").attributes, torch.empty_like(tensors["query"]))
+    params = Params.of(tensors, Append("shaped").attributes, torch.empty_like(tensors["query"]))
     params.rotation, params.workspace, params.workspace_bytes = None, 256, 1 << 40
     with pytest.raises(OptionError, match="rotation is a null pointer"):
         library.append(params, 0)

@@ -14,7 +14,7 @@ from samples import Page
 
 from vkvx.plugins import build
 
-EXAMPLES = build.SOURCES / "examples"
+EXAMPLES = build.SOURCES.parent / "examples"
 PROMPT = "USER: <image>\nTranscribe the page. ASSISTANT:"
 
 
@@ -46,7 +46,7 @@ def test_builds_and_says_how_it_is_used(tmp_path: Path) -> None:
 
 def test_reads_what_the_script_saves(compiler: list[str], tiny_bundle: Path, pages: list[Page], tmp_path: Path) -> None:
     saved = tmp_path / "inputs.npz"
-    script = str(build.SOURCES.parent / "examples" / "save_inputs.py")
+    script = str(build.SOURCES.parents[1] / "examples" / "save_inputs.py")
     run([sys.executable, script, str(tiny_bundle), str(saved), "--prompt", PROMPT, "--image", str(pages[0].path)])
     arrays = dict(np.load(saved))
     assert arrays["visual_embeds"].shape[:2] == arrays["visual_index"].shape

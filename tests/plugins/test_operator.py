@@ -21,8 +21,7 @@ from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, empty_s
 from oracle import Attributes
 from torch_calls import arrays, run_op, tensors
 
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
-CORRECTIONS = ("none", "affine", "expected")
+from vkvx.format import QUANTIZERS, SCORE_CORRECTIONS
 
 # calls on one cache: scattered slots, idle rows, no to three groups a row, decode steps with and without an empty
 # group, later turns with pictures beside decode steps of other rows, rows with padding
@@ -51,7 +50,7 @@ CASES = [
     (bits, quantizer, correction, HEADS[(i + j + k) % 4], ("float16", "float32")[(i + j + k // 2) % 2])
     for i, bits in enumerate((1, 2, 4, 8))
     for j, quantizer in enumerate(QUANTIZERS)
-    for k, correction in enumerate(CORRECTIONS)
+    for k, correction in enumerate(SCORE_CORRECTIONS)
 ]
 
 
@@ -146,7 +145,7 @@ def test_other_opsets(opset: int) -> None:
         converse(attributes, Dims(text_rows=180), opset=opset)
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", SCORE_CORRECTIONS)
 def test_sharp_scores(correction: str) -> None:
     attributes = attributes_for(1, 1, score_correction=correction, scale=32**-0.5)
     dims = Dims(float_type="float32")
@@ -211,7 +210,7 @@ def test_a_level_beyond_the_fp16_range(float_type: str) -> None:
 
 
 @pytest.mark.parametrize(("bits", "quantizer"), [(1, "lloyd"), (4, "lloyd"), (1, "shaped"), (16, "lloyd")])
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", SCORE_CORRECTIONS)
 def test_nothing_past_the_counts_matters(bits: int, quantizer: str, correction: str) -> None:
     attributes, dims = attributes_for(bits, bits, quantizer=quantizer, score_correction=correction), Dims(text_rows=160)
     inputs = mixed_call(attributes, dims)

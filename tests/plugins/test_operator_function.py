@@ -12,10 +12,9 @@ from onnx import inliner, shape_inference
 from operator_cases import CACHES, Dims, attributes_for, same_bits
 
 from vkvx.errors import OptionError
+from vkvx.format import QUANTIZERS
 from vkvx.plugins import operator
 from vkvx.plugins.function import attention_function
-
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
 
 
 @pytest.mark.parametrize("float_type", ["float16", "bfloat16", "float32"])

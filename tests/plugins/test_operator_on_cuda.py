@@ -13,6 +13,9 @@ from samples import Page
 from test_reference_op import CONVERSATION
 from torch_calls import arguments, arrays, tensors
 
+from vkvx.errors import VkvxError
+from vkvx.plugins import torch_cuda
+
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 
 SLACK = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
@@ -96,6 +99,42 @@ def test_numbers_that_are_none(quantizer: str) -> None:
     assert params[0, 9] == 0
     assert params[1, 9] == 2.5
     assert group.key.shape[1] == 100
+
+
+def test_a_graph_and_the_workspace_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture finds the workspace of its stream, or is refused; a larger call leaves what the graph holds."""
+    workspaces = torch_cuda.Workspaces(
+        lambda device, size: torch.zeros(size, dtype=torch.uint8, device=device), torch.cuda.is_current_stream_capturing
+    )
+    monkeypatch.setattr(torch_cuda, "_WORKSPACES", workspaces)
+    dims, attributes = Dims(head_dim=64, float_type="float16"), attributes_for(1, 1)
+    rng = np.random.default_rng(3)
+
+    def prepared(rows: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
+        inputs = new_call(rows, empty_state(dims, attributes, rng), dims, attributes, rng)
+        return {name: x.cuda() for name, x in tensors(inputs, "float16").items()}
+
+    def attend(named: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.ops.vkvx.visual_kv_attention_(*(named[n] for n in INPUTS), **arguments(attributes))
+
+    step, stream = prepared([(0, "t1")]), torch.cuda.Stream()
+    with pytest.raises(VkvxError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        attend(step)
+    torch.cuda.synchronize()
+    expected = attend(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        output = attend(step)
+    held = workspaces.get(output.device, stream.cuda_stream, 0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        attend(prepared([(row, "p300 t40") for row in range(dims.slots)]))
+        larger = workspaces.get(output.device, stream.cuda_stream, held.numel() + 1)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert larger.data_ptr() != held.data_ptr()
+    assert workspaces._kept == [held]
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 1), ("float16", 4), ("bfloat16", 2)])

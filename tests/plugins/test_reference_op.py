@@ -11,8 +11,9 @@ from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, check, 
 from oracle import Attributes
 from torch_calls import TORCH_TYPES, arguments, arrays, run_op, same_bits, tensors
 
-QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd")
-CORRECTIONS = ("none", "affine", "expected")
+from vkvx.format import METRIC_QUANTIZERS, QUANTIZERS, SCORE_CORRECTIONS
+
+OWN_LEVELS = tuple(name for name in QUANTIZERS if name not in METRIC_QUANTIZERS)
 PARAMS = ("visual_key_params", "visual_value_params")
 
 # calls on one cache: scattered slots, idle rows, no to three pictures a row, decode steps with and without an empty
@@ -57,9 +58,16 @@ BIT_PAIRS = [(1, 1), (2, 2), (4, 4), (8, 8), (1, 4), (8, 2)]
 CASES = [
     # (bits, quantizer, correction, query heads, KV heads, head dim, float type): every pair of bits with every
     # quantizer and every correction, the rest in turn
-    (*pair, quantizer, CORRECTIONS[(i + j) % 3], *((4, 2), (4, 1), (2, 2))[(i + 2 * j) % 3], 32 * (1 + (i + j) % 2), t)
+    (
+        *pair,
+        quantizer,
+        SCORE_CORRECTIONS[(i + j) % 3],
+        *((4, 2), (4, 1), (2, 2))[(i + 2 * j) % 3],
+        32 * (1 + (i + j) % 2),
+        t,
+    )
     for i, pair in enumerate(BIT_PAIRS)
-    for j, (quantizer, t) in enumerate(zip(QUANTIZERS, ("float32", "float16", "bfloat16", "float32"), strict=True))
+    for j, (quantizer, t) in enumerate(zip(OWN_LEVELS, ("float32", "float16", "bfloat16", "float32"), strict=True))
 ]
 
 
@@ -82,7 +90,7 @@ def test_conversations_agree_with_the_oracle(
 
 
 @pytest.mark.parametrize("float_type", TORCH_TYPES)
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", SCORE_CORRECTIONS)
 def test_conversations_at_16_bits_agree_with_the_oracle(float_type: str, correction: str) -> None:
     attributes = attributes_for(16, 16, score_correction=correction)
     dims = Dims(text_rows=170, float_type=float_type)
@@ -91,7 +99,7 @@ def test_conversations_at_16_bits_agree_with_the_oracle(float_type: str, correct
 
 
 @pytest.mark.parametrize("sharpness", [0.2, 6.0])
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", SCORE_CORRECTIONS)
 def test_corrections_on_flat_and_sharp_scores(correction: str, sharpness: float) -> None:
     """Flat scores make `affine` clamp its slope, sharp ones make `expected` reach its limit."""
     for tau, limit in ((3.0, 3.0), (0.0, 0.1), (8.0, 50.0)):
@@ -106,7 +114,7 @@ def test_corrections_on_flat_and_sharp_scores(correction: str, sharpness: float)
 
 def test_corrections_differ_from_none() -> None:
     outputs = []
-    for correction in CORRECTIONS:
+    for correction in SCORE_CORRECTIONS:
         attributes = attributes_for(1, 1, score_correction=correction)
         rng = np.random.default_rng(1)
         state = empty_state(Dims(), attributes, rng)
@@ -130,8 +138,8 @@ ROW = st.lists(
     st.lists(st.lists(ROW, min_size=1, max_size=4), min_size=1, max_size=3),
     st.permutations(range(5)),
     st.sampled_from([1, 2, 4, 8, 16]),
-    st.sampled_from(QUANTIZERS),
-    st.sampled_from(CORRECTIONS),
+    st.sampled_from(OWN_LEVELS),
+    st.sampled_from(SCORE_CORRECTIONS),
     st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -185,7 +193,7 @@ def filled(bits: int, **more: object) -> tuple[Attributes, Dims, Arrays]:
 LIVE = [(5, "t2 p40 t1"), (-1, ""), (3, "t1"), (0, "p20 t3"), (2, "t2")]
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", SCORE_CORRECTIONS)
 @pytest.mark.parametrize("bits", [1, 4, 16])
 def test_garbage_past_the_counts_changes_nothing(bits: int, correction: str) -> None:
     attributes, dims, state = filled(bits, score_correction=correction)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_calls import arguments, same_bits, tensors
 
 from vkvx.plugins import torch_cuda
+from vkvx.plugins.library import CORRECTIONS, Params
 from vkvx.plugins.operator import OUTPUTS, OperatorAttributes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
@@ -229,10 +230,10 @@ def test_workspaces_are_within_the_bound() -> None:
             "head_dim": int(rng.choice([64, 128, 256])),
         }
         groups = 0 if bits == 16 else int(rng.integers(0, 60))
-        params = torch_cuda.Params(
+        params = Params(
             dtype=int(rng.integers(0, 3)), slots=most["rows"], group_size=128, visual_capacity=128 * groups,
             text_capacity=int(rng.integers(1, 3000)), key_bits=bits, value_bits=bits, quantizer=3,
-            correction=torch_cuda.CORRECTIONS[attributes.score_correction], tau=3.0, correction_limit=3.0, scale=1.0,
+            correction=CORRECTIONS[attributes.score_correction], tau=3.0, correction_limit=3.0, scale=1.0,
             **most, **dims,
         )  # fmt: skip
         bound = library.workspace_bound(params)

@@ -5,8 +5,6 @@
 
 namespace vkvx {
 
-constexpr int kLloydIterations = 8;
-
 __device__ __forceinline__ float clean(float x) {
   if (isnan(x)) return 0.0f;
   return fminf(fmaxf(x, -kHalfMax), kHalfMax);

@@ -7,11 +7,10 @@
 
 #include <cstdint>
 
-#include "../vkvx.h"
+#include "../operator_table.h"
 
 namespace vkvx {
 
-constexpr int kTile = 128;            // visual tokens a tile
 constexpr int kMaxDecodePositions = 8;  // longest call that the decode kernels take
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kHalfMax = 65504.0f;
@@ -56,8 +55,6 @@ __device__ __forceinline__ void store_four(void* data, int64_t i, int dtype, flo
   }
   *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + i) = packed;
 }
-
-__host__ __device__ __forceinline__ int element_size(int dtype) { return dtype == VKVX_FLOAT32 ? 4 : 2; }
 
 __host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

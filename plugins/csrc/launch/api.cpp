@@ -22,28 +22,26 @@ int check(const VkvxParams* given) {
   const auto bad = [](const std::string& what, int64_t value, const std::string& expected) {
     return fail(VKVX_BAD_ARGUMENT, what + " is " + std::to_string(value) + "; give " + expected);
   };
-  if (p.dtype < VKVX_FLOAT16 || p.dtype > VKVX_FLOAT32) return bad("dtype", p.dtype, "VKVX_FLOAT16, VKVX_BFLOAT16 or VKVX_FLOAT32");
+  for (const Numbered& field : kNumbered)
+    if (p.*field.field < 0 || p.*field.field >= field.count) return bad(field.name, p.*field.field, field.constants);
   if (p.rows < 0 || p.rows > 65535) return bad("rows", p.rows, "0 to 65535");
   if (p.positions < 0) return bad("positions", p.positions, "at least 0");
   if (p.slots < p.rows && p.rows > 0 && p.slots < 1) return bad("slots", p.slots, "at least 1");
   if (p.kv_heads < 1 || p.kv_heads > 65535) return bad("kv_heads", p.kv_heads, "1 to 65535");
   if (p.query_heads < 1 || p.query_heads % p.kv_heads || p.query_heads > 65535) return bad("query_heads", p.query_heads, "a multiple of kv_heads");
-  if (p.head_dim < 32 || p.head_dim > 256 || p.head_dim % 32) return bad("head_dim", p.head_dim, "a multiple of 32 up to 256");
+  if (p.head_dim < 32 || p.head_dim > VKVX_MAX_HEAD_DIM || p.head_dim % 32)
+    return bad("head_dim", p.head_dim, "a multiple of 32 up to " + std::to_string(VKVX_MAX_HEAD_DIM));
   const bool baseline = p.key_bits == 16 && p.value_bits == 16;
   if (!baseline && !is_code_width(p.key_bits)) return bad("key_bits", p.key_bits, "1, 2, 4 or 8, or 16 for keys and values");
   if (!baseline && !is_code_width(p.value_bits)) return bad("value_bits", p.value_bits, "1, 2, 4 or 8, or 16 for keys and values");
-  if (p.group_size < 128 || p.group_size % 128) return bad("group_size", p.group_size, "a positive multiple of 128");
+  if (p.group_size < kTile || p.group_size % kTile) return bad("group_size", p.group_size, "a positive multiple of " + std::to_string(kTile));
   if (p.visual_capacity < 0 || p.visual_capacity % p.group_size || (baseline && p.visual_capacity))
     return bad("visual_capacity", p.visual_capacity, baseline ? "0 at 16 bits" : "a multiple of group_size");
   if (p.visual_entries < 0 || (!baseline && p.visual_entries % p.group_size)) return bad("visual_entries", p.visual_entries, "a multiple of group_size");
   if (p.text_capacity < 0) return bad("text_capacity", p.text_capacity, "at least 0");
   if (p.text_entries < 0) return bad("text_entries", p.text_entries, "at least 0");
-  if (p.quantizer < VKVX_MINMAX || p.quantizer > VKVX_SHAPED)
-    return bad("quantizer", p.quantizer, "VKVX_MINMAX, VKVX_QUANTILE, VKVX_SHRINK, VKVX_LLOYD or VKVX_SHAPED");
   if (p.quantizer == VKVX_SHAPED && !baseline && p.visual_entries && p.group_size > kMostShapedGroup)
     return bad("group_size", p.group_size, "at most " + std::to_string(kMostShapedGroup) + " with VKVX_SHAPED");
-  if (p.correction < VKVX_CORRECTION_NONE || p.correction > VKVX_CORRECTION_EXPECTED)
-    return bad("correction", p.correction, "VKVX_CORRECTION_NONE, VKVX_CORRECTION_AFFINE or VKVX_CORRECTION_EXPECTED");
   if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f)) return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
   if (!std::isfinite(p.scale)) return fail(VKVX_BAD_ARGUMENT, "scale must be finite");
   if (p.splits < 0) return bad("splits", p.splits, "0 to choose, or the number of parts");
@@ -59,8 +57,8 @@ int check_call(const VkvxParams& p, size_t needed) {
   if (p.visual_capacity && (!p.visual_key || !p.visual_key_params || !p.visual_value || !p.visual_value_params || !p.visual_count))
     return fail(VKVX_BAD_ARGUMENT, "a tensor of the visual cache is a null pointer");
   if ((p.visual_entries && !p.visual_index) || (p.text_entries && !p.text_index)) return fail(VKVX_BAD_ARGUMENT, "an index is a null pointer");
-  if (p.quantizer == VKVX_SHAPED && p.key_bits != 16 && p.visual_entries && (!p.key_metric || !p.value_metric || !p.rotation))
-    return fail(VKVX_BAD_ARGUMENT, "key_metric, value_metric or rotation is a null pointer; VKVX_SHAPED needs them for calls with visual entries");
+  if (kNeedsMetrics[p.quantizer] && p.key_bits != 16 && p.visual_entries && (!p.key_metric || !p.value_metric || !p.rotation))
+    return fail(VKVX_BAD_ARGUMENT, "key_metric, value_metric or rotation is a null pointer; this quantizer needs them for calls with visual entries");
   if (p.workspace_bytes < needed || p.workspace == nullptr)
     return fail(VKVX_WORKSPACE_TOO_SMALL, "the workspace has " + std::to_string(p.workspace_bytes) + " bytes; this call needs " + std::to_string(needed));
   return VKVX_OK;

@@ -5,13 +5,11 @@
 
 #include <string>
 
-#include "../vkvx.h"
+#include "../operator_table.h"
 
 namespace vkvx {
 
-constexpr int kMostShapedGroup = 4096;  // largest group that VKVX_SHAPED takes
-
-constexpr int kMostProcessors = 256;    // multiprocessors that are counted on; a device with more works as one with these
+constexpr int kMostProcessors = 256;  // multiprocessors that are counted on; a device with more works as one with these
 
 // Facts about the current device.
 struct Device {

@@ -13,40 +13,6 @@ using nvinfer1::PluginFieldType;
 
 namespace {
 
-enum class Type { kModel, kInt32, kFloat16, kFloat32 };
-
-// Letters of docs/operator.md: kTiles is C/128, kWords D/32. Numbers above 0 stand for themselves.
-enum Symbol { kB = -14, kBc, kHq, kHkv, kS, kD, kNv, kNt, kTiles, kG, kN, kBk, kBv, kWords };
-constexpr int kSymbols = 14;
-constexpr const char* kSymbolNames[kSymbols] = {"B", "Bc", "Hq", "Hkv", "S", "D", "Nv", "Nt", "C/128", "G", "N", "bk", "bv", "D/32"};
-
-struct Tensor {
-  const char* name;
-  Type type;
-  int rank;
-  int shape[6];
-};
-
-constexpr Tensor kTable[kInputs + kMetricInputs] = {
-    {"query", Type::kModel, 4, {kB, kHq, kS, kD}},
-    {"key", Type::kModel, 4, {kB, kHkv, kS, kD}},
-    {"value", Type::kModel, 4, {kB, kHkv, kS, kD}},
-    {"visual_index", Type::kInt32, 2, {kB, kNv}},
-    {"text_index", Type::kInt32, 2, {kB, kNt}},
-    {"slot", Type::kInt32, 1, {kB}},
-    {"visual_key", Type::kInt32, 6, {kBc, kHkv, kTiles, kBk, 128, kWords}},
-    {"visual_key_params", Type::kFloat16, 5, {kBc, kHkv, kG, 3, kD}},
-    {"visual_value", Type::kInt32, 6, {kBc, kHkv, kTiles, kBv, kD, 4}},
-    {"visual_value_params", Type::kFloat16, 5, {kBc, kHkv, kG, 2, kD}},
-    {"visual_count", Type::kInt32, 2, {kBc, kG}},
-    {"text_key", Type::kModel, 4, {kBc, kHkv, kN, kD}},
-    {"text_value", Type::kModel, 4, {kBc, kHkv, kN, kD}},
-    {"text_count", Type::kInt32, 1, {kBc}},
-    {"key_metric", Type::kFloat16, 3, {kHkv, kD, kD}},
-    {"value_metric", Type::kFloat16, 3, {kHkv, kD, kD}},
-    {"rotation", Type::kFloat32, 3, {kB, 2, kD}},
-};
-
 constexpr const char* kWorkspaceField = "workspace_kib";
 constexpr const char* kModelField = "model_dtype";
 
@@ -60,10 +26,9 @@ int number_of(const char* what, const std::string& given, const char* const (&na
   throw Error(std::string(what) + " is '" + given + "'; give one of " + known);
 }
 
-// In the order of the numbers in vkvx.h.
-constexpr const char* kQuantizers[] = {"minmax", "quantile", "shrink", "lloyd", "shaped"};
-constexpr const char* kCorrections[] = {"none", "affine", "expected"};
-constexpr const char* kModels[] = {"float16", "bfloat16", "float32"};
+constexpr int kBaseline = 16;  // bits of a cache that is not packed
+
+bool is_packed(const Attributes& attributes) { return attributes.key_bits != kBaseline; }
 
 bool model_type(DataType type, int32_t* number) {
   switch (type) {
@@ -82,8 +47,8 @@ class Sizes {
   // Exact: every tensor has to agree on a symbol. Otherwise the greatest counts, as upper bounds of dims need not agree.
   Sizes(const Attributes& attributes, bool exact) : exact_(exact) {
     std::fill(values_, values_ + kSymbols, -1);
-    of(kBk) = attributes.packed() ? attributes.key_bits : 1;
-    of(kBv) = attributes.packed() ? attributes.value_bits : 1;
+    of(kBk) = is_packed(attributes) ? attributes.key_bits : 1;
+    of(kBv) = is_packed(attributes) ? attributes.value_bits : 1;
   }
 
   void take(const Tensor& tensor, const Dims& dims) {
@@ -93,8 +58,8 @@ class Sizes {
       const int symbol = tensor.shape[axis];
       const int64_t given = dims.d[axis];
       if (given < 0 || given > INT32_MAX) throw mismatch(tensor, axis, given, "a size");
-      if (symbol == kWords && of(kWords) < 0) of(kWords) = of(kD) / 32;
-      const bool fixed = symbol > 0 || symbol == kBk || symbol == kBv || symbol == kWords;
+      if (symbol == kD32 && of(kD32) < 0) of(kD32) = of(kD) / 32;
+      const bool fixed = symbol > 0 || symbol == kBk || symbol == kBv || symbol == kD32;
       const int64_t known = symbol > 0 ? symbol : of(static_cast<Symbol>(symbol));
       if (known < 0 || (!fixed && !exact_)) {
         of(static_cast<Symbol>(symbol)) = std::max(known, given);
@@ -115,39 +80,18 @@ class Sizes {
   int64_t values_[kSymbols];
 };
 
-VkvxParams params_of(const Attributes& a) {
-  VkvxParams p{};
-  p.size = sizeof(VkvxParams);
-  p.group_size = a.group_size;
-  p.key_bits = a.key_bits;
-  p.value_bits = a.value_bits;
-  p.quantizer = number_of("quantizer", a.quantizer, kQuantizers);
-  p.correction = number_of("score_correction", a.score_correction, kCorrections);
-  p.quantile_alpha_key = a.quantile_alpha_key;
-  p.quantile_alpha_value = a.quantile_alpha_value;
-  p.shrink_key = a.shrink_key;
-  p.shrink_value = a.shrink_value;
-  p.tau = a.tau;
-  p.correction_limit = a.correction_limit;
-  p.scale = a.scale;
-  return p;
+VkvxParams params_of(const Attributes& attributes) {
+  return params_of(attributes, [](const char* name, const std::string& given, const auto& names) { return number_of(name, given, names); });
 }
 
 VkvxParams params_of(const Attributes& attributes, Sizes& sizes, DataType model) {
   VkvxParams p = params_of(attributes);
   if (!model_type(model, &p.dtype)) throw Error("query is of a type that is not supported; expected float16, bfloat16 or float32");
-  const auto size = [&](Symbol symbol) { return static_cast<int32_t>(sizes.of(symbol)); };
-  p.rows = size(kB);
-  p.positions = size(kS);
-  p.slots = size(kBc);
-  p.query_heads = size(kHq);
-  p.kv_heads = size(kHkv);
-  p.head_dim = size(kD);
-  if (sizes.of(kG) * attributes.group_size > INT32_MAX) throw Error("visual_count has more groups than fit 2^31 tokens");
-  p.visual_capacity = size(kG) * attributes.group_size;
-  p.text_capacity = size(kN);
-  p.visual_entries = size(kNv);
-  p.text_entries = size(kNt);
+  for (const Size& size : kSizes) {
+    const int64_t value = sizes.of(size.symbol) * (size.unit ? p.*size.unit : 1);
+    if (value > INT32_MAX) throw Error(std::string(size.name) + " is " + std::to_string(value) + "; give less than 2^31");
+    p.*size.field = static_cast<int32_t>(value);
+  }
   return p;
 }
 
@@ -157,17 +101,8 @@ void check(int code) {
 }
 
 void check_attributes(const Attributes& a) {
-  if (a.softcap != 0.0f || a.sliding_window != 0) throw Error("softcap and sliding_window are reserved; only 0 is accepted");
-  const auto fraction = [](const char* name, float value) {
-    if (!(value >= 0.0f && value < 0.5f)) throw Error(std::string(name) + " is " + std::to_string(value) + "; give at least 0 and less than 0.5");
-  };
-  fraction("quantile_alpha_key", a.quantile_alpha_key);
-  fraction("quantile_alpha_value", a.quantile_alpha_value);
-  const auto factor = [](const char* name, float value) {
-    if (!(value > 0.0f && value <= 1.0f)) throw Error(std::string(name) + " is " + std::to_string(value) + "; give more than 0 and at most 1");
-  };
-  factor("shrink_key", a.shrink_key);
-  factor("shrink_value", a.shrink_value);
+  const std::string wrong = a.out_of_range();
+  if (!wrong.empty()) throw Error(wrong);
   VkvxParams p = params_of(a);  // the rest is checked by the library, with the smallest shapes
   p.query_heads = p.kv_heads = 1;
   p.head_dim = 32;
@@ -229,7 +164,7 @@ Operator::Operator(const char* layer, const nvinfer1::PluginFieldCollection* fie
       known = true;
     } else if (std::strcmp(kModelField, field.name) == 0) {
       model_ = value_of<std::string>(field);
-      if (!model_.empty()) number_of(kModelField, model_, kModels);
+      if (!model_.empty()) number_of(kModelField, model_, kDtypeNames);
       known = true;
     }
     if (!known) throw Error("field '" + std::string(field.name) + "' is not known; vkvx::VisualKVAttention version 1 has no such attribute");
@@ -246,20 +181,25 @@ std::vector<PluginField> Operator::fields() {
   return fields;
 }
 
+int Operator::input_count() const {
+  const bool needs_metrics = is_packed(attributes_) && kNeedsMetrics[number_of("quantizer", attributes_.quantizer, kQuantizerNames)];
+  return needs_metrics ? kInputs + kMetricInputs : kInputs;
+}
+
 void Operator::check_counts(int inputs, int outputs) const {
-  if (inputs != attributes_.inputs() || outputs != kOutputs)
+  if (inputs != input_count() || outputs != kOutputs)
     throw Error("the node has " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; expected " +
-                std::to_string(attributes_.inputs()) + " and " + std::to_string(kOutputs) + " for these attributes");
+                std::to_string(input_count()) + " and " + std::to_string(kOutputs) + " for these attributes");
 }
 
 bool Operator::supports(int position, DataType type, nvinfer1::TensorFormat format, DataType model) const {
-  const int inputs = attributes_.inputs();
+  const int inputs = input_count();
   if (format != nvinfer1::TensorFormat::kLINEAR || position < 0 || position >= inputs + kOutputs) return false;
   const int output = position - inputs;
   const Tensor& tensor = kTable[output < 0 ? position : output == 0 ? 0 : kAliases[output]];
   int32_t number;
   switch (tensor.type) {
-    case Type::kModel: return type == model && model_type(type, &number) && (model_.empty() || model_ == kModels[number]);
+    case Type::kModel: return type == model && model_type(type, &number) && (model_.empty() || model_ == kDtypeNames[number]);
     case Type::kInt32: return type == DataType::kINT32;
     case Type::kFloat16: return type == DataType::kHALF;
     default: return type == DataType::kFLOAT;
@@ -288,7 +228,7 @@ size_t Operator::workspace(const std::vector<Dims>& shapes, DataType model) cons
 
 void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* inputs, void* const* outputs, void* workspace,
                    cudaStream_t stream) const {
-  const int count = attributes_.inputs();
+  const int count = input_count();
   const DataType model = descs[0].type;
   Sizes sizes(attributes_, true);
   for (int i = 0; i < count; ++i) {
@@ -296,15 +236,14 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
     sizes.take(kTable[i], descs[i].dims);
   }
   VkvxParams p = params_of(attributes_, sizes, model);
-  if (sizes.of(kTiles) * 128 != p.visual_capacity)
-    throw Error("visual_key has " + std::to_string(sizes.of(kTiles)) + " tiles of 128 tokens; expected " + std::to_string(p.visual_capacity / 128) +
+  if (sizes.of(kC128) * kTile != p.visual_capacity)
+    throw Error("visual_key has " + std::to_string(sizes.of(kC128)) + " tiles of 128 tokens; expected " + std::to_string(p.visual_capacity / kTile) +
                 " for the groups of visual_count");
 
   // The address of an empty tensor is never read, but null says that one is missing.
   const auto address = [&](int i, const void* pointer) {
     return const_cast<void*>(bytes_of(kTable[i], descs[i].dims, model) ? pointer : static_cast<const void*>(&kTable));
   };
-  const auto input = [&](int i) { return address(i, inputs[i]); };
   // In place where TensorRT binds output and input to one address; else the output starts as a copy.
   const auto cache = [&](int output) {
     const int from = kAliases[output];
@@ -315,25 +254,9 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
     }
     return address(from, outputs[output]);
   };
-  p.query = input(0);
-  p.key = input(1);
-  p.value = input(2);
-  p.visual_index = static_cast<const int32_t*>(input(3));
-  p.text_index = static_cast<const int32_t*>(input(4));
-  p.slot = static_cast<const int32_t*>(input(5));
-  p.visual_key = static_cast<int32_t*>(cache(1));
-  p.visual_key_params = cache(2);
-  p.visual_value = static_cast<int32_t*>(cache(3));
-  p.visual_value_params = cache(4);
-  p.visual_count = static_cast<const int32_t*>(input(10));
-  p.text_key = cache(5);
-  p.text_value = cache(6);
-  p.text_count = static_cast<const int32_t*>(input(13));
-  if (count > kInputs) {
-    p.key_metric = input(14);
-    p.value_metric = input(15);
-    p.rotation = static_cast<const float*>(input(16));
-  }
+  const auto set = [&](const Tensor& tensor, void* pointer) { std::memcpy(reinterpret_cast<char*>(&p) + tensor.field, &pointer, sizeof pointer); };
+  for (int i = 0; i < count; ++i) set(kTable[i], address(i, inputs[i]));
+  for (int output = 1; output < kOutputs; ++output) set(kTable[kAliases[output]], cache(output));
   p.output = address(0, outputs[0]);
   const int64_t query = int64_t{p.positions} * p.head_dim;
   const int64_t strides[3] = {p.kv_heads * query, query, p.head_dim};

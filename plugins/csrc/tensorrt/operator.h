@@ -1,4 +1,4 @@
-// The operator's table, and what the plugin classes of all TensorRT versions do with it.
+// What the plugin classes of all TensorRT versions do with the operator's table.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -11,62 +11,16 @@
 #include <string>
 #include <vector>
 
-#include "../vkvx.h"
+#include "../operator_table.h"
 #include "logger.h"
 
 namespace vkvx {
 
-inline constexpr const char* kName = "VisualKVAttention";
-inline constexpr const char* kVersion = "1";
 inline constexpr const char* kNamespaces[] = {"", "vkvx"};  // parsers look in the one or the other
-
-inline constexpr int kInputs = 14, kMetricInputs = 3, kOutputs = 7;
-// The input whose memory an output shares; -1 for none.
-inline constexpr int kAliases[kOutputs] = {-1, 6, 7, 8, 9, 11, 12};
 
 // What was asked for cannot be done; the text names what was given and what was expected.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
-};
-
-// Attributes of a node, with the defaults of the table.
-struct Attributes {
-  int32_t key_bits = 1;
-  int32_t value_bits = 1;
-  int32_t group_size = 128;
-  std::string quantizer = "lloyd";
-  float quantile_alpha_key = 0.2f;
-  float quantile_alpha_value = 0.2f;
-  float shrink_key = 0.5f;
-  float shrink_value = 0.3f;
-  std::string score_correction = "expected";
-  float tau = 3.0f;
-  float correction_limit = 3.0f;
-  float scale = 1.0f;
-  float softcap = 0.0f;
-  int32_t sliding_window = 0;
-
-  // Calls visit(name, member) for each, in the order of the table.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit&& visit) {
-    visit("key_bits", self.key_bits);
-    visit("value_bits", self.value_bits);
-    visit("group_size", self.group_size);
-    visit("quantizer", self.quantizer);
-    visit("quantile_alpha_key", self.quantile_alpha_key);
-    visit("quantile_alpha_value", self.quantile_alpha_value);
-    visit("shrink_key", self.shrink_key);
-    visit("shrink_value", self.shrink_value);
-    visit("score_correction", self.score_correction);
-    visit("tau", self.tau);
-    visit("correction_limit", self.correction_limit);
-    visit("scale", self.scale);
-    visit("softcap", self.softcap);
-    visit("sliding_window", self.sliding_window);
-  }
-
-  bool packed() const { return key_bits != 16; }
-  int inputs() const { return packed() && quantizer == "shaped" ? kInputs + kMetricInputs : kInputs; }
 };
 
 // A node: its attributes, checked, and the workspace that TensorRT was asked for. Copies share the latter: TensorRT asks one
@@ -78,6 +32,7 @@ class Operator {
 
   const Attributes& attributes() const { return attributes_; }
   const std::string& layer() const { return layer_; }
+  int input_count() const;  // that a node with these attributes has
 
   // What creates an equal object: the fields of the table and the workspace. They point into this object.
   std::vector<nvinfer1::PluginField> fields();
