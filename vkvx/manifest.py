@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vkvx import typed_json
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import BundleError
-from vkvx.format import BASELINE_BITS, BITS, CACHE_NAMES, QUANTIZERS, SCORE_CORRECTIONS, TILE, WORD_BITS
+from vkvx.format import BASELINE_BITS, BITS, QUANTIZERS, SCORE_CORRECTIONS, TILE, WORD_BITS
 
 FILE_NAME = "vkvx.json"
 FORMAT = "vkvx-bundle"
 FORMAT_VERSION = 1
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-KEY_PARAMS, VALUE_PARAMS = 3, 2  # scale, offset, RMS of the rest; scale, offset
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``, in bytes or steps."""
@@ -179,68 +178,10 @@ class Manifest:
                 )
             done += info.bytes
 
-    @property
-    def layers(self) -> int:
-        """Number of decoder layers."""
-        return self.model.layers
-
-    @property
-    def is_packed(self) -> bool:
-        """False for a bundle of ``--bits 16``, whose visual tokens lie among the text rows."""
-        return BASELINE_BITS not in self.quantization.key_bits
-
-    @property
-    def text_bytes_per_token(self) -> int:
-        """Bytes that one text token takes in the cache: all layers, key and value."""
-        model = self.model
-        return 2 * model.layers * model.kv_heads * model.head_dim * ITEM_BYTES[model.dtype]
-
-    def bytes_per_group(self) -> int:
-        """Bytes of one group: words and params of all layers, key and value (0 if nothing is packed)."""
-        if not self.is_packed:
-            return 0
-        model, quantization = self.model, self.quantization
-        channels = model.kv_heads * model.head_dim
-        bits = sum(quantization.key_bits) + sum(quantization.value_bits)
-        words = quantization.group_size * bits * channels // 8
-        params = model.layers * (KEY_PARAMS + VALUE_PARAMS) * channels * ITEM_BYTES["float16"]
-        return words + params
-
-    def visual_bytes_per_picture(self, tokens: int | None = None) -> int:
-        """Bytes that a picture takes in the cache: all layers, key and value, with params and padding to groups."""
-        tokens = self._picture_tokens(tokens)
-        if not self.is_packed:
-            return tokens * self.text_bytes_per_token
-        return math.ceil(tokens / self.quantization.group_size) * self.bytes_per_group()
-
-    def sixteen_bit_bytes_per_picture(self, tokens: int | None = None) -> int:
-        """Bytes that the same picture takes at two bytes an element."""
-        model = self.model
-        return self._picture_tokens(tokens) * 2 * model.layers * model.kv_heads * model.head_dim * 2
-
-    def bits_per_element(self, tokens: int | None = None) -> float:
-        """Bits in the cache for each key or value element of a picture, with params and padding to groups."""
-        return 16 * self.visual_bytes_per_picture(tokens) / self.sixteen_bit_bytes_per_picture(tokens)
-
-    def cache_shapes(
-        self, slots: int, visual_capacity: int, text_capacity: int
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype name and shape of each cache tensor, keyed ``"{layer}.visual_key"`` and so on.
-
-        ``visual_capacity`` counts tokens: a multiple of the group size, and 0 if nothing is packed.
-        """
-        size = self.quantization.group_size
-        if visual_capacity % size or (visual_capacity and not self.is_packed):
-            raise ValueError(f"visual capacity {visual_capacity} does not suit groups of {size}")
-        sizes = (slots, visual_capacity // TILE, visual_capacity // size, text_capacity)
-        specs = (
-            spec for layer in range(self.layers) for spec in layer_caches(self.model, self.quantization, layer, *sizes)
-        )
-        return {spec.name: (spec.dtype, tuple(int(dim) for dim in spec.shape)) for spec in specs}
-
-    def _picture_tokens(self, tokens: int | None) -> int:
-        # Where pictures vary in size, a picture that fills one group stands for all.
-        return tokens or self.model.tokens_per_picture or self.quantization.group_size
+    @cached_property
+    def layout(self) -> CacheLayout:
+        """Shapes, dtypes and bytes of the cache."""
+        return CacheLayout(self.model, self.quantization)
 
     def _check(self) -> None:
         model, quantization = self.model, self.quantization
@@ -278,34 +219,6 @@ class Manifest:
         _check_path(self.processor)
         inside = any(PurePosixPath(self.processor) in PurePosixPath(path).parents for path in self.files)
         _require(inside, "processor", "a folder with files of the bundle", self.processor)
-
-
-def layer_caches(
-    model: ModelInfo,
-    quantization: Quantization,
-    layer: int,
-    slots: int | str,
-    tiles: int | str,
-    groups: int | str,
-    rows: int | str,
-) -> tuple[TensorSpec, ...]:
-    """The six cache tensors of a layer, ``"{layer}.visual_key"`` and so on; sizes may be numbers or symbols."""
-    heads, dim = model.kv_heads, model.head_dim
-    # Where nothing is packed there are no tiles, but shapes still have an axis for the planes.
-    key_planes, value_planes = (
-        1 if bits[layer] == BASELINE_BITS else bits[layer] for bits in (quantization.key_bits, quantization.value_bits)
-    )
-    tensors: tuple[tuple[str, tuple[int | str, ...]], ...] = (
-        ("int32", (slots, heads, tiles, key_planes, TILE, dim // WORD_BITS)),
-        ("float16", (slots, heads, groups, KEY_PARAMS, dim)),
-        ("int32", (slots, heads, tiles, value_planes, dim, TILE // WORD_BITS)),
-        ("float16", (slots, heads, groups, VALUE_PARAMS, dim)),
-        (model.dtype, (slots, heads, rows, dim)),
-        (model.dtype, (slots, heads, rows, dim)),
-    )
-    return tuple(
-        TensorSpec(f"{layer}.{name}", dtype, shape) for name, (dtype, shape) in zip(CACHE_NAMES, tensors, strict=True)
-    )
 
 
 def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:

@@ -6,15 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from vkvx import __version__
+from vkvx.cache_layout import ITEM_BYTES, CacheLayout
 from vkvx.errors import CapacityError, OptionError
 from vkvx.format import BASELINE_BITS
-from vkvx.manifest import ITEM_BYTES, Manifest, ModelInfo
+from vkvx.manifest import ModelInfo
 from vkvx.models.family import Source
 from vkvx.models.registry import resolve
 from vkvx.options import QuantizationOptions
 from vkvx.packages import missing
-from vkvx.plugins.operator import VERSION
 
 DEFAULT_BITS = (16, 4, 2, 1)
 DEFAULT_RESERVE = 0.1
@@ -112,7 +111,7 @@ def plan_model(
         trust_remote_code=trust_remote_code,
         weights=False,
     )
-    info = source.adapter.info(source, dtype)
+    info = source.info(dtype)
     tokens = tokens_per_picture or info.tokens_per_picture
     if tokens_per_picture is not None and info.tokens_per_picture not in (None, tokens_per_picture):
         raise OptionError(
@@ -165,8 +164,8 @@ def _row(
     info: ModelInfo, options: QuantizationOptions, free: int, decoder: int, tokens: int, pictures: int, text_tokens: int
 ) -> Row:
     quantization = options.resolve(info.layers, tokens)
-    costs = Manifest(__version__, VERSION, info, quantization, {}, processor=".", files={})
-    picture, text = costs.visual_bytes_per_picture(tokens), costs.text_bytes_per_token
+    layout = CacheLayout(info, quantization)
+    picture, text = layout.visual_bytes_per_picture(tokens), layout.text_bytes_per_token
     slot = pictures * picture + text_tokens * text
     by_memory = max(0, free - text_tokens * text) // picture
     by_positions = max(0, info.max_positions - text_tokens) // tokens
@@ -177,7 +176,7 @@ def _row(
         bytes_per_picture=picture,
         bytes_per_visual_token=picture / tokens,
         bytes_per_text_token=text,
-        bits_per_element=costs.bits_per_element(tokens),
+        bits_per_element=layout.bits_per_element(tokens),
         bytes_per_slot=slot,
         max_slots=free // slot,
         max_pictures=most,
