@@ -14,6 +14,7 @@ from vkvx.format import (
     BASELINE_BITS,
     CACHE_NAMES,
     METRIC_QUANTIZERS,
+    OPERATOR_VERSION,
     SCORE_CORRECTIONS,
     check_bits,
     check_group_size,
@@ -23,7 +24,7 @@ from vkvx.manifest import Quantization
 
 DOMAIN = "vkvx"
 NAME = "VisualKVAttention"
-VERSION = 1
+VERSION = OPERATOR_VERSION
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_links_out_of_the_bundle(tmp_path: Path) -> None:
     outside.write_bytes(CONTENTS["vision.onnx"])
     (bundle / "vision.onnx").unlink()
     (bundle / "vision.onnx").symlink_to(outside)
-    with pytest.raises(BundleError, match="leaves the bundle"):
+    with pytest.raises(BundleError, match="leaves the directory"):
         Manifest.load(bundle)
     (bundle / "vision.onnx").unlink()
     (bundle / "vision.onnx").symlink_to("vision.onnx")
@@ -213,6 +213,34 @@ def test_values_that_cannot_be(path: tuple[str, ...], value: Any) -> None:
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(data)
     assert "\n" not in str(caught.value)
+
+
+def test_another_version_of_the_operator() -> None:
+    with pytest.raises(BundleError, match=r"version 99, this vkvx has 1; upgrade .*, or export the model again"):
+        Manifest.from_json(example() | {"operator_version": 99})
+
+
+@pytest.mark.parametrize(
+    "path", [("format_version",), ("operator_version",), ("model", "vocab_size"), ("quantization", "tau"), ("graphs",)]
+)
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_numbers_without_end(tmp_path: Path, path: tuple[str, ...], digits: int) -> None:
+    data = example()
+    set_at(*path)(data, "NUMBER")
+    text = json.dumps(data).replace('"NUMBER"', "9" * digits)
+    (tmp_path / FILE_NAME).write_text(text)
+    with pytest.raises(BundleError) as caught:
+        Manifest.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["layers", "kv_heads", "hidden_size", "vocab_size", "tokens_per_picture"])
+def test_sizes_beyond_those_of_an_index(name: str) -> None:
+    data = example()
+    data["model"][name] = 2**31
+    with pytest.raises(BundleError, match=rf"model\.{name} must be .*less than 2\*\*31"):
+        Manifest.from_json(data)
 
 
 @pytest.mark.parametrize("section", ["model", "quantization"])
