@@ -39,7 +39,13 @@ class HostStorage:
     """Buffers in main memory, as NumPy arrays."""
 
     def allocate(self, dtype: str, shape: Shape) -> np.ndarray:
-        return np.zeros(shape, numpy_dtype(dtype))  # zeros come from the system lazily: unused rows take no memory
+        try:
+            return np.zeros(shape, numpy_dtype(dtype))  # zeros come from the system lazily: unused rows take no memory
+        except (MemoryError, ValueError) as error:  # ValueError: more bytes than there are addresses
+            raise CapacityError(
+                f"main memory has no room for a tensor of shape {list(shape)}; lower slots=, visual_tokens= "
+                "(--max-visual-tokens) or text_tokens= (--max-text-tokens)"
+            ) from error
 
     def copy(self, buffer: np.ndarray, source: int, target: int, entries: int) -> None:
         buffer[target, :, :entries] = buffer[source, :, :entries]

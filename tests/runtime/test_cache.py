@@ -118,6 +118,12 @@ def test_a_picture_of_576_tokens_at_one_bit_takes_a_twelfth() -> None:
     assert sum(cache.buffers[name].nbytes for name in cache.buffers if ".visual" in name) * 12 <= sixteen
 
 
+@pytest.mark.parametrize("slots", [1 << 40, 1 << 60])
+def test_more_than_main_memory_holds(slots: int) -> None:
+    with pytest.raises(CapacityError, match=r"no room .*; lower slots="):
+        PackedCache(manifest().layout, slots, GROUP, 8)
+
+
 @pytest.mark.parametrize("bits", [1, 4, 16])
 def test_fork_copies_what_is_valid_and_nothing_else(bits: int) -> None:
     cache = PackedCache(manifest(bits).layout, 4, 4 * GROUP, 60)
