@@ -265,15 +265,12 @@ class Manifest(ManifestFile):
     def _check(self) -> None:
         model, quantization, require = self.model, self.quantization, self.kind.require
         require(model.dtype in FLOAT_DTYPES, "model.dtype", f"one of {', '.join(FLOAT_DTYPES)}", model.dtype)
-        for name in _SIZES:
+        for name in (*_SIZES, "tokens_per_picture"):
             size = getattr(model, name)
-            require(0 < size < 2**31, f"model.{name}", "positive and less than 2**31", size)
+            require(size is None or 0 < size < 2**31, f"model.{name}", "positive and less than 2**31", size)
         require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)
         shared = model.query_heads % model.kv_heads == 0
         require(shared, "model.query_heads", "a multiple of kv_heads", model.query_heads)
-        tokens = model.tokens_per_picture
-        allowed = tokens is None or 0 < tokens < 2**31
-        require(allowed, "model.tokens_per_picture", "positive and less than 2**31, or null", tokens)
         for entry in fields(Quantization):
             value = getattr(quantization, entry.name)
             if isinstance(value, tuple):
