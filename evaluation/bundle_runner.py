@@ -33,7 +33,7 @@ class BundleRunner:
     def __init__(self, bundle: Path, manifest: Manifest, provider: str, batch: int, max_new_tokens: int) -> None:
         """``provider`` is cpu or cuda. Raises BundleError for a damaged processor."""
         self.manifest = manifest
-        self.processor = Processor(bundle, manifest)
+        self.processor = Processor.of_bundle(bundle, manifest)
         self.max_new_tokens = max_new_tokens
         self._bundle, self._provider, self._slots = bundle, provider, batch
         self._session: Session | None = None
@@ -53,7 +53,6 @@ class BundleRunner:
         generations = session.generate(prompts, pictures, max_new_tokens=self.max_new_tokens)
         seconds = time.perf_counter() - begun
         found = None if reference is None else _follow(session, prepared, reference.answers)
-        model = self.manifest.model
         records = []
         for row, (sample, generation) in enumerate(zip(samples, generations, strict=True)):
             tokens = list(generation.token_ids)
@@ -75,8 +74,8 @@ class BundleRunner:
                     count=count,
                     kl=divergence,
                     attention=None,
-                    visual_bytes=self.manifest.visual_bytes_per_picture() * len(lengths),
-                    elements=sum(lengths) * 2 * model.layers * model.kv_heads * model.head_dim,
+                    visual_bytes=self.manifest.layout.visual_bytes_per_picture() * len(lengths),
+                    elements=sum(lengths) * self.manifest.layout.elements_per_token,
                     seconds=seconds / len(samples),
                 )
             )
@@ -102,7 +101,7 @@ class BundleRunner:
             text = max(text, needed - sum(entry.picture_lengths))
         if self._session is not None:
             cache = self._session.backend.cache
-            if self.manifest.is_packed:
+            if self.manifest.layout.is_packed:
                 fits = visual <= cache.visual_capacity and text <= cache.text_capacity
             else:
                 fits = visual + text <= cache.text_capacity

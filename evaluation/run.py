@@ -185,7 +185,7 @@ def make_plan(
     source = resolve(target)
     chosen = choose_device(device)
     dtype = dtype or ("float16" if chosen == "cuda" else "float32")
-    info = source.adapter.info(source, dtype)
+    info = source.info(dtype)
     settled = settle(product({}) if settings is None else settings, info.layers, info.tokens_per_picture)
     return Plan(source.name, task, settled, chosen, dtype, batch, max_new_tokens, source, generate=generate)
 

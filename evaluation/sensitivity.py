@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vkvx import __version__
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import OptionError
 from vkvx.evaluation.records import Records
 from vkvx.evaluation.result import mean_divergence
 from vkvx.evaluation.run import BATCH, MAX_NEW_TOKENS, is_bundle, make_plan, run
 from vkvx.evaluation.tasks import open_task
-from vkvx.evaluation.torch_runner import manifest_of
 from vkvx.export.options import ExportOptions
 from vkvx.format import BITS
 from vkvx.manifest import Progress
@@ -102,14 +102,14 @@ def measure_sensitivity(
     if force and output is None:
         raise OptionError("--force has no effect without --output; leave it out, or give --output FILE")
     source = resolve(target)
-    info = source.adapter.info(source, "float16")  # bits an element are those of the packed cache in any dtype
+    info = source.info("float16")  # bits an element are those of the packed cache in any dtype
     raised = {
         (layer, bits): replace(base, bits_per_layer=f"{layer}:{bits}")
         for layer in range(info.layers)
         for bits in higher
     }
     sizes = [
-        manifest_of(info, entry.resolve(info.layers, info.tokens_per_picture)).bits_per_element()
+        CacheLayout(info, entry.resolve(info.layers, info.tokens_per_picture)).bits_per_element()
         for entry in (base, *raised.values())
     ]
     if budget is None:

@@ -13,6 +13,7 @@ from vkvx.errors import OptionError
 from vkvx.export.options import ExportOptions
 from vkvx.format import BASELINE_BITS
 from vkvx.manifest import Quantization
+from vkvx.options import keyword
 
 _NOT_OF_THE_CACHE = ("dtype", "opset", "force", "cache_dir", "revision", "trust_remote_code")
 FIELDS = tuple(entry.name for entry in fields(ExportOptions) if entry.name not in _NOT_OF_THE_CACHE)
@@ -128,12 +129,12 @@ def _without_idle(given: dict[str, Any]) -> tuple[ExportOptions, dict[str, str]]
     idle: dict[str, str] = {}
     if given.get("bits") == BASELINE_BITS:
         idle = {
-            name: f"{option_name(name)} has no effect at {BASELINE_BITS} bits; leave it out"
+            name: f"{keyword(name)} has no effect at {BASELINE_BITS} bits; leave it out"
             for name in given
             if name != "bits"
         }
     elif {"bits", "key_bits", "value_bits"} <= set(given):
-        idle["bits"] = "--bits has no effect where --key-bits and --value-bits are given; leave it out"
+        idle["bits"] = "bits= (--bits) has no effect where key_bits= and value_bits= are given; leave it out"
     options = ExportOptions(**{name: value for name, value in given.items() if name not in idle})
     if found := options.without_effect():
         idle |= found

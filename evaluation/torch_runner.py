@@ -18,18 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vkvx import __version__
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import CapacityError, DependencyError
 from vkvx.evaluation.histograms import worst_channels
 from vkvx.evaluation.records import Record
 from vkvx.evaluation.settings import FIELDS, Setting
 from vkvx.evaluation.tasks import Sample, prompt_of
-from vkvx.manifest import Graph, Manifest, ModelInfo, Quantization, TensorSpec
 from vkvx.models.family import Source
-from vkvx.plugins.operator import VERSION
+from vkvx.models.graph.metric import Metrics
 from vkvx.runtime.backends.torch.loading import load_model
 from vkvx.runtime.sessions.processor import Prepared, Processor
-from vkvx.runtime.transformers.cache import CacheCall, CacheLayout, PackedVisualCache
+from vkvx.runtime.transformers.cache import CacheCall, PackedVisualCache
 from vkvx.runtime.transformers.plug_in import VisualCacheHandle, quantize_visual_cache
 
 Observer = Callable[[CacheCall, int, Tensor, Tensor, Tensor, Tensor], None]
@@ -39,8 +38,8 @@ Observer = Callable[[CacheCall, int, Tensor, Tensor, Tensor, Tensor], None]
 class ObservedCache(PackedVisualCache):
     """A packed cache that shows what each layer's attention gets and gives."""
 
-    def __init__(self, layout: CacheLayout) -> None:
-        super().__init__(layout)
+    def __init__(self, layout: CacheLayout, metrics: Metrics | None = None) -> None:
+        super().__init__(layout, metrics)
         self.observer: Observer | None = None
 
     def _new_call(self, kinds: Tensor, last: Tensor) -> CacheCall:
@@ -89,9 +88,9 @@ class TorchRunner:
         """Load the checkpoint. ``device`` is auto, cpu or cuda. Raises ModelError and DependencyError."""
         self.device = choose_device(device)
         self.dtype = dtype
-        self.info = source.adapter.info(source, dtype)
+        self.info = source.info(dtype)
         self.max_new_tokens = max_new_tokens
-        self.processor = _processor(source, self.info)
+        self.processor = Processor(source.directory, self.info, source.adapter.pixel_inputs(source.config))
         self.model = load_model(source, getattr(torch, dtype)).to(self.device)
 
     # The reference
@@ -118,7 +117,7 @@ class TorchRunner:
         ids, mask = ids.to(self.device), mask.to(self.device)
         begun = self._clock()
         with self._handle(None) as handle, torch.no_grad():
-            cache = ObservedCache(handle.layout)
+            cache = ObservedCache(handle.layout, handle.metrics)
             cache.observer = keep
             output = self.model(
                 input_ids=ids,
@@ -139,7 +138,7 @@ class TorchRunner:
 
     def reference_records(self, batch: Batch, setting: Setting) -> list[Record]:
         """The reference's own records."""
-        bytes_of_picture = self._manifest(setting.quantization).visual_bytes_per_picture()
+        bytes_of_picture = CacheLayout(self.info, setting.quantization).visual_bytes_per_picture()
         seconds = batch.reference_seconds / len(batch.samples)
         return [
             self._record(batch, row, setting, tokens, bytes_of_picture, seconds)
@@ -156,11 +155,11 @@ class TorchRunner:
         errors = torch.zeros(len(batch.samples), layers, heads, 2, device=self.device)
         with self._handle(setting) as handle, torch.no_grad():
             begun = self._clock()
-            cache = ObservedCache(handle.layout)
+            cache = ObservedCache(handle.layout, handle.metrics)
             visual_index = fill(cache, batch)
             tokens = self._generate(batch, cache) if generate else None
             seconds = self._clock() - begun + batch.prefill_seconds
-            bytes_of_picture = self._manifest(setting.quantization).visual_bytes_per_picture()
+            bytes_of_picture = CacheLayout(self.info, setting.quantization).visual_bytes_per_picture()
             assert cache.visual_bytes == bytes_of_picture * sum(len(p.picture_lengths) for p in batch.prepared)
             found = self._follow(batch, cache, errors)
             drawn = worst_channels(cache, batch.prompt, visual_index[0], setting.name) if histograms else None
@@ -198,9 +197,6 @@ class TorchRunner:
         if setting is None:
             return quantize_visual_cache(self.model, bits=16)
         return quantize_visual_cache(self.model, **{name: getattr(setting.options, name) for name in FIELDS})
-
-    def _manifest(self, quantization: Quantization) -> Manifest:
-        return manifest_of(self.info, quantization)
 
     def _prepare(self, sample: Sample) -> Prepared:
         prepared = self.processor.prepare(prompt_of(sample, self.processor), sample.pictures)
@@ -299,7 +295,7 @@ class TorchRunner:
             tokens=tokens,
             answers=list(sample.answers),
             visual_bytes=bytes_of_picture * len(lengths),
-            elements=sum(lengths) * 2 * self.info.layers * self.info.kv_heads * self.info.head_dim,
+            elements=sum(lengths) * CacheLayout(self.info, setting.quantization).elements_per_token,
             seconds=seconds,
             **{**nothing, **compared},
         )
@@ -337,18 +333,6 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not available:
         raise DependencyError("torch finds no CUDA device; give --device cpu, or install a build of torch with CUDA")
     return "cuda" if available and name != "cpu" else "cpu"
-
-
-def _processor(source: Source, info: ModelInfo) -> Processor:
-    """The checkpoint's processor, used in the same way as that of a bundle."""
-    pixels = source.adapter.pixel_inputs(source.config)
-    return Processor(source.directory, manifest_of(info, None, pixels))
-
-
-def manifest_of(info: ModelInfo, quantization: Any, pixels: tuple[TensorSpec, ...] = ()) -> Manifest:
-    """What a bundle of this model would say of itself, as far as prompts and bytes go."""
-    graphs = {"vision": Graph("", 0, pixels, ())}
-    return Manifest(__version__, VERSION, info, quantization, graphs, processor=".", files={})
 
 
 def _rounded(errors: Tensor) -> list[list[list[float]]]:

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
 from vkvx.export.trace import IR_DTYPES, Traced, trace
@@ -60,7 +61,7 @@ class BuiltModel:
 def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOptions, report: Progress) -> BuiltModel:
     """Trace decoder and vision tower without touching a weight. Raises OptionError and ModelError."""
     adapter = source.adapter
-    info = adapter.info(source, options.dtype)
+    info = source.info(options.dtype)
     quantization = options.resolve(info.layers, info.tokens_per_picture)
     attributes = layer_attributes(quantization, info.head_dim**-0.5)
     model = build_model(adapter.model_class(), source.config, options.dtype)
@@ -71,7 +72,8 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
         weight = partial(fake_weight, model, size, DTYPES["float16"])
         metrics = tuple((weight(), weight()) for _ in attributes)
     report("decoder", 0, 1)
-    inputs, outputs = decoder_inputs(info, quantization), decoder_outputs(info, quantization)
+    layout = CacheLayout(info, quantization)
+    inputs, outputs = decoder_inputs(layout), decoder_outputs(layout)
     graph = DecoderGraph(model, adapter, attributes, metrics)
     names = {
         id(parameter): f"{kind}.{layer}"

@@ -33,9 +33,11 @@ class ExportOptions(QuantizationOptions):
     def check(self) -> None:
         """Raise OptionError for what no model could be exported with."""
         if self.dtype not in FLOAT_DTYPES:
-            raise OptionError(f"dtype '{self.dtype}' is not supported; give --dtype {' or '.join(FLOAT_DTYPES)}")
+            raise OptionError(
+                f"dtype '{self.dtype}' is not supported; give dtype= (--dtype) {' or '.join(FLOAT_DTYPES)}"
+            )
         if self.opset not in OPSETS:
             raise OptionError(
-                f"opset {self.opset} is not supported; give --opset with a number from {OPSETS[0]} to {OPSETS[-1]}"
+                f"opset {self.opset} is not supported; give opset= (--opset) from {OPSETS[0]} to {OPSETS[-1]}"
             )
         super().check()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vkvx.errors import ModelError
 from vkvx.manifest import ModelInfo, TensorSpec
 
 if TYPE_CHECKING:
@@ -28,6 +31,21 @@ class Source:
     adapter: Adapter
     revision: str | None
     trust_remote_code: bool = False
+
+    def info(self, dtype: str) -> ModelInfo:
+        """The facts that the runtime needs. Raises ModelError if generation_config.json cannot be read."""
+        info = self.adapter.info(self.config, dtype, self._generation_config())
+        return replace(info, name=self.name, source=self.origin, revision=self.revision)
+
+    def _generation_config(self) -> dict[str, Any]:
+        path = self.directory / "generation_config.json"
+        if not path.is_file():
+            return {}
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {path} ({error}); download the checkpoint again") from error
+        return data if isinstance(data, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -55,8 +73,8 @@ class Adapter(ABC):
         """Raise ModelError if this checkpoint has a trait that the export cannot honour."""
 
     @abstractmethod
-    def info(self, source: Source, dtype: str) -> ModelInfo:
-        """The facts that the runtime needs."""
+    def info(self, config: Any, dtype: str, generation: Mapping[str, Any] | None = None) -> ModelInfo:
+        """The facts that config.json tells, and ``generation``, the contents of generation_config.json."""
 
     @abstractmethod
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vkvx.errors import ModelError
 from vkvx.format import WORD_BITS
 from vkvx.manifest import ModelInfo, TensorSpec
-from vkvx.models.family import Adapter, AttentionWeights, Source
+from vkvx.models.family import Adapter, AttentionWeights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,20 +52,18 @@ class LlavaAdapter(Adapter):
         if vision.image_size % vision.patch_size:
             raise ModelError(f"pictures of {vision.image_size} pixels are not made of patches of {vision.patch_size}")
 
-    def info(self, source: Source, dtype: str) -> ModelInfo:
+    def info(self, config: Any, dtype: str, generation: Mapping[str, Any] | None = None) -> ModelInfo:
         """Facts from config.json and generation_config.json."""
-        config = source.config
         text = config.text_config
-        generation = _generation_config(source)
         eos, pad = (
-            _first(generation.get(name), getattr(config, name, None), getattr(text, name, None))
+            _first((generation or {}).get(name), getattr(config, name, None), getattr(text, name, None))
             for name in ("eos_token_id", "pad_token_id")
         )
         eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         return ModelInfo(
-            name=source.name,
-            source=source.origin,
-            revision=source.revision,
+            name=str(config.name_or_path),
+            source=str(config.name_or_path),
+            revision=None,
             architecture=self.architecture,
             dtype=dtype,
             layers=text.num_hidden_layers,
@@ -156,14 +154,3 @@ def _one_of(names: Any) -> str:
 
 def _first(*candidates: Any) -> Any:
     return next((candidate for candidate in candidates if candidate is not None), None)
-
-
-def _generation_config(source: Source) -> dict[str, Any]:
-    path = source.directory / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path} ({error}); download the checkpoint again") from error
-    return data if isinstance(data, dict) else {}

@@ -15,6 +15,7 @@ from vkvx.format import (
     BASELINE_BITS,
     CACHE_NAMES,
     METRIC_QUANTIZERS,
+    OPERATOR_VERSION,
     QUANTIZERS,
     SCORE_CORRECTIONS,
     check_bits,
@@ -24,7 +25,7 @@ from vkvx.manifest import Quantization
 
 DOMAIN = "vkvx"
 NAME = "VisualKVAttention"
-VERSION = 1
+VERSION = OPERATOR_VERSION
 
 
 @dataclass(frozen=True)

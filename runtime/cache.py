@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vkvx.cache_layout import CacheLayout, tensor_bytes
 from vkvx.errors import CapacityError
 from vkvx.format import CACHE_NAMES, TILE
-from vkvx.manifest import ITEM_BYTES, Manifest
 
 Shape = tuple[int, ...]
 
@@ -39,7 +39,13 @@ class HostStorage:
     """Buffers in main memory, as NumPy arrays."""
 
     def allocate(self, dtype: str, shape: Shape) -> np.ndarray:
-        return np.zeros(shape, numpy_dtype(dtype))  # zeros come from the system lazily: unused rows take no memory
+        try:
+            return np.zeros(shape, numpy_dtype(dtype))  # zeros come from the system lazily: unused rows take no memory
+        except (MemoryError, ValueError) as error:  # ValueError: more bytes than there are addresses
+            raise CapacityError(
+                f"main memory has no room for a tensor of shape {list(shape)}; lower slots=, visual_tokens= "
+                "(--max-visual-tokens) or text_tokens= (--max-text-tokens)"
+            ) from error
 
     def copy(self, buffer: np.ndarray, source: int, target: int, entries: int) -> None:
         buffer[target, :, :entries] = buffer[source, :, :entries]
@@ -64,31 +70,31 @@ class PackedCache:
     """
 
     def __init__(
-        self, manifest: Manifest, slots: int, visual_tokens: int, text_tokens: int, storage: Storage | None = None
+        self, layout: CacheLayout, slots: int, visual_tokens: int, text_tokens: int, storage: Storage | None = None
     ) -> None:
         if slots < 1 or visual_tokens < 0 or text_tokens < 1:
             raise CapacityError(
                 "a cache takes at least 1 slot, 0 visual tokens and 1 text token a slot, "
                 f"got slots={slots}, visual_tokens={visual_tokens}, text_tokens={text_tokens}"
             )
-        size = manifest.quantization.group_size
-        self.manifest = manifest
+        size = layout.quantization.group_size
+        self.layout = layout
         self.slots = slots
         self.group_size = size
-        if manifest.is_packed:
+        if layout.is_packed:
             self.visual_capacity, self.text_capacity = max(1, -(-visual_tokens // size)) * size, text_tokens
         else:
             self.visual_capacity, self.text_capacity = 0, visual_tokens + text_tokens
         self.groups = self.visual_capacity // size
         self._storage: Storage = HostStorage() if storage is None else storage
-        shapes = manifest.cache_shapes(slots, self.visual_capacity, self.text_capacity)
-        self.buffers: dict[str, Any] = {name: self._storage.allocate(*spec) for name, spec in shapes.items()}
+        tensors = layout.tensors(slots, self.visual_capacity, self.text_capacity)
+        self.buffers: dict[str, Any] = {name: self._storage.allocate(*tensor) for name, tensor in tensors.items()}
         self.visual_count = np.zeros((slots, self.groups), np.int32)
         self.text_count = np.zeros(slots, np.int32)
         self._inline_visual = np.zeros(slots, np.int32)  # visual tokens among the text rows (16 bits)
         self._used: set[int] = set()
         counts = self.visual_count.nbytes + self.text_count.nbytes
-        self._bytes = counts + sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in shapes.values())
+        self._bytes = counts + sum(tensor_bytes(*tensor) for tensor in tensors.values())
 
     # Slots
 
@@ -153,7 +159,7 @@ class PackedCache:
 
     def demand(self, picture_lengths: Sequence[int], text_tokens: int) -> tuple[int, int]:
         """Groups and text rows that pictures of these lengths and so many text tokens take."""
-        if self.manifest.is_packed:
+        if self.layout.is_packed:
             return sum(-(-length // self.group_size) for length in picture_lengths), text_tokens
         return 0, text_tokens + sum(picture_lengths)
 
@@ -168,7 +174,7 @@ class PackedCache:
             )
         used = 0 if slot is None else int(self.text_count[slot])
         if used + text_tokens > self.text_capacity:
-            kind = "text tokens" if self.manifest.is_packed else "tokens (at 16 bits pictures count as text)"
+            kind = "text tokens" if self.layout.is_packed else "tokens (at 16 bits pictures count as text)"
             short = used + text_tokens - self.text_capacity
             raise CapacityError(
                 f"prompt and answer need room for {text_tokens} {kind}, the cache has {self.text_capacity - used} of "
@@ -186,7 +192,7 @@ class PackedCache:
         """
         self.visual_count[...] = visual_count
         self.text_count[...] = text_count
-        if not self.manifest.is_packed:
+        if not self.layout.is_packed:
             live = slots >= 0
             self._inline_visual[slots[live]] += inline_visual[live].astype(np.int32)
 
@@ -199,12 +205,12 @@ class PackedCache:
 
     def visual_bytes_used(self, slot: int) -> int:
         """Bytes of the slot that hold visual tokens: words and params of all layers, padding of groups included."""
-        inline = int(self._inline_visual[slot]) * self.manifest.text_bytes_per_token
-        return self.group_count(slot) * self.manifest.bytes_per_group() + inline
+        inline = int(self._inline_visual[slot]) * self.layout.text_bytes_per_token
+        return self.group_count(slot) * self.layout.bytes_per_group + inline
 
     def bytes_used(self, slot: int) -> int:
         """Bytes of the slot that hold tokens of either kind, all layers."""
-        return self.visual_bytes_used(slot) + self.text_tokens(slot) * self.manifest.text_bytes_per_token
+        return self.visual_bytes_used(slot) + self.text_tokens(slot) * self.layout.text_bytes_per_token
 
     def read(self, name: str) -> np.ndarray:
         """One buffer as an array, for inspection: a view where it is in host memory, a copy where it is on a device."""

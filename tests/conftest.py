@@ -80,6 +80,36 @@ def tiny_bundle(bundle_factory: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of two layers and 16 tokens a picture; float32 weights in three shards; not to be changed."""
+    from vkvx.models.random_checkpoint import preset_config, write_checkpoint
+
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
+    write_checkpoint(directory, preset_config("tiny"), dtype="float32", shard_bytes=1_000_000)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def mixed_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the random checkpoint: FP32, 8 bits in layer 0 and 1 bit in layer 1; not to be changed."""
+    from vkvx import ExportOptions, export_model
+
+    output = tmp_path_factory.mktemp("bundles") / "mixed"
+    export_model(checkpoint, output, ExportOptions(dtype="float32", bits_per_layer="0:8"))
+    return output
+
+
+@pytest.fixture(scope="session")
+def baseline_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the random checkpoint: FP16 from FP32 weights, 16 bits, opset 17; not to be changed."""
+    from vkvx import ExportOptions, export_model
+
+    output = tmp_path_factory.mktemp("bundles") / "baseline"
+    export_model(checkpoint, output, ExportOptions(dtype="float16", bits=16, opset=17))
+    return output
+
+
+@pytest.fixture(scope="session")
 def plugin_file(plugin_builds: Any) -> Path:
     """The plugin for TensorRT 10, 11 and RTX."""
     path: Path = plugin_builds.plugin(3)

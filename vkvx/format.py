@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vkvx.errors import OptionError
 
+OPERATOR_VERSION = 1
+"""Of ``vkvx::VisualKVAttention``, see ``docs/operator.md``."""
 TILE = 128
 """Visual tokens a tile; group sizes and capacities are multiples of it."""
 WORD_BITS = 32

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from vkvx import typed_json
-from vkvx.errors import BundleError
-from vkvx.format import BASELINE_BITS, BITS, CACHE_NAMES, QUANTIZERS, SCORE_CORRECTIONS, TILE, WORD_BITS
+from vkvx.cache_layout import CacheLayout
+from vkvx.errors import BundleError, VkvxError
+from vkvx.format import BASELINE_BITS, BITS, OPERATOR_VERSION, QUANTIZERS, SCORE_CORRECTIONS, TILE, WORD_BITS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
 FILE_NAME = "vkvx.json"
 FORMAT = "vkvx-bundle"
 FORMAT_VERSION = 1
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-KEY_PARAMS, VALUE_PARAMS = 3, 2  # scale, offset, RMS of the rest; scale, offset
+_SIZES = ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "max_positions")
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``, in bytes or steps."""
@@ -98,8 +102,151 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """The whole of ``vkvx.json``. Make one with :meth:`load`, :meth:`from_json`, or at export."""
+class ManifestKind:
+    """A kind of manifest: its file and format, the error that it raises, and the words of its messages.
+
+    ``make``, ``again`` and ``copy`` are what helps: without a manifest, with a wrong one, and with damaged files.
+    """
+
+    file: str
+    format: str
+    version: int
+    error: type[VkvxError]
+    noun: str
+    subject: str
+    make: str
+    again: str
+    copy: str
+    made: str
+    stage: str
+
+    def failure(self, words: str) -> VkvxError:
+        """The error for contents that cannot be."""
+        return self.error(f"{self.file}: {words}; {self.again}")
+
+    def require(self, condition: bool, what: str, expected: str, given: object) -> None:
+        """Raise it unless the condition holds."""
+        if not condition:
+            raise self.failure(f"{what} must be {expected}, got {reprlib.repr(given)}")
+
+    def other_version(self, found: str, known: str) -> VkvxError:
+        """The error for a version that this vkvx does not know."""
+        return self.error(
+            f"{self.subject} {found}, this vkvx {known}; upgrade it with `pip install --upgrade vkvx`, or {self.again}"
+        )
+
+    def check_file(self, directory: Path, name: str, info: FileInfo) -> None:
+        """Raise the error unless a file of this size lies in the directory."""
+        path = directory / name
+        try:
+            real = path.resolve(strict=True)
+            inside = real.is_relative_to(directory.resolve())
+            size = real.stat().st_size if real.is_file() else -1
+        except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+            raise self.error(f"{path} is missing; {self.copy}") from None
+        if not inside:
+            raise self.error(f"{path} is a link that leaves the directory; copy that without links (`cp -rL`)")
+        if size != info.bytes:
+            given = f"has {size} bytes" if size >= 0 else "is no file"
+            raise self.error(f"{path} {given}, expected {info.bytes}; {self.copy}")
+
+
+class ManifestFile:
+    """What manifests have in common. Subclasses are frozen dataclasses, written in the order of their fields."""
+
+    kind: ClassVar[ManifestKind]
+    operator_version: int
+    files: dict[str, FileInfo]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Read and check the manifest of a directory, and that each file is there with its size.
+
+        Contents are compared by :meth:`verify`. Raises the error of the kind.
+        """
+        directory, kind = Path(directory), cls.kind
+        path = directory / kind.file
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise kind.error(
+                f"{directory} is no {kind.noun}: it holds no {kind.file}; "
+                f"make one with `{kind.make.format(directory=directory)}`"
+            ) from None
+        except OSError as error:
+            raise kind.error(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+            raise kind.error(f"{path} is not valid JSON ({error}); {kind.again}") from error
+        manifest = cls.from_json(data)
+        for name, info in manifest.files.items():
+            kind.check_file(directory, name, info)
+        return manifest
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Build a manifest from parsed JSON; the kind's error if it is newer, incomplete, contradictory or unsafe."""
+        kind = cls.kind
+        if not isinstance(data, dict) or data.get("format") != kind.format:
+            raise kind.error(
+                f'{kind.file} is of no {kind.noun}: expected an object with "format": "{kind.format}"; {kind.again}'
+            )
+        version = typed_json.read(int, data.get("format_version"), kind.failure, "format_version")
+        kind.require(version > 0, "format_version", "positive", version)
+        if version > kind.version:
+            raise kind.other_version(f"format version {version}", f"reads up to {kind.version}")
+        manifest = typed_json.read(cls, data, kind.failure)
+        if manifest.operator_version != OPERATOR_VERSION:
+            raise kind.other_version(f"operator version {manifest.operator_version}", f"has {OPERATOR_VERSION}")
+        manifest._check()
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The object to write as the file."""
+        return {"format": self.kind.format, "format_version": self.kind.version, **asdict(cast(Any, self))}
+
+    def save(self, directory: str | Path) -> None:
+        """Write the file into the directory."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        (Path(directory) / self.kind.file).write_text(text + "\n", encoding="utf-8")
+
+    def verify(self, directory: str | Path, progress: Progress | None = None) -> None:
+        """Compare the SHA-256 of each file with the manifest; the kind's error names the first that differs."""
+        directory, kind = Path(directory), self.kind
+        total, done = sum(info.bytes for info in self.files.values()), 0
+        for name, info in self.files.items():
+            kind.check_file(directory, name, info)
+
+            def report(count: int, before: int = done) -> None:
+                if progress is not None:
+                    progress(kind.stage, before + count, total)
+
+            if sha256(directory / name, report) != info.sha256.lower():
+                raise kind.error(
+                    f"{directory / name} differs from what was {kind.made} (SHA-256 mismatch); {kind.copy}"
+                )
+            done += info.bytes
+
+    def _check(self) -> None:
+        """Raise the kind's error for values that cannot be."""
+
+
+@dataclass(frozen=True)
+class Manifest(ManifestFile):
+    """The whole of ``vkvx.json``. Make one with :meth:`load`, :meth:`from_json`, or at export. Raises BundleError."""
+
+    kind = ManifestKind(
+        FILE_NAME,
+        FORMAT,
+        FORMAT_VERSION,
+        BundleError,
+        noun="vkvx bundle",
+        subject="the bundle has",
+        make="vkvx export MODEL -o {directory}",
+        again="export the model again",
+        copy="copy the bundle again or export the model anew",
+        made="exported",
+        stage="verify",
+    )
 
     vkvx_version: str
     operator_version: int
@@ -110,202 +257,47 @@ class Manifest:
     files: dict[str, FileInfo]
     tools: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def load(cls, bundle: str | Path) -> Manifest:
-        """Read and check the manifest of a bundle directory, and that each file is there with its size.
-
-        Contents are compared by :meth:`verify`. Raises BundleError.
-        """
-        directory = Path(bundle)
-        path = directory / FILE_NAME
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise BundleError(
-                f"{directory} is no vkvx bundle: it holds no {FILE_NAME}; "
-                f"make one with `vkvx export MODEL -o {directory}`"
-            ) from None
-        except OSError as error:
-            raise BundleError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-            raise BundleError(f"{path} is not valid JSON ({error}); export the model again") from error
-        manifest = cls.from_json(data)
-        for name, info in manifest.files.items():
-            _check_file(directory, name, info)
-        return manifest
-
-    @classmethod
-    def from_json(cls, data: object) -> Manifest:
-        """Build a manifest from parsed JSON; BundleError if it is newer, incomplete, contradictory or unsafe."""
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise BundleError(f'{FILE_NAME} is of no vkvx bundle: expected an object with "format": "{FORMAT}"')
-        version = data.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise BundleError(f"{FILE_NAME}: format_version must be a positive integer, got {version!r}")
-        if version > FORMAT_VERSION:
-            raise BundleError(
-                f"the bundle has format version {version}, this vkvx reads up to {FORMAT_VERSION}; "
-                "upgrade it with `pip install --upgrade vkvx`"
-            )
-        manifest = typed_json.read(cls, data, _failure)
-        manifest._check()
-        return manifest
-
-    def to_json(self) -> dict[str, Any]:
-        """The object to write as ``vkvx.json``."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-
-    def save(self, bundle: str | Path) -> None:
-        """Write ``vkvx.json`` into the directory ``bundle``."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
-        (Path(bundle) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-    def verify(self, bundle: str | Path, progress: Progress | None = None) -> None:
-        """Compare the SHA-256 of each file with the manifest; BundleError names the first that differs."""
-        directory = Path(bundle)
-        total = sum(info.bytes for info in self.files.values())
-        done = 0
-        for name, info in self.files.items():
-            _check_file(directory, name, info)
-
-            def report(count: int, before: int = done) -> None:
-                if progress is not None:
-                    progress("verify", before + count, total)
-
-            if sha256(directory / name, report) != info.sha256.lower():
-                raise BundleError(
-                    f"{directory / name} differs from what was exported (SHA-256 mismatch); "
-                    "copy the bundle again or export the model anew"
-                )
-            done += info.bytes
-
-    @property
-    def layers(self) -> int:
-        """Number of decoder layers."""
-        return self.model.layers
-
-    @property
-    def is_packed(self) -> bool:
-        """False for a bundle of ``--bits 16``, whose visual tokens lie among the text rows."""
-        return BASELINE_BITS not in self.quantization.key_bits
-
-    @property
-    def text_bytes_per_token(self) -> int:
-        """Bytes that one text token takes in the cache: all layers, key and value."""
-        model = self.model
-        return 2 * model.layers * model.kv_heads * model.head_dim * ITEM_BYTES[model.dtype]
-
-    def bytes_per_group(self) -> int:
-        """Bytes of one group: words and params of all layers, key and value (0 if nothing is packed)."""
-        if not self.is_packed:
-            return 0
-        model, quantization = self.model, self.quantization
-        channels = model.kv_heads * model.head_dim
-        bits = sum(quantization.key_bits) + sum(quantization.value_bits)
-        words = quantization.group_size * bits * channels // 8
-        params = model.layers * (KEY_PARAMS + VALUE_PARAMS) * channels * ITEM_BYTES["float16"]
-        return words + params
-
-    def visual_bytes_per_picture(self, tokens: int | None = None) -> int:
-        """Bytes that a picture takes in the cache: all layers, key and value, with params and padding to groups."""
-        tokens = self._picture_tokens(tokens)
-        if not self.is_packed:
-            return tokens * self.text_bytes_per_token
-        return math.ceil(tokens / self.quantization.group_size) * self.bytes_per_group()
-
-    def sixteen_bit_bytes_per_picture(self, tokens: int | None = None) -> int:
-        """Bytes that the same picture takes at two bytes an element."""
-        model = self.model
-        return self._picture_tokens(tokens) * 2 * model.layers * model.kv_heads * model.head_dim * 2
-
-    def bits_per_element(self, tokens: int | None = None) -> float:
-        """Bits in the cache for each key or value element of a picture, with params and padding to groups."""
-        return 16 * self.visual_bytes_per_picture(tokens) / self.sixteen_bit_bytes_per_picture(tokens)
-
-    def cache_shapes(
-        self, slots: int, visual_capacity: int, text_capacity: int
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype name and shape of each cache tensor, keyed ``"{layer}.visual_key"`` and so on.
-
-        ``visual_capacity`` counts tokens: a multiple of the group size, and 0 if nothing is packed.
-        """
-        size = self.quantization.group_size
-        if visual_capacity % size or (visual_capacity and not self.is_packed):
-            raise ValueError(f"visual capacity {visual_capacity} does not suit groups of {size}")
-        sizes = (slots, visual_capacity // TILE, visual_capacity // size, text_capacity)
-        specs = (
-            spec for layer in range(self.layers) for spec in layer_caches(self.model, self.quantization, layer, *sizes)
-        )
-        return {spec.name: (spec.dtype, tuple(int(dim) for dim in spec.shape)) for spec in specs}
-
-    def _picture_tokens(self, tokens: int | None) -> int:
-        # Where pictures vary in size, a picture that fills one group stands for all.
-        return tokens or self.model.tokens_per_picture or self.quantization.group_size
+    @cached_property
+    def layout(self) -> CacheLayout:
+        """Shapes, dtypes and bytes of the cache."""
+        return CacheLayout(self.model, self.quantization)
 
     def _check(self) -> None:
-        model, quantization = self.model, self.quantization
-        _require(model.dtype in FLOAT_DTYPES, "model.dtype", f"one of {', '.join(FLOAT_DTYPES)}", model.dtype)
-        for name in ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "max_positions"):
-            _require(getattr(model, name) > 0, f"model.{name}", "positive", getattr(model, name))
-        _require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)
+        model, quantization, require = self.model, self.quantization, self.kind.require
+        require(model.dtype in FLOAT_DTYPES, "model.dtype", f"one of {', '.join(FLOAT_DTYPES)}", model.dtype)
+        for name in (*_SIZES, "tokens_per_picture"):
+            size = getattr(model, name)
+            require(size is None or 0 < size < 2**31, f"model.{name}", "positive and less than 2**31", size)
+        require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)
         shared = model.query_heads % model.kv_heads == 0
-        _require(shared, "model.query_heads", "a multiple of kv_heads", model.query_heads)
-        tokens = model.tokens_per_picture
-        _require(tokens is None or tokens > 0, "model.tokens_per_picture", "positive or null", tokens)
+        require(shared, "model.query_heads", "a multiple of kv_heads", model.query_heads)
         for entry in fields(Quantization):
             value = getattr(quantization, entry.name)
             if isinstance(value, tuple):
-                _require(
+                require(
                     len(value) == model.layers, f"quantization.{entry.name}", f"{model.layers} entries long", len(value)
                 )
         bits = set(quantization.key_bits + quantization.value_bits)
         allowed = bits == {BASELINE_BITS} or bits <= set(BITS)
-        _require(allowed, "quantization.key_bits and value_bits", "among 1, 2, 4, 8, or 16 throughout", sorted(bits))
+        require(allowed, "quantization.key_bits and value_bits", "among 1, 2, 4, 8, or 16 throughout", sorted(bits))
         size = quantization.group_size
-        _require(size > 0 and size % TILE == 0, "quantization.group_size", f"a positive multiple of {TILE}", size)
+        allowed = 0 < size < 2**31 and size % TILE == 0
+        require(allowed, "quantization.group_size", f"a positive multiple of {TILE}, less than 2**31", size)
         names = (
             ("quantizer", quantization.quantizer, QUANTIZERS),
             ("score_correction", quantization.score_correction, SCORE_CORRECTIONS),
         )
         for name, given, known in names:
-            _require(given in known, f"quantization.{name}", f"one of {', '.join(known)}", given)
+            require(given in known, f"quantization.{name}", f"one of {', '.join(known)}", given)
         for name in ("vision", "decoder"):
-            _require(name in self.graphs, "graphs", f'an object with the key "{name}"', sorted(self.graphs))
+            require(name in self.graphs, "graphs", f'an object with the key "{name}"', sorted(self.graphs))
         for path in self.files:
             _check_path(path)
         for name, graph in self.graphs.items():
-            _require(graph.file in self.files, f"graphs.{name}.file", "listed in files", graph.file)
+            require(graph.file in self.files, f"graphs.{name}.file", "listed in files", graph.file)
         _check_path(self.processor)
         inside = any(PurePosixPath(self.processor) in PurePosixPath(path).parents for path in self.files)
-        _require(inside, "processor", "a folder with files of the bundle", self.processor)
-
-
-def layer_caches(
-    model: ModelInfo,
-    quantization: Quantization,
-    layer: int,
-    slots: int | str,
-    tiles: int | str,
-    groups: int | str,
-    rows: int | str,
-) -> tuple[TensorSpec, ...]:
-    """The six cache tensors of a layer, ``"{layer}.visual_key"`` and so on; sizes may be numbers or symbols."""
-    heads, dim = model.kv_heads, model.head_dim
-    # Where nothing is packed there are no tiles, but shapes still have an axis for the planes.
-    key_planes, value_planes = (
-        1 if bits[layer] == BASELINE_BITS else bits[layer] for bits in (quantization.key_bits, quantization.value_bits)
-    )
-    tensors: tuple[tuple[str, tuple[int | str, ...]], ...] = (
-        ("int32", (slots, heads, tiles, key_planes, TILE, dim // WORD_BITS)),
-        ("float16", (slots, heads, groups, KEY_PARAMS, dim)),
-        ("int32", (slots, heads, tiles, value_planes, dim, TILE // WORD_BITS)),
-        ("float16", (slots, heads, groups, VALUE_PARAMS, dim)),
-        (model.dtype, (slots, heads, rows, dim)),
-        (model.dtype, (slots, heads, rows, dim)),
-    )
-    return tuple(
-        TensorSpec(f"{layer}.{name}", dtype, shape) for name, (dtype, shape) in zip(CACHE_NAMES, tensors, strict=True)
-    )
+        require(inside, "processor", "a folder with files of the bundle", self.processor)
 
 
 def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:
@@ -320,31 +312,7 @@ def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int =
     return digest.hexdigest()
 
 
-def _failure(words: str) -> BundleError:
-    return BundleError(f"{FILE_NAME}: {words}; export the model again")
-
-
-def _require(condition: bool, what: str, expected: str, given: object) -> None:
-    if not condition:
-        raise _failure(f"{what} must be {expected}, got {given!r}")
-
-
 def _check_path(name: str) -> None:
     """Refuse anything but a plain relative path with forward slashes."""
     if not typed_json.is_plain_path(name):
         raise BundleError(f"{FILE_NAME}: the path {name!r} leaves the bundle or is not plain; do not trust this bundle")
-
-
-def _check_file(directory: Path, name: str, info: FileInfo) -> None:
-    path = directory / name
-    try:
-        real = path.resolve(strict=True)
-        inside = real.is_relative_to(directory.resolve())
-        size = real.stat().st_size if real.is_file() else -1
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
-        raise BundleError(f"{path} is missing; copy the bundle again or export the model anew") from None
-    if not inside:
-        raise BundleError(f"{path} is a link that leaves the bundle; copy the bundle without links (`cp -rL`)")
-    if size != info.bytes:
-        given = f"has {size} bytes" if size >= 0 else "is no file"
-        raise BundleError(f"{path} {given}, expected {info.bytes}; copy the bundle again or export the model anew")

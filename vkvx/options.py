@@ -36,6 +36,13 @@ _NUMBERS = {
 _METHODS = (*_DEFAULTS, *_NUMBERS)
 """Options that have no effect where nothing is quantised."""
 
+
+def keyword(name: str) -> str:
+    """How messages name an option to callers of Python and of the command line: ``key_bits= (--key-bits)``."""
+    return f"{name}= (--{name.replace('_', '-')})"
+
+
+_PER_LAYER = keyword("bits_per_layer")
 _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>-(?P<last>\d+)?)?:(?P<bits>\d+)")
 
 
@@ -79,14 +86,16 @@ class QuantizationOptions:
             check_group_size(self.group_size)
         for name, value, known in (
             ("quantizer", self.quantizer, QUANTIZERS),
-            ("score-correction", self.score_correction, SCORE_CORRECTIONS),
+            ("score_correction", self.score_correction, SCORE_CORRECTIONS),
         ):
             if value is not None and value not in known:
-                raise OptionError(f"unknown {name} '{value}'; give --{name} with one of {', '.join(known)}")
+                raise OptionError(
+                    f"unknown {name.replace('_', ' ')} '{value}'; give {keyword(name)} one of {', '.join(known)}"
+                )
         for name, (_, _, allowed, low, high) in _NUMBERS.items():
-            value, option = getattr(self, name), name.replace("_", "-")
+            value = getattr(self, name)
             if value is not None and not low <= value < high:
-                raise OptionError(f"{option.replace('-', ' ')} {value} is not supported; give --{option} {allowed}")
+                raise OptionError(f"{name.replace('_', ' ')} {value} is not supported; give {keyword(name)} {allowed}")
         for reason in self.without_effect().values():
             raise OptionError(reason)
 
@@ -98,19 +107,12 @@ class QuantizationOptions:
         """The options given that would change nothing, and for each the line that says so."""
         given = {name for name in _METHODS if getattr(self, name) is not None}
         if self._pair == (BASELINE_BITS, BASELINE_BITS):
-            return {
-                name: f"--{name.replace('_', '-')} has no effect at 16 bits; leave it out"
-                for name in _METHODS
-                if name in given
-            }
+            return {n: f"{keyword(n)} has no effect at 16 bits; leave it out" for n in _METHODS if n in given}
         reasons = {}
         for name, (of, needed, *_) in _NUMBERS.items():
             chosen = getattr(self, of) or _DEFAULTS[of]
             if name in given and chosen != needed:
-                reasons[name] = (
-                    f"--{name.replace('_', '-')} has no effect with {chosen}; "
-                    f"give --{of.replace('_', '-')} {needed} as well"
-                )
+                reasons[name] = f"{keyword(name)} has no effect with {chosen}; give {keyword(of)} {needed} as well"
         return reasons
 
     def resolve(self, layers: int, tokens_per_picture: int | None) -> Quantization:
@@ -151,14 +153,16 @@ class QuantizationOptions:
         )
 
     def _check_bits(self) -> None:
-        for name, bits in (("bits", self.bits), ("key-bits", self.key_bits), ("value-bits", self.value_bits)):
+        for name, bits in (("bits", self.bits), ("key_bits", self.key_bits), ("value_bits", self.value_bits)):
             if bits is not None and bits not in (*BITS, BASELINE_BITS):
-                raise OptionError(f"{bits} bits are not supported; give --{name} 1, 2, 4 or 8, or --bits 16")
+                raise OptionError(
+                    f"{bits} bits are not supported; give {keyword(name)} 1, 2, 4 or 8, or bits= (--bits) 16"
+                )
         if (BASELINE_BITS in self._pair) != (self._pair == (BASELINE_BITS, BASELINE_BITS)):
-            raise OptionError("16 bits are for the whole model, not for keys or values alone; give --bits 16")
+            raise OptionError("16 bits are for the whole model, not for keys or values alone; give bits= (--bits) 16")
         if self.bits_per_layer is not None:
             if BASELINE_BITS in self._pair:
-                raise OptionError("16 bits are for the whole model; leave out --bits-per-layer or --bits 16")
+                raise OptionError(f"16 bits are for the whole model; leave out {_PER_LAYER}, or bits= (--bits) 16")
             parse_bits_per_layer(self.bits_per_layer)
 
 
@@ -172,22 +176,22 @@ def parse_bits_per_layer(text: str, layers: int | None = None) -> dict[int, int]
     for item in text.split(","):
         match = _RANGE.fullmatch(item.strip())
         if match is None:
-            raise OptionError(f"'{item}' in --bits-per-layer is not understood; write LAYERS:BITS, such as 0-1:8,2-:1")
+            raise OptionError(f"'{item}' in {_PER_LAYER} is not understood; write LAYERS:BITS, such as 0-1:8,2-:1")
         bits, first = int(match["bits"]), int(match["first"])
         if bits not in BITS:
-            hint = "; 16 bits are for the whole model (--bits 16)" if bits == BASELINE_BITS else ""
-            raise OptionError(f"{bits} bits in --bits-per-layer are not supported; give 1, 2, 4 or 8{hint}")
+            hint = "; 16 bits are for the whole model: bits= (--bits)" if bits == BASELINE_BITS else ""
+            raise OptionError(f"{bits} bits in {_PER_LAYER} are not supported; give 1, 2, 4 or 8{hint}")
         last = int(match["last"]) if match["last"] else None
         if last is not None and last < first:
-            raise OptionError(f"'{item}' in --bits-per-layer ends before it starts; write FIRST-LAST:BITS")
+            raise OptionError(f"'{item}' in {_PER_LAYER} ends before it starts; write FIRST-LAST:BITS")
         if layers is None:
             continue
         if last is None:
             last = max(first, layers - 1) if match["dash"] else first
         if last >= layers:
-            raise OptionError(f"--bits-per-layer names layer {last}; the model has layers 0 to {layers - 1}")
+            raise OptionError(f"{_PER_LAYER} names layer {last}; the model has layers 0 to {layers - 1}")
         for layer in range(first, last + 1):
             if layer in result:
-                raise OptionError(f"--bits-per-layer names layer {layer} twice; name each layer once")
+                raise OptionError(f"{_PER_LAYER} names layer {layer} twice; name each layer once")
             result[layer] = bits
     return result

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from vkvx.errors import StorageError
 from vkvx.manifest import FILE_NAME, FORMAT
@@ -32,7 +33,7 @@ class Kind:
     remedy: str
 
 
-BUNDLE = Kind("bundle", FILE_NAME, FORMAT, "give another --output")
+BUNDLE = Kind("bundle", FILE_NAME, FORMAT, "give another output= (--output)")
 
 
 def check_output(target: Path, force: bool, kind: Kind = BUNDLE) -> None:
@@ -46,7 +47,7 @@ def check_output(target: Path, force: bool, kind: Kind = BUNDLE) -> None:
     if not target.is_dir() or not (_is_of(kind, target) or not any(target.iterdir())):
         raise StorageError(f"{target} exists and is no {kind.noun}; it is never replaced, {kind.remedy}")
     if not force:
-        raise StorageError(f"{target} exists; give --force to replace it, or {kind.remedy}")
+        raise StorageError(f"{target} exists; give force= (--force) to replace it, or {kind.remedy}")
 
 
 @contextmanager
@@ -78,14 +79,18 @@ def new_directory(target: Path, force: bool = False, kind: Kind = BUNDLE) -> Ite
             os.close(lock)
 
 
-def write_file(target: Path, text: str) -> None:
-    """Write UTF-8 text to a file, whole or not at all; an older one is replaced. Raises StorageError."""
+@contextmanager
+def new_file(target: Path) -> Iterator[BinaryIO]:
+    """A hidden file beside ``target`` to write into; at the end it takes the place of ``target``.
+
+    On any exception it is removed and ``target`` is as it was. Failures to write become StorageError.
+    """
     partial = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
         partial = Path(name)
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.chmod(0o666 & ~_umask())
@@ -97,6 +102,12 @@ def write_file(target: Path, text: str) -> None:
         if isinstance(error, OSError):
             raise _storage_error(target, error) from error
         raise
+
+
+def write_file(target: Path, contents: str | bytes | memoryview) -> None:
+    """Write a file by :func:`new_file`, text as UTF-8; an older one is replaced."""
+    with new_file(target) as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
 
 
 def check_room(directory: Path, needed: int) -> None:

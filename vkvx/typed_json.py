@@ -6,10 +6,11 @@ Standard library only. The manifests of bundles and of engines are read with it.
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
@@ -24,14 +25,17 @@ def read(expected: type[_T], value: object, fail: Failure, where: str = "") -> _
     """Read ``value`` as a dataclass, or as what a dataclass' field is annotated with; raises what ``fail`` makes.
 
     Fields may be dataclasses, int, float, str, bool, ``tuple[X, ...]``, ``dict[str, X]`` and unions of scalars, or of
-    a dataclass and None.
+    a dataclass and None. Integers have at most 64 bits.
     """
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # not shown: it may have any number of digits
+        raise fail(f"{where} must be a number of at most 64 bits")
     result: object
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if is_dataclass(expected):
         if not isinstance(value, Mapping):
             raise _mismatch(fail, where, "an object", value)
-        hints = typing.get_type_hints(expected)
+        kinds = typing.get_type_hints(expected)
+        hints = {field.name: kinds[field.name] for field in fields(expected)}
         missing = [name for name in hints if name not in value]
         if missing:
             raise fail(f"{_join(where, missing[0])} is missing")
@@ -78,4 +82,4 @@ def _join(where: str, name: str) -> str:
 
 
 def _mismatch(fail: Failure, where: str, expected: str, value: object) -> Exception:
-    return fail(f"{where} must be {expected}, got {value!r}")
+    return fail(f"{where} must be {expected}, got {reprlib.repr(value)}")

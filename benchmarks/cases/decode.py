@@ -74,17 +74,14 @@ def _models(layers: int) -> Any:
 
 def _backend(model: Any, bits: int, batch: int) -> tuple[float, float, int]:
     """Milliseconds of an eager and of a captured step, and bytes of the cache in use."""
-    from pathlib import Path
-
     from vkvx import ExportOptions
     from vkvx.manifest import Graph, Manifest
-    from vkvx.models.family import Source
     from vkvx.models.registry import adapter_for
     from vkvx.runtime.backends.torch.backend import TorchBackend
     from vkvx.runtime.calls import Row, build_call
 
     adapter = adapter_for(model)
-    info = adapter.info(Source("", "", Path("/nonexistent"), model.config, adapter, None), "float16")
+    info = adapter.info(model.config, "float16")
     # What a picture is quantised by makes no difference to later steps.
     options = ExportOptions(bits=bits, quantizer=None if bits == 16 else "lloyd")
     quantization = options.resolve(info.layers, info.tokens_per_picture)

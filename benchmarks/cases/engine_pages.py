@@ -102,7 +102,7 @@ def open_for(bundle: Path, backend: str, **options: Any) -> Backend:
     """A backend with room for ``BATCH`` conversations."""
     manifest = Manifest.load(bundle)
     size, tokens = manifest.quantization.group_size, manifest.model.tokens_per_picture or 0
-    visual = 2 * (-(-tokens // size) * size if manifest.is_packed else tokens)
+    visual = 2 * (-(-tokens // size) * size if manifest.layout.is_packed else tokens)
     return open_backend(backend, bundle, manifest, slots=BATCH, visual_tokens=visual, text_tokens=192, **options)
 
 
@@ -116,7 +116,7 @@ def prepare(directory: Path, bundles: Sequence[Path], pages: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PAGES
     if not path.exists():
-        processor = Processor(bundles[0], Manifest.load(bundles[0]))
+        processor = Processor.of_bundle(bundles[0], Manifest.load(bundles[0]))
         task = open_task("digits", None, pages, None)
         arrays: dict[str, np.ndarray] = {}
         for sample in task.samples(range(task.count)):

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vkvx.evaluation.tasks import DIGITS_PROMPT, Sample, prompt_of
-from vkvx.evaluation.torch_runner import manifest_of
 from vkvx.format import BASELINE_BITS, auto_group_size
 from vkvx.models.graph.decoder import use_attention_function
 from vkvx.models.registry import resolve
@@ -155,10 +154,9 @@ class Simulation:
     def __init__(self, device: str = "cpu") -> None:
         source = resolve("tiny-llava")
         self.adapter, self.device = source.adapter, device
-        self.info = source.adapter.info(source, "float32")
+        self.info = source.info("float32")
         self.model = load_model(source, torch.float32).to(device)
-        pixels = source.adapter.pixel_inputs(source.config)
-        self.processor = Processor(source.directory, manifest_of(self.info, None, pixels))
+        self.processor = Processor(source.directory, self.info, source.adapter.pixel_inputs(source.config))
         use_attention_function(self.model)
 
     @torch.no_grad()

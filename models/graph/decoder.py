@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.format import CACHE_NAMES
-from vkvx.manifest import ModelInfo, Quantization, TensorSpec, layer_caches
+from vkvx.manifest import TensorSpec
 from vkvx.models.family import Adapter
 from vkvx.models.graph.metric import rotation
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
@@ -212,24 +213,24 @@ def place_embeds(embeds: Tensor, visual_embeds: Tensor, visual_index: Tensor) ->
     return rows.reshape(batch, positions + 1, width)[:, :positions]
 
 
-def decoder_inputs(model: ModelInfo, quantization: Quantization) -> tuple[TensorSpec, ...]:
+def decoder_inputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
     """Inputs of the decoder graph in order. T counts tiles and G groups of the cache, N its text rows."""
     calls = (
         TensorSpec("input_ids", "int32", ("B", "S")),
         TensorSpec("position_ids", "int32", ("B", "S")),
-        TensorSpec("visual_embeds", model.dtype, ("B", "Nv", model.hidden_size)),
+        TensorSpec("visual_embeds", layout.info.dtype, ("B", "Nv", layout.info.hidden_size)),
         TensorSpec("visual_index", "int32", ("B", "Nv")),
         TensorSpec("text_index", "int32", ("B", "Nt")),
         TensorSpec("last_index", "int32", ("B",)),
         TensorSpec("slot", "int32", ("B",)),
     )
-    return (*calls, *_counts(""), *_caches("past", model, quantization))
+    return (*calls, *_counts(""), *_caches("past", layout))
 
 
-def decoder_outputs(model: ModelInfo, quantization: Quantization) -> tuple[TensorSpec, ...]:
+def decoder_outputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
     """Outputs of the decoder graph in order."""
-    logits = TensorSpec("logits", "float32", ("B", model.vocab_size))
-    return (logits, *_counts("_out"), *_caches("present", model, quantization))
+    logits = TensorSpec("logits", "float32", ("B", layout.info.vocab_size))
+    return (logits, *_counts("_out"), *_caches("present", layout))
 
 
 def _counts(suffix: str) -> tuple[TensorSpec, ...]:
@@ -239,10 +240,12 @@ def _counts(suffix: str) -> tuple[TensorSpec, ...]:
     )
 
 
-def _caches(prefix: str, model: ModelInfo, quantization: Quantization) -> tuple[TensorSpec, ...]:
-    layers = range(model.layers)
-    specs = (spec for i in layers for spec in layer_caches(model, quantization, i, "Bc", "T", "G", "N"))
-    return tuple(TensorSpec(f"{prefix}.{spec.name}", spec.dtype, spec.shape) for spec in specs)
+def _caches(prefix: str, layout: CacheLayout) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(f"{prefix}.{layer}.{name}", dtype, shape)
+        for layer in range(layout.info.layers)
+        for name, (dtype, shape) in layout.layer_tensors(layer, "Bc", "T", "G", "N").items()
+    )
 
 
 def _range(length: int, like: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ manifest; the file holds the logits that onnxruntime gave on a CPU.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from vkvx.errors import BundleError, EngineError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.calls import Row, build_call
+from vkvx.storage import new_file
 
 FILE_NAME = "golden.npz"
 STEPS = 3
@@ -74,21 +73,14 @@ def run(backend: Backend, slot: int) -> np.ndarray:
 
 
 def record(backend: Backend, directory: Path) -> Path:
-    """Run the sample in an empty slot 0 and write it into ``directory``; returns the file.
+    """Run the sample in an empty slot 0 and write it into ``directory``; returns the file. Raises StorageError.
 
     The backend is onnxruntime on a CPU, with room for one picture and ``TEXT_TOKENS``.
     """
     logits = run(backend, 0)
     target = directory / FILE_NAME
-    handle, partial = tempfile.mkstemp(dir=directory, prefix=".golden-", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, logits=logits)
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with new_file(target) as file:
+        np.savez_compressed(file, logits=logits)
     return target
 
 

@@ -6,19 +6,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from vkvx import __version__
+from vkvx.cache_layout import ITEM_BYTES, CacheLayout
 from vkvx.errors import CapacityError, OptionError
 from vkvx.format import BASELINE_BITS
-from vkvx.manifest import ITEM_BYTES, Manifest, ModelInfo
+from vkvx.manifest import ModelInfo
 from vkvx.models.family import Source
 from vkvx.models.registry import resolve
-from vkvx.options import QuantizationOptions
+from vkvx.options import QuantizationOptions, keyword
 from vkvx.packages import missing
-from vkvx.plugins.operator import VERSION
 
 DEFAULT_BITS = (16, 4, 2, 1)
 DEFAULT_RESERVE = 0.1
 """Share of the GPU's memory that is left for the driver, activations and workspaces."""
+_TOKENS = keyword("tokens_per_picture")
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,12 @@ def plan_model(
         trust_remote_code=trust_remote_code,
         weights=False,
     )
-    info = source.adapter.info(source, dtype)
+    info = source.info(dtype)
     tokens = tokens_per_picture or info.tokens_per_picture
     if tokens_per_picture is not None and info.tokens_per_picture not in (None, tokens_per_picture):
-        raise OptionError(
-            f"every picture of {info.name} has {info.tokens_per_picture} tokens; leave out --tokens-per-picture"
-        )
+        raise OptionError(f"every picture of {info.name} has {info.tokens_per_picture} tokens; leave out {_TOKENS}")
     if tokens is None:
-        raise OptionError(f"pictures of {info.name} vary in size; give the tokens of one with --tokens-per-picture")
+        raise OptionError(f"pictures of {info.name} vary in size; give those of one as {_TOKENS}")
     decoder, vision = (count * ITEM_BYTES[dtype] for count in count_parameters(source, dtype))
     kept = math.ceil(memory * reserve)
     free = memory - kept - decoder - vision
@@ -127,7 +125,7 @@ def plan_model(
         raise CapacityError(
             f"the weights of {info.name} take {(decoder + vision) / 2**30:.1f} GiB in {dtype}, which with "
             f"{kept / 2**30:.1f} GiB in reserve is more than the GPU's {memory / 2**30:.1f} GiB; "
-            "give a larger --gpu-memory, or a smaller model"
+            "give a larger memory= (--gpu-memory), or a smaller model"
         )
     rows = tuple(_row(info, setting, free, decoder, tokens, pictures, text_tokens) for setting in settings)
     return Plan(info, memory, kept, decoder, vision, tokens, pictures, text_tokens, rows)
@@ -150,23 +148,23 @@ def _check(
     bits: tuple[int, ...], pictures: int, text_tokens: int, tokens_per_picture: int | None, reserve: float
 ) -> None:
     if not bits:
-        raise OptionError("no number of bits is given; give --bits with a list such as 16,4,2,1")
+        raise OptionError("no number of bits is given; give bits= (--bits) a list such as 16,4,2,1")
     if pictures < 0:
-        raise OptionError(f"--pictures must be at least 0, got {pictures}")
+        raise OptionError(f"{keyword('pictures')} must be at least 0, got {pictures}")
     if text_tokens < 1:
-        raise OptionError(f"--text-tokens must be at least 1, got {text_tokens}")
+        raise OptionError(f"{keyword('text_tokens')} must be at least 1, got {text_tokens}")
     if tokens_per_picture is not None and tokens_per_picture < 1:
-        raise OptionError(f"--tokens-per-picture must be at least 1, got {tokens_per_picture}")
+        raise OptionError(f"{_TOKENS} must be at least 1, got {tokens_per_picture}")
     if not 0.0 <= reserve < 1.0:
-        raise OptionError(f"--reserve must be at least 0 and less than 1, got {reserve}")
+        raise OptionError(f"{keyword('reserve')} must be at least 0 and less than 1, got {reserve}")
 
 
 def _row(
     info: ModelInfo, options: QuantizationOptions, free: int, decoder: int, tokens: int, pictures: int, text_tokens: int
 ) -> Row:
     quantization = options.resolve(info.layers, tokens)
-    costs = Manifest(__version__, VERSION, info, quantization, {}, processor=".", files={})
-    picture, text = costs.visual_bytes_per_picture(tokens), costs.text_bytes_per_token
+    layout = CacheLayout(info, quantization)
+    picture, text = layout.visual_bytes_per_picture(tokens), layout.text_bytes_per_token
     slot = pictures * picture + text_tokens * text
     by_memory = max(0, free - text_tokens * text) // picture
     by_positions = max(0, info.max_positions - text_tokens) // tokens
@@ -177,7 +175,7 @@ def _row(
         bytes_per_picture=picture,
         bytes_per_visual_token=picture / tokens,
         bytes_per_text_token=text,
-        bits_per_element=costs.bits_per_element(tokens),
+        bits_per_element=layout.bits_per_element(tokens),
         bytes_per_slot=slot,
         max_slots=free // slot,
         max_pictures=most,

@@ -159,7 +159,7 @@ def validate_bundle(
     manifest = Manifest.load(directory)
     manifest.verify(directory, report_progress)
     pictures = list(images) if images else sample_pages()[:2]
-    processor = Processor(directory, manifest)
+    processor = Processor.of_bundle(directory, manifest)
     turns = [_turn(processor, picture, first=i == 0) for i, picture in enumerate(pictures)]
     capacity: dict[str, Any] = {
         "slots": 2,  # the second row shows that the slot is honoured
@@ -261,7 +261,7 @@ class _Comparison:
             self._add(name, phase, None, different, 0, "counts that differ")
         groups, rows = theirs.group_count(self.SLOT), int(theirs.text_count[self.SLOT])
         shares: dict[int, list[float]] = {}
-        for layer in range(self.manifest.layers):
+        for layer in range(self.manifest.model.layers):
             for kind in ("key", "value"):
                 if groups:
                     bits, share = self._codes(layer, kind, phase)

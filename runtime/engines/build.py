@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +45,7 @@ from vkvx.runtime.engines.options import (
     configure,
 )
 from vkvx.runtime.engines.progress import BuildProgress
-from vkvx.storage import Kind, check_room, new_directory
+from vkvx.storage import Kind, check_room, new_directory, write_file
 
 KIND = Kind("engine directory", FILE_NAME, FORMAT, "move it away")
 ORDER = (DECODER, VISION)
@@ -117,7 +115,7 @@ def predicted_memory(library: Library, bundle: Path, manifest: Manifest, *, plug
     return build_memory(
         max(_weight_bytes(bundle, manifest).values()),
         streams=library.writes_streams,
-        plain_layers=manifest.layers if plugin_free and manifest.is_packed else 0,
+        plain_layers=manifest.model.layers if plugin_free and manifest.layout.is_packed else 0,
     )
 
 
@@ -300,7 +298,7 @@ def _build_network(job: _Job, name: str, builder: Any, logger: Any, partial: Pat
     proto = legalise(path, library.dialect, plugin_free=job.options.plugin_free)
     network = parse(library, builder, logger, proto, path)
     check_tensors(library, network, graph)
-    expected = job.manifest.layers if name == DECODER and job.plugin is not None else 0
+    expected = job.manifest.model.layers if name == DECODER and job.plugin is not None else 0
     if network.plugin_layers != expected:
         raise BuildError(
             f"{graph.file} has {network.plugin_layers} plugin layers, expected {expected}, one a decoder layer; "
@@ -333,13 +331,5 @@ def _load_timing_cache(job: _Job, config: Any) -> None:
 
 
 def _save_timing_cache(job: _Job, config: Any) -> None:
-    path = job.options.timing_cache
-    if path is None:
-        return
-    try:
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(descriptor, "wb") as file:
-            file.write(memoryview(config.get_timing_cache().serialize()))
-        os.replace(partial, path)
-    except OSError as error:
-        raise StorageError(f"cannot write --timing-cache {path}: {error.strerror}") from error
+    if job.options.timing_cache is not None:
+        write_file(job.options.timing_cache, memoryview(config.get_timing_cache().serialize()))

@@ -71,7 +71,7 @@ def resolve_limits(manifest: Manifest, given: GivenLimits, weight_bytes: int, gp
             f"--max-visual-tokens {given.visual_tokens} holds no picture of {picture} tokens; give at least {entries}"
         )
     text = given.text_tokens or min(model.max_positions, _TEXT_TOKENS)
-    if not manifest.is_packed:  # pictures lie among the text rows
+    if not manifest.layout.is_packed:  # pictures lie among the text rows
         text += (pictures * picture) if given.visual_tokens is None else given.visual_tokens
         visual = 0
     calls = _call_groups(input_len, picture, size)
@@ -113,7 +113,7 @@ def _rows(
 def slot_bytes(manifest: Manifest, visual_tokens: int, text_tokens: int) -> int:
     """Bytes that one slot of the cache takes on the GPU."""
     groups = visual_tokens // manifest.quantization.group_size
-    return groups * manifest.bytes_per_group() + text_tokens * manifest.text_bytes_per_token
+    return groups * manifest.layout.bytes_per_group + text_tokens * manifest.layout.text_bytes_per_token
 
 
 def build_profiles(manifest: Manifest, limits: Limits, *, empty_indices: bool) -> tuple[Profile, ...]:

@@ -8,16 +8,14 @@ ignores keys it does not know: whatever changes the meaning of a directory raise
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vkvx import typed_json
 from vkvx.errors import EngineError
 from vkvx.manifest import FILE_NAME as BUNDLE_FILE_NAME
-from vkvx.manifest import FileInfo, Progress, sha256
+from vkvx.manifest import FileInfo, ManifestFile, ManifestKind
 
 FILE_NAME = "engine.json"
 FORMAT = "vkvx-engines"
@@ -92,15 +90,29 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
-class EngineManifest:
+class EngineManifest(ManifestFile):
     """The whole of ``engine.json``. Make one with :meth:`load` or :meth:`from_json`; a build writes it.
 
     ``backend`` is one of ``BACKENDS``, ``library_version`` that of TensorRT, ``compute_capabilities`` such as "8.9".
     ``bundle_hash`` is :func:`bundle_hash` of the bundle; ``plugin`` is None where the engines need no library.
     ``aliases`` maps each output to the input whose memory it must be given (``present.0.text_key``: ``past.0...``).
     ``empty_visual_index``: whether a call without pictures has Nv = 0; if not, it has one group of -1 a row.
-    ``options`` are those of the build, ``cache_key`` the hash of all that it depends on.
+    ``options`` are those of the build, ``cache_key`` the hash of all that it depends on. Raises EngineError.
     """
+
+    kind = ManifestKind(
+        FILE_NAME,
+        FORMAT,
+        FORMAT_VERSION,
+        EngineError,
+        noun="engine directory",
+        subject="the engines have",
+        make="vkvx build BUNDLE",
+        again="run `vkvx build BUNDLE` again",
+        copy="copy the engines again, or run `vkvx build BUNDLE --force`",
+        made="built",
+        stage="verify engines",
+    )
 
     vkvx_version: str
     operator_version: int
@@ -118,73 +130,6 @@ class EngineManifest:
     files: dict[str, FileInfo]
     options: dict[str, int | str | bool | None]
     cache_key: str
-
-    @classmethod
-    def load(cls, directory: str | Path) -> EngineManifest:
-        """Read and check the manifest of an engine directory, and that each file is there with its size.
-
-        Contents are compared by :meth:`verify`. Raises EngineError.
-        """
-        directory = Path(directory)
-        path = directory / FILE_NAME
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise EngineError(
-                f"{directory} is no engine directory: it holds no {FILE_NAME}; make one with `vkvx build BUNDLE`"
-            ) from None
-        except OSError as error:
-            raise EngineError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise EngineError(f"{path} is not valid JSON ({error}); run `vkvx build BUNDLE` again") from error
-        manifest = cls.from_json(data)
-        for name, info in manifest.files.items():
-            _check_file(directory / name, info)
-        return manifest
-
-    @classmethod
-    def from_json(cls, data: object) -> EngineManifest:
-        """Build a manifest from parsed JSON; EngineError if it is newer, incomplete, contradictory or unsafe."""
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise EngineError(
-                f'{FILE_NAME} is of no engine directory: expected an object with "format": "{FORMAT}"; '
-                "run `vkvx build BUNDLE` again"
-            )
-        version = data.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise _failure(f"format_version must be a positive integer, got {version!r}")
-        if version > FORMAT_VERSION:
-            raise EngineError(
-                f"the engines have format version {version}, this vkvx reads up to {FORMAT_VERSION}; "
-                "upgrade it with `pip install --upgrade vkvx`, or run `vkvx build BUNDLE` again"
-            )
-        manifest = typed_json.read(cls, data, _failure)
-        manifest._check()
-        return manifest
-
-    def to_json(self) -> dict[str, Any]:
-        """The object to write as ``engine.json``."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``engine.json`` into the directory."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
-        (Path(directory) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-    def verify(self, directory: str | Path, progress: Progress | None = None) -> None:
-        """Compare the SHA-256 of each file with the manifest; EngineError names the first that differs."""
-        total, done = sum(info.bytes for info in self.files.values()), 0
-        for name, info in self.files.items():
-            path = Path(directory) / name
-            _check_file(path, info)
-
-            def report(count: int, before: int = done) -> None:
-                if progress is not None:
-                    progress("verify engines", before + count, total)
-
-            if sha256(path, report) != info.sha256:
-                raise EngineError(f"{path} differs from what was built (SHA-256 mismatch); {_REMEDY}")
-            done += info.bytes
 
     def check_bundle(self, bundle: str | Path) -> None:
         """Raise EngineError unless the engines were built from this very bundle."""
@@ -205,31 +150,32 @@ class EngineManifest:
         return tuple(tensor for tensor in self.tensors if (tensor.engine, tensor.kind) == (engine, kind))
 
     def _check(self) -> None:
-        _require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
-        _require(bool(self.compute_capabilities), "compute_capabilities", "a list of at least one", [])
+        require = self.kind.require
+        require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
+        require(bool(self.compute_capabilities), "compute_capabilities", "a list of at least one", [])
         for name in (DECODER, VISION):
-            _require(name in self.engines, "engines", f'an object with the key "{name}"', sorted(self.engines))
+            require(name in self.engines, "engines", f'an object with the key "{name}"', sorted(self.engines))
         for name in self.files:
             if not typed_json.is_plain_path(name) or "/" in name:
                 raise EngineError(f"{FILE_NAME}: the file {name!r} leaves the directory; do not trust these engines")
         for name, engine in self.engines.items():
-            _require(engine.file in self.files, f"engines.{name}.file", "listed in files", engine.file)
+            require(engine.file in self.files, f"engines.{name}.file", "listed in files", engine.file)
         if self.plugin is not None and not self.plugin.embedded:
-            _require(self.plugin.file in self.files, "plugin.file", "listed in files", self.plugin.file)
+            require(self.plugin.file in self.files, "plugin.file", "listed in files", self.plugin.file)
         names = {(tensor.engine, tensor.kind, tensor.name) for tensor in self.tensors}
         for profile in self.profiles:
             where = f"the shapes of profile {profile.name}"
             inputs = {name for engine, kind, name in names if (engine, kind) == (profile.engine, "input")}
-            _require(set(profile.shapes) == inputs, where, f"those of {sorted(inputs)}", sorted(profile.shapes))
+            require(set(profile.shapes) == inputs, where, f"those of {sorted(inputs)}", sorted(profile.shapes))
             for shapes in profile.shapes.values():
                 fits = len(shapes) == 3 and len({len(shape) for shape in shapes}) == 1
-                _require(fits, where, "three of one length for each input", shapes)
+                require(fits, where, "three of one length for each input", shapes)
         for name in (PREFILL, DECODE):
             known = any((profile.engine, profile.name) == (DECODER, name) for profile in self.profiles)
-            _require(known, "profiles", f"a list with one named {name}", [profile.name for profile in self.profiles])
+            require(known, "profiles", f"a list with one named {name}", [profile.name for profile in self.profiles])
         for present, past in self.aliases.items():
             fits = (DECODER, "output", present) in names and (DECODER, "input", past) in names
-            _require(fits, "aliases", "names of an output and an input of the decoder", [present, past])
+            require(fits, "aliases", "names of an output and an input of the decoder", [present, past])
 
 
 def bundle_hash(bundle: str | Path) -> str:
@@ -249,26 +195,3 @@ def directory_name(backend: str, compute_capabilities: Sequence[str]) -> str:
 def engine_directories(bundle: str | Path) -> list[Path]:
     """The engine directories of a bundle, by name; whether they can be used is for :meth:`EngineManifest.load`."""
     return sorted(path.parent for path in (Path(bundle) / FOLDER).glob(f"[!.]*/{FILE_NAME}"))
-
-
-_REMEDY = "copy the engines again, or run `vkvx build BUNDLE --force`"
-
-
-def _failure(words: str) -> EngineError:
-    return EngineError(f"{FILE_NAME}: {words}; run `vkvx build BUNDLE` again")
-
-
-def _require(condition: bool, what: str, expected: str, given: object) -> None:
-    if not condition:
-        raise _failure(f"{what} must be {expected}, got {given!r}")
-
-
-def _check_file(path: Path, info: FileInfo) -> None:
-    try:
-        size = path.stat().st_size if path.is_file() and not path.is_symlink() else -1
-    except OSError:
-        size = -1
-    if size < 0:
-        raise EngineError(f"{path} is missing or no plain file; {_REMEDY}")
-    if size != info.bytes:
-        raise EngineError(f"{path} has {size} bytes, expected {info.bytes}; {_REMEDY}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 
 from vkvx.errors import BundleError, InputError
-from vkvx.manifest import Manifest
+from vkvx.manifest import Manifest, ModelInfo, TensorSpec
 from vkvx.packages import missing
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ def listed(pictures: Pictures) -> list[Picture]:
 
 
 class Processor:
-    """Tokenizer, image processor and chat template of a bundle. Raises BundleError if their files do not load."""
+    """Tokenizer, image processor and chat template in a directory, for a model whose vision graph has these inputs.
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        directory = bundle / manifest.processor
+    Raises BundleError if their files do not load.
+    """
+
+    def __init__(self, directory: Path, info: ModelInfo, pixel_inputs: Sequence[TensorSpec]) -> None:
         loader = _auto_processor()
         try:
             # The PIL variant gives the same pixels whether or not torchvision is installed.
@@ -61,9 +63,14 @@ class Processor:
             raise BundleError(
                 f"cannot load the processor in {directory} ({_first_line(error)}); export the model again"
             ) from error
-        self._manifest = manifest
-        self._inputs = {tensor.name: tensor.dtype for tensor in manifest.graphs["vision"].inputs}
-        self._token = str(self.tokenizer.convert_ids_to_tokens(manifest.model.image_token_id))
+        self._info = info
+        self._inputs = {tensor.name: tensor.dtype for tensor in pixel_inputs}
+        self._token = str(self.tokenizer.convert_ids_to_tokens(info.image_token_id))
+
+    @classmethod
+    def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
+        """The processor of a bundle."""
+        return cls(bundle / manifest.processor, manifest.model, manifest.graphs["vision"].inputs)
 
     def prepare(self, prompt: str, images: Sequence[Picture] = (), *, first: bool = True) -> Prepared:
         """Tokens and pixels of a prompt that has one ``<image>`` for each picture.
@@ -77,7 +84,7 @@ class Processor:
         begin = self.tokenizer.bos_token
         special = first and not (begin and prompt.startswith(begin))
         ids = np.asarray(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], np.int32)
-        image_token = self._manifest.model.image_token_id
+        image_token = self._info.image_token_id
         placeholders = int(np.count_nonzero(ids == image_token))
         if placeholders != len(images):
             raise InputError(
@@ -134,7 +141,7 @@ class Processor:
         except (ValueError, TypeError) as error:
             raise InputError(f"the image processor refuses the pictures: {_first_line(error)}") from error
         pixels = {name: np.ascontiguousarray(features[name], dtype) for name, dtype in self._inputs.items()}
-        tokens = self._manifest.model.tokens_per_picture
+        tokens = self._info.tokens_per_picture
         if tokens is None:
             raise BundleError("the manifest does not tell tokens_per_picture, which this runtime needs")
         return pixels, (tokens,) * len(images)

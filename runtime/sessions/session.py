@@ -86,7 +86,7 @@ class Session:
         if text_tokens is None:
             text_tokens = min(model.max_positions, DEFAULT_TEXT_TOKENS)
             if limits is not None:
-                room = limits.text_tokens - (0 if manifest.is_packed else visual_tokens)
+                room = limits.text_tokens - (0 if manifest.layout.is_packed else visual_tokens)
                 text_tokens = max(1, min(text_tokens, room))
         opened = open_backend(
             backend,
@@ -99,7 +99,7 @@ class Session:
             threads=threads,
             verify=verify,
         )
-        return cls(manifest, opened, Processor(directory, manifest), reason)
+        return cls(manifest, opened, Processor.of_bundle(directory, manifest), reason)
 
     @overload
     def generate(

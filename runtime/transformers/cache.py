@@ -6,7 +6,6 @@ and values through. Shapes and symbols are those of ``docs/format.md``; row b of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,29 +13,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import InputError, ModelError, OptionError
-from vkvx.format import CACHE_NAMES, TILE
-from vkvx.manifest import ModelInfo, Quantization, layer_caches
+from vkvx.format import TILE
 from vkvx.models.graph.metric import Metrics
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
-from vkvx.plugins.operator import OperatorAttributes
+from vkvx.plugins.operator import layer_attributes
 
 PADDING, TEXT, VISUAL = range(3)
 """Kinds of positions."""
 MIN_SPARE_ROWS = 64
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """What the caches of a model look like: its shapes, the quantisation, and the operator's attributes by layer.
-
-    ``metrics`` are there if the quantiser needs them; they follow from the model.
-    """
-
-    info: ModelInfo
-    quantization: Quantization
-    attributes: tuple[OperatorAttributes, ...]
-    metrics: Metrics | None = field(default=None, compare=False)
 
 
 class PackedVisualCache(Cache):
@@ -44,12 +30,15 @@ class PackedVisualCache(Cache):
 
     Buffers are allocated by the first call, on the device of each layer, for its number of rows. They grow when a call
     needs more: visual groups to exactly what is needed, text rows by a quarter more (at least 64), so that decoding
-    seldom copies. All rows have the capacity of the fullest one.
+    seldom copies. All rows have the capacity of the fullest one. ``metrics`` are the model's, if the quantiser needs
+    them.
     """
 
-    def __init__(self, layout: CacheLayout) -> None:
+    def __init__(self, layout: CacheLayout, metrics: Metrics | None = None) -> None:
         super().__init__(layers=[])
         self.layout = layout
+        self.metrics = metrics
+        self.attributes = layer_attributes(layout.quantization, layout.info.head_dim**-0.5)
         self._running: CacheCall | None = None
         self._clear(0)
 
@@ -58,7 +47,7 @@ class PackedVisualCache(Cache):
         self._visual_count = torch.zeros(rows, 0, dtype=torch.int32)  # [B, G]
         self._text_count = torch.zeros(rows, dtype=torch.int32)
         self._text_capacity = 0
-        self._buffers: list[dict[str, Tensor]] = [{} for _ in self.layout.attributes]
+        self._buffers: list[dict[str, Tensor]] = [{} for _ in self.attributes]
 
     # What a forward call of the model does
 
@@ -117,17 +106,15 @@ class PackedVisualCache(Cache):
         """
         groups = self._visual_count.shape[1]
         tiles = groups * self.layout.quantization.group_size // TILE
-        layout, old = self.layout, self._buffers[layer]
-        specs = layer_caches(
-            *(layout.info, layout.quantization, layer, len(self._visual_count)), tiles, groups, self._text_capacity
-        )
+        old = self._buffers[layer]
+        specs = self.layout.layer_tensors(layer, len(self._visual_count), tiles, groups, self._text_capacity)
         grown: dict[str, Tensor] = {}
-        for name, spec in zip(CACHE_NAMES, specs, strict=True):
-            dtype = key.dtype if name.startswith("text") else getattr(torch, spec.dtype)
+        for name, (kind, shape) in specs.items():
+            dtype = key.dtype if name.startswith("text") else getattr(torch, kind)
             tensor = old.get(name)
-            if tensor is None or tensor.shape != spec.shape or tensor.device != key.device:
+            if tensor is None or tensor.shape != shape or tensor.device != key.device:
                 with torch.inference_mode(False):  # may be used outside of that mode later
-                    tensor = torch.zeros(spec.shape, dtype=dtype, device=key.device)  # type: ignore[arg-type]
+                    tensor = torch.zeros(shape, dtype=dtype, device=key.device)
                 if name in old:
                     tensor[:, :, : old[name].shape[2]] = old[name]
             grown[name] = tensor
@@ -175,7 +162,7 @@ class PackedVisualCache(Cache):
     @property
     def visual_bytes(self) -> int:
         """Bytes that hold visual tokens, all rows and layers: words and params, padding of groups included."""
-        if self._is_packed:
+        if self.layout.is_packed:
             return int((self._visual_count > 0).sum()) * self._bytes_per_entry("visual", self._visual_count.shape[1])
         return sum(self.visual_tokens) * self._bytes_per_entry("text", self._text_capacity)
 
@@ -199,10 +186,6 @@ class PackedVisualCache(Cache):
         """Whether anything has been fed."""
         return self.get_seq_length() > 0
 
-    @property
-    def _is_packed(self) -> bool:
-        return self.layout.attributes[0].is_packed
-
     def _bytes_per_entry(self, kind: str, capacity: int) -> int:
         entries = max(1, len(self._kinds) * capacity)
         tensors = [buffer for layer in self._buffers for name, buffer in layer.items() if name.startswith(kind)]
@@ -210,7 +193,7 @@ class PackedVisualCache(Cache):
 
     def __len__(self) -> int:
         """The number of layers."""
-        return len(self.layout.attributes)
+        return len(self.attributes)
 
     def __repr__(self) -> str:
         return (
@@ -237,7 +220,7 @@ class PackedVisualCache(Cache):
             )
         kept = self.get_seq_length() - removed
         kinds = self._kinds[:, kept:]
-        if self._is_packed and (kinds == VISUAL).any():
+        if self.layout.is_packed and (kinds == VISUAL).any():
             raise OptionError("crop cannot take back pictures, which are packed; reset() and feed the rest again")
         self._kinds = self._kinds[:, :kept]
         self._text_count = self._text_count - (kinds != PADDING).sum(1, dtype=torch.int32)
@@ -273,7 +256,7 @@ class CacheCall:
         """``last``, [B], is the position of each row's last token."""
         layout = cache.layout
         self._last = last
-        self.attributes = layout.attributes
+        self.attributes = cache.attributes
         self.kinds = kinds
         self.layers_done: set[int] = set()
         self.cache = cache
@@ -291,7 +274,7 @@ class CacheCall:
             pictures = self.visual_index.unflatten(1, (-1, tokens))
             self.visual_index = pad(pictures, (0, -tokens % size), value=-1).flatten(1)
         before, self.visual_count = cache._visual_count, cache._visual_count
-        if self.attributes[0].is_packed:
+        if layout.is_packed:
             self.text_count = cache._text_count + (kinds == TEXT).sum(1, dtype=torch.int32)
             added = (
                 (self.visual_index >= 0).unflatten(1, (-1, size)).sum(2)
@@ -325,7 +308,7 @@ class CacheCall:
 
     def _metrics(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """The operator's further inputs if the quantiser needs metrics."""
-        metrics = self.cache.layout.metrics
+        metrics = self.cache.metrics
         if metrics is None:
             return ()
         if device not in self._rotations:

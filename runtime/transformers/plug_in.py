@@ -7,22 +7,21 @@ forward pre-hook of the whole model tells pictures from text and hands the cache
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.manifest import FLOAT_DTYPES
-from vkvx.models.family import Source
 from vkvx.models.graph.decoder import IMPLEMENTATION, use_attention_function
-from vkvx.models.graph.metric import model_metrics
+from vkvx.models.graph.metric import Metrics, model_metrics
 from vkvx.models.registry import adapter_for
 from vkvx.options import QuantizationOptions
 from vkvx.plugins.operator import layer_attributes
-from vkvx.runtime.transformers.cache import PADDING, TEXT, VISUAL, CacheLayout, PackedVisualCache
+from vkvx.runtime.transformers.cache import PADDING, TEXT, VISUAL, PackedVisualCache
 
 
 def quantize_visual_cache(
@@ -59,15 +58,16 @@ def quantize_visual_cache(
         correction_limit=correction_limit,
     )
     options.check()
-    return VisualCacheHandle(model, _layout(model, options))
+    return VisualCacheHandle(model, *_prepare(model, options))
 
 
 class VisualCacheHandle:
     """A model with a packed cache. Made by :func:`quantize_visual_cache`."""
 
-    def __init__(self, model: Any, layout: CacheLayout) -> None:
+    def __init__(self, model: Any, layout: CacheLayout, metrics: Metrics | None) -> None:
         self.model = model
         self.layout = layout
+        self.metrics = metrics
         self._before_that = model.config.text_config._attn_implementation
         if self._before_that == IMPLEMENTATION:
             raise ModelError("the model has a packed cache already; remove() that first")
@@ -80,7 +80,7 @@ class VisualCacheHandle:
 
     def new_cache(self) -> PackedVisualCache:
         """An empty cache to give as ``past_key_values``; without one every ``generate`` makes its own."""
-        return PackedVisualCache(self.layout)
+        return PackedVisualCache(self.layout, self.metrics)
 
     def remove(self) -> None:
         """Make the model what it was. Caches made so far cannot be used without this handle's like."""
@@ -149,21 +149,20 @@ class VisualCacheHandle:
         return self.new_cache()
 
 
-def _layout(model: Any, options: QuantizationOptions) -> CacheLayout:
+def _prepare(model: Any, options: QuantizationOptions) -> tuple[CacheLayout, Metrics | None]:
+    """The layout of the model's caches, and its metrics if the quantiser needs them."""
     adapter = adapter_for(model)
     config = model.config
     adapter.check(config)
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in FLOAT_DTYPES:
         raise ModelError(f"the model computes in {dtype}; load it with dtype {', '.join(FLOAT_DTYPES)}")
-    name = str(config.name_or_path)
-    info = adapter.info(Source(type(model).__name__, name, Path(name), config, adapter, None), dtype)
+    info = adapter.info(config, dtype)
     if info.tokens_per_picture is None:
         raise ModelError(f"pictures of varying size are not supported in torch; export {info.name} instead")
     quantization = options.resolve(info.layers, info.tokens_per_picture)
-    attributes = layer_attributes(quantization, info.head_dim**-0.5)
-    metrics = model_metrics(adapter, model, info) if attributes[0].needs_metrics else None
-    return CacheLayout(info, quantization, attributes, metrics)
+    needed = layer_attributes(quantization, 1.0)[0].needs_metrics
+    return CacheLayout(info, quantization), model_metrics(adapter, model, info) if needed else None
 
 
 def _new_part_of_mask(mask: Tensor | None, ids: Tensor, cache: PackedVisualCache) -> Tensor:

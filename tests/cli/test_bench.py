@@ -30,8 +30,8 @@ def test_json_of_onnxruntime(cli: Callable, tiny_bundle: Path) -> None:
     assert result["prefill"]["p50"] > result["decode"]["p50"]
     assert result["tokens_per_second"] == pytest.approx(2000 / result["decode"]["mean"])
     manifest = Manifest.load(tiny_bundle)
-    text = (5 + 3) * manifest.text_bytes_per_token
-    assert result["cache_bytes_used"] == 2 * (manifest.visual_bytes_per_picture() + text)
+    text = (5 + 3) * manifest.layout.text_bytes_per_token
+    assert result["cache_bytes_used"] == 2 * (manifest.layout.visual_bytes_per_picture() + text)
     assert result["cache_bytes_used"] <= result["cache_bytes_allocated"]
     assert result["process_bytes"] > 10_000_000
     assert result["device_bytes"] is None

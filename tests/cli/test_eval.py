@@ -107,7 +107,7 @@ def test_ctrl_c_says_where_the_records_are(
         (["tiny-llava", "--data", "QUESTIONS", "--metrics", "bleu"], "unknown metric 'bleu'"),
         (["tiny-llava", "--bits", "1,x"], "--bits 'x' is not understood"),
         (["tiny-llava", "--bits", "3"], "3 bits are not supported"),
-        (["tiny-llava", "--tau", "2"], "--tau has no effect with expected"),
+        (["tiny-llava", "--tau", "2"], "tau= (--tau) has no effect with expected"),
         (["tiny-llava", "--group-size", "100"], "group size 100"),
         (["tiny-llava", "--bits-per-layer", "0:8", "--bits-per-layer", "7:8"], "names layer 7"),
         (["tiny-llava", "--setting", "quantiser=lloyd"], "'quantiser=lloyd' in --setting"),

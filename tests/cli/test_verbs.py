@@ -76,9 +76,9 @@ def test_run_reads_a_page_as_a_user_would(tiny_bundle: Path, pages: list[Page]) 
     speed, visual, text, backend = result.err.splitlines()
     assert "tokens/s (eos)" in speed
     manifest = Manifest.load(tiny_bundle)
-    each = manifest.visual_bytes_per_picture() / 576
+    each = manifest.layout.visual_bytes_per_picture() / 576
     assert visual.startswith("576 visual tokens in ")
-    assert f"{each:,.0f} bytes each, {manifest.sixteen_bit_bytes_per_picture(1):,} in 16 bits" in visual
+    assert f"{each:,.0f} bytes each, {manifest.layout.sixteen_bit_bytes_per_picture(1):,} in 16 bits" in visual
     assert "cache in use" in text
     assert backend.startswith("ran in onnxruntime on cpu: ")
 
@@ -100,7 +100,7 @@ def test_run_json(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
     found = json.loads(result.out)
     assert len(found["text"].split()) == 4
     assert found["visual_tokens"] == 576
-    assert found["visual_bytes"] == Manifest.load(tiny_bundle).visual_bytes_per_picture()
+    assert found["visual_bytes"] == Manifest.load(tiny_bundle).layout.visual_bytes_per_picture()
     assert found["visual_bytes"] * 12 <= found["sixteen_bit_bytes_per_visual_token"] * 576
     assert found["tokens_per_second"] > 0
     assert found["finish_reason"] == "eos"
@@ -227,7 +227,7 @@ def test_inspect(cli: Callable, tiny_bundle: Path) -> None:
     assert result.code == 0, result.err
     assert "every file matches its SHA-256" in result.out
     assert "layers 0-3               keys 1 bit, values 1 bit, shaped" in result.out
-    assert f"{manifest.bits_per_element():.3f}" in result.out
+    assert f"{manifest.layout.bits_per_element():.3f}" in result.out
     found = json.loads(cli("inspect", tiny_bundle, "--json").out)
     assert sum(found["parts"].values()) == found["bytes"]
     assert (

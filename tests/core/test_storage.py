@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vkvx.errors import ModelError, StorageError
-from vkvx.storage import check_output, check_room, new_directory
+from vkvx.storage import check_output, check_room, new_directory, write_file
 
 BUNDLE = '{"format": "vkvx-bundle"}'
 
@@ -135,6 +135,34 @@ def test_the_old_bundle_returns_if_the_last_step_fails(tmp_path: Path, monkeypat
     monkeypatch.undo()
     assert names(tmp_path) == ["out"]
     assert (target / "engines" / "old").exists()
+
+
+@pytest.mark.parametrize("contents", ["two\nlines, ä", b"\x00\xff", memoryview(b"view")])
+def test_a_file_is_replaced(tmp_path: Path, contents: str | bytes | memoryview) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    write_file(target, contents)
+    assert target.read_bytes() == (contents.encode() if isinstance(contents, str) else bytes(contents))
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "words"),
+    [("fsync", errno.ENOSPC, "no room left"), ("replace", errno.EIO, "cannot write")],
+)
+def test_a_file_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, words: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(Path if step == "replace" else os, step, fail)
+    with pytest.raises(StorageError, match=words):
+        write_file(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
 
 
 def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,13 +87,16 @@ def test_names(options: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"bits": [1], "tau": [2.0]}, "--tau has no effect with expected"),
-        ({"bits": [1], "score_correction": ["affine"], "correction_limit": [2.0]}, "--correction-limit has no effect"),
-        ({"bits": [16], "group_size": [256]}, "--group-size has no effect at 16 bits"),
-        ({"bits": [16], "quantizer": ["minmax"]}, "--quantizer has no effect at 16 bits"),
+        ({"bits": [1], "tau": [2.0]}, r"tau= \(--tau\) has no effect with expected"),
+        (
+            {"bits": [1], "score_correction": ["affine"], "correction_limit": [2.0]},
+            r"\(--correction-limit\) has no effect",
+        ),
+        ({"bits": [16], "group_size": [256]}, r"group_size= \(--group-size\) has no effect at 16 bits"),
+        ({"bits": [16], "quantizer": ["minmax"]}, r"quantizer= \(--quantizer\) has no effect at 16 bits"),
         (
             {"bits": [2, 4], "key_bits": [1], "value_bits": [2]},
-            "--bits has no effect where --key-bits and --value-bits",
+            r"bits= \(--bits\) has no effect where key_bits= and value_bits=",
         ),
         ({"bits": [3]}, "3 bits are not supported"),
         ({"quantizer": ["best"]}, "unknown quantizer 'best'"),
@@ -121,8 +124,8 @@ def test_explicit_settings() -> None:
         ("bits=1,bits=2", "gives bits twice"),
         ("bits=one", "--bits 'one' is not understood; give an integer"),
         ("tau=x", "--tau 'x' is not understood; give a number"),
-        ("bits=1,tau=2", "--tau has no effect with expected"),
-        ("bits=16,group-size=256", "--group-size has no effect at 16 bits"),
+        ("bits=1,tau=2", r"tau= \(--tau\) has no effect with expected"),
+        ("bits=16,group-size=256", r"group_size= \(--group-size\) has no effect at 16 bits"),
     ],
 )
 def test_explicit_settings_that_are_refused(text: str, words: str) -> None:

@@ -279,7 +279,7 @@ def test_relatives_of_llava(tmp_path: Path, text: Any, vision: Any, choice: dict
     feed = {name: getattr(call, name) for name in names}
     feed |= {"visual_count": np.zeros((1, 0), np.int32), "text_count": np.zeros(1, np.int32)}
     feed["visual_embeds"] = place_embeds(call, embeds)
-    caches = manifest.cache_shapes(1, 0, 32)
+    caches = manifest.layout.tensors(1, 0, 32)
     feed |= {f"past.{name}": np.zeros(shape, dtype) for name, (dtype, shape) in caches.items()}
     logits = sessions[1].run(["logits"], feed)[0]
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)

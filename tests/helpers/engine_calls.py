@@ -9,8 +9,9 @@ from typing import Any
 
 import onnx
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
-from vkvx.manifest import FileInfo, Graph, Manifest, TensorSpec, layer_caches, sha256
+from vkvx.manifest import FileInfo, Graph, Manifest, TensorSpec, sha256
 from vkvx.plugins.operator import DOMAIN
 from vkvx.runtime.engines.build import Result, build_engines
 from vkvx.runtime.engines.limits import GivenLimits
@@ -61,20 +62,21 @@ def with_bits(bundle: Path, target: Path, bits: int) -> Path:
     """
     link_bundle(bundle, target)
     manifest = Manifest.load(bundle)
-    layers = (bits,) * manifest.layers
+    layers = (bits,) * manifest.model.layers
     tuned = {
         "quantile_alpha_key": QUANTILE_ALPHA[bits],
         "quantile_alpha_value": QUANTILE_ALPHA[bits],
         "shrink_key": SHRINK_KEY[bits],
         "shrink_value": SHRINK_VALUE[bits],
     }
-    in_layers = {name: (value,) * manifest.layers for name, value in tuned.items()}
+    in_layers = {name: (value,) * manifest.model.layers for name, value in tuned.items()}
     quantization = replace(manifest.quantization, key_bits=layers, value_bits=layers, **in_layers)
+    layout = CacheLayout(manifest.model, quantization)
     specs = {
-        f"{prefix}.{spec.name}": replace(spec, name=f"{prefix}.{spec.name}")
+        f"{prefix}.{layer}.{name}": TensorSpec(f"{prefix}.{layer}.{name}", *tensor)
         for prefix in ("past", "present")
-        for layer in range(manifest.layers)
-        for spec in layer_caches(manifest.model, quantization, layer, "Bc", "T", "G", "N")
+        for layer in range(manifest.model.layers)
+        for name, tensor in layout.layer_tensors(layer, "Bc", "T", "G", "N").items()
     }
     decoder = manifest.graphs["decoder"]
 

@@ -102,7 +102,7 @@ class FakeBackend:
 
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
-        self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens)
+        self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens)
         self.held: dict[int, list[float]] = {slot: [] for slot in range(slots)}
         self.script: list[int] | None = None
         self.calls: list[Call] = []
@@ -144,7 +144,7 @@ class FakeBackend:
             assert call.last_index[b] == len(new) - 1
             assert call.position_ids[b, : len(new)].tolist() == list(range(len(held), len(held) + len(new)))
             held += [new[at] for at in range(len(new))]
-            if self.manifest.is_packed:
+            if self.manifest.layout.is_packed:
                 first = cache.group_count(slot)
                 visual_count[slot, first : first + len(valid)] = valid
                 text_count[slot] += len(texts)

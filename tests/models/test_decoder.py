@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
-from vkvx.manifest import Manifest, layer_caches
+from vkvx.manifest import Manifest
 from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs, decoder_outputs, place_embeds
 from vkvx.models.graph.metric import model_metrics
 from vkvx.models.registry import resolve
@@ -34,7 +35,7 @@ class Decoder:
 
     def __init__(self, checkpoint: Path, model: Any, slots: int, groups: int, rows: int, **options: Any) -> None:
         source = resolve(checkpoint)
-        self.info = source.adapter.info(source, "float32")
+        self.info = source.info("float32")
         q = ExportOptions(**options).resolve(self.info.layers, self.info.tokens_per_picture)
         attributes = layer_attributes(q, self.info.head_dim**-0.5)
         adapter = source.adapter
@@ -46,9 +47,9 @@ class Decoder:
         groups = groups if packed else 0
         self.caches = []
         for layer in range(self.info.layers):
-            for spec in layer_caches(self.info, q, layer, slots, tiles, groups, rows):
-                fill = -1 if spec.dtype == "int32" else torch.nan
-                self.caches.append(torch.full(spec.shape, fill, dtype=getattr(torch, spec.dtype)))  # type: ignore[arg-type]
+            for dtype, shape in CacheLayout(self.info, q).layer_tensors(layer, slots, tiles, groups, rows).values():
+                fill = -1 if dtype == "int32" else torch.nan
+                self.caches.append(torch.full(shape, fill, dtype=getattr(torch, dtype)))
         self.visual_count = torch.zeros(slots, groups, dtype=torch.int32)
         self.text_count = torch.zeros(slots, dtype=torch.int32)
         self.group_size = q.group_size
@@ -225,9 +226,10 @@ def test_a_layer_that_bypasses_the_attention_function_is_noticed(checkpoint: Pat
 
 def test_specs_name_all_tensors(checkpoint: Path) -> None:
     source = resolve(checkpoint)
-    info = source.adapter.info(source, "float16")
+    info = source.info("float16")
     q = ExportOptions(bits_per_layer="1:8").resolve(info.layers, info.tokens_per_picture)
-    inputs, outputs = decoder_inputs(info, q), decoder_outputs(info, q)
+    layout = CacheLayout(info, q)
+    inputs, outputs = decoder_inputs(layout), decoder_outputs(layout)
     names = ["input_ids", "position_ids", "visual_embeds", "visual_index", "text_index", "last_index", "slot"]
     assert [spec.name for spec in inputs[:10]] == [*names, "visual_count", "text_count", "past.0.visual_key"]
     assert [spec.name for spec in outputs[:4]] == [

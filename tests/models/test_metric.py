@@ -30,7 +30,7 @@ def model(source):
 
 @pytest.fixture(scope="module")
 def info(source):
-    return source.adapter.info(source, "float32")
+    return source.info("float32")
 
 
 def rotation(position: int, d: int) -> np.ndarray:

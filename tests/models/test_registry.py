@@ -30,7 +30,7 @@ def edited(checkpoint: Path, directory: Path, edit: Edit) -> Path:
 def test_alias() -> None:
     source = resolve("tiny-llava")
     assert (source.name, source.origin, source.revision) == ("tiny-llava", "tiny-llava", None)
-    info = source.adapter.info(source, "float16")
+    info = source.info("float16")
     assert (info.tokens_per_picture, info.head_dim, info.image_token_id, info.eos_token_ids) == (576, 64, 3, (2,))
     assert resolve(info.source).directory == source.directory
 
@@ -47,7 +47,7 @@ def test_an_alias_hides_a_directory_of_its_name(
 def test_directory(checkpoint: Path) -> None:
     source = resolve(checkpoint)
     assert (source.name, source.origin) == ("tiny-random", str(checkpoint.resolve()))
-    info = source.adapter.info(source, "bfloat16")
+    info = source.info("bfloat16")
     assert (info.tokens_per_picture, info.layers, info.query_heads, info.kv_heads) == (16, 2, 4, 2)
     assert (info.dtype, info.eos_token_ids, info.pad_token_id) == ("bfloat16", (2,), 0)
 
@@ -56,7 +56,7 @@ def test_generation_config_may_list_ends(checkpoint: Path, tmp_path: Path) -> No
     edited(checkpoint, tmp_path, lambda config: None)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7], "pad_token_id": null}')
     source = resolve(tmp_path)
-    info = source.adapter.info(source, "float16")
+    info = source.info("float16")
     assert info.eos_token_ids == (2, 7)
     assert info.pad_token_id == 0
 

@@ -7,7 +7,6 @@ import pytest
 from fakes import GROUP, manifest
 
 from vkvx.errors import CapacityError
-from vkvx.manifest import Manifest
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape
 
 
@@ -22,9 +21,9 @@ def fill(cache: PackedCache, slot: int, counts: list[int], text: int, seed: int 
 
 
 def test_capacity_is_whole_groups_and_at_least_one() -> None:
-    assert PackedCache(manifest(), 1, 0, 8).visual_capacity == GROUP
-    assert PackedCache(manifest(), 1, GROUP + 1, 8).visual_capacity == 2 * GROUP
-    cache = PackedCache(manifest(bits=2), 3, 2 * GROUP, 8)
+    assert PackedCache(manifest().layout, 1, 0, 8).visual_capacity == GROUP
+    assert PackedCache(manifest().layout, 1, GROUP + 1, 8).visual_capacity == 2 * GROUP
+    cache = PackedCache(manifest(bits=2).layout, 3, 2 * GROUP, 8)
     assert cache.buffers["1.visual_key"].shape == (3, 2, 2, 2, 128, 2)
     assert cache.buffers["1.visual_value_params"].shape == (3, 2, 2, 2, 64)
     assert cache.buffers["0.text_value"].shape == (3, 2, 8, 64)
@@ -32,7 +31,7 @@ def test_capacity_is_whole_groups_and_at_least_one() -> None:
 
 
 def test_sixteen_bits_keep_pictures_among_the_text() -> None:
-    cache = PackedCache(manifest(bits=16), 2, 300, 20)
+    cache = PackedCache(manifest(bits=16).layout, 2, 300, 20)
     assert (cache.visual_capacity, cache.groups, cache.text_capacity) == (0, 0, 320)
     assert cache.buffers["0.visual_key"].size == 0
     assert cache.visual_count.shape == (2, 0)
@@ -45,11 +44,11 @@ def test_sixteen_bits_keep_pictures_among_the_text() -> None:
 @pytest.mark.parametrize(("slots", "visual", "text"), [(0, 1, 1), (1, -1, 1), (1, 1, 0)])
 def test_refuses_senseless_sizes(slots: int, visual: int, text: int) -> None:
     with pytest.raises(CapacityError, match="at least"):
-        PackedCache(manifest(), slots, visual, text)
+        PackedCache(manifest().layout, slots, visual, text)
 
 
 def test_slots_are_taken_and_given_back() -> None:
-    cache = PackedCache(manifest(), 3, GROUP, 8)
+    cache = PackedCache(manifest().layout, 3, GROUP, 8)
     assert [cache.acquire(), cache.acquire()] == [0, 1]
     assert cache.free_slots == (2,)
     cache.text_count[0] = 5
@@ -63,7 +62,7 @@ def test_slots_are_taken_and_given_back() -> None:
 
 
 def test_lengths_count_valid_tokens_only() -> None:
-    cache = PackedCache(manifest(), 2, 3 * GROUP, 50)
+    cache = PackedCache(manifest().layout, 2, 3 * GROUP, 50)
     cache.visual_count[1] = [128, 32, 0]
     cache.text_count[1] = 11
     assert cache.group_count(1) == 2
@@ -74,18 +73,18 @@ def test_lengths_count_valid_tokens_only() -> None:
 
 
 def test_commit_tells_visual_from_text_at_sixteen_bits() -> None:
-    cache = PackedCache(manifest(bits=16), 3, 200, 50)
+    cache = PackedCache(manifest(bits=16).layout, 3, 200, 50)
     none = np.zeros((3, 0), np.int32)
     cache.commit(np.array([2, -1, 0]), none, np.array([4, 0, 164], np.int32), np.array([160, 9, 0]))
     assert (cache.visual_tokens(2), cache.text_tokens(2), cache.length(2)) == (160, 4, 164)
     assert (cache.visual_tokens(0), cache.text_tokens(0)) == (0, 4)
     assert cache.visual_tokens(1) == 0
-    assert cache.visual_bytes_used(2) == 160 * cache.manifest.text_bytes_per_token
-    assert cache.bytes_used(2) == 164 * cache.manifest.text_bytes_per_token
+    assert cache.visual_bytes_used(2) == 160 * cache.layout.text_bytes_per_token
+    assert cache.bytes_used(2) == 164 * cache.layout.text_bytes_per_token
 
 
 def test_capacity_errors_say_what_helps() -> None:
-    cache = PackedCache(manifest(), 1, 3 * GROUP, 20)
+    cache = PackedCache(manifest().layout, 1, 3 * GROUP, 20)
     cache.visual_count[0, :2] = [128, 32]
     cache.text_count[0] = 15
     cache.check_capacity(0, 1, 5)
@@ -100,7 +99,7 @@ def test_capacity_errors_say_what_helps() -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_bytes_are_those_of_the_buffers(bits: int, dtype: str) -> None:
-    cache = PackedCache(manifest(bits, dtype=dtype), 2, 3 * GROUP, 50)
+    cache = PackedCache(manifest(bits, dtype=dtype).layout, 2, 3 * GROUP, 50)
     arrays = [*cache.buffers.values(), cache.visual_count, cache.text_count]
     assert cache.allocated_bytes == sum(array.nbytes for array in arrays)
     if bits != 16:
@@ -112,17 +111,22 @@ def test_bytes_are_those_of_the_buffers(bits: int, dtype: str) -> None:
 
 
 def test_a_picture_of_576_tokens_at_one_bit_takes_a_twelfth() -> None:
-    small: Manifest = manifest(1, group_size=640)
-    cache = PackedCache(small, 1, 576, 8)
+    cache = PackedCache(manifest(1, group_size=640).layout, 1, 576, 8)
     cache.visual_count[0, 0] = 576
     sixteen = 576 * 2 * 2 * 2 * 64 * 2  # tokens, key and value, layers, heads, channels, bytes
     assert cache.visual_bytes_used(0) * 12 <= sixteen
     assert sum(cache.buffers[name].nbytes for name in cache.buffers if ".visual" in name) * 12 <= sixteen
 
 
+@pytest.mark.parametrize("slots", [1 << 40, 1 << 60])
+def test_more_than_main_memory_holds(slots: int) -> None:
+    with pytest.raises(CapacityError, match=r"no room .*; lower slots="):
+        PackedCache(manifest().layout, slots, GROUP, 8)
+
+
 @pytest.mark.parametrize("bits", [1, 4, 16])
 def test_fork_copies_what_is_valid_and_nothing_else(bits: int) -> None:
-    cache = PackedCache(manifest(bits), 4, 4 * GROUP, 60)
+    cache = PackedCache(manifest(bits).layout, 4, 4 * GROUP, 60)
     counts = [] if bits == 16 else [128, 32]
     for slot in range(4):
         fill(cache, slot, counts if slot == 2 else [], 13 if slot == 2 else 0, seed=slot)
@@ -154,7 +158,7 @@ def test_storage_may_be_elsewhere() -> None:
             return buffer[0]
 
     storage = Recorder()
-    cache = PackedCache(manifest(), 2, GROUP, 8, storage)
+    cache = PackedCache(manifest().layout, 2, GROUP, 8, storage)
     cache.text_count[0] = 3
     cache.read("1.text_key")[0, :, :3] = 2
     cache.fork(0, 1)

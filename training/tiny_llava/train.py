@@ -28,6 +28,7 @@ from training.tiny_llava.evaluate import evaluate
 from training.tiny_llava.model import MEAN, STD, build_model, build_processor
 from training.tiny_llava.pool import PagePool
 from vkvx.models.tiny_llava import data
+from vkvx.storage import new_file
 
 LENGTH_ONE, LENGTH_TWO = 672, 1280  # tokens of a conversation about one page and about two
 NOISE = 0.3  # on visual tokens in training: largest relative size
@@ -228,9 +229,8 @@ class Trainer:
         self.processor.save_pretrained(out)
         state = {name: getattr(self, name).state_dict() for name in ("model", "head", "average", "optimizer")}
         state |= {"step": self.step, "next_seed": pool.next_seed, "vocabulary": self.processor.tokenizer.get_vocab()}
-        part = self.options.state.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.options.state)
+        with new_file(self.options.state) as file:
+            torch.save(state, file)
 
     def load(self) -> int:
         """Go on from the saved state; returns the next seed of training pages."""

@@ -115,14 +115,15 @@ def _default_output(model: str, options: ExportOptions) -> Path:
 
 
 def _summary(output: Path, manifest: Manifest, seconds: float) -> dict[str, Any]:
-    packed, plain = manifest.visual_bytes_per_picture(), manifest.sixteen_bit_bytes_per_picture()
+    layout = manifest.layout
+    packed, plain = layout.visual_bytes_per_picture(), layout.sixteen_bit_bytes_per_picture()
     return {
         "bundle": str(output),
         "bytes": sum(info.bytes for info in manifest.files.values()),
         "visual_bytes_per_picture": packed,
         "sixteen_bit_bytes_per_picture": plain,
         "compression": plain / packed,
-        "bits_per_element": manifest.bits_per_element(),
+        "bits_per_element": layout.bits_per_element(),
         "seconds": round(seconds, 3),
     }
 

@@ -116,7 +116,7 @@ def figures(session: Session, conversation: Conversation) -> dict[str, Any]:
         "visual_tokens": visual_tokens,
         "visual_bytes": visual_bytes,
         "bytes_per_visual_token": visual_bytes / visual_tokens if visual_tokens else None,
-        "sixteen_bit_bytes_per_visual_token": session.manifest.sixteen_bit_bytes_per_picture(1),
+        "sixteen_bit_bytes_per_visual_token": session.manifest.layout.sixteen_bit_bytes_per_picture(1),
         "text_tokens": cache.text_tokens(slot),
         "text_bytes": cache.bytes_used(slot) - visual_bytes,
         "cache_bytes_used": cache.bytes_used(slot),

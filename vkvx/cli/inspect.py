@@ -97,15 +97,16 @@ def parts(manifest: Manifest) -> dict[str, int]:
 def cache_costs(manifest: Manifest) -> dict[str, Any]:
     """What pictures and text take in the cache; padding to whole groups, scales, offsets and key RMS are counted."""
     tokens = manifest.model.tokens_per_picture or manifest.quantization.group_size
-    picture, plain = manifest.visual_bytes_per_picture(tokens), manifest.sixteen_bit_bytes_per_picture(tokens)
+    layout = manifest.layout
+    picture, plain = layout.visual_bytes_per_picture(tokens), layout.sixteen_bit_bytes_per_picture(tokens)
     return {
         "tokens_per_picture": tokens,
         "bytes_per_picture": picture,
         "sixteen_bit_bytes_per_picture": plain,
         "compression": plain / picture,
-        "bits_per_element": manifest.bits_per_element(tokens),
+        "bits_per_element": layout.bits_per_element(tokens),
         "bytes_per_visual_token": picture / tokens,
-        "bytes_per_text_token": manifest.text_bytes_per_token,
+        "bytes_per_text_token": layout.text_bytes_per_token,
     }
 
 

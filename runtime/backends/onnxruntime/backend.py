@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import BundleError, DependencyError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.packages import missing, requirement
@@ -110,8 +111,8 @@ class OnnxRuntimeBackend:
         self._weights: list[dict[str, np.ndarray]] = []
         self._vision: Any = None  # opened with the first picture
         self._decoder = self._open(manifest.graphs["decoder"].file)
-        cache_manifest = replace(manifest, model=replace(manifest.model, dtype=dtype))
-        self.cache = PackedCache(cache_manifest, slots, visual_tokens, text_tokens, self._storage)
+        layout = CacheLayout(replace(manifest.model, dtype=dtype), manifest.quantization)
+        self.cache = PackedCache(layout, slots, visual_tokens, text_tokens, self._storage)
         self._binding = self._bind_caches()
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:

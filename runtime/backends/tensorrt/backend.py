@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from vkvx.cache_layout import tensor_bytes
 from vkvx.errors import CapacityError, EngineError, OptionError
-from vkvx.manifest import ITEM_BYTES, Manifest, Progress
+from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends import golden
 from vkvx.runtime.backends.tensorrt.call_plan import (
     COUNTS,
@@ -89,8 +90,8 @@ class TensorRTBackend:
         self.engines: Engines = open_engines(bundle, name, self.device, verify=verify, progress=progress)
         self.limits: Limits = self.engines.manifest.limits
         storage = DeviceStorage(self.device)
-        self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens, storage)
-        buffers = cache_buffers(manifest, self.engines.manifest, self.cache)
+        self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
+        buffers = cache_buffers(self.engines.manifest, self.cache)
         check_cache(self.engines.manifest, buffers)
         caches = {f"past.{key}": array for key, array in self.cache.buffers.items()}
         self._arrays = {b.name: caches[b.alias or b.name] for b in buffers if (b.alias or b.name) in caches}
@@ -136,7 +137,7 @@ class TensorRTBackend:
                 held = self._reserve(name, dtypes[name], array.shape)
                 self.device.upload(held, array.astype(numpy_dtype(dtypes[name]), copy=False))
                 self._bind(self._vision, {name: held}, inputs=True)
-            row = first * tokens * self.manifest.model.hidden_size * ITEM_BYTES[output.dtype]
+            row = tensor_bytes(output.dtype, (first * tokens, self.manifest.model.hidden_size))
             self._vision.set_tensor_address(output.name, embeds.address + row)
             self._enqueue(self._vision)
         return embeds
@@ -146,7 +147,7 @@ class TensorRTBackend:
         dtype, hidden = self.manifest.model.dtype, self.manifest.model.hidden_size
         placed = self._reserve("visual_embeds", dtype, (*call.visual_index.shape, hidden))
         self.device.clear(placed)
-        size = hidden * ITEM_BYTES[dtype]
+        size = tensor_bytes(dtype, (hidden,))
         for target, piece, source, rows in embed_copies(call, [len(part) for part in embeds]):
             self.device.copy(placed.address + target * size, embeds[piece].address + source * size, rows * size)
         return placed
@@ -214,7 +215,7 @@ class TensorRTBackend:
 
     def _reserve(self, name: str, dtype: str, shape: Shape) -> DeviceArray:
         """Memory under a name, kept from call to call and replaced when a larger one is wanted."""
-        size = ITEM_BYTES[dtype] * prod(shape)
+        size = tensor_bytes(dtype, shape)
         held = self._room.get(name)
         if held is None or held.nbytes < size:
             self._room.pop(name, None)

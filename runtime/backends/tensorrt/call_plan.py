@@ -12,8 +12,8 @@ from math import prod
 
 import numpy as np
 
+from vkvx.cache_layout import tensor_bytes
 from vkvx.errors import CapacityError
-from vkvx.manifest import ITEM_BYTES, Manifest
 from vkvx.runtime.backends.tensorrt.device import ALIGNMENT
 from vkvx.runtime.cache import PackedCache, Shape
 from vkvx.runtime.calls import CALL_INPUTS, Call
@@ -61,17 +61,17 @@ class Buffer:
     @property
     def bytes(self) -> int:
         """Bytes that it adds."""
-        return 0 if self.alias else ITEM_BYTES[self.dtype] * prod(self.shape)
+        return 0 if self.alias else tensor_bytes(self.dtype, self.shape)
 
 
-def cache_buffers(manifest: Manifest, engines: EngineManifest, cache: PackedCache) -> tuple[Buffer, ...]:
+def cache_buffers(engines: EngineManifest, cache: PackedCache) -> tuple[Buffer, ...]:
     """The memory that caches and counts keep between calls, for inputs and outputs of the decoder.
 
     An output that the engine updates in place shares the memory of its input. The counts have two buffers: all layers
     read the old ones while the new ones are written.
     """
-    shapes = manifest.cache_shapes(cache.slots, cache.visual_capacity, cache.text_capacity)
-    past = {f"past.{name}": spec for name, spec in shapes.items()}
+    tensors = cache.layout.tensors(cache.slots, cache.visual_capacity, cache.text_capacity)
+    past = {f"past.{name}": tensor for name, tensor in tensors.items()}
     counts: dict[str, tuple[str, Shape]] = {
         "visual_count": ("int32", (cache.slots, cache.groups)),
         "text_count": ("int32", (cache.slots,)),

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from vkvx.cache_layout import tensor_bytes
 from vkvx.errors import CapacityError, DependencyError, DeviceError
-from vkvx.manifest import ITEM_BYTES
 from vkvx.packages import missing
 from vkvx.runtime.cache import Shape, numpy_dtype
 
@@ -45,7 +45,7 @@ class DeviceArray:
     @property
     def nbytes(self) -> int:
         """Bytes of the elements."""
-        return ITEM_BYTES[self.dtype] * int(np.prod(self.shape))
+        return tensor_bytes(self.dtype, self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -148,7 +148,7 @@ class Device:
 
     def allocate(self, dtype: str, shape: Shape) -> DeviceArray:
         """An array with undefined contents. Raises CapacityError if it does not fit."""
-        size = ITEM_BYTES[dtype] * int(np.prod(shape))
+        size = tensor_bytes(dtype, shape)
         if not size:
             return DeviceArray(self, dtype, shape, self._dummy.address)
         address = int(self.check(self.cuda.cudaMalloc(size), f"{size:,} bytes"))
@@ -219,7 +219,7 @@ class DeviceStorage:
 
     def copy(self, buffer: DeviceArray, source: int, target: int, entries: int) -> None:
         _, heads, capacity, *rest = buffer.shape
-        entry = ITEM_BYTES[buffer.dtype] * int(np.prod(rest))
+        entry = tensor_bytes(buffer.dtype, tuple(rest))
         pitch = capacity * entry
         start = buffer.address
         self._device.copy_rows(

@@ -76,7 +76,7 @@ class TorchBackend:
         self._stream = torch.cuda.Stream(self._device) if self.provider == "cuda" else None
         storage: Storage = HostStorage() if self._stream is None else CudaStorage()
         with self._in_memory("a cache of this size"):
-            self.cache = PackedCache(manifest, slots, visual_tokens, text_tokens, storage)
+            self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
         self._buffers = [self._place(buffer) for buffer in self.cache.buffers.values()]
         attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
         self._decoder = DecoderGraph(model, adapter, attributes, metrics, in_place=True)
@@ -115,7 +115,7 @@ class TorchBackend:
         shape = (*call.visual_index.shape, info.hidden_size)
         given = {"visual_count": cache.visual_count, "text_count": cache.text_count}
         inputs = []
-        for spec in decoder_inputs(info, self.manifest.quantization)[: -len(self._buffers)]:
+        for spec in decoder_inputs(cache.layout)[: -len(self._buffers)]:
             if spec.name != "visual_embeds":
                 inputs.append(self._place(given[spec.name] if spec.name in given else getattr(call, spec.name)))
             elif visual_embeds is None:

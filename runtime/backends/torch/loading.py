@@ -86,7 +86,7 @@ def load_reference(
 
 def check_same_model(source: Source, manifest: Manifest) -> None:
     """Raise ModelError unless the checkpoint can be what the bundle was exported from."""
-    info = source.adapter.info(source, manifest.model.dtype)
+    info = source.info(manifest.model.dtype)
     for name in ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size"):
         given, expected = getattr(info, name), getattr(manifest.model, name)
         if given != expected:
@@ -138,6 +138,6 @@ def _read_metrics(bundle: Path, manifest: Manifest, device: str) -> tuple[tuple[
     path = bundle / METRICS_FILE
     try:
         stored = load_file(path, device)
-        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in range(manifest.layers))
+        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in range(manifest.model.layers))
     except (OSError, KeyError, SafetensorError) as error:
         raise BundleError(f"cannot read {path} ({error}); export the model again") from error

@@ -31,7 +31,7 @@ class Bundle:
 
     def __init__(self, path: Path, slots: int = 6, *, empty_visual_index: bool = True) -> None:
         self.manifest = Manifest.load(path)
-        self.cache = PackedCache(self.manifest, slots, 1280, 200)
+        self.cache = PackedCache(self.manifest.layout, slots, 1280, 200)
         self.engines = EngineManifest.load(make_engines(path, LIMITS, empty_visual_index=empty_visual_index))
         self.image = self.manifest.model.image_token_id
 
@@ -118,13 +118,11 @@ def test_calls_beyond_the_limits_name_what_helps(bundle: Bundle, rows: list[tupl
 )
 def test_caches_beyond_the_limits_name_what_helps(bundle: Bundle, capacity: tuple[int, int, int], flag: str) -> None:
     with pytest.raises(CapacityError, match=flag):
-        check_cache(
-            bundle.engines, cache_buffers(bundle.manifest, bundle.engines, PackedCache(bundle.manifest, *capacity))
-        )
+        check_cache(bundle.engines, cache_buffers(bundle.engines, PackedCache(bundle.manifest.layout, *capacity)))
 
 
 def test_outputs_share_the_memory_of_inputs_but_for_the_counts(bundle: Bundle) -> None:
-    buffers = {buffer.name: buffer for buffer in cache_buffers(bundle.manifest, bundle.engines, bundle.cache)}
+    buffers = {buffer.name: buffer for buffer in cache_buffers(bundle.engines, bundle.cache)}
     names = {tensor.name for graph in bundle.manifest.graphs.values() for tensor in (*graph.inputs, *graph.outputs)}
     assert set(buffers) <= names
     for name, buffer in buffers.items():

@@ -40,7 +40,7 @@ def opened(
 ) -> Iterator[tuple[Session, TorchBackend]]:
     """tiny-llava as the torch backend runs a bundle of it; needs no exporter."""
     source = resolve("tiny-llava")
-    info = source.adapter.info(source, dtype)
+    info = source.info(dtype)
     options = ExportOptions(bits=bits, dtype=dtype, quantizer=None if bits == 16 else quantizer)
     quantization = options.resolve(info.layers, info.tokens_per_picture)
     graphs = {"vision": Graph("", 18, source.adapter.pixel_inputs(source.config), ())}
@@ -50,7 +50,7 @@ def opened(
     assert backend.captures == (device == "cuda")
     if not captured:
         backend._steps = None
-    with Session(manifest, backend, Processor(CHECKPOINT, manifest)) as session:
+    with Session(manifest, backend, Processor(CHECKPOINT, info, graphs["vision"].inputs)) as session:
         yield session, backend
 
 

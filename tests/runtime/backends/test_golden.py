@@ -35,7 +35,7 @@ def test_an_export_records_it_and_onnxruntime_passes(bundle: Path, backend: Back
 @pytest.mark.parametrize("lost", ["visual_value_params", "text_value", "visual_key", "counts"])
 def test_a_cache_that_loses_something_fails(bundle: Path, backend: Backend, lost: str) -> None:
     """Zeros after the prefill, where an engine that stored nothing would have them."""
-    if lost.startswith("visual") and not backend.manifest.is_packed:
+    if lost.startswith("visual") and not backend.manifest.layout.is_packed:
         pytest.skip("16 bits have no visual buffers")
     step = backend.step
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from vkvx import CapacityError, ExportOptions, ModelError, OptionError
-from vkvx.manifest import ITEM_BYTES, Manifest
+from vkvx.manifest import Manifest
 from vkvx.models.registry import TINY_LLAVA
+from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.checks.plan import plan_model
 
 MEMORY = 1 << 30
@@ -20,18 +21,12 @@ def test_bytes_are_those_of_a_bundle(tiny_bundle: Path) -> None:
     plan = plan_model("tiny-llava", MEMORY, bits=(16, 1), pictures=2, text_tokens=100)
     row = plan.rows[1]
     size = manifest.quantization.group_size
-    shapes = manifest.cache_shapes(1, size * -(-576 // size), 100).values()
-    bytes_of = {**ITEM_BYTES, "int32": 4}
-    allocated = 0
-    for dtype, shape in shapes:
-        count = bytes_of[dtype]
-        for dim in shape:
-            count *= dim
-        allocated += count
+    buffers = PackedCache(manifest.layout, 1, size * -(-576 // size), 100).buffers
+    allocated = sum(buffer.nbytes for buffer in buffers.values())
     assert row.bytes_per_picture + 100 * row.bytes_per_text_token == allocated
     assert row.bytes_per_slot == allocated + row.bytes_per_picture
     assert row.max_slots == plan.cache // row.bytes_per_slot
-    assert plan.rows[0].bytes_per_picture == manifest.sixteen_bit_bytes_per_picture()
+    assert plan.rows[0].bytes_per_picture == manifest.layout.sixteen_bit_bytes_per_picture()
 
 
 def test_weights_are_those_of_the_files(tiny_bundle: Path) -> None:

@@ -100,7 +100,12 @@ def test_plugin_may_be_absent_or_embedded(tmp_path: Path) -> None:
     [
         ({"format": "other"}, "no engine directory"),
         ({"format_version": FORMAT_VERSION + 1}, "upgrade"),
-        ({"format_version": True}, "positive integer"),
+        ({"format_version": True}, "format_version must be an integer, got True"),
+        (
+            {"operator_version": 99},
+            r"operator version 99, this vkvx has 1; upgrade .* or run `vkvx build",
+        ),
+        ({"operator_version": 10**400}, "operator_version must be a number of at most 64 bits"),
         ({"backend": "vulkan"}, "one of tensorrt, rtx"),
         ({"compute_capabilities": []}, "at least one"),
         ({"limits": {"batch_size": 1}}, "limits.slots is missing"),
@@ -142,16 +147,16 @@ def _shorten(path: Path) -> None:
 
 
 def _link(path: Path) -> None:
-    path.rename(path.with_name("real"))
-    path.symlink_to("real")
+    path.rename(path.parents[1] / "real")
+    path.symlink_to("../real")
 
 
-@pytest.mark.parametrize(("harm", "words"), [(_remove, "missing"), (_shorten, "4 bytes"), (_link, "no plain file")])
+@pytest.mark.parametrize(("harm", "words"), [(_remove, "missing"), (_shorten, "4 bytes"), (_link, "link that leaves")])
 def test_damage_that_load_sees(tmp_path: Path, harm: Callable[[Path], None], words: str) -> None:
-    make(tmp_path)
-    harm(tmp_path / "decoder.engine")
+    make(tmp_path / "engines")
+    harm(tmp_path / "engines" / "decoder.engine")
     with pytest.raises(EngineError, match=words):
-        EngineManifest.load(tmp_path)
+        EngineManifest.load(tmp_path / "engines")
 
 
 def test_damage_that_verify_sees(tmp_path: Path) -> None:

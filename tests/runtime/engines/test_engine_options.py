@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 import threading
@@ -15,8 +17,9 @@ from typing import Any
 import onnx
 import pytest
 
-from vkvx.errors import CapacityError, DependencyError, OptionError
+from vkvx.errors import CapacityError, DependencyError, OptionError, StorageError
 from vkvx.manifest import Manifest
+from vkvx.runtime.engines import build as engine_build
 from vkvx.runtime.engines.library import Library, first_error, load
 from vkvx.runtime.engines.limits import GIB, GivenLimits, build_profiles, resolve_limits, slot_bytes
 from vkvx.runtime.engines.memory import available_memory, gpu_memory, peak_memory
@@ -408,3 +411,22 @@ def test_memory_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert gpu_memory() == 24564 << 20
     program.write_text("#!/bin/sh\necho no driver\nexit 9\n")
     assert gpu_memory() is None
+
+
+def test_a_timing_cache_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "cache"
+    path.write_bytes(b"old")
+    job = SimpleNamespace(options=SimpleNamespace(timing_cache=path))
+    config = SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"new"))
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(StorageError, match="cannot write"):
+        engine_build._save_timing_cache(job, config)  # type: ignore[arg-type]
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"old"]
+    monkeypatch.undo()
+    engine_build._save_timing_cache(job, config)  # type: ignore[arg-type]
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"new"]

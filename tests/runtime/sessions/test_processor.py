@@ -40,7 +40,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(bundle: Path) -> Processor:
-    return Processor(bundle, manifest())
+    return Processor.of_bundle(bundle, manifest())
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_the_chat_template(processor: Processor) -> None:
 def test_without_a_chat_template(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     (tmp_path / "bundle/processor/chat_template.jinja").unlink()
-    bare = Processor(tmp_path / "bundle", manifest())
+    bare = Processor.of_bundle(tmp_path / "bundle", manifest())
     assert not bare.has_chat_template
     with pytest.raises(InputError, match="no chat template"):
         bare.format(QUESTION)
@@ -115,7 +115,7 @@ def test_damaged_processor_files(bundle: Path, tmp_path: Path, name: str) -> Non
     shutil.copytree(bundle, tmp_path / "bundle")
     (tmp_path / "bundle/processor" / name).write_text("{")
     with pytest.raises(BundleError, match="export the model again"):
-        Processor(tmp_path / "bundle", manifest())
+        Processor.of_bundle(tmp_path / "bundle", manifest())
 
 
 # Pictures
@@ -182,10 +182,10 @@ def test_torch_is_not_needed(bundle: Path, picture: Path) -> None:
 import sys
 sys.modules["torch"] = None  # as if it were not installed
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:] = {sys.path!r}
 from test_processor import manifest
 from vkvx.runtime.sessions.processor import Processor
-prepared = Processor(Path({str(bundle)!r}), manifest()).prepare("<image> what", [{str(picture)!r}])
+prepared = Processor.of_bundle(Path({str(bundle)!r}), manifest()).prepare("<image> what", [{str(picture)!r}])
 print(len(prepared.token_ids))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -202,7 +202,7 @@ def test_later_turns_stand_on_the_packed_history(bundle: Path) -> None:
         cache = session.backend.cache
         assert cache.visual_tokens(talk.slot) == 2 * 576
         assert cache.length(talk.slot) == len(talk.token_ids) - 1
-        if not session.manifest.is_packed:
+        if not session.manifest.layout.is_packed:
             # At 16 bits it makes no difference where a prompt is cut into calls.
             whole, last = talk.token_ids, talk.last
             assert last is not None
@@ -290,7 +290,7 @@ def test_bytes_of_a_picture(one_bit: Path) -> None:
         list(talk.ask(QUESTIONS[1], PAGES[:1], max_new_tokens=2))
         used, model = session.backend.cache.visual_bytes_used(talk.slot), session.manifest.model
         live = sum(buffer.nbytes for name, buffer in session.backend.cache.buffers.items() if ".visual" in name)
-        assert used == live == session.manifest.visual_bytes_per_picture()
+        assert used == live == session.manifest.layout.visual_bytes_per_picture()
         assert 12 * live <= 576 * 2 * model.layers * model.kv_heads * model.head_dim * 2
 
 
@@ -304,7 +304,7 @@ def test_caches_are_updated_in_place(bundle: Path, tmp_path: Path) -> None:
     producers = {output: node for node in graph.node for output in node.output}
     names = [output.name for output in graph.output if output.name.startswith("present.")]
     assert len(names) == 24
-    packed = Manifest.load(bundle).is_packed
+    packed = Manifest.load(bundle).layout.is_packed
     for name in names:
         if packed or ".text" in name:  # at 16 bits the visual tensors are empty
             node = producers[name]

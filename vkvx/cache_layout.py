@@ -1,0 +1,115 @@
+"""What the cache of a model looks like: shapes, dtypes and bytes, from the model and its quantisation alone.
+
+Standard library only. Symbols are those of ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from vkvx.format import BASELINE_BITS, CACHE_NAMES, TILE, WORD_BITS
+
+if TYPE_CHECKING:
+    from vkvx.manifest import ModelInfo, Quantization
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
+_KEY_PARAMS, _VALUE_PARAMS = 3, 2  # scale, offset, RMS of the rest; scale, offset
+
+Size = TypeVar("Size", int, str)
+"""A number, or the name of a dynamic dimension."""
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; ``dtype`` is a key of ``ITEM_BYTES``."""
+    return ITEM_BYTES[dtype] * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The cache tensors of a model. All bytes count every layer, keys and values.
+
+    ``tokens`` are those of one picture, by default the model's; where pictures vary in size, those of one group.
+    """
+
+    info: ModelInfo
+    quantization: Quantization
+
+    @property
+    def is_packed(self) -> bool:
+        """False at 16 bits, where visual tokens lie among the text rows."""
+        return BASELINE_BITS not in self.quantization.key_bits
+
+    def layer_tensors(
+        self, layer: int, slots: Size, tiles: Size, groups: Size, rows: Size
+    ) -> dict[str, tuple[str, tuple[Size | int, ...]]]:
+        """Dtype name and shape of the six cache tensors of a layer, by ``CACHE_NAMES``. All else follows from these."""
+        heads, dim = self.info.kv_heads, self.info.head_dim
+        # Where nothing is packed there are no tiles, but shapes still have an axis for the planes.
+        key_planes, value_planes = (
+            1 if bits[layer] == BASELINE_BITS else bits[layer]
+            for bits in (self.quantization.key_bits, self.quantization.value_bits)
+        )
+        text: tuple[str, tuple[Size | int, ...]] = (self.info.dtype, (slots, heads, rows, dim))
+        tensors: tuple[tuple[str, tuple[Size | int, ...]], ...] = (
+            ("int32", (slots, heads, tiles, key_planes, TILE, dim // WORD_BITS)),
+            ("float16", (slots, heads, groups, _KEY_PARAMS, dim)),
+            ("int32", (slots, heads, tiles, value_planes, dim, TILE // WORD_BITS)),
+            ("float16", (slots, heads, groups, _VALUE_PARAMS, dim)),
+            text,
+            text,
+        )
+        return dict(zip(CACHE_NAMES, tensors, strict=True))
+
+    def tensors(self, slots: int, visual_capacity: int, text_capacity: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype name and shape of each cache tensor, keyed ``"{layer}.visual_key"`` and so on.
+
+        ``visual_capacity`` counts tokens: a multiple of the group size, and 0 if nothing is packed (ValueError).
+        """
+        size = self.quantization.group_size
+        if visual_capacity % size or (visual_capacity and not self.is_packed):
+            raise ValueError(f"visual capacity {visual_capacity} does not suit groups of {size}")
+        sizes = (slots, visual_capacity // TILE, visual_capacity // size, text_capacity)
+        return {
+            f"{layer}.{name}": tensor
+            for layer in range(self.info.layers)
+            for name, tensor in self.layer_tensors(layer, *sizes).items()
+        }
+
+    @cached_property
+    def bytes_per_group(self) -> int:
+        """Bytes of one group: words and params (0 if nothing is packed)."""
+        return self._bytes(self.quantization.group_size, 0) if self.is_packed else 0
+
+    @cached_property
+    def text_bytes_per_token(self) -> int:
+        """Bytes that one text token takes."""
+        return self._bytes(0, 1)
+
+    @property
+    def elements_per_token(self) -> int:
+        """Key and value elements of a token."""
+        return self.text_bytes_per_token // ITEM_BYTES[self.info.dtype]
+
+    def visual_bytes_per_picture(self, tokens: int | None = None) -> int:
+        """Bytes that a picture takes, with params and padding to groups."""
+        tokens = self._picture_tokens(tokens)
+        if not self.is_packed:
+            return tokens * self.text_bytes_per_token
+        return math.ceil(tokens / self.quantization.group_size) * self.bytes_per_group
+
+    def sixteen_bit_bytes_per_picture(self, tokens: int | None = None) -> int:
+        """Bytes that the same picture takes at two bytes an element."""
+        return 2 * self._picture_tokens(tokens) * self.elements_per_token
+
+    def bits_per_element(self, tokens: int | None = None) -> float:
+        """Bits for each key or value element of a picture, with params and padding to groups."""
+        return 16 * self.visual_bytes_per_picture(tokens) / self.sixteen_bit_bytes_per_picture(tokens)
+
+    def _bytes(self, visual_capacity: int, text_capacity: int) -> int:
+        return sum(tensor_bytes(*tensor) for tensor in self.tensors(1, visual_capacity, text_capacity).values())
+
+    def _picture_tokens(self, tokens: int | None) -> int:
+        return tokens or self.info.tokens_per_picture or self.quantization.group_size
