@@ -101,7 +101,7 @@ def own_bundle(tiny_bundle: Path, own_copy: Callable[[Path], Path]) -> Path:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     """A GPU of compute capability 9.0 with 4 GiB, of main memory."""
-    return install_cuda(monkeypatch, Cuda())
+    return install_cuda(monkeypatch, Cuda("9.0"))
 
 
 @pytest.fixture

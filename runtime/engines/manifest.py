@@ -137,7 +137,10 @@ class EngineManifest:
             raise EngineError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise EngineError(f"{path} is not valid JSON ({error}); run `vkvx build BUNDLE` again") from error
-        manifest = cls.from_json(data)
+        try:
+            manifest = cls.from_json(data)
+        except EngineError as error:
+            raise EngineError(f"{directory}: {error}") from error
         for name, info in manifest.files.items():
             _check_file(directory / name, info)
         return manifest
@@ -189,8 +192,10 @@ class EngineManifest:
     def check_bundle(self, bundle: str | Path) -> None:
         """Raise EngineError unless the engines were built from this very bundle."""
         if bundle_hash(bundle) != self.bundle_hash:
+            name = directory_name(self.backend, self.compute_capabilities)
             raise EngineError(
-                f"the engines were built from another state of the bundle {bundle}; run `vkvx build {bundle}` again"
+                f"the engines {name} were built from another state of the bundle {bundle}; "
+                f"run `vkvx build {bundle}` again"
             )
 
     def profile(self, engine: str, name: str) -> Profile:
