@@ -65,7 +65,7 @@ def write_html(result: dict[str, Any], path: Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise missing(error.name or "matplotlib") from error
+        raise missing("matplotlib", error) from error
     write_file(path, _page(result))
 
 

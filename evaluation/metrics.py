@@ -52,7 +52,7 @@ def anls(given: str, answer: str) -> float:
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
-        raise missing("rapidfuzz") from error
+        raise missing("rapidfuzz", error) from error
     distance = Levenshtein.normalized_distance(_plain(given), _plain(answer))
     return 1.0 - distance if distance < ANLS_THRESHOLD else 0.0
 
@@ -66,7 +66,7 @@ def cider(given: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
-        raise missing(error.name or "pycocoevalcap") from error
+        raise missing("pycocoevalcap", error) from error
     right = {i: [normalise(answer) for answer in listed] for i, listed in enumerate(answers)}
     _, scores = Cider().compute_score(right, {i: [normalise(text)] for i, text in enumerate(given)})
     return np.asarray(scores, np.float64)

@@ -80,7 +80,7 @@ def _digits(count: int) -> Task:
     try:
         from sklearn import datasets  # noqa: F401 (what the pages are drawn from)
     except ImportError as error:
-        raise missing(error.name or "sklearn") from error
+        raise missing("sklearn", error) from error
     from vkvx.models.tiny_llava import data
 
     def make(index: int) -> Sample:

@@ -60,7 +60,7 @@ def export_model(
     try:
         from vkvx.export.build import build
     except ImportError as error:
-        raise missing(error.name or "torch") from error
+        raise missing("torch", error) from error
     source = resolve(
         name,
         cache_dir=options.cache_dir,

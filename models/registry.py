@@ -91,7 +91,7 @@ def _download(hub_id: str, patterns: tuple[str, ...], cache_dir: str | Path | No
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
-        raise missing(error.name or "huggingface_hub") from error
+        raise missing("huggingface_hub", error) from error
     local = "give the directory of a checkpoint that is on this machine instead of its hub id"
     try:
         path = snapshot_download(hub_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns))
@@ -123,7 +123,7 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Adapter
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise missing(error.name or "transformers") from error
+        raise missing("transformers", error) from error
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its validators of the day raise

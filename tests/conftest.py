@@ -116,36 +116,6 @@ def plugin_file(plugin_builds: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA of 2 layers, 16 tokens per picture; float32, three shards, names of the hub; not to be changed."""
-    directory = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
-    from vkvx.models.random_checkpoint import preset_config, write_checkpoint
-
-    write_checkpoint(directory, preset_config("tiny"), dtype="float32", shard_bytes=1_000_000)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def mixed_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FP32, 8 bits in layer 0 and 1 bit in layer 1; not to be changed."""
-    from vkvx import ExportOptions, export_model
-
-    output = tmp_path_factory.mktemp("bundles") / "mixed"
-    export_model(checkpoint, output, ExportOptions(dtype="float32", bits_per_layer="0:8"))
-    return output
-
-
-@pytest.fixture(scope="session")
-def baseline_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FP16 from FP32 weights, 16 bits, opset 17; not to be changed."""
-    from vkvx import ExportOptions, export_model
-
-    output = tmp_path_factory.mktemp("bundles") / "baseline"
-    export_model(checkpoint, output, ExportOptions(dtype="float16", bits=16, opset=17))
-    return output
-
-
 @pytest.fixture
 def own_copy(tmp_path: Path) -> Callable[[Path], Path]:
     """Copies a bundle to where a test may change it."""
@@ -161,7 +131,7 @@ def own_bundle(tiny_bundle: Path, own_copy: Callable[[Path], Path]) -> Path:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     """A GPU of compute capability 9.0 with 4 GiB, of main memory."""
-    return install_cuda(monkeypatch, Cuda())
+    return install_cuda(monkeypatch, Cuda("9.0"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class VkvxError(Exception):
-    """Base of all errors that a user can cause or mend. The command line prints it in one line and exits 2."""
+    """Base of all errors that a user can cause or fix. The command line prints it in one line and exits 2."""
 
 
 class OptionError(VkvxError):

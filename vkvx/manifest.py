@@ -177,7 +177,10 @@ class ManifestFile:
             raise kind.error(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
             raise kind.error(f"{path} is not valid JSON ({error}); {kind.again}") from error
-        manifest = cls.from_json(data)
+        try:
+            manifest = cls.from_json(data)
+        except kind.error as error:
+            raise kind.error(f"{directory}: {error}") from error
         for name, info in manifest.files.items():
             kind.check_file(directory, name, info)
         return manifest

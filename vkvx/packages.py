@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from importlib import metadata
+from importlib import metadata, util
 
 from vkvx.errors import DependencyError
 
@@ -31,10 +31,37 @@ def requirement(package: str) -> str:
     return package
 
 
-def missing(module: str) -> DependencyError:
-    """The error for a module that cannot be imported."""
-    package = pip_name(module)
-    return DependencyError(f"the Python package '{package}' is missing; run `pip install '{requirement(package)}'`")
+def missing(module: str, error: BaseException | None = None) -> DependencyError:
+    """The error for a module that cannot be imported; ``error`` is what its import raised, None if it is not there.
+
+    Names the package that is at fault: ``module`` may be there, and something that it imports may not.
+    """
+    cause = _root(error)
+    name = getattr(cause, "name", None) or module
+    package = pip_name(name)
+    wanted = f"`pip install '{requirement(package)}'`"
+    if cause is None or (isinstance(cause, ModuleNotFoundError) and not _is_there(name)):
+        needed = "" if package == pip_name(module) else f", which '{pip_name(module)}' needs,"
+        return DependencyError(f"the Python package '{package}'{needed} is missing; run {wanted}")
+    reason = " ".join(str(cause).split())
+    return DependencyError(
+        f"the Python package '{package}' is installed but cannot be imported: {reason}; run {wanted} for versions that "
+        "fit together, with --force-reinstall if files are missing"
+    )
+
+
+def _root(error: BaseException | None) -> BaseException | None:
+    """What made an import fail: packages that import lazily wrap it, and lose the name of the module."""
+    while error is not None and getattr(error, "name", None) is None and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return util.find_spec(module.partition(".")[0]) is not None
+    except ValueError:  # a module that was put into sys.modules by hand
+        return True
 
 
 def probe(module: str) -> tuple[str | None, str | None]:
@@ -45,10 +72,12 @@ def probe(module: str) -> tuple[str | None, str | None]:
         version = None
     try:
         loaded = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == module:
-            return None, "not installed"
-        return version, f"needs the module {error.name}"
     except Exception as error:  # a broken binary package raises anything
-        return version, " ".join(f"{type(error).__name__}: {error}".split())
+        cause = _root(error)
+        name = getattr(cause, "name", None)
+        if isinstance(cause, ModuleNotFoundError) and name == module:
+            return None, "not installed"
+        if isinstance(cause, ModuleNotFoundError) and name is not None:
+            return version, f"needs the module {name}"
+        return version, " ".join(f"{type(cause).__name__}: {cause}".split())
     return version or getattr(loaded, "__version__", "unknown"), None

@@ -239,7 +239,7 @@ def engine_facts(opened: Any) -> dict[str, Any]:
 
 def copies(opened: Any, graph: Any) -> dict[str, int]:
     """How many nodes of a captured graph there are, how many copy, and how many of these read or write a cache."""
-    cuda, check = opened.device.cuda, opened.device.check
+    cuda, check = opened.gpu.cuda, opened.gpu.check
     caches = [(array.address, array.address + array.nbytes) for array in opened.cache.buffers.values()]
     total = cuda.cudaGraphGetNodes(graph.handle, 0)[2]
     nodes = cuda.cudaGraphGetNodes(graph.handle, total)[1]
@@ -259,7 +259,7 @@ def copies(opened: Any, graph: Any) -> dict[str, int]:
 def reformats(opened: Any) -> list[str]:
     """Layers of the decoder engine that copy or reformat a cache, by TensorRT's own list of layers."""
     inspector = opened.engines.decoder.create_engine_inspector()
-    kind = opened.engines.library.LayerInformationFormat.ONELINE
+    kind = opened.engines.library.module.LayerInformationFormat.ONELINE
     lines = inspector.get_engine_information(kind).splitlines()
     return sorted(
         {line.strip()[:160] for line in lines if "reformat" in line.lower() and ("past." in line or "present." in line)}

@@ -1,12 +1,14 @@
-"""What a backend does for a session."""
+"""What a backend does for a session, and what is known of one before it is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from vkvx.errors import InputError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call
@@ -16,12 +18,17 @@ PROVIDERS = ("auto", "cpu", "cuda")
 
 
 class Backend(Protocol):
-    """Runs the model of one bundle over one cache. ``provider`` is where: "cpu" or "cuda"."""
+    """Runs the model of one bundle over one cache, for calls from any thread, one at a time.
+
+    ``provider`` is where: "cpu" or "cuda"; ``device`` says it to people: "CPU", "NVIDIA H200 (GPU 0)".
+    """
 
     name: str
     provider: str
+    device: str
     manifest: Manifest
     cache: PackedCache
+    closed: bool
 
     @property
     def limits(self) -> Limits | None:
@@ -46,3 +53,48 @@ class Backend(Protocol):
         no row has a picture. Caches and counts of the call's slots are updated in place. The caller has checked that
         everything fits. If this raises, the counts are as before.
         """
+
+    def close(self) -> None:
+        """Free models and buffers; a second time does nothing.
+
+        Afterwards only the counts of ``cache`` may be used.
+        """
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend that may run a bundle on this machine; nothing of it is loaded yet.
+
+    ``reason`` says what speaks for it, ``against`` why ``auto`` passes over it: None where it does not, "" where there
+    is nothing to tell. ``limits`` are those of :attr:`Backend.limits`; ``gpu`` is the CUDA index of the GPU that it
+    uses if it uses one. ``open(slots=, visual_tokens=, text_tokens=, verify=)`` opens it, and raises what is wrong
+    where something is.
+    """
+
+    name: str
+    reason: str
+    against: str | None
+    open: Callable[..., Backend]
+    limits: Limits | None = None
+    gpu: int = 0
+
+
+def against_gpu(provider: str, threads: int | None) -> str | None:
+    """Why somebody who gave these options wants no GPU; None if they leave it open."""
+    if provider == "cpu":
+        return "the CPU was asked for"
+    return None if threads is None else "a number of CPU threads was asked for"
+
+
+def check_machine(provider: str, threads: int | None) -> None:
+    """Raise OptionError for a ``provider`` that is not known, or no thread at all."""
+    if provider not in PROVIDERS:
+        raise OptionError(f"unknown provider '{provider}' (--provider): give one of {', '.join(PROVIDERS)}")
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads (--threads) must be at least 1, got {threads}")
+
+
+def check_open(backend: Backend) -> None:
+    """Raise InputError if the backend is closed."""
+    if backend.closed:
+        raise InputError("the session is closed; open the bundle again with Session.load()")

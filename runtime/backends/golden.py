@@ -75,7 +75,7 @@ def run(backend: Backend, slot: int) -> np.ndarray:
 def record(backend: Backend, directory: Path) -> Path:
     """Run the sample in an empty slot 0 and write it into ``directory``; returns the file. Raises StorageError.
 
-    The backend is onnxruntime on a CPU, with room for one picture and ``TEXT_TOKENS``.
+    The backend is onnxruntime on a CPU, with a cache for one picture and ``TEXT_TOKENS``.
     """
     logits = run(backend, 0)
     target = directory / FILE_NAME
@@ -87,6 +87,8 @@ def record(backend: Backend, directory: Path) -> Path:
 def check(backend: Backend, directories: Sequence[Path]) -> str:
     """Run the sample of the first directory that has one; returns what was found out, or why nothing was.
 
+    The first of ``directories`` is that of the engines.
+
     Raises EngineError if the logits differ from those recorded by more than ``TOLERANCES``.
     """
     path = next((place / FILE_NAME for place in directories if (place / FILE_NAME).is_file()), None)
@@ -95,7 +97,7 @@ def check(backend: Backend, directories: Sequence[Path]) -> str:
     manifest, cache = backend.manifest, backend.cache
     demand = cache.demand([manifest.model.tokens_per_picture or 0], TEXT_TOKENS)
     if demand[0] > cache.groups or demand[1] > cache.text_capacity:
-        return "not checked: the cache has no room for the golden sample"
+        return "not checked: the cache is too small for the golden sample"
     try:
         with np.load(path, allow_pickle=False) as file:
             expected = file["logits"]
@@ -113,8 +115,8 @@ def check(backend: Backend, directories: Sequence[Path]) -> str:
     for phase, found, tolerance in (("prefill", worst[0], prefill), ("decode", worst[1:].max(), later)):
         if not found <= tolerance:  # so that NaN counts as different
             raise EngineError(
-                f"the engine gives wrong logits: the {phase} of the golden sample {path} is off by {found:.2g} of the "
-                f"logits' range, {tolerance:g} is allowed; build it again with `vkvx build BUNDLE --force`"
+                f"the engines in {directories[0]} give wrong logits: the {phase} of the golden sample {path} is off by "
+                f"{found:.2g} of the logits' range, {tolerance:g} is allowed; run `vkvx build BUNDLE --force`"
             )
     return f"golden sample: logits within {worst.max():.2g} of their range"
 

@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from vkvx.errors import EngineError, OptionError, VkvxError
+from vkvx.errors import OptionError
 from vkvx.manifest import Manifest
-from vkvx.models.checkpoint import CONFIG_FILE
-from vkvx.packages import missing
-from vkvx.plugins.build import find_library
-from vkvx.plugins.library import MAX_HEAD_DIM
-from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.backends.base import Backend, Candidate, check_machine
 from vkvx.runtime.engines.manifest import BACKENDS as ENGINE_BACKENDS
-from vkvx.runtime.engines.manifest import Limits, engine_directories
 
-_HOMES = {
-    "onnxruntime": ("vkvx.runtime.backends.onnxruntime.backend", "OnnxRuntimeBackend"),
-    "torch": ("vkvx.runtime.backends.torch.loading", "open_bundle"),
-    "tensorrt": ("vkvx.runtime.backends.tensorrt.backend", "open_tensorrt"),
-    "rtx": ("vkvx.runtime.backends.tensorrt.backend", "open_rtx"),
+_FOLDERS = {
+    "tensorrt": ENGINE_BACKENDS,
+    "torch": ("torch",),
+    "onnxruntime": ("onnxruntime",),
 }
-"""Module and function that opens a bundle, by name of the backend; imported when it is chosen."""
-BACKENDS = tuple(_HOMES)
+"""The folders of this package that hold a backend, with the names of their backends, best first.
+
+Each has a function ``find(bundle, manifest, provider, threads)`` that returns a Candidate for each of its names.
+"""
+BACKENDS = tuple(name for names in _FOLDERS.values() for name in names)
+
+
+def candidates(
+    bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None
+) -> Iterator[Candidate]:
+    """The backends for a bundle, best first: engines built for a GPU of this machine, torch on a GPU, onnxruntime.
+
+    Each is looked at when it is asked for, and torch and TensorRT are loaded only where everything else speaks for
+    them. Raises OptionError.
+    """
+    check_machine(provider, threads)
+    for folder in _FOLDERS:
+        yield from _find(folder, bundle, manifest, provider, threads)
+
+
+def choose_backend(
+    name: str, bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None
+) -> Candidate:
+    """The backend of a name, or for "auto" the one that serves the bundle best on this machine, with the reason.
+
+    Raises OptionError; what else is wrong with it is raised when it is opened.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise OptionError(f"unknown backend '{name}' (--backend): give one of auto, {', '.join(BACKENDS)}")
+    if name != "auto":
+        check_machine(provider, threads)
+        folder = next(folder for folder, names in _FOLDERS.items() if name in names)
+        found = next(one for one in _find(folder, bundle, manifest, provider, threads) if one.name == name)
+        return replace(found, reason="it was asked for")
+    reasons = dict[str, None]()
+    for found in candidates(bundle, manifest, provider, threads):
+        if found.against is None:
+            break
+        reasons[found.against] = None
+    return replace(found, reason="; ".join(filter(None, [*reasons, found.reason])))
 
 
 def open_backend(
@@ -39,92 +71,15 @@ def open_backend(
     threads: int | None = None,
     verify: bool = True,
 ) -> Backend:
-    """Open a bundle in a backend by name.
+    """Open a bundle in the backend of a name, or "auto".
 
-    ``verify`` has an effect on engines only: their files are compared with their SHA-256, and they have to reproduce
-    the golden sample. Raises OptionError, DependencyError, BundleError, EngineError, CapacityError.
+    ``visual_tokens`` and ``text_tokens`` are those of a slot. ``verify`` has an effect on engines only: their files are
+    compared with their SHA-256, and they have to reproduce the golden sample. Raises OptionError, DependencyError,
+    BundleError, EngineError, DeviceError, CapacityError.
     """
-    if name not in BACKENDS:
-        raise OptionError(f"unknown backend '{name}' (--backend): give one of auto, {', '.join(BACKENDS)}")
-    module, function = _HOMES[name]
-    try:
-        opener = getattr(import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise missing(error.name or name) from error
-    options: dict[str, Any] = {"provider": provider, "threads": threads}
-    if name in ENGINE_BACKENDS:
-        options["verify"] = verify
-    return opener(bundle, manifest, slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, **options)
+    found = choose_backend(name, bundle, manifest, provider, threads)
+    return found.open(slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, verify=verify)
 
 
-def choose_backend(
-    bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None
-) -> tuple[str, str]:
-    """The backend that serves a bundle best on this machine, and why: an engine built for the GPU; torch on a GPU with
-    ``libvkvx``; or onnxruntime.
-
-    TensorRT and torch are loaded only where everything else speaks for them.
-    """
-    if provider == "cpu":
-        return "onnxruntime", "the CPU was asked for"
-    if threads is not None:
-        return "onnxruntime", "a number of CPU threads was asked for"
-    engine, against = _engines_for(bundle)
-    if engine is not None:
-        return engine, "the bundle has engines for this GPU"
-    reasons = [against] if against else []
-    against = _against_torch(bundle, manifest)
-    if against is None:
-        return "torch", "; ".join([*reasons, "there is a GPU, and libvkvx is built"])
-    return "onnxruntime", "; ".join([*reasons, against])
-
-
-def engine_limits(bundle: Path, backend: str) -> Limits:
-    """The most that the engines of a bundle take on the GPU of this machine. Raises DependencyError, EngineError."""
-    from vkvx.runtime.backends.tensorrt.device import Device
-    from vkvx.runtime.backends.tensorrt.engine import find_engines
-
-    return find_engines(bundle, backend, Device().compute_capability)[1].limits
-
-
-def _engines_for(bundle: Path) -> tuple[str | None, str | None]:
-    """The backend whose engines this machine can run; else why not, or nothing if there are no engines."""
-    if not engine_directories(bundle):
-        return None, None
-    if find_spec("cuda") is None:
-        return None, "its engines need cuda-python"
-    from vkvx.runtime.backends.tensorrt.device import Device
-    from vkvx.runtime.backends.tensorrt.engine import find_engines
-    from vkvx.runtime.engines.library import MODULES
-
-    try:
-        capability = Device().compute_capability
-    except VkvxError as error:
-        return None, str(error).partition(";")[0]
-    reason = f"its engines are not for compute capability {capability}"
-    for name in ENGINE_BACKENDS:
-        try:
-            find_engines(bundle, name, capability)
-        except EngineError:
-            continue
-        if find_spec(MODULES[name]) is not None:
-            return name, None
-        reason = f"its engines need the Python module {MODULES[name]}"
-    return None, reason
-
-
-def _against_torch(bundle: Path, manifest: Manifest) -> str | None:
-    if find_library() is None:
-        return "libvkvx is not built (vkvx plugin build)"
-    if manifest.model.head_dim > MAX_HEAD_DIM:
-        return f"libvkvx has no kernel for heads of {manifest.model.head_dim}"
-    if CONFIG_FILE not in manifest.files:
-        return "the bundle holds no config.json, which older exports left out"
-    absent = next((name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None), None)
-    if absent is not None:
-        return f"{absent} is not installed"
-    try:
-        import torch
-    except (ImportError, OSError) as error:  # a package without the libraries that it needs
-        return f"torch cannot be imported ({error})"
-    return None if torch.cuda.is_available() else "torch finds no GPU"
+def _find(folder: str, bundle: Path, manifest: Manifest, provider: str, threads: int | None) -> list[Candidate]:
+    return import_module(f"{__package__}.{folder}").find(bundle, manifest, provider, threads)

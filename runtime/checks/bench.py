@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.errors import CapacityError, OptionError
+from vkvx.errors import CapacityError, DependencyError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends import golden
 from vkvx.runtime.backends.base import Backend
-from vkvx.runtime.backends.registry import choose_backend, open_backend
+from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
 from vkvx.runtime.calls import Row, build_call
+from vkvx.runtime.engines.gpus import load_cuda
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,14 +64,14 @@ class Result:
 
     ``vision`` is None without pictures. ``tokens_per_second`` counts the tokens of all rows in decode.
     ``cache_bytes_used`` are those that the sequences of the batch took, of ``cache_bytes_allocated``.
-    ``process_bytes`` is how much memory the process took for the backend (None where the system does not tell),
-    ``device_bytes`` how much of a GPU's memory was taken (None without one).
+    ``device`` is what ran it, for people. ``process_bytes`` is how much memory the process took for the backend (None
+    where the system does not tell), ``device_bytes`` how much of a GPU's memory was taken (None without one).
     """
 
     backend: str
     provider: str
     reason: str
-    device: str | None
+    device: str
     load_seconds: float
     vision: Latency | None
     prefill: Latency
@@ -104,9 +105,7 @@ def bench_bundle(
     manifest = Manifest.load(bundle)
     if verify:
         manifest.verify(bundle, progress)
-    reason = "it was asked for"
-    if backend == "auto":
-        backend, reason = choose_backend(bundle, manifest, provider, threads)
+    found = choose_backend(backend, bundle, manifest, provider, threads)
     tokens, size = manifest.model.tokens_per_picture or 0, manifest.quantization.group_size
     length = load.pictures * tokens + load.prompt_tokens + load.steps
     if length > manifest.model.max_positions:
@@ -114,27 +113,25 @@ def bench_bundle(
             f"sequences of {length} tokens are longer than the {manifest.model.max_positions} positions of the model; "
             "give fewer --pictures, --prompt-tokens or --steps"
         )
-    before, free = resident_bytes(), device_bytes_used()
+    before, free = resident_bytes(), device_bytes_used(found.gpu)
     started = time.perf_counter()
-    opened = open_backend(
-        backend,
-        bundle,
-        manifest,
+    opened = found.open(
         slots=load.batch_size,
         visual_tokens=load.pictures * -(-tokens // size) * size,
         text_tokens=load.prompt_tokens + load.steps,
-        provider=provider,
-        threads=threads,
         verify=verify,
     )
     seconds = time.perf_counter() - started
-    vision, prefill, decode, used = time_backend(opened, load, progress)
-    after, taken = resident_bytes(), device_bytes_used()
+    try:
+        vision, prefill, decode, used = time_backend(opened, load, progress)
+        after, taken = resident_bytes(), device_bytes_used(found.gpu)
+    finally:
+        opened.close()
     return Result(
         backend=opened.name,
         provider=opened.provider,
-        reason=reason,
-        device=getattr(getattr(opened, "device", None), "name", None),
+        reason=found.reason,
+        device=opened.device,
         load_seconds=seconds,
         vision=Latency.of(vision) if vision else None,
         prefill=Latency.of(prefill),
@@ -223,11 +220,14 @@ def resident_bytes() -> int | None:
     return pages * resource.getpagesize()
 
 
-def device_bytes_used() -> int | None:
-    """Memory of the first GPU that is taken, by whatever process; None without a GPU or cuda-python."""
+def device_bytes_used(gpu: int) -> int | None:
+    """Memory of a GPU, by its CUDA index, that is taken, by whatever process; None without it or cuda-python."""
     try:
-        from cuda.bindings import runtime
-    except ImportError:
+        cuda = load_cuda()
+    except DependencyError:
         return None
-    error, free, total = runtime.cudaMemGetInfo()
-    return int(total - free) if error == runtime.cudaError_t.cudaSuccess else None
+    (error,) = cuda.cudaSetDevice(gpu)
+    if error != cuda.cudaError_t.cudaSuccess:
+        return None
+    error, free, total = cuda.cudaMemGetInfo()
+    return int(total - free) if error == cuda.cudaError_t.cudaSuccess else None

@@ -136,7 +136,7 @@ def count_parameters(source: Source, dtype: str) -> tuple[int, int]:
     try:
         from vkvx.models.graph.skeleton import build_model
     except ImportError as error:
-        raise missing(error.name or "torch") from error
+        raise missing("torch", error) from error
     adapter = source.adapter
     model = build_model(adapter.model_class(), source.config, dtype)
     decoder = {id(p): p.numel() for part in (adapter.text_model(model), adapter.head(model)) for p in part.parameters()}

@@ -18,8 +18,11 @@ from vkvx import __version__
 from vkvx.errors import BuildError, DependencyError, EngineError, StorageError
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.plugins import build as plugin_build
+from vkvx.runtime.engines.gpus import Gpu, list_gpus, use_gpu
+from vkvx.runtime.engines.gpus import capabilities as capabilities_of
 from vkvx.runtime.engines.library import PLUGIN_LIBRARIES, Library, load, plugin
 from vkvx.runtime.engines.limits import build_profiles, resolve_limits
+from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import (
     DECODER,
     FILE_NAME,
@@ -35,7 +38,7 @@ from vkvx.runtime.engines.manifest import (
     bundle_hash,
     directory_name,
 )
-from vkvx.runtime.engines.memory import available_memory, build_memory, gpu_memory, peak_memory
+from vkvx.runtime.engines.memory import available_memory, build_memory, peak_memory
 from vkvx.runtime.engines.network import add_profile, build_engine, check_tensors, parse
 from vkvx.runtime.engines.options import (
     EMBED,
@@ -49,6 +52,9 @@ from vkvx.storage import Kind, check_room, new_directory, write_file
 
 KIND = Kind("engine directory", FILE_NAME, FORMAT, "move it away")
 ORDER = (DECODER, VISION)
+ENGINE_REVISION = 1
+"""Raise it with every change of the code that makes other engines from the same bundle and options: engines of an older
+revision are built anew. A test names the modules that may do so, and notices when one of them has changed."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class _Job:
     plugin_info: PluginInfo | None
     key: str
     verbose: bool
+    gpu: Gpu | None
 
     @property
     def directory(self) -> Path:
@@ -121,20 +128,24 @@ def predicted_memory(library: Library, bundle: Path, manifest: Manifest, *, plug
 
 def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], verbose: bool) -> _Job:
     manifest = Manifest.load(bundle)
-    native = [f"{name[:-1]}.{name[-1]}" for name in plugin_build.native_architectures()]
+    gpus = list_gpus()
+    native = capabilities_of(gpus)
     library = load(options.backend, has_gpu=bool(native))
     capabilities = choose_capabilities(library, options.compute_capabilities, native)
     check_options(library, options, has_gpu=bool(native))
     weights = sum(_weight_bytes(bundle, manifest).values())
-    own = gpu_memory() if set(capabilities) <= set(native) else None
-    limits = resolve_limits(manifest, options.limits, weights, own)
+    own = [gpu for gpu in gpus if gpu.compute_capability in capabilities]
+    memory = min((gpu.memory for gpu in own), default=None) if set(capabilities) <= set(native) else None
+    limits = resolve_limits(manifest, options.limits, weights, memory)
     # Without the plugin, the operator's function stands in, which reduces over the entries of a call.
     empty = library.takes_empty_tensors and not options.plugin_free
     profiles = build_profiles(manifest, limits, empty_indices=empty)
     path = None if options.plugin_free else _find_plugin(library, options, capabilities, notice)
     info = None if path is None else PluginInfo(path.name, sha256(path), options.plugin == EMBED)
     key = _cache_key(bundle, library, capabilities, limits, options, info)
-    return _Job(bundle, manifest, library, capabilities, limits, profiles, options, path, info, key, verbose)
+    # TensorRT builds for the GPU that is current. Where all are of one kind, that needs no choice, nor cuda-python.
+    gpu = own[0] if library.needs_gpu and len(native) > 1 else None
+    return _Job(bundle, manifest, library, capabilities, limits, profiles, options, path, info, key, verbose, gpu)
 
 
 def _find_plugin(
@@ -173,7 +184,7 @@ def _cache_key(
     """SHA-256 of what the engines depend on. Files count by the hashes that the bundle's manifest holds."""
     parts = {
         "vkvx": __version__,
-        "code": _code_hash(),
+        "code": ENGINE_REVISION,
         "bundle": bundle_hash(bundle),
         "backend": library.backend,
         "version": library.version,
@@ -183,15 +194,6 @@ def _cache_key(
         "plugin": info and (info.sha256, info.embedded),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _code_hash() -> str:
-    """Hash of the modules that shape an engine."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted((*folder.glob("engine_*.py"), folder / "tensorrt_library.py", *folder.glob("legalise/*.py"))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -281,22 +283,24 @@ def _build(job: _Job, partial: Path, progress: Progress) -> EngineManifest:
 
 def _build_one(job: _Job, name: str, partial: Path, progress: Progress) -> EngineInfo:
     """Build one engine into ``partial``."""
-    logger = job.library.logger(job.verbose)
-    builder = job.library.module.Builder(logger)
+    if job.gpu is not None:
+        use_gpu(job.gpu)
+    log = Log(job.library.module, job.verbose)
+    builder = job.library.module.Builder(log.logger)
     if job.plugin is None or name != DECODER:
-        return _build_network(job, name, builder, logger, partial, progress)
-    with plugin(job.library, builder, logger, job.plugin):
-        return _build_network(job, name, builder, logger, partial, progress)
+        return _build_network(job, name, builder, log, partial, progress)
+    with plugin(job.library, builder, log, job.plugin):
+        return _build_network(job, name, builder, log, partial, progress)
 
 
-def _build_network(job: _Job, name: str, builder: Any, logger: Any, partial: Path, progress: Progress) -> EngineInfo:
+def _build_network(job: _Job, name: str, builder: Any, log: Log, partial: Path, progress: Progress) -> EngineInfo:
     """The network and its plugins end with this call, before the plugin's library goes."""
     from vkvx.runtime.engines.lowering import legalise
 
     library, graph = job.library, job.manifest.graphs[name]
     path = job.bundle / graph.file
     proto = legalise(path, library.dialect, plugin_free=job.options.plugin_free)
-    network = parse(library, builder, logger, proto, path)
+    network = parse(library, builder, log, proto, path)
     check_tensors(library, network, graph)
     expected = job.manifest.model.layers if name == DECODER and job.plugin is not None else 0
     if network.plugin_layers != expected:
@@ -311,8 +315,8 @@ def _build_network(job: _Job, name: str, builder: Any, logger: Any, partial: Pat
     if expected and job.plugin_info is not None and job.plugin_info.embedded:
         config.plugins_to_serialize = [str(job.plugin)]
     _load_timing_cache(job, config)
-    file = f"{name}.engine"
-    build_engine(library, builder, logger, network, config, partial / file, BuildProgress(f"{name} engine", progress))
+    file, watch = f"{name}.engine", BuildProgress(f"{name} engine", progress)
+    build_engine(library, builder, log, network, config, partial / file, watch, job.gpu)
     _save_timing_cache(job, config)
     return EngineInfo(file, network.layers, network.plugin_layers)
 

@@ -1,4 +1,4 @@
-"""TensorRT, or TensorRT for RTX, imported when first asked for: its version, what it offers, its log.
+"""TensorRT, or TensorRT for RTX, imported when first asked for: its version, what it offers, its plugins.
 
 Everything that differs between TensorRT 8.6, 10, 11 and RTX when engines are built is said here or in
 ``vkvx.runtime.engines.lowering``. Nothing here needs a GPU, except where TensorRT itself does.
@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-from vkvx.errors import DependencyError, OptionError
+from vkvx.errors import DependencyError, EngineError, OptionError, VkvxError
 from vkvx.plugins import operator
 from vkvx.runtime.engines.dialect import Dialect
+from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import BACKENDS
 
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -28,6 +28,8 @@ NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
 _RTX_LIBRARIES, _RTX_SONAME = "tensorrt_rtx_libs", "libtensorrt_rtx.so"
 PLUGIN_LIBRARIES = {3: "libvkvx_tensorrt.so", 2: "libvkvx_tensorrt8.so"}
 """The plugin's file by the interface it implements, IPluginV3 or IPluginV2DynamicExt."""
+REBUILD = "run `vkvx build BUNDLE --force`"
+"""What helps against an engine that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,24 @@ class Library:
         return getattr(types, names[dtype])
 
     def registry(self, owner: Any) -> Any:
-        """The plugin registry that a ``Builder`` or ``Runtime`` sees."""
+        """The plugin registry that a ``Builder``, a ``Runtime`` or, as ``owner``, the whole module sees."""
         own = getattr(owner, "get_plugin_registry", None)
         return own() if own is not None else self.module.get_plugin_registry()
 
-    def logger(self, verbose: bool = False) -> Any:
-        """A logger, see :func:`_make_logger`."""
-        return _make_logger(self.module, verbose)
+    def load_plugin(self, owner: Any, log: Log, path: Path, kind: type[VkvxError], remedy: str) -> Any:
+        """Load a plugin library into the registry of ``owner``; its handle there. Raises ``kind`` if that fails."""
+        with log.explain(kind, f"{self.name} cannot load the plugin {path}", remedy):
+            handle = self.registry(owner).load_library(str(path.resolve()))
+            log.require(handle is not None)
+        return handle
+
+
+def load_engine(runtime: Any, log: Log, path: Path) -> Any:
+    """The engine in a file, for the current GPU of the thread. Raises EngineError if TensorRT does not take it."""
+    with log.explain(EngineError, f"TensorRT cannot load {path}", REBUILD):
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        log.require(engine is not None)
+    return engine
 
 
 def load(backend: str, *, has_gpu: bool) -> Library:
@@ -167,19 +180,14 @@ def _name_rtx_library() -> None:
 
 
 @contextlib.contextmanager
-def plugin(library: Library, builder: Any, logger: Any, path: Path) -> Iterator[None]:
-    """Load a plugin library into the registry; it leaves the registry in the end.
+def plugin(library: Library, builder: Any, log: Log, path: Path) -> Iterator[None]:
+    """Load a plugin library into the registry of a builder; it leaves the registry in the end.
 
     Raises DependencyError if it cannot be loaded, or holds no creator of the operator.
     """
+    remedy = "run `vkvx plugin build`, or give another --plugin"
+    handle = library.load_plugin(builder, log, path, DependencyError, remedy)
     registry = library.registry(builder)
-    logger.clear()
-    handle = registry.load_library(str(path.resolve()))
-    if handle is None:
-        reason = logger.first_error or "no creators in it"
-        raise DependencyError(
-            f"{library.name} cannot load the plugin {path}: {reason}; run `vkvx plugin build`, or give another --plugin"
-        )
     try:
         if not _has_creator(registry):
             raise DependencyError(
@@ -199,41 +207,3 @@ def _has_creator(registry: Any) -> bool:
     # all_creators sees one interface only in some versions, get_creator is missing in others.
     get = getattr(registry, "get_creator", None) or registry.get_plugin_creator
     return any(get(operator.NAME, str(operator.VERSION), domain) is not None for domain in (operator.DOMAIN, ""))
-
-
-def _make_logger(module: Any, verbose: bool) -> Any:
-    """An ``ILogger`` that keeps errors, and prints everything if ``verbose``."""
-
-    class Logger(module.ILogger):
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            """Called by TensorRT, from any of its threads; must not raise."""
-            if int(severity) <= int(module.ILogger.Severity.ERROR):
-                self.errors.append(message)
-            if verbose:
-                print(f"{severity}: {message}", file=sys.stderr, flush=True)
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-        @property
-        def first_error(self) -> str | None:
-            """The first error that says something, on one line."""
-            return first_error(self.errors)
-
-    return Logger()
-
-
-_NOISE = ("Cuda Runtime", "catchCudaError", "CUDA initialization failure", "CUDA driver version")
-"""Errors that TensorRT for RTX logs, without consequence, on a machine without a GPU."""
-
-
-def first_error(messages: Sequence[str]) -> str | None:
-    """The first message that is not about the missing GPU, in one line."""
-    for message in messages:
-        if not any(words in message for words in _NOISE):
-            return " ".join(message.split())
-    return None

@@ -90,18 +90,18 @@ def _rows(
 ) -> tuple[int, int]:
     """Slots and batch size; what is not given is a power of two that fits into the memory."""
     memory = given.memory or gpu_memory or DEFAULT_MEMORY
-    room = int(memory * (1 - _RESERVE)) - weight_bytes
+    budget = int(memory * (1 - _RESERVE)) - weight_bytes
     slot = slot_bytes(manifest, visual, text)
     if given.slots is not None or given.batch_size is not None:
         slots = given.slots or given.batch_size or 1
     else:
         slots = 1
-        while slots < _MAX_SLOTS and 2 * slots * slot <= room:
+        while slots < _MAX_SLOTS and 2 * slots * slot <= budget:
             slots *= 2
     batch = given.batch_size or min(slots, _MAX_BATCH)
     if batch > slots:
         raise OptionError(f"--max-batch-size {batch} is more than --max-slots {slots}; give at least as many slots")
-    if slots * slot > room:
+    if slots * slot > budget:
         raise CapacityError(
             f"weights of {weight_bytes / GIB:.2f} GiB and {slots} slots of {slot / GIB:.2f} GiB leave no quarter of "
             f"{memory / GIB:.2f} GiB free; give fewer --max-slots, less --max-visual-tokens or --max-text-tokens, "

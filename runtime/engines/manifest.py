@@ -134,8 +134,10 @@ class EngineManifest(ManifestFile):
     def check_bundle(self, bundle: str | Path) -> None:
         """Raise EngineError unless the engines were built from this very bundle."""
         if bundle_hash(bundle) != self.bundle_hash:
+            name = directory_name(self.backend, self.compute_capabilities)
             raise EngineError(
-                f"the engines were built from another state of the bundle {bundle}; run `vkvx build {bundle}` again"
+                f"the engines {name} were built from another state of the bundle {bundle}; "
+                f"run `vkvx build {bundle}` again"
             )
 
     def profile(self, engine: str, name: str) -> Profile:

@@ -1,10 +1,8 @@
-"""Memory: how much main memory is free or was taken at most, on Linux; how much the GPU has. None if unknown."""
+"""Main memory: how much is free or was taken at most, on Linux; None if unknown."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -39,24 +37,13 @@ def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
     if most == "max":
         return free
     cached = sum(int(found) for found in re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE))
-    left = max(0, int(most) - used + cached)  # the cache of files makes room
+    left = max(0, int(most) - used + cached)  # the cache of files gives way
     return left if free is None else min(free, left)
 
 
 def peak_memory(proc: Path = _PROC) -> int | None:
     """Most bytes that the process has had in main memory so far."""
     return _kilobytes(proc / "self" / "status", "VmHWM")
-
-
-def gpu_memory() -> int | None:
-    """Bytes of memory of the smallest GPU that the driver shows."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.findall(r"^(\d+)$", done.stdout, re.MULTILINE) if done.returncode == 0 else []
-    return min((int(size) << 20 for size in found), default=None)
 
 
 def _kilobytes(path: Path, name: str) -> int | None:

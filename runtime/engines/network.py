@@ -11,7 +11,9 @@ from typing import Any, BinaryIO
 from vkvx.errors import BuildError
 from vkvx.manifest import Graph
 from vkvx.plugins.operator import NAME
+from vkvx.runtime.engines.gpus import Gpu, use_gpu
 from vkvx.runtime.engines.library import Library
+from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import Profile
 from vkvx.runtime.engines.progress import BuildProgress, monitor, run_cancellable
 
@@ -30,18 +32,18 @@ class Network:
         return int(self.definition.num_layers)
 
 
-def parse(library: Library, builder: Any, logger: Any, graph: bytes, path: Path) -> Network:
+def parse(library: Library, builder: Any, log: Log, graph: bytes, path: Path) -> Network:
     """Parse a graph, whose external weights lie beside ``path``. Raises BuildError that names the node."""
     module = library.module
     flags = module.NetworkDefinitionCreationFlag
     # From TensorRT 11 on there may be no other networks, and no flag.
     flag = getattr(flags, "STRONGLY_TYPED" if library.is_strongly_typed else "EXPLICIT_BATCH", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = module.OnnxParser(network, logger)
-    logger.clear()
+    parser = module.OnnxParser(network, log.logger)
+    log.errors.clear()
     if not parser.parse(graph, str(path.resolve())):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise BuildError(explain_parser_errors(library.name, path.name, errors, logger.first_error))
+        raise BuildError(explain_parser_errors(library.name, path.name, errors, log.reason))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     if not library.is_strongly_typed:
         _set_precisions(library, layers, _value_types(graph))
@@ -49,11 +51,11 @@ def parse(library: Library, builder: Any, logger: Any, graph: bytes, path: Path)
     return Network(network, parser, sum(layer.type in plugins for layer in layers))
 
 
-def explain_parser_errors(name: str, file: str, errors: Iterable[Any], logged: str | None) -> str:
+def explain_parser_errors(name: str, file: str, errors: Iterable[Any], logged: str) -> str:
     """One line: the node that TensorRT does not take, its words, and what to do."""
     errors = list(errors)
     if not errors:
-        return f"{name} cannot read {file}: {logged or 'it does not say why'}; export the model again"
+        return f"{name} cannot read {file}: {logged}; export the model again"
     error = errors[0]
     text = " ".join(str(error.desc()).split())
     node = str(error.node_name()) if hasattr(error, "node_name") else f"number {error.node()}"
@@ -145,28 +147,36 @@ def add_profile(builder: Any, config: Any, profile: Profile) -> None:
 def build_engine(
     library: Library,
     builder: Any,
-    logger: Any,
+    log: Log,
     network: Network,
     config: Any,
     path: Path,
     progress: BuildProgress,
+    gpu: Gpu | None = None,
 ) -> None:
-    """Build the engine into a file. Raises BuildError; KeyboardInterrupt once TensorRT has stopped, after Ctrl-C."""
+    """Build the engine into a file, on ``gpu`` where there are several kinds.
+
+    Raises BuildError; KeyboardInterrupt once TensorRT has stopped, after Ctrl-C.
+    """
     watch = monitor(library.module, progress)
     if watch is not None:
         config.progress_monitor = watch
-    logger.clear()
+    log.errors.clear()
 
     def cancel() -> None:
         progress.cancelled = True
 
+    def work() -> bool:
+        if gpu is not None:  # the thread that builds is a new one
+            use_gpu(gpu)
+        return _serialize(library, builder, network.definition, config, file)
+
     with path.open("wb") as file:
-        if not run_cancellable(lambda: _serialize(library, builder, network.definition, config, file), cancel):
-            reason = logger.first_error or "it does not say why"
+        if not run_cancellable(work, cancel):
             remedy = "give --debug for its log"
-            if re.search(r"memory|workspace|allocat", reason, re.IGNORECASE):
+            if re.search(r"memory|workspace|allocat", log.reason, re.IGNORECASE):
                 remedy = "free memory, give a larger --workspace, or lower limits such as --max-input-len"
-            raise BuildError(f"{library.name} cannot build the engine: {reason}; {remedy}")
+            raise BuildError(f"{library.name} cannot build the engine: {log.reason}; {remedy}")
     progress.done()
 
 

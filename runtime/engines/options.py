@@ -52,7 +52,9 @@ class BuildOptions:
 
 
 def choose_capabilities(library: Library, given: tuple[str, ...], native: list[str]) -> tuple[str, ...]:
-    """The compute capabilities to build for. ``native`` are those of the machine's GPUs, such as "8.9".
+    """The compute capabilities to build for: what was given, else that of the machine's first GPU.
+
+    ``native`` are those of the machine's GPUs, such as "8.9", in CUDA's order.
 
     Raises OptionError for one that is not understood or that the library does not build for, and DependencyError if
     a GPU is needed and there is none.
@@ -156,7 +158,7 @@ def configure(library: Library, builder: Any, options: BuildOptions, capabilitie
     if library.plugin_interface == 3 and aliases is not None and not options.plugin_free:
         config.set_preview_feature(aliases, True)
     if not library.is_strongly_typed:
-        # Layers may take FP16, and take it where the graph has it: see ``engine_network``.
+        # Layers may take FP16, and take it where the graph has it: see :func:`vkvx.runtime.engines.network.parse`.
         config.set_flag(module.BuilderFlag.FP16)
         config.set_flag(module.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
         # Each captured decode step has a context of its own, all with one profile.

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from vkvx.errors import InputError
-from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.processor import PLACEHOLDER, Message, Picture, Prepared, Processor, listed
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
@@ -64,7 +64,7 @@ class Conversation:
         options: GenerationOptions | None = None,
         **changes: Any,
     ) -> Generation:
-        """Continue the history by a prompt as it stands (no chat template, one ``<image>`` a picture) and answer it."""
+        """Continue the history by a prompt as it is (no chat template, one ``<image>`` per picture) and answer it."""
         generation = None
         for chunk in self.stream(prompt, images, options=options, **changes):
             generation = chunk.generation
@@ -129,6 +129,7 @@ class Conversation:
         return self._backend.cache.bytes_used(self._open_slot())
 
     def _open_slot(self) -> int:
+        check_open(self._backend)
         if self._slot is None:
             raise InputError("this conversation is closed; start another with session.conversation()")
         return self._slot
@@ -183,10 +184,10 @@ class Conversation:
         if not self._messages:
             return processor.format([message])
         earlier = [*self._messages[:-1], {"role": "assistant", "content": _ANSWER}]
-        _, found, rest = processor.format([*earlier, message]).rpartition(_ANSWER)
+        _, found, following = processor.format([*earlier, message]).rpartition(_ANSWER)
         if not found:
             raise InputError("the chat template changes answers; use generate() with prompts of your own")
-        return rest
+        return following
 
     def _without_repeated_end(self, prepared: Prepared) -> Prepared:
         """Drop an end-of-sequence token that a template puts after an answer if the model ended the answer by it."""

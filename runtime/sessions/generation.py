@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import CapacityError
-from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
@@ -205,7 +205,11 @@ class Scheduler:
             request.leave()
 
     def step(self) -> list[Chunk]:
-        """Start what may start, run one call, and return what it added; a finished row has left by then."""
+        """Start what may start, run one call, and return what it added; a finished row has left by then.
+
+        Raises InputError if the backend was closed, and what it raises.
+        """
+        check_open(self._backend)
         backend, live, waiting = self._backend, self._live, self._waiting
         starting = list[Request]()
         while waiting and _may_start(backend, waiting[0], starting, live):

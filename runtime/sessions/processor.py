@@ -155,7 +155,7 @@ def load_picture(source: Picture) -> Image:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise missing("PIL") from error
+        raise missing("PIL", error) from error
     if isinstance(source, Image.Image):
         image, name = source, "the picture"
     elif isinstance(source, (str, Path)):
@@ -188,7 +188,7 @@ def _auto_processor() -> Any:
     try:
         from transformers import AutoProcessor
     except ImportError as error:
-        raise missing(error.name or "transformers") from error
+        raise missing("transformers", error) from error
     finally:
         del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
         if advice is not None:

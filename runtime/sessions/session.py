@@ -9,8 +9,8 @@ from typing import Any, overload
 
 from vkvx.errors import InputError, OptionError
 from vkvx.manifest import Manifest, Progress
-from vkvx.runtime.backends.base import Backend
-from vkvx.runtime.backends.registry import ENGINE_BACKENDS, choose_backend, engine_limits, open_backend
+from vkvx.runtime.backends.base import Backend, check_open
+from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.processor import Message, Pictures, Processor, listed
@@ -26,7 +26,8 @@ DEFAULT_TEXT_TOKENS = 1024
 class Session:
     """A bundle with a cache of ``slots`` sequences. Make one with :meth:`load`; use it from one thread.
 
-    ``backend.name`` and ``backend.provider`` say what runs it and where, ``backend_reason`` why.
+    ``backend.name`` and ``backend.device`` say what runs it and where, ``backend_reason`` why. After :meth:`close`
+    its methods, its conversations and its streams that still run raise InputError.
     """
 
     def __init__(
@@ -53,14 +54,14 @@ class Session:
     ) -> Session:
         """Open a bundle directory.
 
-        ``visual_tokens`` and ``text_tokens`` are what a slot has room for: by default four pictures (2048 visual tokens
+        ``visual_tokens`` and ``text_tokens`` are the capacity of a slot: by default four pictures (2048 visual tokens
         where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
         "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
         a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
         sample.
 
-        Raises BundleError, EngineError, OptionError, DependencyError, CapacityError.
+        Raises BundleError, EngineError, OptionError, DependencyError, DeviceError, CapacityError.
         """
         directory = Path(bundle)
         manifest = Manifest.load(directory)
@@ -73,10 +74,8 @@ class Session:
         if text_tokens is not None and text_tokens < 1:
             raise OptionError(f"text_tokens (--max-text-tokens) must be at least 1, got {text_tokens}")
         model, size = manifest.model, manifest.quantization.group_size
-        reason = "it was asked for"
-        if backend == "auto":
-            backend, reason = choose_backend(directory, manifest, provider, threads)
-        limits = engine_limits(directory, backend) if backend in ENGINE_BACKENDS else None
+        found = choose_backend(backend, directory, manifest, provider, threads)
+        limits = found.limits
         if visual_tokens is None:
             picture = model.tokens_per_picture
             groups = -(-picture // size) * DEFAULT_PICTURES if picture else -(-DEFAULT_VISUAL_TOKENS // size)
@@ -86,20 +85,10 @@ class Session:
         if text_tokens is None:
             text_tokens = min(model.max_positions, DEFAULT_TEXT_TOKENS)
             if limits is not None:
-                room = limits.text_tokens - (0 if manifest.layout.is_packed else visual_tokens)
-                text_tokens = max(1, min(text_tokens, room))
-        opened = open_backend(
-            backend,
-            directory,
-            manifest,
-            slots=slots,
-            visual_tokens=visual_tokens,
-            text_tokens=text_tokens,
-            provider=provider,
-            threads=threads,
-            verify=verify,
-        )
-        return cls(manifest, opened, Processor.of_bundle(directory, manifest), reason)
+                capacity = limits.text_tokens - (0 if manifest.layout.is_packed else visual_tokens)
+                text_tokens = max(1, min(text_tokens, capacity))
+        opened = found.open(slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, verify=verify)
+        return cls(manifest, opened, Processor.of_bundle(directory, manifest), found.reason)
 
     @overload
     def generate(
@@ -148,6 +137,7 @@ class Session:
 
         Closing the iterator ends all rows and frees their slots.
         """
+        check_open(self.backend)
         if isinstance(prompts, str):
             prompts, images = [prompts], [images]
         elif images is None:
@@ -169,6 +159,7 @@ class Session:
 
     def conversation(self) -> Conversation:
         """Start a conversation in a free slot. Raises CapacityError if there is none."""
+        check_open(self.backend)
         return Conversation(self.backend, self.processor)
 
     def format(self, messages: Sequence[Message]) -> str:
@@ -181,8 +172,8 @@ class Session:
         return changed_options(base, changes)
 
     def close(self) -> None:
-        """Drop the graphs and the cache."""
-        del self.backend
+        """Free the model and the cache; a second time does nothing."""
+        self.backend.close()
 
     def __enter__(self) -> Session:
         return self

@@ -16,6 +16,7 @@ from engine_calls import link_bundle
 from vkvx.cli.terminal import parse_bytes
 from vkvx.errors import OptionError
 from vkvx.plugins import build as plugin_build
+from vkvx.runtime.engines import build as engine_build
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_the_default_plugin(
 def test_refusals_are_one_line(
     cli: Callable, built: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
-    monkeypatch.setattr(plugin_build, "native_architectures", list)
+    monkeypatch.setattr(engine_build, "list_gpus", list)
     found = cli("build", built[0], *arguments)
     assert found.code == 2
     assert found.err.startswith("vkvx: error: ")

@@ -11,6 +11,7 @@ import bisect
 import ctypes
 import json
 import sys
+import threading
 from collections.abc import Callable
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
@@ -40,6 +41,8 @@ from vkvx.runtime.engines.manifest import (
 )
 
 POISON = 0xFF
+STREAMS = 7
+"""The handle of the stream on GPU 0; others follow."""
 TYPES = {"float16": np.float16, "float32": np.float32, "int32": np.int32}
 
 
@@ -47,6 +50,7 @@ class CudaError(IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
     cudaErrorNoDevice = 100
+    cudaErrorInvalidDevice = 101
     cudaErrorIllegalAddress = 700
 
 
@@ -58,9 +62,13 @@ class Cuda(ModuleType):
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
-    def __init__(self, *, devices: int = 1, capability: str = "9.0", memory: int = 1 << 32) -> None:
+    def __init__(self, *capabilities: str, memory: int = 1 << 32) -> None:
+        """GPUs of these compute capabilities; ``memory`` is that of each."""
         super().__init__("cuda.bindings.runtime")
-        self.devices, self.capability, self.memory = devices, capability, memory
+        self.capabilities, self.memory = list(capabilities), memory
+        self.thread = threading.local()  # the current GPU is kept for each thread, and is GPU 0 at first
+        self.owners: dict[int, int] = {}  # address of an allocation, or a stream -> GPU
+        self.touched: set[int] = set()  # GPUs that got a context
         self.blocks: dict[int, Any] = {}  # address -> buffer, alive
         self.starts: list[int] = []
         self.ends: dict[int, int] = {}
@@ -69,10 +77,17 @@ class Cuda(ModuleType):
         self.synchronized = 0
         self.launched = 0
 
+    @property
+    def current(self) -> int:
+        """The GPU of the calling thread, which is about to be used."""
+        index: int = getattr(self.thread, "index", 0)
+        self.touched.add(index)
+        return index
+
     # Memory
 
     def cudaMalloc(self, size: int) -> tuple[CudaError, int]:
-        used = sum(self.ends[start] - start for start in self.blocks)
+        used = sum(self.ends[start] - start for start in self.blocks if self.owners[start] == self.current)
         if used + size > self.memory:
             return CudaError.cudaErrorMemoryAllocation, 0
         buffer = (ctypes.c_uint8 * (size + 512))()
@@ -80,6 +95,7 @@ class Cuda(ModuleType):
         address = -(-ctypes.addressof(buffer) // 256) * 256
         self.blocks[address] = buffer
         self.ends[address] = address + size
+        self.owners[address] = self.current
         bisect.insort(self.starts, address)
         return CudaError.cudaSuccess, address
 
@@ -96,6 +112,11 @@ class Cuda(ModuleType):
         if at >= 0 and address < self.ends[self.starts[at]]:
             assert self.starts[at] in self.blocks, "memory is used after it was freed"
             assert address + size <= self.ends[self.starts[at]], "an access reaches past its allocation"
+            assert self.owners[self.starts[at]] == self.current, "memory is used on another GPU than its own"
+
+    def check_stream(self, stream: int) -> None:
+        """A stream takes work only while its GPU is the current one."""
+        assert int(stream) == STREAMS + self.current, "a stream is used while another GPU is the current one"
 
     def do(self, work: Callable[[], None]) -> tuple[CudaError]:
         if self.recording is None:
@@ -110,6 +131,8 @@ class Cuda(ModuleType):
     def cudaMemcpy2DAsync(
         self, target: int, target_pitch: int, source: int, pitch: int, width: int, rows: int, kind: int, stream: Any
     ) -> tuple[CudaError]:
+        self.check_stream(stream)
+
         def work() -> None:
             for row in range(rows):
                 places = target + row * target_pitch, source + row * pitch
@@ -124,31 +147,41 @@ class Cuda(ModuleType):
         return self.do(lambda: ctypes.memset(address, value, size) and None)
 
     def cudaMemGetInfo(self) -> tuple[CudaError, int, int]:
-        used = sum(self.ends[start] - start for start in self.blocks)
+        used = sum(self.ends[start] - start for start in self.blocks if self.owners[start] == self.current)
         return CudaError.cudaSuccess, self.memory - used, self.memory
 
     # Device, streams, graphs
 
     def cudaGetDeviceCount(self) -> tuple[CudaError, int]:
-        return (CudaError.cudaSuccess if self.devices else CudaError.cudaErrorNoDevice), self.devices
+        count = len(self.capabilities)
+        return (CudaError.cudaSuccess if count else CudaError.cudaErrorNoDevice), count
+
+    def cudaGetDevice(self) -> tuple[CudaError, int]:
+        return CudaError.cudaSuccess, getattr(self.thread, "index", 0)
 
     def cudaSetDevice(self, index: int) -> tuple[CudaError]:
+        if not 0 <= index < len(self.capabilities):
+            return (CudaError.cudaErrorInvalidDevice,)
+        self.thread.index = index
+        self.touched.add(index)
         return (CudaError.cudaSuccess,)
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[CudaError, Any]:
-        major, minor = map(int, self.capability.split("."))
-        return CudaError.cudaSuccess, SimpleNamespace(name=b"Stand-in", major=major, minor=minor)
+        major, minor = map(int, self.capabilities[index].split("."))
+        named = SimpleNamespace(name=b"Stand-in", major=major, minor=minor, totalGlobalMem=self.memory)
+        return CudaError.cudaSuccess, named
 
     def cudaGetErrorString(self, error: CudaError) -> tuple[CudaError, bytes]:
         return CudaError.cudaSuccess, {100: b"no CUDA-capable device is detected"}.get(int(error), b"an error")
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[CudaError, int]:
-        return CudaError.cudaSuccess, 7
+        return CudaError.cudaSuccess, STREAMS + self.current
 
     def cudaStreamDestroy(self, stream: Any) -> tuple[CudaError]:
         return (CudaError.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream: Any) -> tuple[CudaError]:
+        self.check_stream(stream)
         assert self.recording is None, "a stream cannot be waited for while it is captured"
         self.synchronized += 1
         return (CudaError.cudaSuccess,)
@@ -165,6 +198,7 @@ class Cuda(ModuleType):
         return CudaError.cudaSuccess, graph
 
     def cudaGraphLaunch(self, graph: Any, stream: Any) -> tuple[CudaError]:
+        self.check_stream(stream)
         self.launched += 1
         for work in graph:
             work()
@@ -224,7 +258,11 @@ class TensorRT(ModuleType):
             assert self.has_own_plugins == self.__version__.startswith("8.")
             assert self.plugins, "an engine with a plugin needs its library first"
             try:
-                return Engine(self, logger, json.loads(data))
+                found = json.loads(data)
+                if found["capability"] != self.cuda.capabilities[self.cuda.current]:
+                    logger.log(Severity.ERROR, "The engine plan file is generated on an incompatible device")
+                    return None
+                return Engine(self, logger, found)
             except ValueError:
                 logger.log(Severity.ERROR, "Serialization assertion failed.\nmagic tag does not match")
                 return None
@@ -237,6 +275,7 @@ class Engine:
 
     def __init__(self, library: TensorRT, logger: Logger, data: dict[str, Any]) -> None:
         self.library, self.logger, self.data = library, logger, data
+        self.gpu = library.cuda.current
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
@@ -251,6 +290,7 @@ class Engine:
 
     def create_execution_context(self, strategy: int | None = None) -> Context:
         assert (strategy is None) == self.library.__version__.startswith("8.")
+        assert self.gpu == self.library.cuda.current, "a context is made on another GPU than its engine's"
         self.contexts += 1
         return Context(self, 0 if self.contexts == 1 else -1)
 
@@ -288,6 +328,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda = self.engine.library.cuda
+        cuda.check_stream(stream)
         assert set(self.addresses) == set(self.engine.names)
         assert set(self.shapes) == set(self.engine.data["inputs"])
         shapes, addresses = dict(self.shapes), dict(self.addresses)
@@ -355,6 +396,7 @@ def make_engines(
             "outputs": {tensor.name: tensor.shape for tensor in graph.outputs},
             "profiles": [profile.shapes for profile in profiles if profile.engine == name],
             "tokens": manifest.model.tokens_per_picture,
+            "capability": capability,
         }
         (directory / f"{name}.engine").write_text(json.dumps(data))
     (directory / "libvkvx_tensorrt.so").write_bytes(b"a plugin")

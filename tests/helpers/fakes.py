@@ -98,7 +98,11 @@ class FakeBackend:
     What a slot holds is kept beside the cache and checked against the counts and positions of each call.
     """
 
+    name = "fake"
+    provider = "cpu"
+    device = "CPU"
     limits: Limits | None = None
+    closed = False
 
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
@@ -107,6 +111,9 @@ class FakeBackend:
         self.script: list[int] | None = None
         self.calls: list[Call] = []
         self.fail_at: int | None = None
+
+    def close(self) -> None:
+        self.closed = True
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         pixels = pixel_inputs["pixel_values"][:, 0]

@@ -16,7 +16,7 @@ from vkvx.cli import bench, build, chat, deploy, doctor, eval, export, inspect, 
 from vkvx.errors import OptionError, StorageError, VkvxError
 
 EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141
-"""Done; a check failed; the user can mend it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
+"""Done; a check failed; the user can fix it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
 
 VERBS = (export, build, run, chat, validate, bench, eval, inspect, plan, plugin, deploy, doctor)
 
@@ -83,8 +83,10 @@ def explain(error: BaseException) -> tuple[str, int]:
     """The one line that tells a user what is wrong, and the exit code."""
     if isinstance(error, VkvxError):
         return str(error), EXIT_ERROR
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return str(packages.missing(error.name)), EXIT_ERROR
+    if isinstance(error, ImportError):
+        if error.name:
+            return str(packages.missing(error.name, error)), EXIT_ERROR
+        return f"a Python package cannot be imported: {error}; see `vkvx doctor`", EXIT_ERROR
     if isinstance(error, OSError):
         storage = terminal.storage_error(error)
         if isinstance(storage, StorageError) or error.filename is not None:

@@ -89,7 +89,7 @@ def _table(results: list[Result]) -> list[str]:
         f"{'':<14}{'':<10}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}",
     ]
     for result in results:
-        name = f"{result.backend} on {result.device or result.provider}: {result.reason}"
+        name = f"{result.backend} on {result.device}: {result.reason}"
         lines.append(name)
         for kind, latency in (("vision", result.vision), ("prefill", result.prefill), ("decode step", result.decode)):
             if latency is not None:

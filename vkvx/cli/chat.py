@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vkvx.runtime.sessions.session import Session
 
 TEXT_TOKENS = 4096
-"""Default room for text: several turns need more than one question."""
+"""Default capacity for text: several turns need more than one question."""
 
 HELP = """\
 /image PATH   add a picture to the next message

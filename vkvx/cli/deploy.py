@@ -27,8 +27,8 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     triton.add_argument("--name", metavar="NAME", help="of the model (default: the bundle's)")
     triton.add_argument("--backend", default="auto", metavar="NAME", help="of vkvx, as in `vkvx run` (default: auto)")
     triton.add_argument("--slots", type=int, default=8, metavar="N", help="sequences an instance runs side by side (8)")
-    triton.add_argument("--max-visual-tokens", type=int, metavar="N", help="room of a slot (default: as in Python)")
-    triton.add_argument("--max-text-tokens", type=int, metavar="N", help="room of a slot (default: as in Python)")
+    triton.add_argument("--max-visual-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
+    triton.add_argument("--max-text-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
     triton.add_argument("--gpus", metavar="LIST", help="such as 0,1; none: the CPU (default: what Triton finds)")
     triton.add_argument("--instances", type=int, default=1, metavar="N", help="on each GPU (default: 1)")
     triton.add_argument(

@@ -120,8 +120,10 @@ def probe_providers() -> tuple[list[str], dict[str, str]]:
 
 
 def nvidia_devices() -> list[str]:
-    """Name and compute capability of each GPU that the driver shows."""
-    return _output("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader").splitlines()
+    """Name and compute capability of each GPU that this process may use, in CUDA's order."""
+    from vkvx.runtime.engines.gpus import list_gpus
+
+    return [f"{gpu.name}, {gpu.compute_capability}" for gpu in list_gpus()]
 
 
 def nvcc_version() -> str | None:

@@ -41,8 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--provider", choices=PROVIDERS, default="auto", help="where to run (default: auto)")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
-    machine.add_argument("--max-visual-tokens", type=int, metavar="N", help="room in the cache for visual tokens")
-    machine.add_argument("--max-text-tokens", type=int, metavar="N", help="room in the cache for text tokens")
+    machine.add_argument("--max-visual-tokens", type=int, metavar="N", help="visual tokens that the cache holds")
+    machine.add_argument("--max-text-tokens", type=int, metavar="N", help="text tokens that the cache holds")
     machine.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
 
 
@@ -111,6 +111,7 @@ def figures(session: Session, conversation: Conversation) -> dict[str, Any]:
     return {
         "backend": session.backend.name,
         "provider": session.backend.provider,
+        "device": session.backend.device,
         "backend_reason": session.backend_reason,
         **answer,
         "visual_tokens": visual_tokens,
@@ -143,5 +144,5 @@ def figure_lines(found: dict[str, Any]) -> list[str]:
         f"{found['text_tokens']} text tokens in {size(found['text_bytes'])};"
         f" cache in use {size(found['cache_bytes_used'])} of {size(found['cache_bytes_allocated'])}"
     )
-    lines.append(f"ran in {found['backend']} on {found['provider']}: {found['backend_reason']}")
+    lines.append(f"ran in {found['backend']} on {found['device']}: {found['backend_reason']}")
     return lines

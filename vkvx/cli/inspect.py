@@ -207,11 +207,11 @@ def _graph_lines(graph: dict[str, Any]) -> list[str]:
     opsets = ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items())
     shown = list(graph["operators"].items())
     text = ", ".join(f"{name} {count}" for name, count in shown[:_SHOWN_OPERATORS])
-    rest = sum(count for _, count in shown[_SHOWN_OPERATORS:])
+    others = sum(count for _, count in shown[_SHOWN_OPERATORS:])
     size = f"{graph['nodes']} nodes, {graph['initializers']} initializers"
     lines = [
         f"  {size}, opset {opsets}, IR version {graph['ir_version']}",
-        f"  {text}" + (f", others {rest}" if rest else ""),
+        f"  {text}" + (f", others {others}" if others else ""),
     ]
     for function in graph["functions"]:
         overload = f" ({function['overload']})" if function["overload"] else ""

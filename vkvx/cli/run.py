@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vkvx.manifest import Manifest
 
 PROMPT_TOKENS = 1024
-"""Default room for the text of a prompt."""
+"""Default capacity for the text of a prompt."""
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:

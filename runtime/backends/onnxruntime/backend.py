@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from vkvx.cache_layout import CacheLayout
-from vkvx.errors import BundleError, DependencyError, OptionError
+from vkvx.errors import DependencyError
 from vkvx.manifest import Manifest
 from vkvx.packages import missing, requirement
-from vkvx.runtime.backends.base import PROVIDERS
+from vkvx.runtime.backends.base import check_machine
+from vkvx.runtime.backends.onnxruntime.faults import explain
 from vkvx.runtime.backends.onnxruntime.threads import default_threads
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage, numpy_dtype
 from vkvx.runtime.calls import CALL_INPUTS, Call, place_embeds
@@ -82,6 +83,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     limits = None
+    closed = False
 
     def __init__(
         self,
@@ -94,10 +96,10 @@ class OnnxRuntimeBackend:
         provider: str = "auto",
         threads: int | None = None,
     ) -> None:
+        check_machine(provider, threads)
         self._ort = _import_onnxruntime()
         self.provider = choose_provider(self._ort, provider)
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads (--threads) must be at least 1, got {threads}")
+        self.device = "CPU" if self.provider == "cpu" else "GPU 0"
         self.threads = threads or default_threads()
         self.manifest = manifest
         self._bundle = bundle
@@ -112,8 +114,15 @@ class OnnxRuntimeBackend:
         self._vision: Any = None  # opened with the first picture
         self._decoder = self._open(manifest.graphs["decoder"].file)
         layout = CacheLayout(replace(manifest.model, dtype=dtype), manifest.quantization)
-        self.cache = PackedCache(layout, slots, visual_tokens, text_tokens, self._storage)
-        self._binding = self._bind_caches()
+        with explain(self._ort, f"onnxruntime cannot allocate a cache of {slots} slots"):
+            self.cache = PackedCache(layout, slots, visual_tokens, text_tokens, self._storage)
+        self._binding: Any = self._bind_caches()
+
+    def close(self) -> None:
+        self.closed = True
+        self._binding = self._decoder = self._vision = None
+        self._weights.clear()
+        self.cache.buffers.clear()
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         graph = self.manifest.graphs["vision"]
@@ -197,10 +206,8 @@ class OnnxRuntimeBackend:
             model, values = widen(path)
             options.add_external_initializers(list(values), [_ort_value(ort, array) for array in values.values()])
             self._weights.append(values)  # onnxruntime does not copy them
-        try:
+        with explain(ort, f"onnxruntime cannot load {path}"):
             session = ort.InferenceSession(model, options, providers=providers)
-        except Exception as error:  # onnxruntime has its own exception types, without a common base
-            raise BundleError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
         if self.provider == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
             raise DependencyError(
                 "onnxruntime could not start its CUDA provider (CUDA 12 and cuDNN 9 libraries missing?); install them, "
@@ -209,24 +216,20 @@ class OnnxRuntimeBackend:
         return session
 
     def _run(self, session: Any, binding: Any, file: str) -> None:
-        try:
+        with explain(self._ort, f"onnxruntime failed in {self._bundle / file}"):
             session.run_with_iobinding(binding)
-        except Exception as error:
-            raise BundleError(f"onnxruntime failed in {self._bundle / file}: {_first_line(error)}") from error
 
 
 def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise missing(error.name or "onnxruntime") from error
+        raise missing("onnxruntime", error) from error
     return onnxruntime
 
 
 def choose_provider(ort: Any, provider: str) -> str:
-    """cpu or cuda, as :class:`OnnxRuntimeBackend` takes ``provider``. Raises OptionError and DependencyError."""
-    if provider not in PROVIDERS:
-        raise OptionError(f"unknown provider '{provider}' (--provider): give one of {', '.join(PROVIDERS)}")
+    """cpu or cuda, as :class:`OnnxRuntimeBackend` takes ``provider``. Raises DependencyError."""
     cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if provider == "cuda" and not cuda:
         raise DependencyError(
@@ -247,7 +250,3 @@ def _ort_value(ort: Any, array: np.ndarray) -> Any:
     if array.dtype.name == "bfloat16":
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

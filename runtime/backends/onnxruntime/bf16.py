@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.errors import DependencyError
+from vkvx.packages import missing
 
 
 def widen(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
@@ -23,9 +23,7 @@ def widen(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
     try:
         import onnx
     except ImportError as error:
-        raise DependencyError(
-            f"running a bfloat16 bundle on the CPU needs onnx ({error}); install it with `pip install onnx`"
-        ) from error
+        raise missing("onnx", error) from error
     model = onnx.load(str(path), load_external_data=False)
     values: dict[str, np.ndarray] = {}
     for tensor in model.graph.initializer:

@@ -7,17 +7,16 @@ replayed as CUDA graphs, one for each of a few numbers of rows; a call waits for
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vkvx.cache_layout import tensor_bytes
-from vkvx.errors import CapacityError, EngineError, OptionError
-from vkvx.manifest import Manifest, Progress
-from vkvx.runtime.backends import golden
+from vkvx.errors import CapacityError, EngineError, OptionError, VkvxError
+from vkvx.manifest import Manifest
 from vkvx.runtime.backends.tensorrt.call_plan import (
     COUNTS,
     CallPlan,
@@ -28,80 +27,64 @@ from vkvx.runtime.backends.tensorrt.call_plan import (
     plan_call,
 )
 from vkvx.runtime.backends.tensorrt.device import Device, DeviceArray, DeviceStorage, Graph, PinnedMemory
-from vkvx.runtime.backends.tensorrt.engine import Engines, open_engines
+from vkvx.runtime.backends.tensorrt.engine import Engines
 from vkvx.runtime.cache import PackedCache, Shape, numpy_dtype
 from vkvx.runtime.calls import CALL_INPUTS, Call
+from vkvx.runtime.engines.gpus import use_gpu
 from vkvx.runtime.engines.manifest import DECODE, DECODER, VISION, Limits
-
-
-def open_tensorrt(bundle: Path, manifest: Manifest, **options: Any) -> TensorRTBackend:
-    """Open the engines of TensorRT; see :func:`vkvx.runtime.backends.registry.open_backend`."""
-    return _open("tensorrt", bundle, manifest, **options)
-
-
-def open_rtx(bundle: Path, manifest: Manifest, **options: Any) -> TensorRTBackend:
-    """Open the engines of TensorRT for RTX; see :func:`vkvx.runtime.backends.registry.open_backend`."""
-    return _open("rtx", bundle, manifest, **options)
-
-
-def _open(
-    name: str, bundle: Path, manifest: Manifest, *, provider: str, threads: int | None, verify: bool, **capacity: Any
-) -> TensorRTBackend:
-    if provider == "cpu":
-        raise OptionError(f"backend '{name}' runs on a GPU, not with provider='cpu' (--provider cpu)")
-    if threads is not None:
-        raise OptionError("threads (--threads) have no effect on a GPU; leave them out, or give --provider cpu")
-    backend = TensorRTBackend(bundle, manifest, name=name, verify=verify, **capacity)
-    if verify:
-        backend.golden = golden.check(backend, [backend.engines.directory, bundle])
-    return backend
 
 
 class TensorRTBackend:
     """Engines of a bundle with a cache of their own. See :class:`vkvx.runtime.backends.base.Backend`.
 
-    ``name`` is "tensorrt" or "rtx". ``gpu`` is the CUDA index of the GPU. ``verify`` compares the SHA-256 of the
-    engine files. Pictures stay on the GPU: :meth:`encode` and :meth:`place` return arrays there.
+    ``name`` is "tensorrt" or "rtx". ``gpu`` is where the engines were opened. Pictures stay there: :meth:`encode` and
+    :meth:`place` return arrays on it.
 
-    Raises DependencyError (no GPU, no TensorRT, no cuda-python), EngineError (engines missing, damaged, or for another
-    bundle, GPU or TensorRT), CapacityError (a cache that the engines do not take, or too little GPU memory).
+    Raises CapacityError (a cache that the engines do not take, or too little GPU memory).
     """
 
     provider = "cuda"
+    closed = False
 
     def __init__(
-        self,
-        bundle: Path,
-        manifest: Manifest,
-        *,
-        slots: int,
-        visual_tokens: int,
-        text_tokens: int,
-        name: str = "tensorrt",
-        gpu: int = 0,
-        verify: bool = True,
-        progress: Progress | None = None,
+        self, manifest: Manifest, engines: Engines, gpu: Device, *, slots: int, visual_tokens: int, text_tokens: int
     ) -> None:
-        self.name = name
+        self.name = engines.manifest.backend
         self.golden = "not checked"
         """What the golden sample said."""
         self.manifest = manifest
-        self.device = Device(gpu)
-        self.engines: Engines = open_engines(bundle, name, self.device, verify=verify, progress=progress)
-        self.limits: Limits = self.engines.manifest.limits
-        storage = DeviceStorage(self.device)
-        self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
-        buffers = cache_buffers(self.engines.manifest, self.cache)
-        check_cache(self.engines.manifest, buffers)
+        self.gpu = gpu
+        self.device = str(gpu.gpu)
+        self.engines = engines
+        self.limits: Limits = engines.manifest.limits
+        self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, DeviceStorage(gpu))
+        buffers = cache_buffers(engines.manifest, self.cache)
+        check_cache(engines.manifest, buffers)
         caches = {f"past.{key}": array for key, array in self.cache.buffers.items()}
         self._arrays = {b.name: caches[b.alias or b.name] for b in buffers if (b.alias or b.name) in caches}
-        self._arrays |= {b.name: self.device.allocate(b.dtype, b.shape) for b in buffers if b.name not in self._arrays}
-        self._counts = PinnedMemory(self.device, 4 * (self.cache.visual_count.size + self.cache.text_count.size))
+        self._arrays |= {b.name: gpu.allocate(b.dtype, b.shape) for b in buffers if b.name not in self._arrays}
+        self._counts = PinnedMemory(gpu, 4 * (self.cache.visual_count.size + self.cache.text_count.size))
         self._known_counts: tuple[np.ndarray, ...] | None = None  # what the device has; None: nobody knows
         self._prefill: _Lane | None = None
         self._decode: dict[int, _Lane] = {}
         self._vision: Any = None
-        self._room: dict[str, DeviceArray] = {}
+        self._scratch: dict[str, DeviceArray] = {}
+
+    def close(self) -> None:
+        """See :meth:`vkvx.runtime.backends.base.Backend.close`."""
+        if self.closed:
+            return
+        self.closed = True
+        with contextlib.suppress(VkvxError):  # a GPU that failed has nothing left to wait for
+            self.gpu.synchronize()
+        # Graphs use what contexts hold, contexts their engine and the memory that is bound to them.
+        for lane in (self._prefill, *self._decode.values()):
+            if lane is not None:
+                lane.close()
+        self._prefill = self._vision = None
+        for held in (self._decode, self._arrays, self._scratch, self.cache.buffers):
+            held.clear()
+        del self._counts, self.engines
 
     @property
     def addresses(self) -> dict[str, int]:
@@ -115,6 +98,7 @@ class TensorRTBackend:
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> DeviceArray:
         """See :meth:`vkvx.runtime.backends.base.Backend.encode`; the embeddings stay on the device."""
+        use_gpu(self.gpu.gpu)
         manifest, engine = self.engines.manifest, self.engines.vision
         profile = next(one for one in manifest.profiles if one.engine == VISION)
         dtypes = {tensor.name: tensor.dtype for tensor in manifest.engine_tensors(VISION, "input")}
@@ -125,9 +109,9 @@ class TensorRTBackend:
         if tokens is None:
             raise EngineError("engines for pictures of varying size are not supported yet; use --backend onnxruntime")
         pictures = len(next(iter(pixel_inputs.values())))
-        embeds = self.device.allocate(output.dtype, (pictures * tokens, self.manifest.model.hidden_size))
+        embeds = self.gpu.allocate(output.dtype, (pictures * tokens, self.manifest.model.hidden_size))
         if self._vision is None:
-            self._vision = self.engines.context(engine, profile.index, self.device)
+            self._vision = self.engines.context(engine, profile.index, self.gpu)
         for first in range(0, pictures, self.limits.pictures):
             part = {name: np.asarray(a)[first : first + self.limits.pictures] for name, a in pixel_inputs.items()}
             for name, array in part.items():
@@ -135,7 +119,7 @@ class TensorRTBackend:
                     least, _, most = profile.shapes[name]
                     raise CapacityError(f"the vision engine takes {name} of {least} to {most}, got {array.shape}")
                 held = self._reserve(name, dtypes[name], array.shape)
-                self.device.upload(held, array.astype(numpy_dtype(dtypes[name]), copy=False))
+                self.gpu.upload(held, array.astype(numpy_dtype(dtypes[name]), copy=False))
                 self._bind(self._vision, {name: held}, inputs=True)
             row = tensor_bytes(output.dtype, (first * tokens, self.manifest.model.hidden_size))
             self._vision.set_tensor_address(output.name, embeds.address + row)
@@ -146,14 +130,15 @@ class TensorRTBackend:
         """See :meth:`vkvx.runtime.backends.base.Backend.place`: copies on the device, zeros without a picture."""
         dtype, hidden = self.manifest.model.dtype, self.manifest.model.hidden_size
         placed = self._reserve("visual_embeds", dtype, (*call.visual_index.shape, hidden))
-        self.device.clear(placed)
+        self.gpu.clear(placed)
         size = tensor_bytes(dtype, (hidden,))
         for target, piece, source, rows in embed_copies(call, [len(part) for part in embeds]):
-            self.device.copy(placed.address + target * size, embeds[piece].address + source * size, rows * size)
+            self.gpu.copy(placed.address + target * size, embeds[piece].address + source * size, rows * size)
         return placed
 
     def step(self, call: Call, visual_embeds: DeviceArray | np.ndarray | None) -> np.ndarray:
         """See :meth:`vkvx.runtime.backends.base.Backend.step`."""
+        use_gpu(self.gpu.gpu)  # TensorRT and its plugins take the thread's GPU for theirs
         model, cache = self.manifest.model, self.cache
         plan = plan_call(self.engines.manifest, call, cache, model.hidden_size)
         lane = self._lane(plan)
@@ -161,7 +146,7 @@ class TensorRTBackend:
         known, self._known_counts = self._known_counts, None  # until the step is done
         self._send_counts(known)
         lane.run(plan, embeds)
-        self.device.synchronize()
+        self.gpu.synchronize()
         logits = np.array(lane.logits[: plan.rows])
         visual_count, text_count = (np.array(counts) for counts in lane.counts)
         cache.commit(call.slot, visual_count, text_count, np.count_nonzero(call.visual_index >= 0, axis=1))
@@ -184,21 +169,21 @@ class TensorRTBackend:
         shape, dtype = plan.shapes["visual_embeds"], self.manifest.model.dtype
         if plan.profile.name == DECODE:
             # A captured step keeps the address: memory for the most rows at once, never replaced.
-            first = "no embeds" not in self._room
+            first = "no embeds" not in self._scratch
             held = self._reserve("no embeds", dtype, (self.cache.slots, *shape[1:]))
             if first:
-                self.device.clear(held)
-            return DeviceArray(self.device, dtype, shape, held.address)
+                self.gpu.clear(held)
+            return DeviceArray(self.gpu, dtype, shape, held.address)
         if given is None or not prod(given.shape):
             held = self._reserve("visual_embeds", dtype, shape)
-            self.device.clear(held)
+            self.gpu.clear(held)
             return held
         if tuple(given.shape) != shape:
             raise OptionError(f"visual_embeds of shape {tuple(given.shape)} for a call that needs {shape}")
         if isinstance(given, DeviceArray):
             return given
         held = self._reserve("visual_embeds", dtype, shape)
-        self.device.upload(held, np.asarray(given, numpy_dtype(dtype)))
+        self.gpu.upload(held, np.asarray(given, numpy_dtype(dtype)))
         return held
 
     def _send_counts(self, known: tuple[np.ndarray, ...] | None) -> None:
@@ -210,30 +195,31 @@ class TensorRTBackend:
         for name, counts in zip(COUNTS, current, strict=True):
             if counts.size:
                 self._counts.view(offset, "int32", counts.shape)[...] = counts
-                self.device.copy(self._arrays[name].address, self._counts.address + offset, counts.nbytes)
+                self.gpu.copy(self._arrays[name].address, self._counts.address + offset, counts.nbytes)
             offset += counts.nbytes
 
     def _reserve(self, name: str, dtype: str, shape: Shape) -> DeviceArray:
         """Memory under a name, kept from call to call and replaced when a larger one is wanted."""
         size = tensor_bytes(dtype, shape)
-        held = self._room.get(name)
+        held = self._scratch.get(name)
         if held is None or held.nbytes < size:
-            self._room.pop(name, None)
-            held = self._room[name] = self.device.allocate("int32", (-(-size // 4),))
-        return DeviceArray(self.device, dtype, shape, held.address)
+            self._scratch.pop(name, None)
+            held = self._scratch[name] = self.gpu.allocate("int32", (-(-size // 4),))
+        return DeviceArray(self.gpu, dtype, shape, held.address)
 
     def _bind(self, context: Any, arrays: Mapping[str, DeviceArray], *, inputs: bool) -> None:
         log = self.engines.log
         for name, array in arrays.items():
-            with log.explain(EngineError, f"TensorRT refuses {name} of shape {list(array.shape)}"):
+            what = f"the engines in {self.engines.directory} refuse {name} of shape {list(array.shape)}"
+            with log.explain(EngineError, what):
                 if inputs:
                     log.require(context.set_input_shape(name, array.shape))
                 log.require(context.set_tensor_address(name, array.address))
 
     def _enqueue(self, context: Any) -> None:
         log = self.engines.log
-        with log.explain(EngineError, "TensorRT cannot run the engine"):
-            log.require(context.execute_async_v3(int(self.device.stream)))
+        with log.explain(EngineError, f"TensorRT cannot run the engines in {self.engines.directory}"):
+            log.require(context.execute_async_v3(int(self.gpu.stream)))
 
 
 class _Lane:
@@ -245,8 +231,8 @@ class _Lane:
     """
 
     def __init__(self, backend: TensorRTBackend, plan: CallPlan, *, captured: bool) -> None:
-        self._backend, self._device, self._captured = backend, backend.device, captured
-        self._context = backend.engines.context(backend.engines.decoder, plan.profile.index, self._device)
+        self._backend, self._device, self._captured = backend, backend.gpu, captured
+        self._context: Any = backend.engines.context(backend.engines.decoder, plan.profile.index, self._device)
         names = {tensor.name: tensor for tensor in backend.engines.manifest.engine_tensors(DECODER, "input")}
         for name, array in backend._arrays.items():
             backend._bind(self._context, {name: array}, inputs=name in names)
@@ -256,6 +242,11 @@ class _Lane:
         self._results: PinnedMemory | None = None
         self._ran = False
         self.graph: Graph | None = None
+
+    def close(self) -> None:
+        """Drop the graph, then the context; the device must be done."""
+        self.graph = None
+        self._context = None
 
     def run(self, plan: CallPlan, embeds: DeviceArray) -> None:
         """Queue a call. ``logits`` and ``counts`` hold its results once the device is done."""

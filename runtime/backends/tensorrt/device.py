@@ -15,21 +15,12 @@ from typing import Any
 import numpy as np
 
 from vkvx.cache_layout import tensor_bytes
-from vkvx.errors import CapacityError, DependencyError, DeviceError
-from vkvx.packages import missing
+from vkvx.errors import CapacityError, DeviceError
 from vkvx.runtime.cache import Shape, numpy_dtype
+from vkvx.runtime.engines.gpus import Gpu, error_text, load_cuda, use_gpu
 
 ALIGNMENT = 256
 """What the CUDA runtime aligns an allocation to; parts of one allocation keep to it as well."""
-
-
-def load_cuda() -> Any:
-    """The module ``cuda.bindings.runtime``. Raises DependencyError without cuda-python 12 or 13."""
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:
-        raise missing("cuda") from error
-    return runtime
 
 
 class DeviceArray:
@@ -92,28 +83,25 @@ class Graph:
 
 
 class Device:
-    """A GPU by its CUDA index, and a stream on it. Raises DependencyError if there is none."""
+    """A GPU, and a stream on it. Raises DeviceError if CUDA refuses it."""
 
-    def __init__(self, index: int = 0) -> None:
-        self.cuda = cuda = load_cuda()
-        error, count = cuda.cudaGetDeviceCount()
-        if error != cuda.cudaError_t.cudaSuccess or not count:
-            reason = self._words(error) if error != cuda.cudaError_t.cudaSuccess else "the driver shows none"
-            raise DependencyError(
-                f"no NVIDIA GPU can be used ({reason}); check `nvidia-smi` and the driver, or run the bundle with "
-                "backend='onnxruntime' (--backend onnxruntime)"
-            )
-        if not 0 <= index < count:
-            raise DependencyError(f"there is no GPU {index}: the driver shows {count}, numbered from 0")
-        self.index = index
-        self.check(cuda.cudaSetDevice(index), f"GPU {index}")
-        properties = self.check(cuda.cudaGetDeviceProperties(index), f"GPU {index}")
-        self.name: str = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
-        self.compute_capability = f"{properties.major}.{properties.minor}"
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self._cuda = load_cuda()
+        cuda = self.cuda
         self._stream = self.check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking), "a stream")
         weakref.finalize(self, cuda.cudaStreamDestroy, self._stream)
         # What empty arrays point to.
         self._dummy = self.allocate("int32", (ALIGNMENT // 4,))
+
+    @property
+    def cuda(self) -> Any:
+        """The CUDA runtime, with this GPU as the current one of the calling thread.
+
+        Threads come and go, and other code of the process may use other GPUs, so that is said before every use.
+        """
+        use_gpu(self.gpu)
+        return self._cuda
 
     @property
     def stream(self) -> Any:
@@ -126,19 +114,16 @@ class Device:
         Raises CapacityError if memory ran out, DeviceError for anything else; both name ``what`` was asked for.
         """
         error, *values = result
-        if error == self.cuda.cudaError_t.cudaErrorMemoryAllocation:
-            free = self.cuda.cudaMemGetInfo()[1] if hasattr(self, "index") else 0
+        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            free = self.cuda.cudaMemGetInfo()[1]
             raise CapacityError(
-                f"GPU memory ran out: {what} wanted, {free:,} bytes free; use fewer slots= or smaller visual_tokens= "
-                "(--max-visual-tokens) and text_tokens= (--max-text-tokens)"
+                f"memory of {self.gpu} ran out: {what} wanted, {free:,} bytes free; use fewer slots= or smaller "
+                "visual_tokens= (--max-visual-tokens) and text_tokens= (--max-text-tokens)"
             )
-        if error != self.cuda.cudaError_t.cudaSuccess:
-            raise DeviceError(f"CUDA failed ({self._words(error)}) with {what}; see `vkvx doctor`")
+        if error != self._cuda.cudaError_t.cudaSuccess:
+            reason = error_text(self._cuda, error)
+            raise DeviceError(f"CUDA failed ({reason}) with {what} on {self.gpu}; see `vkvx doctor`")
         return values[0] if values else None
-
-    def _words(self, error: Any) -> str:
-        words = self.cuda.cudaGetErrorString(error)[1]
-        return words.decode() if isinstance(words, bytes) else str(words)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
@@ -158,12 +143,12 @@ class Device:
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Queue a copy of ``size`` bytes between addresses of the device or of pinned memory."""
-        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDefault
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
         self.check(self.cuda.cudaMemcpyAsync(target, source, size, kind, self.stream), f"a copy of {size} bytes")
 
     def copy_rows(self, target: int, source: int, pitch: int, width: int, height: int) -> None:
         """Queue a copy of ``height`` rows of ``width`` bytes that lie ``pitch`` bytes apart on both sides."""
-        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDefault
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
         result = self.cuda.cudaMemcpy2DAsync(target, pitch, source, pitch, width, height, kind, self.stream)
         self.check(result, f"a copy of {height} rows of {width} bytes")
 
@@ -198,7 +183,7 @@ class Device:
         """Capture what is queued inside the block, without running it; the list then holds the graph."""
         captured: list[Graph] = []
         # Other threads may go on using CUDA meanwhile.
-        mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.check(self.cuda.cudaStreamBeginCapture(self.stream, mode), "a capture")
         try:
             yield captured
@@ -218,8 +203,8 @@ class DeviceStorage:
         return self._device.allocate(dtype, shape)
 
     def copy(self, buffer: DeviceArray, source: int, target: int, entries: int) -> None:
-        _, heads, capacity, *rest = buffer.shape
-        entry = tensor_bytes(buffer.dtype, tuple(rest))
+        _, heads, capacity, *entry_shape = buffer.shape
+        entry = tensor_bytes(buffer.dtype, tuple(entry_shape))
         pitch = capacity * entry
         start = buffer.address
         self._device.copy_rows(

@@ -1,4 +1,4 @@
-"""Opens the engines of a bundle: finds the directory, checks what it was built for, loads plugin and engine files.
+"""Opens the engines in a directory: checks what it was built by, loads plugin and engine files.
 
 TensorRT 8.6, 10, 11 and TensorRT for RTX share this code. Nothing here imports torch, transformers or onnx.
 """
@@ -13,31 +13,32 @@ from typing import Any
 from vkvx.errors import EngineError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.tensorrt.device import Device
-from vkvx.runtime.backends.tensorrt.log import Log
-from vkvx.runtime.engines.library import load
-from vkvx.runtime.engines.manifest import DECODER, VISION, EngineManifest, engine_directories
+from vkvx.runtime.engines.library import REBUILD, Library, load, load_engine
+from vkvx.runtime.engines.log import Log
+from vkvx.runtime.engines.manifest import DECODER, VISION, EngineManifest
 
 _loaded_plugins: dict[str, str] = {}
-"""SHA-256 of each plugin library that this process has loaded, by the TensorRT module it was registered with: a
-registry takes no plugin twice."""
+"""SHA-256 of each plugin library that this process has loaded, by the backend it was registered for: a registry
+takes no plugin twice."""
 
 
 @dataclass(frozen=True)
 class Engines:
-    """The engines of a bundle, ready for contexts."""
+    """The engines of a bundle, ready for contexts. Engines go before the runtime, it before its log: fields are freed
+    in this order."""
 
     directory: Path
     manifest: EngineManifest
-    library: Any
-    log: Log
-    runtime: Any
     decoder: Any
     vision: Any
+    runtime: Any
+    library: Library
+    log: Log
 
     def context(self, engine: Any, profile: int, device: Device) -> Any:
         """A new execution context with a profile. It has memory of its own: as much as the profile needs, or, before
         TensorRT 10, the largest one."""
-        strategies = getattr(self.library, "ExecutionContextAllocationStrategy", None)
+        strategies = getattr(self.library.module, "ExecutionContextAllocationStrategy", None)
         with self.log.explain(EngineError, f"TensorRT makes no context for {self.directory}"):
             if strategies is None:
                 context = engine.create_execution_context()
@@ -52,51 +53,29 @@ class Engines:
         return context
 
 
-def find_engines(bundle: Path, backend: str, compute_capability: str) -> tuple[Path, EngineManifest]:
-    """The engine directory of a bundle for a backend and a GPU. Raises EngineError that says what there is."""
-    found = []
-    for directory in engine_directories(bundle):
-        manifest = EngineManifest.load(directory)
-        if manifest.backend != backend:
-            continue
-        if compute_capability in manifest.compute_capabilities:
-            return directory, manifest
-        found.append(directory.name)
-    there = f"there are {', '.join(found)}" if found else "there are none for this backend"
-    raise EngineError(
-        f"{bundle} has no engines of '{backend}' for compute capability {compute_capability}: {there}; run "
-        f"`vkvx build {bundle} --backend {backend}` on this machine"
-    )
-
-
 def open_engines(
-    bundle: Path, backend: str, device: Device, *, verify: bool = True, progress: Progress | None = None
+    directory: Path, manifest: EngineManifest, *, verify: bool = True, progress: Progress | None = None
 ) -> Engines:
-    """Load the engines of a bundle for this GPU.
+    """Load the engines of a directory for the GPU that is the calling thread's current one.
 
     ``verify`` compares the SHA-256 of all files; that of the plugin library, whose code is run, is always compared.
-    Raises EngineError (none for this GPU, of another bundle, damaged, built by another TensorRT), DependencyError
-    (no TensorRT), CapacityError (too little GPU memory).
+    Raises EngineError (damaged, built by another TensorRT), DependencyError (no TensorRT).
     """
-    directory, manifest = find_engines(bundle, backend, device.compute_capability)
-    manifest.check_bundle(bundle)
-    loaded = load(backend, has_gpu=True)
-    check_version(manifest, loaded.version, directory)
-    library = loaded.module
+    library = load(manifest.backend, has_gpu=True)
+    check_version(manifest, library.version, directory)
     if verify:
         manifest.verify(directory, progress)
-    log = Log(library)
-    if not hasattr(library, "ExecutionContextAllocationStrategy"):  # before TensorRT 10 some layers are plugins
-        library.init_libnvinfer_plugins(log.logger, "")
-    load_plugin(library, manifest, directory, log)
-    runtime = library.Runtime(log.logger)
+    log = Log(library.module)
+    if not library.is_recent:  # some of its layers are plugins of its own
+        library.module.init_libnvinfer_plugins(log.logger, "")
+    _load_plugin(library, manifest, directory, log)
+    runtime = library.module.Runtime(log.logger)
     if manifest.options.get("version_compatible"):
         runtime.engine_host_code_allowed = True
-    decoder = _deserialize(runtime, directory / manifest.engines[DECODER].file, log)
-    vision = _deserialize(runtime, directory / manifest.engines[VISION].file, log)
+    decoder, vision = (load_engine(runtime, log, directory / manifest.engines[name].file) for name in (DECODER, VISION))
     for name, engine in ((DECODER, decoder), (VISION, vision)):
         _check_tensors(name, engine, manifest, directory)
-    return Engines(directory, manifest, library, log, runtime, decoder, vision)
+    return Engines(directory, manifest, decoder, vision, runtime, library, log)
 
 
 def check_version(manifest: EngineManifest, version: str, directory: Path) -> None:
@@ -114,7 +93,7 @@ def check_version(manifest: EngineManifest, version: str, directory: Path) -> No
     )
 
 
-def load_plugin(library: Any, manifest: EngineManifest, directory: Path, log: Log) -> None:
+def _load_plugin(library: Library, manifest: EngineManifest, directory: Path, log: Log) -> None:
     """Register the plugin library of an engine directory, if it has one. Raises EngineError if it is not what was
     built, or another one is loaded already."""
     plugin = manifest.plugin
@@ -125,9 +104,9 @@ def load_plugin(library: Any, manifest: EngineManifest, directory: Path, log: Lo
     if digest != plugin.sha256:
         raise EngineError(
             f"{path} is not the plugin that the engines were built with (SHA-256 {digest[:12]}..., expected "
-            f"{plugin.sha256[:12]}...); run `vkvx build BUNDLE --force`"
+            f"{plugin.sha256[:12]}...); {REBUILD}"
         )
-    loaded = _loaded_plugins.get(library.__name__)
+    loaded = _loaded_plugins.get(library.backend)
     if loaded == digest:
         return
     if loaded is not None:
@@ -135,16 +114,8 @@ def load_plugin(library: Any, manifest: EngineManifest, directory: Path, log: Lo
             f"this process has loaded another plugin than {path}; open these engines in a process of their own, or "
             "build all engines with one vkvx"
         )
-    with log.explain(EngineError, f"TensorRT cannot load the plugin {path}"):
-        log.require(library.get_plugin_registry().load_library(str(path)) is not None)
-    _loaded_plugins[library.__name__] = digest
-
-
-def _deserialize(runtime: Any, path: Path, log: Log) -> Any:
-    with log.explain(EngineError, f"TensorRT cannot load {path}", "run `vkvx build BUNDLE --force`"):
-        engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        log.require(engine is not None)
-    return engine
+    library.load_plugin(library.module, log, path, EngineError, REBUILD)
+    _loaded_plugins[library.backend] = digest
 
 
 def _check_tensors(name: str, engine: Any, manifest: EngineManifest, directory: Path) -> None:
@@ -153,6 +124,5 @@ def _check_tensors(name: str, engine: Any, manifest: EngineManifest, directory: 
     if actual != expected:
         odd = sorted(actual ^ expected)[0]
         raise EngineError(
-            f"the {name} engine in {directory} and its engine.json disagree about the tensor {odd}; "
-            "run `vkvx build BUNDLE --force`"
+            f"the {name} engine in {directory} and its engine.json disagree about the tensor {odd}; {REBUILD}"
         )

@@ -30,8 +30,11 @@ from vkvx.runtime.calls import Call, place_embeds
 class CudaStorage:
     """Buffers in the memory of a GPU, as tensors."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def allocate(self, dtype: str, shape: Shape) -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
 
     def copy(self, buffer: Tensor, source: int, target: int, entries: int) -> None:
         buffer[target, :, :entries] = buffer[source, :, :entries]
@@ -52,6 +55,7 @@ class TorchBackend:
 
     name = "torch"
     limits = None
+    closed = False
 
     def __init__(
         self,
@@ -66,30 +70,41 @@ class TorchBackend:
     ) -> None:
         """``metrics`` holds the key and value metric of each layer if the quantiser needs them, beside the model.
 
-        The model is set to the attention function ``vkvx``. Raises CapacityError if a GPU has no room for the cache.
+        The model is set to the attention function ``vkvx``. Raises CapacityError if a GPU is too small for the cache.
         """
         info = manifest.model
         self.manifest = manifest
         self.provider: str = model.device.type
-        self._device = model.device
+        self._device: torch.device = model.device
         self._dtype = getattr(torch, info.dtype)
+        self.device = "CPU"
+        if self.provider == "cuda":
+            self.device = f"{torch.cuda.get_device_name(self._device)} (GPU {self._device.index or 0})"
         self._stream = torch.cuda.Stream(self._device) if self.provider == "cuda" else None
-        storage: Storage = HostStorage() if self._stream is None else CudaStorage()
+        storage: Storage = HostStorage() if self._stream is None else CudaStorage(self._device)
         with self._in_memory("a cache of this size"):
             self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
         self._buffers = [self._place(buffer) for buffer in self.cache.buffers.values()]
         attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
-        self._decoder = DecoderGraph(model, adapter, attributes, metrics, in_place=True)
-        self._vision = VisionGraph(model, adapter, self._dtype)
+        self._decoder: Any = DecoderGraph(model, adapter, attributes, metrics, in_place=True)
+        self._vision: Any = VisionGraph(model, adapter, self._dtype)
         self._steps: DecodeSteps | None = None
         if self._stream is not None and has_kernels(manifest):
-            with self._in_memory("the buffers of decode steps"):
+            with self._running("the buffers of decode steps"):
                 self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream)
 
     @property
     def captures(self) -> bool:
         """Whether decode steps run as captured CUDA graphs."""
         return self._steps is not None
+
+    def close(self) -> None:
+        if self._stream is not None and not self.closed:
+            self._stream.synchronize()
+        self.closed = True
+        self._steps = self._decoder = self._vision = None  # graphs before the memory that they use
+        self._buffers.clear()
+        self.cache.buffers.clear()
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
@@ -131,7 +146,10 @@ class TorchBackend:
 
     @contextmanager
     def _running(self, what: str) -> Iterator[None]:
-        """Without gradients, and on a GPU on this backend's own stream, after what the caller's stream has to do."""
+        """Without gradients, and on a GPU on this backend's own stream, after what the caller's stream has to do.
+
+        The stream brings its GPU with it: in another thread another one may be current.
+        """
         with torch.no_grad(), self._in_memory(what):
             if self._stream is None:
                 yield

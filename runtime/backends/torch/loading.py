@@ -15,7 +15,7 @@ from vkvx.models.family import Source
 from vkvx.models.graph.metric import METRICS_FILE, model_metrics
 from vkvx.models.registry import resolve
 from vkvx.plugins.operator import layer_attributes
-from vkvx.runtime.backends.base import PROVIDERS
+from vkvx.runtime.backends.base import check_machine
 from vkvx.runtime.backends.torch.backend import TorchBackend
 
 
@@ -34,10 +34,9 @@ def open_bundle(
     ``provider`` is "cpu", "cuda", or "auto": the GPU if there is one. ``threads`` are torch's own on a CPU, for the
     whole process. Raises OptionError, DependencyError, BundleError, and CapacityError if the GPU is too small.
     """
+    check_machine(provider, threads)
     device = choose_device(provider)
     if threads is not None:
-        if threads < 1:
-            raise OptionError(f"threads (--threads) must be at least 1, got {threads}")
         if device == "cuda":
             raise OptionError("threads (--threads) have no effect on a GPU; leave them out, or give --provider cpu")
         torch.set_num_threads(threads)
@@ -55,7 +54,7 @@ def open_bundle(
     try:
         model = model.to(device)
     except torch.OutOfMemoryError as error:
-        raise CapacityError(f"the GPU has no room for the weights of {bundle}; give --provider cpu") from error
+        raise CapacityError(f"the GPU is too small for the weights of {bundle}; give --provider cpu") from error
     metrics = _read_metrics(bundle, manifest, device) if _needs_metrics(manifest) else ()
     capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
     return TorchBackend(model, source.adapter, manifest, metrics, **capacity)
@@ -115,9 +114,7 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
 
 
 def choose_device(provider: str) -> str:
-    """cpu or cuda, as :func:`open_bundle` takes ``provider``. Raises OptionError and DependencyError."""
-    if provider not in PROVIDERS:
-        raise OptionError(f"unknown provider '{provider}' (--provider): give one of {', '.join(PROVIDERS)}")
+    """cpu or cuda, as :func:`open_bundle` takes ``provider``. Raises DependencyError."""
     available = torch.cuda.is_available()
     if provider == "cuda" and not available:
         raise DependencyError(

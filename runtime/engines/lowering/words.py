@@ -13,7 +13,7 @@ _UNSIGNED = (ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataT
 class SignedWords(InPlacePass):
     """Rewrites ``Cast(Cast(Cast(words, UINT32) / shifts, UINT8), INT32)`` in INT32 arithmetic, bit for bit.
 
-    The sign bit is taken off, the rest divided, and the bit put back into the byte that holds it.
+    The sign bit is taken off, the other bits divided, and the bit put back into the byte that holds it.
     Casts from bool by way of UINT8, which only onnxruntime is faster with, become direct ones.
     """
 
@@ -82,8 +82,8 @@ def _bytes(words: ir.Value, axes: ir.Value, shifts: np.ndarray) -> list[ir.Node]
 
     word = op("Unsqueeze", words, axes)
     negative = op("Less", word, np.int32(0))
-    rest = op("Where", negative, op("Sub", word, np.int32(_INT32_MIN)), word)
-    shifted = op("Div", rest, shifts.astype(np.int32))
+    magnitude = op("Where", negative, op("Sub", word, np.int32(_INT32_MIN)), word)
+    shifted = op("Div", magnitude, shifts.astype(np.int32))
     low = op("Sub", shifted, op("Mul", op("Div", shifted, np.int32(256)), np.int32(256)))
     sign = np.where(shifts == 2**24, 128, 0).astype(np.int32)
     op("Add", low, op("Where", negative, sign, np.int32(0)))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from samples import Page
 
-from vkvx.plugins import build as plugin_build
 from vkvx.runtime.checks.validate import validate_bundle
 from vkvx.runtime.engines.build import build_engines
+from vkvx.runtime.engines.gpus import capabilities, list_gpus
 from vkvx.runtime.engines.library import MODULES
 from vkvx.runtime.engines.limits import GivenLimits
 from vkvx.runtime.engines.options import RTX_CAPABILITIES, BuildOptions
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 def usable_backend() -> tuple[str | None, str]:
     """The backend whose engines this machine builds and runs, or why there is none."""
-    native = [f"{name[:-1]}.{name[-1]}" for name in plugin_build.native_architectures()]
+    native = capabilities(list_gpus())
     if not native:
         return None, "needs an NVIDIA GPU"
     if find_spec("cuda") is None:

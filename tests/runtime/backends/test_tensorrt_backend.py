@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,14 @@ def test_the_counts_survive_a_step_that_fails(bundle: Path, monkeypatch: pytest.
     backend, twin = open_engines(bundle), open_engines(bundle)
     call = build_call([Row(1, np.array([9, 8, 7], np.int32))], group_size=640, image_token_id=3)
     expected = twin.step(call, None)
-    synchronize = backend.device.synchronize
+    synchronize = backend.gpu.synchronize
 
     def fail() -> None:
-        monkeypatch.setattr(backend.device, "synchronize", synchronize)
+        monkeypatch.setattr(backend.gpu, "synchronize", synchronize)
         raise DeviceError("the GPU has fallen off the bus")
 
     backend.step(build_call([Row(0, np.array([9], np.int32))], group_size=640, image_token_id=3), None)
-    monkeypatch.setattr(backend.device, "synchronize", fail)
+    monkeypatch.setattr(backend.gpu, "synchronize", fail)
     with pytest.raises(DeviceError):
         backend.step(call, None)  # ran on the device, whose counts are ahead now
     assert backend.cache.text_count.tolist() == [1, 0]
@@ -171,16 +172,29 @@ def test_memory_goes_back_with_the_backend(bundle: Path, cuda: Cuda, tensorrt: T
     backend = open_engines(bundle)
     golden.run(backend, 0)
     assert len(cuda.blocks) > before + 20
+    order: list[str] = []
+    weakref.finalize(backend.graphs[1], order.append, "graph")
+    weakref.finalize(backend._decode[1]._context, order.append, "context")
+    weakref.finalize(backend.cache.buffers["0.text_key"], order.append, "cache")
+    weakref.finalize(backend.engines.decoder, order.append, "engine")
+    backend.close()
+    backend.close()
+    assert order == ["graph", "context", "cache", "engine"]
+    assert len(cuda.blocks) == before + 1  # what empty arrays point to
     del backend
     gc.collect()
     assert len(cuda.blocks) == before
 
 
+def choose(bundle: Path, provider: str = "auto") -> tuple[str, str]:
+    found = choose_backend("auto", bundle, Manifest.load(bundle), provider)
+    return found.name, found.reason
+
+
 @pytest.mark.usefixtures("tensorrt")
 def test_auto_takes_engines_and_says_so(bundle: Path) -> None:
-    name, reason = choose_backend(bundle, Manifest.load(bundle))
-    assert (name, reason) == ("tensorrt", "the bundle has engines for this GPU")
-    assert choose_backend(bundle, Manifest.load(bundle), "cpu")[0] == "onnxruntime"
+    assert choose(bundle) == ("tensorrt", "the bundle has engines for Stand-in (GPU 0)")
+    assert choose(bundle, "cpu") == ("onnxruntime", "the CPU was asked for")
     with Session.load(bundle, slots=1, verify=False) as session:
         assert session.backend.name == "tensorrt"
         # What was not given is at most what the engines take.
@@ -188,18 +202,17 @@ def test_auto_takes_engines_and_says_so(bundle: Path) -> None:
 
 
 def test_auto_says_why_it_does_not_take_engines(bundle: Path, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = Manifest.load(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    name, reason = choose_backend(bundle, manifest)
+    name, reason = choose(bundle)
     assert name == "onnxruntime"
     assert "its engines need the Python module tensorrt" in reason
-    cuda.capability = "8.9"
-    assert "its engines are not for compute capability 8.9" in choose_backend(bundle, manifest)[1]
-    cuda.devices = 0
-    assert "no NVIDIA GPU can be used" in choose_backend(bundle, manifest)[1]
+    cuda.capabilities = ["8.9"]
+    assert "tensorrt-9.0 is for compute capability 9.0, the machine has 8.9" in choose(bundle)[1]
+    cuda.capabilities = []
+    assert "no NVIDIA GPU can be used" in choose(bundle)[1]
     for directory in (bundle / "engines").iterdir():
         (directory / FILE_NAME).unlink()
-    assert "engine" not in choose_backend(bundle, manifest)[1]
+    assert "engine" not in choose(bundle)[1]
 
 
 def refused(kind: type[VkvxError], bundle: Path, **options: Any) -> str:
@@ -212,7 +225,7 @@ def refused(kind: type[VkvxError], bundle: Path, **options: Any) -> str:
 @pytest.mark.usefixtures("tensorrt")
 class TestRefusals:
     def test_no_gpu(self, bundle: Path, cuda: Cuda) -> None:
-        cuda.devices = 0
+        cuda.capabilities = []
         words = refused(DependencyError, bundle)
         assert "no CUDA-capable device is detected" in words
         assert "--backend onnxruntime" in words
@@ -226,13 +239,13 @@ class TestRefusals:
         assert "pip install tensorrt" in refused(DependencyError, bundle)
 
     def test_another_compute_capability(self, bundle: Path, cuda: Cuda) -> None:
-        cuda.capability = "8.9"
+        cuda.capabilities = ["8.9"]
         words = refused(EngineError, bundle)
-        assert "compute capability 8.9: there are tensorrt-9.0" in words
+        assert "tensorrt-9.0 is for compute capability 9.0, the machine has 8.9" in words
         assert f"vkvx build {bundle} --backend tensorrt" in words
 
     def test_no_engines(self, own_bundle: Path) -> None:
-        assert "there are none for this backend" in refused(EngineError, own_bundle)
+        assert "has no engines of 'tensorrt'; run `vkvx build" in refused(EngineError, own_bundle)
 
     def test_another_version(self, bundle: Path, tensorrt: TensorRT) -> None:
         tensorrt.__version__ = "10.10.0.31"
@@ -278,7 +291,8 @@ class TestRefusals:
         assert "magic tag does not match" in words
         assert "vkvx build BUNDLE --force" in words
         path.write_bytes(contents[:-1])
-        assert "--force" in refused(EngineError, bundle, verify=False)
+        words = refused(EngineError, bundle, verify=False)
+        assert f"{path} has {len(contents) - 1} bytes, expected {len(contents)}; run `vkvx build {bundle}" in words
 
     def test_too_large_a_cache(self, bundle: Path) -> None:
         assert "--max-text-tokens 201" in refused(CapacityError, bundle, text_tokens=201)
@@ -287,7 +301,7 @@ class TestRefusals:
     def test_too_little_memory(self, bundle: Path, cuda: Cuda) -> None:
         cuda.memory = 1 << 18
         words = refused(CapacityError, bundle)
-        assert "GPU memory ran out" in words
+        assert "memory of Stand-in (GPU 0) ran out" in words
         assert "--max-visual-tokens" in words
 
     def test_options_of_a_cpu(self, bundle: Path) -> None:
@@ -371,7 +385,7 @@ class TestValidate:
 
         def forget(self: Any, call: Any, embeds: Any) -> np.ndarray:
             logits = step(self, call, embeds)
-            self.device.clear(self.cache.buffers["1.text_key"])
+            self.gpu.clear(self.cache.buffers["1.text_key"])
             return logits
 
         monkeypatch.setattr(TensorRTBackend, "step", forget)

@@ -245,18 +245,23 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def test_choice_of_a_backend(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     manifest = Manifest.load(copy)
+
+    def choose(*options: Any, **more: Any) -> tuple[str, str]:
+        found = choose_backend("auto", copy, manifest, *options, **more)
+        return found.name, found.reason
+
     on_a_gpu(monkeypatch, tmp_path)
-    assert choose_backend(copy, manifest) == ("torch", "there is a GPU, and libvkvx is built")
-    assert choose_backend(copy, manifest, "cuda")[0] == "torch"
-    assert choose_backend(copy, manifest, "cpu") == ("onnxruntime", "the CPU was asked for")
-    assert choose_backend(copy, manifest, threads=2) == ("onnxruntime", "a number of CPU threads was asked for")
+    assert choose() == ("torch", "there is a GPU, and libvkvx is built")
+    assert choose("cuda")[0] == "torch"
+    assert choose("cpu") == ("onnxruntime", "the CPU was asked for")
+    assert choose(threads=2) == ("onnxruntime", "a number of CPU threads was asked for")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_backend(copy, manifest) == ("onnxruntime", "torch finds no GPU")
+    assert choose() == ("onnxruntime", "torch finds no GPU")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert choose_backend(copy, manifest) == ("onnxruntime", "safetensors is not installed")
+    assert choose() == ("onnxruntime", "safetensors is not installed")
     monkeypatch.delenv("VKVX_LIBRARY")
     monkeypatch.setenv("VKVX_CACHE", str(tmp_path))
-    assert choose_backend(copy, manifest) == ("onnxruntime", "libvkvx is not built (vkvx plugin build)")
+    assert choose() == ("onnxruntime", "libvkvx is not built (vkvx plugin build)")
 
 
 def test_torch_is_not_loaded_without_a_library(bundle_factory: BundleOf, tmp_path: Path) -> None:

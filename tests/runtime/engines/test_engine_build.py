@@ -25,6 +25,7 @@ from vkvx.plugins import build as plugin_build
 from vkvx.runtime.engines import build as engine_build
 from vkvx.runtime.engines.library import PLUGIN_LIBRARIES, Library, load
 from vkvx.runtime.engines.limits import GivenLimits
+from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.lowering import legalise
 from vkvx.runtime.engines.manifest import EngineManifest, bundle_hash, engine_directories
 from vkvx.runtime.engines.network import parse
@@ -307,9 +308,9 @@ def test_without_a_plugin(bundle_factory: Callable[..., Path], tmp_path: Path) -
 
 def test_the_packed_decoder_parses_without_a_plugin(tiny_bundle: Path, library: Library) -> None:
     path = tiny_bundle / "decoder.onnx"
-    logger = library.logger()
+    log = Log(library.module)
     graph = legalise(path, library.dialect, plugin_free=True)
-    network = parse(library, library.module.Builder(logger), logger, graph, path)
+    network = parse(library, library.module.Builder(log.logger), log, graph, path)
     assert network.plugin_layers == 0
     assert network.layers > 5000
     inputs = [network.definition.get_input(i) for i in range(network.definition.num_inputs)]
@@ -318,8 +319,8 @@ def test_the_packed_decoder_parses_without_a_plugin(tiny_bundle: Path, library: 
 
 def parse_text(library: Library, tmp_path: Path, body: str) -> None:
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18, "vkvx" : 1]> {body}')
-    logger = library.logger()
-    parse(library, library.module.Builder(logger), logger, model.SerializeToString(), tmp_path / "decoder.onnx")
+    log = Log(library.module)
+    parse(library, library.module.Builder(log.logger), log, model.SerializeToString(), tmp_path / "decoder.onnx")
 
 
 def test_parser_errors_name_the_node(library: Library, tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ from typing import Any
 
 import onnx
 import pytest
+from doubles import Logger, Severity
 
 from vkvx.errors import CapacityError, DependencyError, OptionError, StorageError
 from vkvx.manifest import Manifest
 from vkvx.runtime.engines import build as engine_build
-from vkvx.runtime.engines.library import Library, first_error, load
+from vkvx.runtime.engines.library import Library, load
 from vkvx.runtime.engines.limits import GIB, GivenLimits, build_profiles, resolve_limits, slot_bytes
-from vkvx.runtime.engines.memory import available_memory, gpu_memory, peak_memory
+from vkvx.runtime.engines.log import Log
+from vkvx.runtime.engines.memory import available_memory, peak_memory
 from vkvx.runtime.engines.network import _set_precisions, _value_types
 from vkvx.runtime.engines.options import EMBED, BuildOptions, check_options, choose_capabilities, configure
 from vkvx.runtime.engines.progress import BuildProgress, monitor, run_cancellable
@@ -251,8 +253,14 @@ def test_the_library_of_rtx_gets_its_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_messages_about_the_missing_gpu_are_no_reason() -> None:
     noise = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (driver version is insufficient)"
-    assert first_error([noise, "what\nis wrong"]) == "what is wrong"
-    assert first_error([noise]) is None
+    log = Log(SimpleNamespace(ILogger=Logger))
+    assert log.reason == "it does not say why"
+    for message in (noise, "what\nis wrong", "and more"):
+        log.logger.log(Severity.WARNING, "no error")
+        log.logger.log(Severity.ERROR, message)
+    assert log.reason == "what is wrong"
+    log.errors[:] = [noise]
+    assert log.reason == noise
 
 
 # --- limits and profiles ---------------------------------------------------------------------------------------------
@@ -400,17 +408,6 @@ def test_memory(tmp_path: Path) -> None:
     assert available_memory(tmp_path, group) == 5000 * 1024
     assert (peak_memory() or 0) > 10 << 20
     assert peak_memory(none) is None
-
-
-def test_memory_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_memory() is None
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 81559\necho 24564\n")
-    program.chmod(0o755)
-    assert gpu_memory() == 24564 << 20
-    program.write_text("#!/bin/sh\necho no driver\nexit 9\n")
-    assert gpu_memory() is None
 
 
 def test_a_timing_cache_that_cannot_be_written_leaves_the_old_one(
