@@ -1,4 +1,4 @@
-"""The command ``vkvx``: one module a verb, each with ``add_parser`` and ``run``.
+"""The command ``vkvx``: one module per verb, each with ``add_parser`` and ``run``.
 
 A verb imports what it needs when it runs, so that ``vkvx --help`` loads nothing heavy.
 """
@@ -16,7 +16,7 @@ from vkvx.cli import bench, build, chat, deploy, doctor, eval, export, inspect, 
 from vkvx.errors import OptionError, StorageError, VkvxError
 
 EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141
-"""Done; a check failed; the user can mend it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
+"""Done; a check failed; the user can fix it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
 
 VERBS = (export, build, run, chat, validate, bench, eval, inspect, plan, plugin, deploy, doctor)
 
