@@ -21,7 +21,8 @@ class Conversation:
     """Turns over one packed history. Made by :meth:`Session.conversation`; close it when done.
 
     The history is every token fed, which is more than the text shown where a stop string or an interruption ended an
-    answer: those tokens stay. The token chosen last is fed with the next turn.
+    answer: those tokens stay. The token chosen last is fed with the next turn. They also stay if the decoder's logits
+    turn out not to be numbers: that error ends the answer only, but what follows on such a history likely fails too.
     """
 
     def __init__(self, backend: Backend, processor: Processor) -> None:
@@ -64,7 +65,7 @@ class Conversation:
         options: GenerationOptions | None = None,
         **changes: Any,
     ) -> Generation:
-        """Continue the history by a prompt as it stands (no chat template, one ``<image>`` a picture) and answer it."""
+        """Continue the history by a prompt as it is (no chat template, one ``<image>`` per picture) and answer it."""
         generation = None
         for chunk in self.stream(prompt, images, options=options, **changes):
             generation = chunk.generation
