@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchError": "vkvx.errors",
     "BundleError": "vkvx.errors",
     "CapacityError": "vkvx.errors",
     "Conversation": "vkvx.runtime.sessions.session",
@@ -33,6 +34,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from vkvx.errors import (
+        BatchError,
         BundleError,
         CapacityError,
         DependencyError,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from vkvx.runtime.transformers.plug_in import quantize_visual_cache
 
 __all__ = [
+    "BatchError",
     "BundleError",
     "CapacityError",
     "Conversation",

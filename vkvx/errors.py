@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vkvx.runtime.sessions.generation import Generation
+
 
 class VkvxError(Exception):
     """Base of all errors that a user can cause or fix. The command line prints it in one line and exits 2."""
@@ -39,9 +44,32 @@ class CapacityError(VkvxError):
     """A sequence does not fit into the cache it is meant for."""
 
 
+class BatchError(VkvxError):
+    """Some of several prompts failed.
+
+    ``errors`` holds the error of each prompt that failed, by its index in the list of prompts (from 0), and
+    ``generations`` one entry per prompt: its answer, or None if it failed.
+    """
+
+    def __init__(self, errors: dict[int, Exception], generations: list[Generation | None]) -> None:
+        super().__init__(errors, generations)
+        self.errors = errors
+        self.generations = generations
+
+    def __str__(self) -> str:
+        row, first = min(self.errors.items())
+        failed = f"{len(self.errors)} of {len(self.generations)} prompts failed"
+        return f"{failed}, first prompts[{row}]: {describe(first)}"
+
+
 class DependencyError(VkvxError):
     """A package or device that the operation needs is missing."""
 
 
 class StorageError(VkvxError):
     """Output cannot be written: it exists already, or the disk is full."""
+
+
+def describe(error: BaseException) -> str:
+    """The message of a VkvxError, which explains itself; type and message of any other error."""
+    return str(error) if isinstance(error, VkvxError) else f"{type(error).__name__}: {error}"

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.errors import InputError, VkvxError
-from vkvx.runtime.serving.server import Answer, Server
+from vkvx.errors import InputError, VkvxError, describe
+from vkvx.runtime.serving.server import LOG, Answer, Server
 from vkvx.runtime.sessions.sampling import GenerationOptions
 
 OPTIONS = {
@@ -58,26 +58,30 @@ class TritonPythonModel:
             raise utils.TritonModelException(str(error)) from error
         self._session = session
         self._server = Server(session)
+        self._threads: list[threading.Thread] = []
 
     def execute(self, requests: list[Any]) -> None:
-        """Queue the requests; their answers are sent from threads of their own, as the steps bring them."""
+        """Queue the requests; their answers are sent from threads of their own, as the steps bring them.
+
+        A request that cannot be queued gets its error, and the others of the batch go on.
+        """
         for request in requests:
             sender = request.get_response_sender()
             try:
+                stream = bool(self._value(request, "stream"))
                 answer = self._submit(request)
-            except VkvxError as error:
+                thread = threading.Thread(target=self._answer, args=(sender, request, answer, stream), daemon=True)
+                thread.start()
+            except Exception as error:  # whatever a request brings, it is answered, and so are those after it
                 self._send_error(sender, error)
                 continue
-            stream = self._value(request, "stream")
-            threading.Thread(
-                target=self._send,
-                args=(sender, request, answer, bool(stream) if stream is not None else False),
-                daemon=True,
-            ).start()
+            self._threads = [one for one in self._threads if one.is_alive()] + [thread]
 
     def finalize(self) -> None:
         """End what still runs, and close the bundle."""
         self._server.close()
+        for thread in self._threads:  # until each has sent the end of its answer
+            thread.join()
         self._session.close()
 
     def _submit(self, request: Any) -> Answer:
@@ -85,12 +89,10 @@ class TritonPythonModel:
         for name in OPTIONS:
             value = self._value(request, name, whole=name == "stop")
             if value is not None:
-                options[name] = tuple(text.decode() for text in value) if name == "stop" else value
-        prompt = self._value(request, "prompt")
+                options[name] = tuple(_text(name, entry) for entry in value) if name == "stop" else value
+        text = _text("prompt", self._value(request, "prompt"))
         images = [_picture(data) for data in self._value(request, "images", whole=True) or []]
-        raw = self._value(request, "raw_prompt")
-        text = prompt.decode()
-        if not raw:
+        if not self._value(request, "raw_prompt"):
             content = [{"type": "image"}] * len(images)
             text = self._session.format([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
         return self._server.submit(text, images, options=self._session.options(GenerationOptions(), options))
@@ -103,22 +105,26 @@ class TritonPythonModel:
         entries = tensor.as_numpy().ravel().tolist()
         return entries if whole else entries[0] if entries else None
 
+    def _answer(self, sender: Any, request: Any, answer: Answer, stream: bool) -> None:
+        try:
+            self._send(sender, request, answer, stream)
+        except Exception as error:
+            answer.cancel()  # if sending failed, nobody reads what is left
+            self._send_error(sender, error)
+
     def _send(self, sender: Any, request: Any, answer: Answer, stream: bool) -> None:
         final = self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         tokens: list[int] = []
-        try:
-            for chunk in answer:
-                if request.is_cancelled():
-                    answer.cancel()
-                done = chunk.generation
-                tokens += chunk.token_ids
-                if stream and done is None:
-                    sender.send(self._response(chunk.text, "", chunk.token_ids))
-                elif done is not None:
-                    text, ids = (chunk.text, chunk.token_ids) if stream else (done.text, tokens)
-                    sender.send(self._response(text, done.finish_reason, ids), flags=final)
-        except VkvxError as error:
-            self._send_error(sender, error)
+        for chunk in answer:
+            if request.is_cancelled():
+                answer.cancel()
+            done = chunk.generation
+            tokens += chunk.token_ids
+            if stream and done is None:
+                sender.send(self._response(chunk.text, "", chunk.token_ids))
+            elif done is not None:
+                text, ids = (chunk.text, chunk.token_ids) if stream else (done.text, tokens)
+                sender.send(self._response(text, done.finish_reason, ids), flags=final)
 
     def _response(self, text: str, reason: str, token_ids: Any) -> Any:
         tensor = self._utils.Tensor
@@ -130,9 +136,23 @@ class TritonPythonModel:
             ]
         )
 
-    def _send_error(self, sender: Any, error: VkvxError) -> None:
-        response = self._utils.InferenceResponse(error=self._utils.TritonError(str(error)))
-        sender.send(response, flags=self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    def _send_error(self, sender: Any, error: Exception) -> None:
+        if not isinstance(error, VkvxError):
+            LOG.error("a request failed: %s", describe(error), exc_info=error)
+        try:
+            response = self._utils.InferenceResponse(error=self._utils.TritonError(describe(error)))
+            sender.send(response, flags=self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as failure:  # there is nobody left to tell
+            LOG.error("a response cannot be sent: %s", describe(failure), exc_info=failure)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, bytes):
+        raise InputError(f"'{name}' must be a string in UTF-8, got {type(value).__name__}")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{name}' is not valid UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _picture(data: bytes) -> Any:

@@ -21,7 +21,8 @@ class Conversation:
     """Turns over one packed history. Made by :meth:`Session.conversation`; close it when done.
 
     The history is every token fed, which is more than the text shown where a stop string or an interruption ended an
-    answer: those tokens stay. The token chosen last is fed with the next turn.
+    answer: those tokens stay. The token chosen last is fed with the next turn. They also stay if the decoder's logits
+    turn out not to be numbers: that error ends the answer only, but what follows on such a history likely fails too.
     """
 
     def __init__(self, backend: Backend, processor: Processor) -> None:

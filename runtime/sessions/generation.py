@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vkvx.errors import CapacityError
+from vkvx.errors import BatchError, CapacityError
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.sessions.processor import Prepared, Processor
@@ -54,6 +54,14 @@ class Chunk:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     generation: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended row ``row`` before its end: an error of its pictures, of its logits or of its text."""
+
+    row: int
+    error: Exception
 
 
 class Request:
@@ -201,13 +209,13 @@ class Scheduler:
         if request in self._waiting:
             self._waiting.remove(request)
         elif request in self._live:
-            self._live.remove(request)
-            request.leave()
+            self._leave(request)
 
-    def step(self) -> list[Chunk]:
-        """Start what may start, run one call, and return what it added; a finished row has left by then.
+    def step(self) -> list[Chunk | Failure]:
+        """Start what may start, run one call, and return what it added; rows that finished or failed have left by then.
 
-        Raises InputError if the backend was closed, and what it raises.
+        A row fails alone, and the others go on. What is raised is an error of the whole call, or InputError if the
+        backend was closed.
         """
         check_open(self._backend)
         backend, live, waiting = self._backend, self._live, self._waiting
@@ -217,12 +225,30 @@ class Scheduler:
             live.append(starting[-1])
             starting[-1].admit()
         started = time.perf_counter()
-        embeds = [backend.encode(pixels) for one in starting if (pixels := one.prepared.pixel_inputs) is not None]
-        chunks = _step(backend, starting or live, embeds, started)
-        for request in [one for one in live if one.finish_reason]:
-            live.remove(request)
-            request.leave()
-        return chunks
+        results = list[Chunk | Failure]()
+        embeds = list[Any]()
+        for request in list(starting):
+            if (pixels := request.prepared.pixel_inputs) is None:
+                continue
+            try:
+                embeds.append(backend.encode(pixels))
+            except Exception as error:
+                starting.remove(request)
+                results.append(self._fail(request, error))
+        running = list(starting or live)
+        if not running:
+            return results
+        logits = _step(backend, running, embeds)
+        seconds = time.perf_counter() - started
+        for request, row in zip(running, logits, strict=True):
+            try:
+                results.append(request.accept(row, seconds))
+            except Exception as error:
+                results.append(self._fail(request, error))
+            else:
+                if request.finish_reason:
+                    self._leave(request)
+        return results
 
     def close(self) -> None:
         """End all requests."""
@@ -230,21 +256,41 @@ class Scheduler:
         while self._live:
             self._live.pop().leave()
 
+    def _fail(self, request: Request, error: Exception) -> Failure:
+        self._leave(request)
+        return Failure(request.row, error)
 
-def run(backend: Backend, requests: Iterable[Request]) -> Generator[Chunk, None, None]:
+    def _leave(self, request: Request) -> None:
+        self._live.remove(request)
+        request.leave()
+
+
+def run(backend: Backend, requests: Sequence[Request]) -> Generator[Chunk, None, None]:
     """Run requests to their ends, as many at a time as there are slots, and yield what each step adds.
 
-    A finished row leaves, and the next request takes its slot while the others go on. Closing the iterator
-    ends all rows.
+    The row of a request is its index. A finished row leaves, and the next request takes its slot while the others go
+    on. Closing the iterator ends all rows. The error of a request that is alone is raised as it is; among several, the
+    others go on to their ends first, and a BatchError with their answers is raised then.
     """
     scheduler = Scheduler(backend)
     for request in requests:
         scheduler.submit(request)
+    errors: dict[int, Exception] = {}
+    generations: list[Generation | None] = [None] * len(requests)
     try:
         while scheduler.busy:
-            yield from scheduler.step()
+            for result in scheduler.step():
+                if isinstance(result, Failure):
+                    errors[result.row] = result.error
+                else:
+                    generations[result.row] = result.generation
+                    yield result
     finally:
         scheduler.close()
+    if errors and len(requests) == 1:
+        raise errors[0]
+    if errors:
+        raise BatchError(errors, generations) from errors[min(errors)]
 
 
 def _may_start(backend: Backend, request: Request, starting: Sequence[Request], live: Sequence[Request]) -> bool:
@@ -259,11 +305,9 @@ def _may_start(backend: Backend, request: Request, starting: Sequence[Request], 
     return not starting or longest * (len(starting) + 1) <= _PREFILL_POSITIONS
 
 
-def _step(backend: Backend, requests: list[Request], embeds: list[Any], started: float) -> list[Chunk]:
+def _step(backend: Backend, requests: Sequence[Request], embeds: Sequence[Any]) -> np.ndarray:
     manifest = backend.manifest
     rows = [request.next_row() for request in requests]
     size, image_token = manifest.quantization.group_size, manifest.model.image_token_id
     call = build_call(rows, group_size=size, image_token_id=image_token)
-    logits = backend.step(call, backend.place(call, embeds) if embeds else None)
-    seconds = time.perf_counter() - started
-    return [request.accept(row, seconds) for request, row in zip(requests, logits, strict=True)]
+    return backend.step(call, backend.place(call, embeds) if embeds else None)

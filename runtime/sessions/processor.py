@@ -6,6 +6,7 @@ Uses transformers for tokenizer and image processor, but not torch.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ def listed(pictures: Pictures) -> list[Picture]:
 class Processor:
     """Tokenizer, image processor and chat template in a directory, for a model whose vision graph has these inputs.
 
+    For any number of threads: the libraries' tokenizers and image processors are made for one thread at a time, so each
+    has a lock here. The two are apart, so that decoding the next token need not wait until somebody's pictures are
+    ready.
+
     Raises BundleError if their files do not load.
     """
 
@@ -57,15 +62,17 @@ class Processor:
         try:
             # The PIL variant gives the same pixels whether or not torchvision is installed.
             self._processor: Any = loader.from_pretrained(str(directory), backend="pil", local_files_only=True)
-            self.tokenizer: Any = self._processor.tokenizer
+            self._tokenizer: Any = self._processor.tokenizer
             self._images: Any = self._processor.image_processor
         except Exception as error:  # transformers raises many kinds for damaged files
             raise BundleError(
                 f"cannot load the processor in {directory} ({_first_line(error)}); export the model again"
             ) from error
+        self._tokenizer_lock = threading.Lock()
+        self._images_lock = threading.Lock()
         self._info = info
         self._inputs = {tensor.name: tensor.dtype for tensor in pixel_inputs}
-        self._token = str(self.tokenizer.convert_ids_to_tokens(info.image_token_id))
+        self._token = str(self._tokenizer.convert_ids_to_tokens(info.image_token_id))
 
     @classmethod
     def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
@@ -81,9 +88,10 @@ class Processor:
         if not isinstance(prompt, str):
             raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
         prompt = prompt.replace(PLACEHOLDER, self._token)
-        begin = self.tokenizer.bos_token
-        special = first and not (begin and prompt.startswith(begin))
-        ids = np.asarray(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], np.int32)
+        with self._tokenizer_lock:
+            begin = self._tokenizer.bos_token
+            special = first and not (begin and prompt.startswith(begin))
+            ids = np.asarray(self._tokenizer(prompt, add_special_tokens=special)["input_ids"], np.int32)
         image_token = self._info.image_token_id
         placeholders = int(np.count_nonzero(ids == image_token))
         if placeholders != len(images):
@@ -95,14 +103,16 @@ class Processor:
             raise InputError("the prompt is empty; give at least one character")
         if not images:
             return Prepared(ids, None, ())
-        pixels, lengths = self._pixels([load_picture(image) for image in images])
+        with self._images_lock:  # it also guards the warnings filters, which load_picture changes for all threads
+            pixels, lengths = self._pixels([load_picture(image) for image in images])
         repeats = np.ones(len(ids), np.int64)
         repeats[ids == image_token] = lengths
         return Prepared(np.repeat(ids, repeats), pixels, lengths)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with self._tokenizer_lock:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @property
     def has_chat_template(self) -> bool:
@@ -124,16 +134,17 @@ class Processor:
                 content = [{"type": "text", "text": content}]
             listed.append({**message, "content": content})
         try:
-            text = self.tokenizer.apply_chat_template(
-                listed, chat_template=self._template, tokenize=False, add_generation_prompt=True
-            )
+            with self._tokenizer_lock:
+                text = self._tokenizer.apply_chat_template(
+                    listed, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                )
         except Exception as error:  # a template is a program of the model's authors
             raise InputError(f"the chat template refuses these messages: {_first_line(error)}") from error
         return text.replace(self._token, PLACEHOLDER)
 
     @property
     def _template(self) -> str | None:
-        return self._processor.chat_template or self.tokenizer.chat_template
+        return self._processor.chat_template or self._tokenizer.chat_template
 
     def _pixels(self, images: list[Image]) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
         try:

@@ -111,12 +111,16 @@ class Session:
         A prompt is text with one ``<image>`` for each of its pictures (:meth:`format` applies the chat template). A
         picture is a path or a PIL image. For one prompt ``images`` is a picture or a list of them, for a list of
         prompts a list with such an entry (or None) for each. Options are fields of :class:`GenerationOptions`, given
-        as keywords or as ``options`` (for a list of prompts also one a prompt, for instance to give each its own
+        as keywords or as ``options`` (for a list of prompts also one per prompt, for instance to give each its own
         seed).
 
         A row gets in a batch what it gets alone. With more prompts than free slots, the next prompt starts when a row
-        ends. Raises InputError, OptionError, and CapacityError before anything runs if a prompt with its answer does
-        not fit.
+        ends.
+
+        Raises InputError, OptionError, and CapacityError before anything runs if a prompt with its answer does not fit.
+        If a prompt of several fails while it runs (the decoder returned NaN for it, for instance), the others are
+        answered, and a BatchError that holds their answers is raised then. An error of the whole call, such as a GPU
+        that runs out of memory, is raised at once, and so is the error of a prompt that is alone.
         """
         single = isinstance(prompts, str)
         results: dict[int, Generation] = {}
@@ -135,7 +139,8 @@ class Session:
     ) -> Generator[Chunk, None, None]:
         """Like :meth:`generate`, but iterate over what each step adds. Errors of the input come at once.
 
-        Closing the iterator ends all rows and frees their slots.
+        A prompt of several that fails while it runs has no further chunks; the BatchError comes after the last chunk of
+        the others. Closing the iterator ends all rows and frees their slots.
         """
         check_open(self.backend)
         if isinstance(prompts, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,23 +110,23 @@ class Request:
     def __init__(self, **inputs: Any) -> None:
         self.inputs = inputs
         self.responses: list[Any] = []
-        self.done = False
+        self.cancelled = False
+        self._done = threading.Event()
 
     def get_response_sender(self) -> Request:
         return self
 
     def is_cancelled(self) -> bool:
-        return False
+        return self.cancelled
 
     def send(self, response: Any, flags: int = 0) -> None:
+        assert not self._done.is_set(), "a response after the final one"
         self.responses.append(response)
-        self.done = flags == 1
+        if flags == Utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL:
+            self._done.set()
 
     def wait(self) -> list[Any]:
-        end = time.monotonic() + 120
-        while not self.done:
-            assert time.monotonic() < end, "no final response"
-            time.sleep(0.01)
+        assert self._done.wait(120), "no final response"
         return self.responses
 
 
@@ -188,6 +188,70 @@ def test_wrong_requests_get_the_error(model: Any, inputs: dict[str, Any], messag
     model.execute([request])
     (response,) = request.wait()
     assert message in str(response.error)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"prompt": strings(b"\xff")}, "'prompt' is not valid UTF-8"),
+        ({"prompt": np.array([7], np.int32)}, "'prompt' must be a string in UTF-8, got int"),
+        ({"stop": strings("a", b"b\xff")}, "'stop' is not valid UTF-8 (invalid start byte at byte 1)"),
+        ({"max_new_tokens": strings("many")}, "TypeError"),
+        ({"images": np.array([7], np.int32)}, "readable picture"),
+        ({"stream": None}, "AttributeError"),
+    ],
+)
+def test_a_wrong_request_leaves_the_others_of_its_batch_alone(model: Any, inputs: dict[str, Any], message: str) -> None:
+    before, after = (Request(prompt=strings(PROMPT), max_new_tokens=np.array([4], np.int32)) for _ in range(2))
+    wrong = Request(**{"prompt": strings(PROMPT), **inputs})
+    model.execute([before, wrong, after])
+    assert message in str(wrong.wait()[0].error)
+    for request in (before, after):
+        (response,) = request.wait()
+        assert response.error is None
+        assert len(response.outputs["token_ids"]) == 4
+
+
+class Broken(Request):
+    """A request whose client cannot be sent a second response, except errors."""
+
+    def send(self, response: Any, flags: int = 0) -> None:
+        if self.responses and response.error is None:
+            raise BrokenPipeError("gone")
+        super().send(response, flags)
+
+
+def long(kind: type[Request] = Request) -> Request:
+    """A request that runs until it is stopped."""
+    limit, yes = np.array([900], np.int32), np.array([True])
+    return kind(prompt=strings(PROMPT), max_new_tokens=limit, ignore_eos=yes, stream=yes)
+
+
+def test_a_cancelled_request_gets_a_final_response(model: Any) -> None:
+    cancelled = long()
+    cancelled.cancelled = True
+    model.execute([cancelled])
+    assert "cancelled" in str(cancelled.wait()[-1].error)
+
+
+def test_a_client_that_is_gone_frees_its_slot(model: Any) -> None:
+    gone = [long(Broken), long(Broken)]
+    model.execute(gone)  # they take all slots
+    for request in gone:
+        assert "BrokenPipeError: gone" in str(request.wait()[-1].error)
+    request = Request(prompt=strings(PROMPT), max_new_tokens=np.array([2], np.int32))
+    model.execute([request])
+    assert request.wait()[-1].error is None
+
+
+def test_requests_that_still_run_at_the_end_get_a_final_response(model: Any) -> None:
+    requests = [long() for _ in range(3)]
+    model.execute(requests)
+    model.finalize()
+    for request in requests:
+        assert request._done.is_set()
+        assert "closed" in str(request.responses[-1].error)
+    model._session.close = lambda: None  # the fixture ends the model once more
 
 
 def test_a_damaged_bundle_fails_the_load(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ class FakeProcessor:
 class FakeBackend:
     """Chooses the next token by a hash of all that a slot holds, or by ``script`` (tokens after the prompt of a slot).
 
-    What a slot holds is kept beside the cache and checked against the counts and positions of each call.
+    What a slot holds is kept beside the cache and checked against the counts and positions of each call. Where it ends
+    with the text ``nan_after``, the logits are NaN. ``encode`` refuses pictures whose number is negative.
     """
 
     name = "fake"
@@ -111,12 +112,15 @@ class FakeBackend:
         self.script: list[int] | None = None
         self.calls: list[Call] = []
         self.fail_at: int | None = None
+        self.nan_after: str | None = None
 
     def close(self) -> None:
         self.closed = True
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         pixels = pixel_inputs["pixel_values"][:, 0]
+        if (pixels < 0).any():
+            raise RuntimeError("no such picture")
         embeds = np.zeros((len(pixels), PICTURE_TOKENS, 8), np.float16)
         embeds[:, :, 0] = pixels[:, None]
         embeds[:, :, 1] = np.arange(PICTURE_TOKENS) + 1
@@ -163,8 +167,10 @@ class FakeBackend:
 
     def _logits(self, held: list[float]) -> np.ndarray:
         size = self.manifest.model.vocab_size
+        fed = "".join(chr(int(token)) for token in held if 0 <= token < 256 and token == int(token))
+        if self.nan_after is not None and fed.endswith(self.nan_after):
+            return np.full(size, np.nan, np.float32)
         if self.script is not None:
-            fed = "".join(chr(int(token)) for token in held if 0 <= token < 256 and token == int(token))
             said = fed[fed.rindex("]") + 1 :]
             logits = np.zeros(size, np.float32)
             logits[self.script[len(said)]] = 10

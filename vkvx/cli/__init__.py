@@ -1,4 +1,4 @@
-"""The command ``vkvx``: one module a verb, each with ``add_parser`` and ``run``.
+"""The command ``vkvx``: one module per verb, each with ``add_parser`` and ``run``.
 
 A verb imports what it needs when it runs, so that ``vkvx --help`` loads nothing heavy.
 """

@@ -139,9 +139,7 @@ def test_inputs_outputs_and_aliases(engines: tuple[Path, EngineManifest]) -> Non
 
 def test_the_same_inputs_are_not_built_again(engines: tuple[Path, EngineManifest], plugin_file: Path) -> None:
     bundle, manifest = engines
-    begun = time.perf_counter()
     again = build(bundle, plugin_file)
-    assert time.perf_counter() - begun < 2
     assert not again.built
     assert again.manifest == manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ from fakes import FakeBackend, FakeProcessor, manifest
 
 from vkvx import CapacityError, InputError, OptionError, VkvxError
 from vkvx.runtime.serving.server import Server
+from vkvx.runtime.sessions.generation import Request
 from vkvx.runtime.sessions.session import Session
 
 
@@ -78,6 +80,17 @@ def test_a_cancelled_request_frees_its_slot() -> None:
     assert loaded.backend.cache.free_slots == (0,)
 
 
+def test_the_end_of_an_answer_stays() -> None:
+    with Server(session()) as server:
+        answer = server.submit("[x]", max_new_tokens=5)
+        assert answer.result() is answer.result()
+        failed = server.submit("[x]", max_new_tokens=900, ignore_eos=True)
+        failed.cancel()
+        for _ in range(2):
+            with pytest.raises(InputError, match="cancelled"):
+                failed.result()
+
+
 def test_wrong_requests_are_refused_at_once() -> None:
     with Server(session()) as server:
         with pytest.raises(CapacityError):
@@ -89,7 +102,34 @@ def test_wrong_requests_are_refused_at_once() -> None:
         server.submit("[x]")
 
 
-def test_a_failed_step_ends_its_requests_only() -> None:
+def test_a_row_that_fails_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [*(f"[question {i}]" for i in range(4)), "<image>[five]"]
+    alone = [session(1).generate(prompt, [1.0] * (i == 4), max_new_tokens=20) for i, prompt in enumerate(prompts)]
+    loaded = session()
+    loaded.backend.nan_after = "[bad]"  # type: ignore[attr-defined]
+    with Server(loaded) as server:
+        answers = [server.submit(prompt, max_new_tokens=20) for prompt in prompts[:2]]
+        nan = server.submit("[bad]", max_new_tokens=20)
+        refused = server.submit("<image>", [-1.0], max_new_tokens=20)
+        answers += [server.submit(prompt, max_new_tokens=20) for prompt in prompts[2:4]]
+        answers.append(server.submit(prompts[4], [1.0], max_new_tokens=20))
+        assert [answer.result().token_ids for answer in answers] == [one.token_ids for one in alone]
+        with pytest.raises(VkvxError, match="nan among the logits"):
+            nan.result()
+        with pytest.raises(VkvxError, match="RuntimeError: no such picture") as caught:
+            refused.result()
+        assert loaded.backend.cache.free_slots == (0, 1, 2)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert caught.value.__cause__.__traceback__ is not None
+    records = [record for record in caplog.records if record.name == "vkvx.runtime.serving"]
+    assert all(record.levelno == logging.ERROR and record.exc_info for record in records)
+    messages = sorted(record.getMessage() for record in records)
+    assert len(messages) == 2
+    assert messages[0].startswith(f"request {nan.number} failed: the decoder returned nan")
+    assert messages[1] == f"request {refused.number} failed: RuntimeError: no such picture"
+
+
+def test_a_failed_step_ends_its_requests_only(caplog: pytest.LogCaptureFixture) -> None:
     loaded = session()
     step = loaded.backend.step
 
@@ -101,8 +141,13 @@ def test_a_failed_step_ends_its_requests_only() -> None:
 
     loaded.backend.step = broken  # type: ignore[method-assign]
     with Server(loaded) as server:
-        with pytest.raises(VkvxError, match="out of order"):
+        with pytest.raises(VkvxError, match="out of order") as caught:
             server.submit("[x]", max_new_tokens=9, ignore_eos=True).result()
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        (record,) = caplog.records
+        assert record.getMessage() == "a step failed, and with it requests 0: RuntimeError: out of order"
+        assert record.exc_info
+        assert record.exc_info[1] is caught.value.__cause__
         assert loaded.backend.cache.free_slots == (0, 1, 2)
         assert len(server.submit("[y]", max_new_tokens=9, ignore_eos=True).result().token_ids) == 9
 
@@ -114,3 +159,49 @@ def test_closing_ends_what_runs() -> None:
     server.close()
     with pytest.raises(InputError, match="closed"):
         answer.result()
+
+
+@pytest.mark.parametrize("where", ["_take_changes", "cancel"])
+def test_a_server_whose_thread_fails_tells_all_who_wait(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = session(1)
+    server = Server(loaded)
+
+    def fail(*_: object) -> bool:
+        raise ZeroDivisionError("unforeseen")
+
+    if where == "cancel":
+        server._scheduler.cancel = fail  # type: ignore[assignment]
+    running = server.submit("[running]", max_new_tokens=900, ignore_eos=True)
+    waiting = server.submit("[waiting]", max_new_tokens=900, ignore_eos=True)
+    next(iter(running))
+    if where == "cancel":
+        running.cancel()
+    else:
+        server._take_changes = fail  # type: ignore[method-assign]
+    for answer in (running, waiting):
+        with pytest.raises(VkvxError, match="unforeseen") as caught:
+            answer.result()
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(VkvxError, match=r"has failed \(ZeroDivisionError: unforeseen\); start another"):
+        server.submit("[x]")
+    server.close()
+    assert loaded.backend.cache.free_slots == (0,)
+    (record,) = caplog.records
+    assert record.getMessage() == "the server has failed, and with it requests 0, 1: ZeroDivisionError: unforeseen"
+
+
+def test_a_request_that_joins_a_failing_server_is_told() -> None:
+    server = Server(session())
+    schedule = server._scheduler.submit
+
+    def fail(request: Request) -> None:
+        if request.row == 1:
+            raise ZeroDivisionError("unforeseen")
+        schedule(request)
+
+    server._scheduler.submit = fail  # type: ignore[method-assign]
+    with server._changed:  # all three join at once
+        answers = [server.submit("[x]", max_new_tokens=900, ignore_eos=True) for _ in range(3)]
+    for answer in answers:
+        with pytest.raises(VkvxError, match="unforeseen"):
+            answer.result()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fakes import EOS, IMAGE, PICTURE_TOKENS, FakeBackend, FakeProcessor, manifest
 
-from vkvx.errors import CapacityError, InputError, OptionError
+from vkvx.errors import BatchError, CapacityError, InputError, OptionError, VkvxError
 from vkvx.runtime.sessions.generation import Chunk, Generation
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
@@ -172,6 +172,71 @@ def test_seeds_may_differ_by_row() -> None:
     options = [GenerationOptions(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     first, second, third = session(3).generate(["x"] * 3, options=options, max_new_tokens=12)
     assert first.token_ids == second.token_ids != third.token_ids
+
+
+# Failures of single rows
+
+
+def test_a_row_that_fails_leaves_the_others_alone() -> None:
+    prompts = ["[one]", "[bad]", "<image>no such picture", "<image>[two]", "[three]"]
+    pictures: list[Any] = [None, None, [-1.0], [2.0], None]
+    alone = [session().generate(prompts[i], pictures[i], max_new_tokens=12) for i in (0, 3, 4)]
+    for slots in (1, 2, 5):
+        loaded = session(slots)
+        backend_of(loaded).nan_after = "[bad]"
+        with pytest.raises(
+            BatchError, match=r"2 of 5 prompts failed, first prompts\[1\]: .*nan among the logits"
+        ) as caught:
+            loaded.generate(prompts, pictures, max_new_tokens=12)
+        first, bad, refused, *others = caught.value.generations
+        assert bad is refused is None
+        assert [tokens(one) for one in (first, *others) if one] == [tokens(one) for one in alone]
+        assert isinstance(caught.value.errors[1], VkvxError)
+        assert caught.value.__cause__ is caught.value.errors[1]
+        assert str(caught.value.errors[2]) == "no such picture"
+        assert loaded.backend.cache.free_slots == tuple(range(slots))
+
+
+def test_a_stream_goes_on_past_a_row_that_fails() -> None:
+    loaded = scripted("yes", slots=2)
+    backend_of(loaded).nan_after = "[bad]ye"
+    texts = {0: "", 1: ""}
+
+    def read() -> None:
+        for chunk in loaded.stream(["[bad]", "[good]"], max_new_tokens=3):
+            texts[chunk.row] += chunk.text
+
+    with pytest.raises(BatchError, match="1 of 2"):
+        read()
+    assert texts == {0: "ye", 1: "yes"}
+    assert loaded.backend.cache.free_slots == (0, 1)
+
+
+def test_a_prompt_that_is_alone_fails_with_its_own_error() -> None:
+    loaded = session()
+    backend_of(loaded).nan_after = "[bad]"
+    for prompt in ("[bad]", ["[bad]"]):
+        with pytest.raises(VkvxError, match="among the logits") as caught:
+            loaded.generate(prompt)
+        assert not isinstance(caught.value, BatchError)
+    with pytest.raises(RuntimeError, match="no such picture"):
+        loaded.generate("<image>", [-1.0])
+    assert loaded.generate("[good]", max_new_tokens=2).token_ids
+
+
+def test_a_conversation_keeps_what_was_fed_before_a_failure() -> None:
+    loaded = scripted(b"yes\x02")
+    talk = loaded.conversation()
+    backend_of(loaded).nan_after = "[a]ye"
+    with pytest.raises(VkvxError, match="among the logits"):
+        list(talk.ask("a"))
+    assert bytes(talk.token_ids) == b"\x01[a]ye"
+    assert talk.messages[1]["content"] == "ye"
+    before = talk.token_ids
+    with pytest.raises(RuntimeError, match="no such picture"):
+        list(talk.ask("b", [-1.0]))
+    assert talk.token_ids == before
+    assert "".join(talk.ask("b")) == "yes"
 
 
 # Conversations

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,11 +71,11 @@ def test_agrees_with_the_processor_of_transformers(bundle: Path, processor: Proc
 
 
 def test_the_sequence_begins_once(processor: Processor) -> None:
-    begin = processor.tokenizer.bos_token_id
+    tokenizer = processor._tokenizer
     first = processor.prepare("USER: 1").token_ids.tolist()
-    assert first[0] == begin
+    assert first[0] == tokenizer.bos_token_id
     assert processor.prepare("USER: 1", first=False).token_ids.tolist() == first[1:]
-    assert processor.prepare(processor.tokenizer.bos_token + "USER: 1").token_ids.tolist() == first
+    assert processor.prepare(tokenizer.bos_token + "USER: 1").token_ids.tolist() == first
     assert processor.prepare("USER: 1").pixel_inputs is None
 
 
@@ -116,6 +120,67 @@ def test_damaged_processor_files(bundle: Path, tmp_path: Path, name: str) -> Non
     (tmp_path / "bundle/processor" / name).write_text("{")
     with pytest.raises(BundleError, match="export the model again"):
         Processor.of_bundle(tmp_path / "bundle", manifest())
+
+
+# Threads
+
+
+class OneAtATime:
+    """A tokenizer that fails if a second thread calls it meanwhile, and gives others the time to do so."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._wrapped = tokenizer
+        self._using = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._wrapped, name)
+        return partial(self._call, found) if callable(found) else found
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._call(self._wrapped, *arguments, **options)
+
+    def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        assert self._using.acquire(blocking=False), "two threads at once"
+        try:
+            threading.Event().wait(0.002)
+            return function(*arguments, **options)
+        finally:
+            self._using.release()
+
+
+def test_threads_take_turns_at_the_tokenizer(bundle: Path) -> None:
+    processor = Processor.of_bundle(bundle, manifest())
+    ids = processor.prepare("USER: 12").token_ids.tolist()
+    calls = [
+        lambda: processor.prepare("USER: 12").token_ids.tolist(),
+        lambda: processor.decode(ids),
+        lambda: processor.format(QUESTION),
+    ]
+    expected = [call() for call in calls]
+    processor._tokenizer = OneAtATime(processor._tokenizer)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda number: calls[number % 3](), range(60)))
+    assert found == expected * 20
+
+
+def test_tokens_need_not_wait_for_pictures(bundle: Path, picture: Path) -> None:
+    processor = Processor.of_bundle(bundle, manifest())
+    preparing, go_on = threading.Event(), threading.Event()
+    process = processor._images
+
+    def slow(**arguments: Any) -> Any:
+        preparing.set()
+        assert go_on.wait(60)
+        return process(**arguments)
+
+    processor._images = slow
+    with ThreadPoolExecutor(2) as pool:
+        prepared = pool.submit(processor.prepare, "<image> 12", [picture])
+        assert preparing.wait(60)
+        ids = processor.prepare("12").token_ids.tolist()
+        assert pool.submit(processor.decode, ids).result(60) == "12"
+        go_on.set()
+        assert prepared.result(60).picture_lengths == (TOKENS,)
 
 
 # Pictures
