@@ -1,4 +1,4 @@
-// Quantiser `shaped`: levels and codes of `lloyd`, which quantize_kernel has stored, moved by coordinate descent on the sum of e . H e.
+// Quantiser `shaped`: levels and codes of `lloyd`, which the kernels of quantize_registers.cuh and quantize_generic.cuh store, moved by coordinate descent on the sum of e . H e.
 //
 // A block takes a whole group of one KV head, keys or values. A thread owns up to kTokens tokens: their errors e and codes lie in the
 // block's scratch memory [channel][token], H e of kChannels channels at a time in registers. Only the fit of a channel's levels needs

@@ -1,4 +1,5 @@
-// Levels and codes of groups of any size and type, all quantisers but `shaped`: what the kernel of quantize.cuh does not take.
+// Levels and codes, the path that takes everything: groups of any size, type and alignment, any architecture, all quantisers but `shaped`. `quantize` in
+// append.cu chooses it where quantize_registers.cuh does not do.
 //
 // A block takes 32 channels of one group, so that a warp's lanes are 32 neighbouring channels (one word of a key) and its warps share
 // the group's tokens. Values are read once and kept in shared memory as floats [token][channel], if they fit. Statistics of a channel are
@@ -168,7 +169,7 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
 }
 
 // Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: the group's values if `cached`.
-__global__ void __launch_bounds__(kAppendWarps * 32) quantize_any_kernel(const __grid_constant__ VkvxParams p, bool cached) {
+__global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(const __grid_constant__ VkvxParams p, bool cached) {
   extern __shared__ float numbers[];  // [group_size][32]
   __shared__ float scratch[3 * kAppendWarps * 32];
   __shared__ int found[2];

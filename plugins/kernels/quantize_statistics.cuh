@@ -1,4 +1,4 @@
-// 8 channels of a group in a warp's registers: extremes, sums, order statistics and Lloyd's passes; quantize.cuh uses them.
+// What quantize_registers.cuh knows of the tokens: 8 channels of a group in a warp's registers, their sums, extremes, order statistics and Lloyd's passes.
 #pragma once
 
 #include "append.cuh"
