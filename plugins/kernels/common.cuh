@@ -11,7 +11,7 @@
 
 namespace vkvx {
 
-constexpr int kTile = 128;            // visual tokens a tile
+constexpr int kTile = 128;            // visual tokens per tile
 constexpr int kMaxDecodePositions = 8;  // longest call that the decode kernels take
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kHalfMax = 65504.0f;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 #endif
 }
 
-// The next kernel's blocks may start where there is room; they wait as above.
+// The next kernel's blocks may start as soon as a multiprocessor can hold them; they wait as above.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

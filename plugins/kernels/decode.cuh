@@ -1,8 +1,8 @@
 // Decode attention: calls of at most 8 positions over packed groups, 16-bit text rows and the call's own tokens, in one launch.
 //
-// A block of 1 to 8 warps takes one KV head of one row, at most `Engine::kColumns` query vectors of it, and one of `splits` parts of what is
-// cached. Everything cached is laid out as a list of units: tiles of 128 visual tokens, text rows by 16, and the own tokens. Units have costs in
-// bytes, and each warp of each part takes the units that start in its share of the total: shares follow the counts on the device, the grid only the
+// A block of up to `Engine::kWarps` warps takes one KV head of one row, at most `Engine::kColumns` query vectors of it, and one of `splits` parts of what is
+// cached. Everything cached is laid out as a list of units: tiles of 128 visual tokens, text rows by 16, and the own tokens. Units have costs, in
+// multiples of 16 D bytes, and each warp of each part takes the units that start in its share of the total: shares follow the counts on the device, the grid only the
 // shapes. Warps work alone, each with its own buffers, and fold their results into shared memory at group ends; the last block
 // of a row and head to arrive combines the parts.
 #pragma once

@@ -1,4 +1,4 @@
-// Where a decode keeps its things: in the workspace, and in the shared memory of a block.
+// Where a decode keeps its data: in the workspace, and in the shared memory of a block.
 #pragma once
 
 #include "decode_rows.cuh"
@@ -9,7 +9,7 @@ namespace vkvx {
 struct DecodePlan {
   int splits;        // parts of the sequence
   int column_tiles;  // ceil(query heads of a KV head * S / columns)
-  int columns;       // columns stored a warp
+  int columns;       // columns stored per warp
   int warps;         // of a block
   int* arrived;      // [B * Hkv * column_tiles] counters, zero between calls
   float* partial;    // per (row, head, column tile, part): [columns][D] sums, then most[8], total[8]

@@ -140,9 +140,9 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
     }
     scale = high - low;
   } else if (quantizer == VKVX_LLOYD) {
-    float rest = 0.0f;  // mean of what is left after subtracting the rounded mean
-    for (int i = warp; i < count; i += kAppendWarps) rest += value(i);
-    rest = over_warps(rest, scratch, Add()) / n;
+    float average = 0.0f;  // what subtracting the rounded mean leaves of it
+    for (int i = warp; i < count; i += kAppendWarps) average += value(i);
+    average = over_warps(average, scratch, Add()) / n;
     for (int round = 0; round < kLloydIterations; ++round) {
       const float step = scale > 0.0f ? scale : 1.0f;
       auto code = [&](int i) { return fminf(fmaxf(rintf((value(i) - low) / step), 0.0f), top); };
@@ -159,7 +159,7 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
       covariance = over_warps(covariance, scratch, Add()) / n;
       if (variance > 0.0f) {
         scale = covariance / variance;
-        low = rest - scale * middle;
+        low = average - scale * middle;
       }
     }
   }
@@ -231,8 +231,8 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(con
       if (i < count) {
         const float x = raw(i);
         c = code(x);
-        const float rest = x - (levels.offset + levels.scale * static_cast<float>(c));
-        squares = fmaf(rest, rest, squares);
+        const float residual = x - (levels.offset + levels.scale * static_cast<float>(c));
+        squares = fmaf(residual, residual, squares);
       }
       int* out = p.visual_key + ((first_tile + i / kTile) * bits * kTile + i % kTile) * words + word;
       for (int plane = 0; plane < bits; ++plane) {
