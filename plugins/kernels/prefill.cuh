@@ -68,6 +68,16 @@ struct PrefillLengths {
   }
 };
 
+// A bit for each of the first `end` positions that is a token; `last` is the last one of them that the call has.
+__device__ __forceinline__ void find_tokens(uint32_t* present, const int* rank, int positions, int end, int last) {
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(kFull, threadIdx.x >> 5, 0);
+  const bool whole = rank[last] == last;
+  for (int i = warp; i < end / 32; i += kPrefillThreads / 32) {
+    const uint32_t bits = whole ? kFull : __ballot_sync(kFull, 32 * i + lane < positions && rank[32 * i + lane] >= 0);
+    if (lane == 0) present[i] = bits;
+  }
+}
+
 // One block for 128 or 64 positions of a query head; the longest come first, so that the last ones to start are short.
 template <int kDim, int kTiles, bool kBfloat>
 __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles)) prefill_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
@@ -91,13 +101,8 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
     return;
   }
   // Which positions are tokens, up to this block's last one.
-  const int* tokens = rank + static_cast<int64_t>(b) * S;
   const int last = min(first_row + kRows, S) - 1;
-  const bool whole = tokens[last] == last;
-  for (int i = warp; i < (first_row + kRows) / 32; i += kPrefillThreads / 32) {
-    const uint32_t bits = whole ? kFull : __ballot_sync(kFull, 32 * i + lane < S && tokens[32 * i + lane] >= 0);
-    if (lane == 0) present[i] = bits;
-  }
+  find_tokens(present, rank + static_cast<int64_t>(b) * S, S, first_row + kRows, last);
   __syncthreads();
 
   auto is_token = [&](int i) { return i < S && (present[i >> 5] >> (i & 31) & 1); };
@@ -167,12 +172,10 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
         if (!next.scan) Warp::map_affine(warp_maps, p);
       } else {
         state.softmax(g, s, warp_maps, visual && p.correction != VKVX_CORRECTION_NONE, p.scale);
-        if constexpr (!kBfloat)
-          state.template add_values<false>(s, value_at);
-        else if (visual)
-          state.template add_values<false>(s, value_at);  // unpacked as fp16 numbers
+        if (visual || !kBfloat)
+          state.template add_values<false>(s, value_at);  // pictures are unpacked as fp16 numbers
         else
-          state.template add_values<true>(s, value_at);
+          state.template add_values<kBfloat>(s, value_at);
       }
     }
     c = next;
