@@ -12,7 +12,7 @@ DEPENDENCIES := pyproject.toml constraints.txt Makefile
 help:
 	@echo "make demo    export tiny-llava with a 1-bit visual cache and read a page with it"
 	@echo "make test    lint, types, all tests"
-	@echo "make lint    ruff and mypy only"
+	@echo "make lint    ruff, clang-format and mypy only"
 	@echo "make clean   remove .venv and build"
 
 demo: .venv/demo-ready
@@ -26,6 +26,7 @@ test: lint
 lint: types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins/*.cu' 'plugins/*.cuh' 'plugins/*.cpp' 'plugins/*.h' 'plugins/*.inc')
 
 # mypy does not see through the package-dir table of pyproject.toml, so it gets the packages as folders of links.
 types: .venv/test-ready
