@@ -12,7 +12,7 @@ DEPENDENCIES := pyproject.toml constraints.txt Makefile
 help:
 	@echo "make demo    export tiny-llava with a 1-bit visual cache and read a page with it"
 	@echo "make test    lint, types, all tests"
-	@echo "make lint    ruff, mypy and import-linter only"
+	@echo "make lint    mypy, import-linter, ruff and clang-format only"
 	@echo "make clean   remove .venv and build"
 
 demo: .venv/demo-ready
@@ -27,6 +27,7 @@ lint: types
 	@cd build/types && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-logo
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins/*.cu' 'plugins/*.cuh' 'plugins/*.cpp' 'plugins/*.h' 'plugins/*.inc')
 
 # mypy and import-linter do not see through the package-dir table of pyproject.toml: they get the packages as folders of links.
 types: .venv/test-ready

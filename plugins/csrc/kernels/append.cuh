@@ -10,7 +10,7 @@ __device__ __forceinline__ float clean(float x) {
   return fminf(fmaxf(x, -kHalfMax), kHalfMax);
 }
 
-// Group `first + g` of a slot, of call group g of row b; false if there is nothing to store or no room.
+// Group `first + g` of a slot, of call group g of row b; false if there is nothing to store or no group is free.
 __device__ __forceinline__ bool place_group(const VkvxParams& p, int b, int g, int* group, int* count, int* scratch) {
   const int slot = p.slot[b], groups = p.visual_capacity / p.group_size;
   if (threadIdx.x == 0) scratch[0] = scratch[1] = 0;

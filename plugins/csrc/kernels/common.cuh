@@ -116,7 +116,7 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 #endif
 }
 
-// The next kernel's blocks may start where there is room; they wait as above.
+// The next kernel's blocks may start as soon as a multiprocessor can hold them; they wait as above.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -5,7 +5,7 @@
 // operand: the query for scores, the weights for values. So a register of the codes' operand costs one logic instruction.
 //
 // Queries and weights are integers of 16 bits. Their low and high bytes are separate columns of one product: columns 2h and 2h + 1 are
-// the bytes of query vector h, four vectors a set, and a lane of the result has both bytes of one vector. Integer sums are exact, so a
+// the bytes of query vector h, four vectors per set, and a lane of the result has both bytes of one vector. Integer sums are exact, so a
 // segment's values are summed in integers, whose weights are relative to one score, `most`; when a tile's largest score is far from it, the segment ends.
 //
 // Lane 4g + t takes word t of its rows: register j of the word has its bits j, j + 8, j + 16 and j + 24. Row g of row tile i of the scores is
@@ -57,6 +57,18 @@ struct CodeBytes {
     return (j & ~(kBits - 1) & 4 ? upper[i] : field[i]) & (kTop * 0x01010101u << byte_shift(j, kBits));
   }
 };
+
+// Words m of the planes, [bits][4], to the codes of four rows.
+template <int kBits>
+__device__ __forceinline__ void set_rows(CodeBytes<kBits> (&rows)[4], const uint32_t (&words)[kBits][4]) {
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    uint32_t planes[kBits];
+#pragma unroll
+    for (int p = 0; p < kBits; ++p) planes[p] = words[p][m];
+    rows[m].set(planes);
+  }
+}
 
 // kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the parameters.
 template <int kBits, int kWords, int kSets>
@@ -206,7 +218,7 @@ struct CodesEngine {
     const int D = head_dim(), g = lane() >> 2, t = lane() & 3;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {  // two row tiles: words of rows g and g + 8 of the one, then of the other
-      uint32_t words[kKeyBits][kWords][4];
+      uint32_t words[kWords][kKeyBits][4];
 #pragma unroll
       for (int p = 0; p < kKeyBits; ++p)
 #pragma unroll
@@ -214,13 +226,13 @@ struct CodesEngine {
           const uint32_t plane = keys + p * D * 16;
           if (!kAny || D == kPaddedDim) {
             const int r = lane() & 7, token = 16 * r + 8 * ((lane() >> 3) & 1) + 2 * pair + (lane() >> 4);
-            load_matrices(words[p][w], plane + ((token * kWords + w) ^ r) * 16);
+            load_matrices(words[w][p], plane + ((token * kWords + w) ^ r) * 16);
           } else {
             const int word = min(t + 4 * w, D / 32 - 1);  // one that does not exist is multiplied by 0
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
               const int token = 16 * g + 8 * (m & 1) + 2 * pair + (m >> 1);
-              words[p][w][m] = load_word(plane + ((token * (D / 8) + 4 * word) ^ (g << 4)));
+              words[w][p][m] = load_word(plane + ((token * (D / 8) + 4 * word) ^ (g << 4)));
             }
           }
         }
@@ -230,13 +242,7 @@ struct CodesEngine {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         CodeBytes<kKeyBits> rows[4];
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          uint32_t planes[kKeyBits];
-#pragma unroll
-          for (int p = 0; p < kKeyBits; ++p) planes[p] = words[p][w][m];
-          rows[m].set(planes);
-        }
+        set_rows(rows, words[w]);
         // The two row tiles in turn, so that their chains of products overlap.
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -365,13 +371,7 @@ struct CodesEngine {
         const int r = lane() & 7, channel = D / 8 * r + 4 * pair + (lane() >> 3);
 #pragma unroll
         for (int p = 0; p < kValueBits; ++p) load_matrices(words[p], values + (p * D + (channel ^ r)) * 16);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          uint32_t planes[kValueBits];
-#pragma unroll
-          for (int p = 0; p < kValueBits; ++p) planes[p] = words[p][m];
-          rows[m].set(planes);
-        }
+        set_rows(rows, words);
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j)

@@ -1,9 +1,9 @@
-// Decode attention on 1- and 2-bit codes with the binary tensor cores: few query vectors a KV head, so that unpacking would dominate.
+// Decode attention on 1-, 2- and 4-bit codes with the binary tensor cores: few query vectors per KV head, so that unpacking would dominate.
 //
 // The query, scaled and rounded to 16 binary places, is split into bit planes; popc(key word & query plane), summed by the tensor core over 128 channels, is a
 // count in 0..128 for each token and plane. A second product, of bytes, weighs the counts by powers of four: a count fills a register of that
 // product's operand as it is, and weights that differ from zero in two columns alone for each of four row tiles collect the scores of 64 tokens
-// in four registers a lane. Values likewise, with the weights of the tokens rounded to 16 bits and turned to planes.
+// in four registers per lane. Values likewise, with the weights of the tokens rounded to 16 bits and turned to planes.
 // Native on compute capability 8.0 to 9.0; emulated later, where decode_codes.cuh is the better choice.
 #pragma once
 
@@ -62,8 +62,8 @@ struct PlanesEngine {
         u[j] = q * __half2float(params[c]);
         largest = fmaxf(largest, fabsf(u[j]));
         b = fmaf(q, __half2float(params[128 + c]), b);
-        const float rest = q * __half2float(params[256 + c]);
-        spread = fmaf(rest, rest, spread);
+        const float error = q * __half2float(params[256 + c]);
+        spread = fmaf(error, error, spread);
       }
       largest = __int_as_float(reduce_max(__float_as_int(largest)));  // not negative, so the order is that of the integers
       largest = fmaxf(largest, 1e-30f);

@@ -47,7 +47,7 @@ struct WarpResult {
       }
   }
 
-  // One column a lane; m and l are the same in all lanes of a column, one of which is its `writer`.
+  // One column per lane; m and l are the same in all lanes of a column, one of which is its `writer`.
   __device__ __forceinline__ void begin_column(int column, float m, float l, bool writer) {
     const float before = empty ? -1e30f : most[column];
     const float now = fmaxf(before, m);
@@ -82,7 +82,7 @@ struct WarpResult {
   }
 };
 
-// Rows of one KV head: keys and values start at element `first` of each row, rows are `stride` elements apart.
+// Rows of one KV head: where its keys and values of row 0 start, and how far apart rows are.
 struct RowSource {
   const char* key;
   const char* value;
@@ -92,8 +92,7 @@ struct RowSource {
 // Rows of `dim` channels, at most kDim; those that do not exist are zeros.
 template <int kDim>
 struct RowsEngine {
-  static constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
-  static constexpr int kBytes = 2 * kRowsAtOnce * kDim * 2;
+  static constexpr int kChunks = kDim / 8;  // of 16 bytes, per row
   static constexpr int kWeightShift = 11;
   static constexpr float kMargin = 4.0f;
 
@@ -105,7 +104,7 @@ struct RowsEngine {
 
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
 
-  // queries: shared memory, [columns][kDim + 8] of the model's type.
+  // queries: shared memory, [columns][dim + 8] of the model's type.
   __device__ __forceinline__ void start(const uint16_t* queries, int columns) {
     const int g = lane() >> 2, t = lane() & 3;
 #pragma unroll

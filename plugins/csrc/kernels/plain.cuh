@@ -1,11 +1,11 @@
-// Attention without tensor cores, one block for each query vector: any head dim, type and architecture, any number of positions.
+// Attention without tensor cores, one block for each query vector: any head dim up to 256, any type and architecture, any number of positions.
 #pragma once
 
 #include "common.cuh"
 
 namespace vkvx {
 
-// Number of each position among the row's tokens, or -1 on padding: [B, S]. One block a row.
+// Number of each position among the row's tokens, or -1 on padding: [B, S]. One block per row.
 __global__ void rank_tokens_kernel(const __grid_constant__ VkvxParams p, int* rank) {
   const int b = blockIdx.x, S = p.positions;
   int* mine = rank + static_cast<int64_t>(b) * S;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
     return y;
   };
   float most = -1e30f, total = 0.0f, sum[kPlainMaxDim / kPlainThreads] = {};
-  // Weights of up to 128 tokens, one a thread (score -inf: none), then their values: value(i, c) of token i, channel c.
+  // Weights of up to 128 tokens, one per thread (score -inf: none), then their values: value(i, c) of token i, channel c.
   auto attend = [&](float score, int count, auto value) {
     const float top = reduce(score, true), now = fmaxf(most, top), fade = expf(most - now);
     const float weight = expf(score - now);
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
       for (int c = tid; c < D; c += kPlainThreads) {
         folded[c] = query[c] * __half2float(k[c]);
         bias = fmaf(query[c], __half2float(k[D + c]), bias);
-        const float rest = query[c] * __half2float(k[2 * D + c]);
-        spread = fmaf(rest, rest, spread);
+        const float error = query[c] * __half2float(k[2 * D + c]);
+        spread = fmaf(error, error, spread);
       }
       bias = reduce(bias, false);
       if (p.correction == VKVX_CORRECTION_EXPECTED) bias += expected_correction(0.5f * reduce(spread, false), p.correction_limit);

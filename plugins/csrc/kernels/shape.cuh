@@ -1,8 +1,8 @@
-// Quantiser `shaped`: levels and codes of `lloyd`, which quantize_kernel has stored, moved by coordinate descent on the sum of e . H e.
+// Quantiser `shaped`: levels and codes of `lloyd`, which the kernels of quantize_registers.cuh and quantize_generic.cuh store, moved by coordinate descent on the sum of e . H e.
 //
 // A block takes a whole group of one KV head, keys or values. A thread owns up to kTokens tokens: their errors e and codes lie in the
 // block's scratch memory [channel][token], H e of kChannels channels at a time in registers. Only the fit of a channel's levels needs
-// all tokens: one barrier a channel. docs/format.md, "shaped", is the specification.
+// all tokens: one barrier per channel. docs/format.md, "shaped", is the specification.
 #pragma once
 
 #include <algorithm>
@@ -126,19 +126,19 @@ struct Shaper {
     for (int c = lane; c < D; c += 32) {
       const float offset = __half2float(levels[D + c]), step = scale[c];
       for (int i = 4 * warp; i < pitch; i += 4 * warps) {
-        float rest[4];
+        float residual[4];
         uint32_t packed = 0;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          rest[k] = 0.0f;
+          residual[k] = 0.0f;
           if (i + k >= count) continue;
           const float x = load(i + k, c);
           const float code = step > 0.0f ? fminf(fmaxf(rintf((x - offset) / step), 0.0f), top) : 0.0f;
-          rest[k] = x - mean[c] - fmaf(step, code, low[c]);
+          residual[k] = x - mean[c] - fmaf(step, code, low[c]);
           packed |= static_cast<uint32_t>(code) << 8 * k;
         }
         const int64_t to = static_cast<int64_t>(c) * pitch + i;
-        *reinterpret_cast<float4*>(error + to) = make_float4(rest[0], rest[1], rest[2], rest[3]);
+        *reinterpret_cast<float4*>(error + to) = make_float4(residual[0], residual[1], residual[2], residual[3]);
         *reinterpret_cast<uint32_t*>(codes + to) = packed;
       }
     }
@@ -202,13 +202,13 @@ struct Shaper {
       load_tile(first);
       float pull[kChannels][kTokens];
       multiply(pull);
-      Errors rest_next = errors(first);
+      Errors residual_next = errors(first);
       Codes code_next = codes_of(first);
-      // pull[0] is always that of channel c: the code of this loop is long enough without 32 copies.
+      // pull[0] is always that of channel c: the code of this loop is long enough without a copy for each channel.
 #pragma unroll 1
       for (int i = 0; i < kChannels; ++i) {
         const int c = first + i;
-        Errors rest = rest_next;
+        Errors residual = residual_next;
         Codes chosen = code_next;
         float step = scale[c], base = low[c], before[kTokens], code[kTokens], move[kTokens];
 #pragma unroll
@@ -217,7 +217,7 @@ struct Shaper {
           move[j] = 0.0f;
         }
         if (i + 1 < kChannels) {
-          rest_next = errors(c + 1);
+          residual_next = errors(c + 1);
           code_next = codes_of(c + 1);
         }
         if (step > 0.0f) {
@@ -246,10 +246,10 @@ struct Shaper {
 #pragma unroll
           for (int j = 0; j < kTokens; ++j) {
             move[j] = is_live(j) ? fmaf(step, code[j], base) - before[j] : 0.0f;
-            rest.of[j] -= move[j];
+            residual.of[j] -= move[j];
             chosen.of[j] = static_cast<uint8_t>(code[j]);
           }
-          errors(c) = rest;
+          errors(c) = residual;
           codes_of(c) = chosen;
         }
 #pragma unroll
@@ -283,14 +283,14 @@ struct Shaper {
     __syncthreads();
 #pragma unroll 4
     for (int c = 0; c < D; ++c) {
-      Errors rest = errors(c);
+      Errors residual = errors(c);
       const Codes code = codes_of(c);
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
         const float number = static_cast<float>(code.of[j]);
-        if (is_live(j)) rest.of[j] += fmaf(scale[c], number, low[c]) - fmaf(rounded[c], number, rounded[D + c]);
+        if (is_live(j)) residual.of[j] += fmaf(scale[c], number, low[c]) - fmaf(rounded[c], number, rounded[D + c]);
       }
-      errors(c) = rest;
+      errors(c) = residual;
       if (!(rounded[c] > 0.0f)) codes_of(c) = Codes{};
     }
     __syncthreads();
@@ -308,12 +308,12 @@ struct Shaper {
       multiply(pull);
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
-        const Errors rest = errors(first + i);
+        const Errors residual = errors(first + i);
         float square = 0.0f;
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          square = fmaf(rest.of[j], rest.of[j], square);
-          whole = fmaf(rest.of[j], pull[i][j], whole);
+          square = fmaf(residual.of[j], residual.of[j], square);
+          whole = fmaf(residual.of[j], pull[i][j], whole);
         }
         square = warp_sum(square);
         if (lane == 0) partial[warp * D + first + i] = square;

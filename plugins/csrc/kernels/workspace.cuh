@@ -24,7 +24,7 @@ struct Workspace {
   float2* extremes;
   size_t bytes;
 
-  // For decode with this many blocks a part, parts and columns of a block at most.
+  // For decode with this many blocks per part, parts and columns of a block at most.
   Workspace(const VkvxParams& p, int64_t tiles, int splits, int columns) {
     char* at = static_cast<char*>(p.workspace);
     size_t used = 0;

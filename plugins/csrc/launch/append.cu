@@ -1,6 +1,6 @@
 #include "../kernels/append_rows.cuh"
-#include "../kernels/quantize.cuh"
-#include "../kernels/quantize_any.cuh"
+#include "../kernels/quantize_generic.cuh"
+#include "../kernels/quantize_registers.cuh"
 #include "../kernels/workspace.cuh"
 #include "internal.h"
 
@@ -12,9 +12,9 @@ template <int kSteps, int kHeld, int kBlocks>
 int quantize_in_registers(const VkvxParams& p, cudaStream_t stream) {
   const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
   const int bytes = p.group_size * kQuantizeWarps * static_cast<int>(sizeof(uint4));
-  if (cudaFuncSetAttribute(quantize_kernel<kSteps, kHeld, kBlocks>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+  if (cudaFuncSetAttribute(quantize_registers_kernel<kSteps, kHeld, kBlocks>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return check_cuda("the shared memory that quantisation needs");
-  quantize_kernel<kSteps, kHeld, kBlocks><<<dim3(2 * parts, p.kv_heads, p.rows), kQuantizeWarps * 32, bytes, stream>>>(p);
+  quantize_registers_kernel<kSteps, kHeld, kBlocks><<<dim3(2 * parts, p.kv_heads, p.rows), kQuantizeWarps * 32, bytes, stream>>>(p);
   return check_cuda("quantisation");
 }
 
@@ -28,10 +28,10 @@ int quantize(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   const int wanted = p.group_size * kChannels * static_cast<int>(sizeof(float)), statics = 8192;
   const bool cached = wanted + statics <= device.shared_memory;
   const int bytes = cached ? wanted : 0;
-  if (cudaFuncSetAttribute(quantize_any_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+  if (cudaFuncSetAttribute(quantize_generic_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return check_cuda("the shared memory that quantisation needs");
   const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
-  quantize_any_kernel<<<dim3(2 * parts, p.kv_heads, p.rows), kAppendWarps * 32, bytes, stream>>>(p, cached);
+  quantize_generic_kernel<<<dim3(2 * parts, p.kv_heads, p.rows), kAppendWarps * 32, bytes, stream>>>(p, cached);
   return check_cuda("quantisation");
 }
 

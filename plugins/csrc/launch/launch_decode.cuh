@@ -8,7 +8,7 @@ namespace vkvx {
 
 template <class Engine>
 constexpr int lookahead_of() {
-  // More blocks on a multiprocessor hide more than deeper buffers, but for planes, which take little time a tile.
+  // More blocks on a multiprocessor hide more than deeper buffers, but for planes, which take little time per tile.
   const int tiles = 256 / (Engine::kPlanes * Engine::kPaddedDim), most = Engine::kSnaps ? 1 : 4;
   return tiles < 1 ? 1 : tiles > most ? most : tiles;
 }

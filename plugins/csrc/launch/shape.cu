@@ -18,8 +18,8 @@ int shape_blocks(const VkvxParams& p, const Device& device, size_t* bytes) {
   const int tokens = shape_tokens(p), threads = shape_threads(p.group_size, tokens);
   *bytes = shape_bytes(threads * tokens, p.head_dim);
   const int64_t groups = int64_t{2} * (p.visual_entries / p.group_size) * p.kv_heads * p.rows;
-  const int64_t resident = int64_t{std::max(1, device.processors)} * (kShapeThreads / threads), room = static_cast<int64_t>(kMostScratch / *bytes);
-  return static_cast<int>(std::max<int64_t>(1, std::min({groups, resident, room})));
+  const int64_t resident = int64_t{std::max(1, device.processors)} * (kShapeThreads / threads), affordable = static_cast<int64_t>(kMostScratch / *bytes);
+  return static_cast<int>(std::max<int64_t>(1, std::min({groups, resident, affordable})));
 }
 
 template <int kChannels, int kTokens>

@@ -1,11 +1,11 @@
-// 8 channels of a group in a warp's registers: extremes, sums, order statistics and Lloyd's passes; quantize.cuh uses them.
+// What quantize_registers.cuh finds out about the tokens: 8 channels of a group in a warp's registers, their sums, extremes, order statistics and Lloyd's passes.
 #pragma once
 
 #include "append.cuh"
 
 namespace vkvx {
 
-constexpr int kQuantizeWarps = 4;    // 32 channels a block: one word of a key
+constexpr int kQuantizeWarps = 4;    // 32 channels per block: one word of a key
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, halves to even, in the low bits
 constexpr uint32_t kOnes = 0x3c003c00u;  // 1.0 twice
 constexpr uint32_t kNone = 0xfbfffbffu;  // the least number twice: what is no token
@@ -22,7 +22,7 @@ __device__ __forceinline__ float half_of_order(int order) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(order < 0 ? 0x8000 - order : order)));
 }
 
-// Of 8 numbers a lane, one a channel: the sum over lanes, for channel lane / 4.
+// Of 8 numbers per lane, one per channel: the sum over lanes, for channel lane / 4.
 __device__ __forceinline__ float add_over_lanes(const float (&x)[8]) {
   float y[4];
 #pragma unroll
@@ -173,7 +173,7 @@ struct Channels {
     return (sums[0][0] + sums[0][2]) + (sums[1][0] + sums[1][2]);
   }
 
-  // Reads the tokens, by all warps of the block, into `staged` [group_size][4]; false if there is nothing to store or no room.
+  // Reads the tokens, by all warps of the block, into `staged` [group_size][4]; false if there is nothing to store or no group is free.
   __device__ __forceinline__ bool load(const VkvxParams& p, bool is_key, int b, int head, int g, int first_channel, uint4* staged, int* group) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slot = p.slot[b], groups = p.visual_capacity / p.group_size;
     if (slot < 0) return false;
@@ -231,7 +231,7 @@ struct Channels {
     return true;
   }
 
-  // BF16 to FP16 by the power of two that puts the greatest magnitude of the channel below 2^15, rounding only what is 2^-30 of it.
+  // BF16 to FP16 by the power of two that puts the greatest magnitude of the channel below 2^15, rounding only what is less than 2^-31 of it.
   __device__ __forceinline__ void from_bfloat() {
     float most = 1e-30f;
     auto numbers = [&](uint32_t bits) { return make_float2(clean(__uint_as_float(bits << 16)), clean(__uint_as_float(bits & 0xffff0000u))); };

@@ -1,4 +1,5 @@
-// Levels and codes of groups of any size and type, all quantisers but `shaped`: what the kernel of quantize.cuh does not take.
+// Levels and codes, the path that takes everything: groups of any size, type and alignment, any architecture, all quantisers but `shaped`. `quantize` in
+// append.cu chooses it where quantize_registers.cuh does not do.
 //
 // A block takes 32 channels of one group, so that a warp's lanes are 32 neighbouring channels (one word of a key) and its warps share
 // the group's tokens. Values are read once and kept in shared memory as floats [token][channel], if they fit. Statistics of a channel are
@@ -139,9 +140,9 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
     }
     scale = high - low;
   } else if (quantizer == VKVX_LLOYD) {
-    float rest = 0.0f;  // mean of what is left after subtracting the rounded mean
-    for (int i = warp; i < count; i += kAppendWarps) rest += value(i);
-    rest = over_warps(rest, scratch, Add()) / n;
+    float average = 0.0f;  // what subtracting the rounded mean leaves of it
+    for (int i = warp; i < count; i += kAppendWarps) average += value(i);
+    average = over_warps(average, scratch, Add()) / n;
     for (int round = 0; round < kLloydIterations; ++round) {
       const float step = scale > 0.0f ? scale : 1.0f;
       auto code = [&](int i) { return fminf(fmaxf(rintf((value(i) - low) / step), 0.0f), top); };
@@ -158,7 +159,7 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
       covariance = over_warps(covariance, scratch, Add()) / n;
       if (variance > 0.0f) {
         scale = covariance / variance;
-        low = rest - scale * middle;
+        low = average - scale * middle;
       }
     }
   }
@@ -168,7 +169,7 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
 }
 
 // Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: the group's values if `cached`.
-__global__ void __launch_bounds__(kAppendWarps * 32) quantize_any_kernel(const __grid_constant__ VkvxParams p, bool cached) {
+__global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(const __grid_constant__ VkvxParams p, bool cached) {
   extern __shared__ float numbers[];  // [group_size][32]
   __shared__ float scratch[3 * kAppendWarps * 32];
   __shared__ int found[2];
@@ -230,8 +231,8 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_any_kernel(const _
       if (i < count) {
         const float x = raw(i);
         c = code(x);
-        const float rest = x - (levels.offset + levels.scale * static_cast<float>(c));
-        squares = fmaf(rest, rest, squares);
+        const float residual = x - (levels.offset + levels.scale * static_cast<float>(c));
+        squares = fmaf(residual, residual, squares);
       }
       int* out = p.visual_key + ((first_tile + i / kTile) * bits * kTile + i % kTile) * words + word;
       for (int plane = 0; plane < bits; ++plane) {

@@ -1,4 +1,5 @@
-// Levels and codes of groups of up to 1024 FP16 or BF16 tokens, all quantisers but `shaped`; docs/format.md is the specification.
+// Levels and codes, the fast path: groups of up to 1024 FP16 or BF16 tokens whose rows begin at multiples of 16 bytes, from compute capability 8.0, all
+// quantisers but `shaped`. `quantize` in append.cu chooses it where it can; quantize_generic.cuh takes all else. docs/format.md is the specification.
 //
 // A block reads 64 bytes of a token at a time into shared memory. A warp takes 8 channels of them, transposed: a register holds a pair of tokens
 // of channel lane / 4, so that a lane needs the threshold of one channel only, and sums over tokens are products with ones on tensor cores. BF16
@@ -6,7 +7,7 @@
 // instructions. The last tile of 128 tokens is filled up with copies of the last token until sum and extremes are known, then with the least number.
 #pragma once
 
-#include "quantize_channels.cuh"
+#include "quantize_statistics.cuh"
 
 namespace vkvx {
 
@@ -80,8 +81,8 @@ __device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, i
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         const float2 pair = __half22float2(as_half2(pairs[c / 2]));
-        const float rest = fabsf((c % 2 ? pair.y : pair.x) - middles[c]) - halves[c];  // the nearer level
-        if (t < x.count) squares[c] = fmaf(rest, rest, squares[c]);
+        const float residual = fabsf((c % 2 ? pair.y : pair.x) - middles[c]) - halves[c];  // the nearer level
+        if (t < x.count) squares[c] = fmaf(residual, residual, squares[c]);
       }
     }
   } else {
@@ -98,8 +99,8 @@ __device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, i
         const float2 pair = __half22float2(as_half2(pairs[c / 2]));
         const float number = c % 2 ? pair.y : pair.x, code = encode(number, c);
         codes[c / 4] |= (__float_as_uint(code) & 0xff) << 8 * (c % 4);
-        const float rest = number - fmaf(steps[c], code - kMagic, encode.bases[c]);
-        if (t < x.count) squares[c] = fmaf(rest, rest, squares[c]);
+        const float residual = number - fmaf(steps[c], code - kMagic, encode.bases[c]);
+        if (t < x.count) squares[c] = fmaf(residual, residual, squares[c]);
       }
 #pragma unroll
       for (int plane = 0; plane < 8; ++plane) {
@@ -176,9 +177,9 @@ __device__ __forceinline__ void store_values(const X& x, const Levels& levels, i
     for (int plane = 0; plane < bits; ++plane) store(tile, plane, 0);
 }
 
-// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: 64 bytes a token of a group.
+// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: 64 bytes per token of a group.
 template <int kSteps, int kHeld, int kBlocks>
-__global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_kernel(const __grid_constant__ VkvxParams p) {
+__global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_registers_kernel(const __grid_constant__ VkvxParams p) {
   extern __shared__ uint4 staged[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, D = p.head_dim, words = D / 32;
   const int call_groups = p.visual_entries / p.group_size;

@@ -1,2 +1,0 @@
-#define SETS 1
-#include "decode_codes.inc"

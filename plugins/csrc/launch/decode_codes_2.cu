@@ -1,2 +1,0 @@
-#define SETS 2
-#include "decode_codes.inc"

@@ -1,2 +1,0 @@
-#define DIM 128
-#include "prefill.inc"

@@ -1,2 +1,0 @@
-#define DIM 160
-#include "prefill.inc"

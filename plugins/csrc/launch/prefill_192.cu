@@ -1,2 +1,0 @@
-#define DIM 192
-#include "prefill.inc"

@@ -1,2 +1,0 @@
-#define DIM 224
-#include "prefill.inc"

@@ -1,2 +1,0 @@
-#define DIM 256
-#include "prefill.inc"

@@ -1,2 +1,0 @@
-#define DIM 32
-#include "prefill.inc"

@@ -1,2 +1,0 @@
-#define DIM 64
-#include "prefill.inc"

@@ -1,2 +1,0 @@
-#define DIM 96
-#include "prefill.inc"
