@@ -25,7 +25,7 @@ from vkvx.plugins.operator import (
     definitions,
 )
 
-BEGIN = "/* Written by `python -m vkvx.plugins.generate` from plugins/operator.py, to the mark below: change that. */\n"
+BEGIN = "/* Written by `python -m vkvx.plugins.generate`, to the mark below. */\n"
 END = "/* End of what is written. */\n"
 HEADER, TABLE = SOURCES / "vkvx.h", SOURCES / "operator_table.h"
 
@@ -50,7 +50,7 @@ typedef struct VkvxParams {{
 """
 
 _TABLE_HEADER = """\
-// The operator's table in C++. Written by `python -m vkvx.plugins.generate` from plugins/operator.py.
+// The operator's table in C++, written by `python -m vkvx.plugins.generate`.
 // clang-format off
 #pragma once
 

@@ -1,4 +1,4 @@
-// The operator's table in C++. Written by `python -m vkvx.plugins.generate` from plugins/operator.py.
+// The operator's table in C++, written by `python -m vkvx.plugins.generate`.
 // clang-format off
 #pragma once
 

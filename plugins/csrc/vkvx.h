@@ -1,7 +1,9 @@
-/* C interface of libvkvx: the operator vkvx::VisualKVAttention on NVIDIA GPUs. docs/operator.md and docs/format.md have the semantics.
+/* C interface of libvkvx: the operator vkvx::VisualKVAttention on NVIDIA GPUs. docs/operator.md and
+ * docs/format.md have the semantics.
  *
- * All pointers are device memory. Calls only launch work on the given stream: no allocation, no synchronisation, nothing that a CUDA graph
- * cannot capture. A call that cannot be honoured returns a code other than 0, launches nothing, and vkvx_last_error() says why. */
+ * All pointers are device memory. Calls only launch work on the given stream: no allocation, no
+ * synchronisation, nothing that a CUDA graph cannot capture. A call that cannot be honoured returns
+ * a code other than 0, launches nothing, and vkvx_last_error() says why. */
 #ifndef VKVX_H
 #define VKVX_H
 
@@ -12,7 +14,7 @@
 extern "C" {
 #endif
 
-/* Written by `python -m vkvx.plugins.generate` from plugins/operator.py, to the mark below: change that. */
+/* Written by `python -m vkvx.plugins.generate`, to the mark below. */
 /* clang-format off */
 #define VKVX_ABI_VERSION 2
 #define VKVX_MAX_HEAD_DIM 256
@@ -85,21 +87,25 @@ typedef struct VkvxParams {
 /* VKVX_ABI_VERSION of the library. */
 int vkvx_abi_version(void);
 /* What the last failed call of this thread complained of; empty after none. */
-const char *vkvx_last_error(void);
-/* Bytes of workspace that vkvx_attention and vkvx_append need for these sizes (pointers and strides are not looked at). The workspace
- * must be zero before its first use; calls leave the part that has to be zero as they found it. Not to be shared by streams.
- * Without a CUDA device: what vkvx_workspace_bound says. */
-int vkvx_workspace_bytes(const VkvxParams *params, size_t *bytes);
-/* Bytes that suffice for these sizes and all smaller ones on any device, if kernel is VKVX_AUTO and splits 0. Smaller calls can need more
- * than larger ones, as more of their work is done in parts. */
-int vkvx_workspace_bound(const VkvxParams *params, size_t *bytes);
-/* For a workspace that others write to between calls: bytes at its start that have to be zero when vkvx_attention is called with these
- * params. The rest may hold anything. */
-int vkvx_workspace_zeroed(const VkvxParams *params, size_t *bytes);
-/* output = attention of the call's tokens over what is cached and, causally, over themselves. Reads the caches only. */
-int vkvx_attention(const VkvxParams *params, void *stream);
-/* Quantises and stores the call's visual tokens, stores its text tokens, in place; run it after vkvx_attention on the same stream. */
-int vkvx_append(const VkvxParams *params, void *stream);
+const char* vkvx_last_error(void);
+/* Bytes of workspace that vkvx_attention and vkvx_append need for these sizes (pointers and strides
+ * are not looked at). The workspace must be zero before its first use; calls leave the part that
+ * has to be zero as they found it. Not to be shared by streams. Without a CUDA device: what
+ * vkvx_workspace_bound says. */
+int vkvx_workspace_bytes(const VkvxParams* params, size_t* bytes);
+/* Bytes that suffice for these sizes and all smaller ones on any device, if kernel is VKVX_AUTO and
+ * splits 0. Smaller calls can need more than larger ones, as more of their work is done in parts.
+ */
+int vkvx_workspace_bound(const VkvxParams* params, size_t* bytes);
+/* For a workspace that others write to between calls: bytes at its start that have to be zero when
+ * vkvx_attention is called with these params. The rest may hold anything. */
+int vkvx_workspace_zeroed(const VkvxParams* params, size_t* bytes);
+/* output = attention of the call's tokens over what is cached and, causally, over themselves. Reads
+ * the caches only. */
+int vkvx_attention(const VkvxParams* params, void* stream);
+/* Quantises and stores the call's visual tokens, stores its text tokens, in place; run it after
+ * vkvx_attention on the same stream. */
+int vkvx_append(const VkvxParams* params, void* stream);
 
 #ifdef __cplusplus
 }

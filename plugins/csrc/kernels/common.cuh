@@ -1,4 +1,5 @@
-// What the kernels share: conversions, reductions over a warp, and the instructions that CUDA C++ has no name for.
+// What the kernels share: conversions, reductions over a warp, and the instructions that CUDA C++
+// has no name for.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,7 +25,9 @@ __device__ __forceinline__ float load_float(const void* data, int64_t i, int dty
 }
 
 // A mean of rounded levels can lie a little beyond the largest FP16 number; NaN stays.
-__device__ __forceinline__ float within_half(float x) { return x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x; }
+__device__ __forceinline__ float within_half(float x) {
+  return x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x;
+}
 
 __device__ __forceinline__ void store_float(void* data, int64_t i, int dtype, float x) {
   if (dtype == VKVX_FLOAT16)
@@ -49,14 +52,17 @@ __device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
 __device__ __forceinline__ void store_four(void* data, int64_t i, int dtype, float4 x) {
   uint2 packed;
   if (dtype == VKVX_FLOAT16) {
-    packed = make_uint2(pack_half2(within_half(x.x), within_half(x.y)), pack_half2(within_half(x.z), within_half(x.w)));
+    packed = make_uint2(pack_half2(within_half(x.x), within_half(x.y)),
+                        pack_half2(within_half(x.z), within_half(x.w)));
   } else {
     packed = make_uint2(pack_bfloat2(x.x, x.y), pack_bfloat2(x.z, x.w));
   }
   *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + i) = packed;
 }
 
-__host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -84,7 +90,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 
 // What correction `expected` adds to the scores of a group, in natural units: t / (1 + t / limit).
-__device__ __forceinline__ float expected_correction(float t, float limit) { return t / (1.0f + t / limit); }
+__device__ __forceinline__ float expected_correction(float t, float limit) {
+  return t / (1.0f + t / limit);
+}
 
 // The code of one element, whose planes are `plane` words apart: bit `bit` of each.
 __device__ __forceinline__ int gather_code(const int* words, int64_t plane, int bits, int bit) {
@@ -93,7 +101,8 @@ __device__ __forceinline__ int gather_code(const int* words, int64_t plane, int 
   return code;
 }
 
-// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; a warp works together.
+// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; a warp
+// works together.
 __device__ __forceinline__ unsigned collect_tokens(const VkvxParams& p, int b) {
   unsigned mine = 0;
   for (int i = threadIdx.x & 31; i < p.visual_entries; i += 32) {
@@ -109,7 +118,8 @@ __device__ __forceinline__ unsigned collect_tokens(const VkvxParams& p, int b) {
   return mine;
 }
 
-// Wait for the kernels before this one on its stream; launched as a dependent it may start before they end.
+// Wait for the kernels before this one on its stream; launched as a dependent it may start before
+// they end.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -123,7 +133,8 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// Instructions of compute capability 8.0; kernels that use them have no body below it, and are not launched there.
+// Instructions of compute capability 8.0; kernels that use them have no body below it, and are not
+// launched there.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define VKVX_HAS_TENSOR_CORES 1
 #define VKVX_ASM(...) asm(__VA_ARGS__)
@@ -142,63 +153,68 @@ __device__ __forceinline__ int reduce_max(int x) {
 #endif
 }
 
-// D += A B with fp16 or bf16 A [16, 16] and B [16, 8], FP32 D. A subnormal fp16 counts as what it is.
-__device__ __forceinline__ void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+// D += A B with fp16 or bf16 A [16, 16] and B [16, 8], FP32 D. A subnormal fp16 counts as what it
+// is.
+__device__ __forceinline__ void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
   VKVX_ASM(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};" : "+f"(d[0]),
+      "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void mma_bfloat(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_bfloat(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                           uint32_t a3, uint32_t b0, uint32_t b1) {
   VKVX_ASM(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};" : "+f"(d[0]),
+      "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // D = popc(A & B), bits: A [16, 128], B [128, 8].
 __device__ __forceinline__ void mma_bits(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   const int zero = 0;
   VKVX_ASM(
-      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
-      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a0), "r"(a1), "r"(b), "r"(zero));
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "{%7,%7,%7,%7};" : "=r"(d[0]),
+      "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(b), "r"(zero));
 }
 
 // D = A B + C in integers: A [16, 32] of u8, B [32, 8] of u8 or s8.
 template <bool kSigned>
-__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1, const int (&c)[4]) {
+__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0,
+                                          uint32_t b1, const int (&c)[4]) {
   if constexpr (kSigned)
     VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};" : "=r"(d[0]),
+        "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
+        "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
   else
     VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};" : "=r"(d[0]),
+        "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
+        "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
 template <bool kSigned>
-__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0,
+                                          uint32_t b1) {
   mma_bytes<kSigned>(d, a0, a1, a2, a3, b0, b1, d);
 }
 
-// Four 8x8 matrices of 16-bit elements (or 8 rows of 4 words): lane 8m + r gives the address of row r of matrix m.
+// Four 8x8 matrices of 16-bit elements (or 8 rows of 4 words): lane 8m + r gives the address of row
+// r of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  VKVX_ASM_VOLATILE("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
+  VKVX_ASM_VOLATILE("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]),
+                    "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  VKVX_ASM_VOLATILE("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
+  VKVX_ASM_VOLATILE(
+      "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]),
+      "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
@@ -207,7 +223,9 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return x;
 }
 
-__device__ __forceinline__ void store_word(uint32_t address, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
+__device__ __forceinline__ void store_word(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
 
 // Transpose of an 8x8 matrix of 16-bit elements spread over the warp.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
@@ -218,10 +236,13 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
 
 // 16 bytes to shared memory, asynchronously; `valid` false writes zeros and reads nothing.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid = true) {
-  VKVX_ASM_VOLATILE("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+  VKVX_ASM_VOLATILE("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                    "r"(valid ? 16 : 0) : "memory");
 }
 
-__device__ __forceinline__ void copy_commit() { VKVX_ASM_VOLATILE("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+  VKVX_ASM_VOLATILE("cp.async.commit_group;" :: : "memory");
+}
 
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {

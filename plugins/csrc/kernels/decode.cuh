@@ -1,19 +1,24 @@
-// Decode attention: calls of at most 8 positions over packed groups, 16-bit text rows and the call's own tokens, in one launch.
+// Decode attention: calls of at most 8 positions over packed groups, 16-bit text rows and the
+// call's own tokens, in one launch.
 //
-// A block of up to `Engine::kWarps` warps takes one KV head of one row, at most `Engine::kColumns` query vectors of it, and one of `splits` parts of what is
-// cached. Everything cached is laid out as a list of units: tiles of 128 visual tokens, text rows by 16, and the own tokens. Units have costs, in
-// multiples of 16 D bytes, and each warp of each part takes the units that start in its share of the total: shares follow the counts on the device, the grid only the
-// shapes. Warps work alone, each with its own buffers, and fold their results into shared memory at group ends; the last block
-// of a row and head to arrive combines the parts.
+// A block of up to `Engine::kWarps` warps takes one KV head of one row, at most `Engine::kColumns`
+// query vectors of it, and one of `splits` parts of what is cached. Everything cached is laid out
+// as a list of units: tiles of 128 visual tokens, text rows by 16, and the own tokens. Units have
+// costs, in multiples of 16 D bytes, and each warp of each part takes the units that start in its
+// share of the total: shares follow the counts on the device, the grid only the shapes. Warps work
+// alone, each with its own buffers, and fold their results into shared memory at group ends; the
+// last block of a row and head to arrive combines the parts.
 #pragma once
 
 #include "decode_block.cuh"
 
 namespace vkvx {
 
-// Grid: (parts * column tiles, Hkv, B). With kScan it finds the extremes of the scores alone, which `affine` needs first.
+// Grid: (parts * column tiles, Hkv, B). With kScan it finds the extremes of the scores alone, which
+// `affine` needs first.
 template <class Engine, bool kScan, int kLookahead>
-__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks) decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
+__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
+    decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
 #if VKVX_HAS_TENSOR_CORES
   extern __shared__ __align__(128) char shared[];
   __shared__ unsigned tokens;
@@ -55,7 +60,9 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks) decode_k
   }
   __syncthreads();
   const float factor = p.scale * kLog2e;  // from products to scores
-  const int64_t tile_id = (static_cast<int64_t>(block.b) * p.kv_heads + block.head) * plan.column_tiles + block.column_tile;
+  const int64_t tile_id =
+      (static_cast<int64_t>(block.b) * p.kv_heads + block.head) * plan.column_tiles +
+      block.column_tile;
   const bool is_affine = p.correction == VKVX_CORRECTION_AFFINE && starts[groups] > 0;
   if (!kScan && is_affine && block.tid < Engine::kColumns) block.find_affine(tile_id);
   char* mine = block.memory_of(block.warp);
@@ -73,16 +80,22 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks) decode_k
   copy_wait<2 * kLookahead>();
   block.convert_queries(factor);
   __syncthreads();
-  // Of a group, by its place in the share: scales, offsets and errors of the keys, then scales and offsets of the values.
-  auto params_of = [&](int ordinal) { return reinterpret_cast<const __half*>(mine + block.layout.params + ordinal % (kLookahead + 1) * 10 * D); };
+  // Of a group, by its place in the share: scales, offsets and errors of the keys, then scales and
+  // offsets of the values.
+  auto params_of = [&](int ordinal) {
+    return reinterpret_cast<const __half*>(mine + block.layout.params +
+                                           ordinal % (kLookahead + 1) * 10 * D);
+  };
   int stage = 0;
   bool starts_group = true;
-  int left = has_tiles ? group_counts[cursor.group] - (cursor.tile - starts[cursor.group]) * kTile : 0;  // tokens of the group from this tile on
+  int left = has_tiles ? group_counts[cursor.group] - (cursor.tile - starts[cursor.group]) * kTile
+                       : 0;  // tokens of the group from this tile on
   while (has_tiles && uniform(cursor.tile < share.tile_end)) {
     copy_wait<2 * kLookahead - 1>();
     __syncwarp();
     if (uniform(starts_group)) {
-      engine.start_group(params_of(cursor.ordinal), block.queries, D + D / 8, p.correction, p.correction_limit, !kScan && is_affine ? block.affine : nullptr);
+      engine.start_group(params_of(cursor.ordinal), block.queries, D + D / 8, p.correction,
+                         p.correction_limit, !kScan && is_affine ? block.affine : nullptr);
       engine.start_segment();
     }
     const int valid = min(kTile, left);
@@ -92,7 +105,8 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks) decode_k
     if constexpr (kScan) {
       engine.extremes(valid);
     } else {
-      engine.softmax(valid, [&]() { engine.end_segment(result, params_of(cursor.ordinal) + 3 * D); });
+      engine.softmax(valid,
+                     [&]() { engine.end_segment(result, params_of(cursor.ordinal) + 3 * D); });
     }
     copy_wait<2 * kLookahead - 1>();
     __syncwarp();

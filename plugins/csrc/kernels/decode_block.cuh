@@ -5,13 +5,14 @@
 
 namespace vkvx {
 
-// Units of one warp: tiles of visual tokens, then chunks of text rows; chunk `own_row` is the call's own tokens.
+// Units of one warp: tiles of visual tokens, then chunks of text rows; chunk `own_row` is the
+// call's own tokens.
 struct WarpShare {
   int tile_begin, tile_end, row_begin, row_end, own_row;
 };
 
-// Steps are in the order in which the kernel takes them. Its loop over tiles, and the group starts that this reads, are not among them: in functions of
-// their own they cost spills.
+// Steps are in the order in which the kernel takes them. Its loop over tiles, and the group starts
+// that this reads, are not among them: in functions of their own they cost spills.
 template <class Engine, bool kScan, int kLookahead>
 struct DecodeBlock {
   static constexpr int kColumns = Engine::kColumns;
@@ -19,7 +20,8 @@ struct DecodeBlock {
 
   const VkvxParams& p;
   const DecodePlan& plan;
-  // In shared memory. Of the row: which positions are tokens, one bit each. Of each column: its position, where its output starts.
+  // In shared memory. Of the row: which positions are tokens, one bit each. Of each column: its
+  // position, where its output starts.
   unsigned& tokens;
   int* position_of;
   int64_t* output_at;
@@ -35,7 +37,9 @@ struct DecodeBlock {
   float2* affine;         // slope and offset that the correction gives scores of a column
   int slot = -1;
 
-  __device__ __forceinline__ DecodeBlock(const VkvxParams& params, const DecodePlan& decode_plan, unsigned& shared_tokens, int* positions, int64_t* outputs, char* memory)
+  __device__ __forceinline__ DecodeBlock(const VkvxParams& params, const DecodePlan& decode_plan,
+                                         unsigned& shared_tokens, int* positions, int64_t* outputs,
+                                         char* memory)
       : p(params),
         plan(decode_plan),
         tokens(shared_tokens),
@@ -58,13 +62,16 @@ struct DecodeBlock {
         first_column(column_tile * kColumns),
         columns(min(kColumns, ratio * S - first_column)),
         groups(p.visual_capacity ? p.visual_capacity / p.group_size : 0),
-        layout(key_planes, value_planes, D, Engine::kPaddedDim, kColumns, plan.columns, kLookahead, groups, warps),
+        layout(key_planes, value_planes, D, Engine::kPaddedDim, kColumns, plan.columns, kLookahead,
+               groups, warps),
         queries(reinterpret_cast<float*>(shared + layout.queries)),
         raw_queries(reinterpret_cast<uint16_t*>(shared + layout.raw_queries)),
         starts(reinterpret_cast<int*>(shared + layout.starts)),
         affine(reinterpret_cast<float2*>(shared + layout.affine)) {}
 
-  __device__ __forceinline__ char* memory_of(int w) const { return shared + layout.warps + w * layout.warp_bytes; }
+  __device__ __forceinline__ char* memory_of(int w) const {
+    return shared + layout.warps + w * layout.warp_bytes;
+  }
 
   // Query head and position of a column.
   __device__ __forceinline__ void locate(int column, int& h, int& s) const {
@@ -81,8 +88,10 @@ struct DecodeBlock {
       const bool exists = column < columns;
       int h, s;
       locate(exists ? column : 0, h, s);
-      const int64_t at = b * p.query_stride[0] + (head * ratio + h) * p.query_stride[1] + s * p.query_stride[2] + c;
-      copy_async(shared_address(raw_queries + column * (D + 8) + c), static_cast<const uint16_t*>(p.query) + at, exists);
+      const int64_t at = b * p.query_stride[0] + (head * ratio + h) * p.query_stride[1] +
+                         s * p.query_stride[2] + c;
+      copy_async(shared_address(raw_queries + column * (D + 8) + c),
+                 static_cast<const uint16_t*>(p.query) + at, exists);
     }
     copy_commit();
   }
@@ -107,7 +116,8 @@ struct DecodeBlock {
     __syncthreads();
     if (!kScan && part == 0)
       for (int i = tid; i < columns * (D / 4); i += blockDim.x)
-        store_four(p.output, output_at[i / (D / 4)] + i % (D / 4) * 4, p.dtype, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        store_four(p.output, output_at[i / (D / 4)] + i % (D / 4) * 4, p.dtype,
+                   make_float4(0.0f, 0.0f, 0.0f, 0.0f));
   }
 
   // The correction `affine` from the extremes that the parts of the scan found.
@@ -117,12 +127,14 @@ struct DecodeBlock {
       const float2 x = plan.extremes[(tile_id * plan.splits + s) * 8 + tid];
       all = make_float2(fminf(all.x, x.x), fmaxf(all.y, x.y));
     }
-    const float slope = all.y > all.x ? fmaxf(0.0f, (all.y - p.tau * kLog2e - all.x) / (all.y - all.x)) : 1.0f;
+    const float slope =
+        all.y > all.x ? fmaxf(0.0f, (all.y - p.tau * kLog2e - all.x) / (all.y - all.x)) : 1.0f;
     affine[tid] = make_float2(slope, all.x * (1.0f - slope));
   }
 
   // First unit of a kind that starts at or past a cost, when units of that kind start at `base`.
-  static __device__ __forceinline__ int first_unit(int64_t at, int64_t base, int unit_cost, int units) {
+  static __device__ __forceinline__ int first_unit(int64_t at, int64_t base, int unit_cost,
+                                                   int units) {
     const int64_t n = at <= base ? 0 : divide_up(at - base, unit_cost);
     return static_cast<int>(n < units ? n : units);
   }
@@ -130,19 +142,24 @@ struct DecodeBlock {
   // This warp's share of the units.
   __device__ __forceinline__ WarpShare share_units(int text_count) const {
     const int visual_cost = key_planes + value_planes, row_cost = 4;
-    const int visual_units = starts[groups], row_units = kScan ? 0 : (text_count + kRowsAtOnce - 1) / kRowsAtOnce;
-    const int64_t cost = static_cast<int64_t>(visual_units) * visual_cost + (row_units + (kScan ? 0 : 1)) * row_cost;
+    const int visual_units = starts[groups],
+              row_units = kScan ? 0 : (text_count + kRowsAtOnce - 1) / kRowsAtOnce;
+    const int64_t cost =
+        static_cast<int64_t>(visual_units) * visual_cost + (row_units + (kScan ? 0 : 1)) * row_cost;
     const int share = part * warps + warp, shares = plan.splits * warps;
     const int64_t low = cost * share / shares, high = cost * (share + 1) / shares;
     const int64_t visual_end = static_cast<int64_t>(visual_units) * visual_cost;
-    // Starting and ending a group costs some tiles of few bits: shares of whole groups, if they are not far from even ones.
+    // Starting and ending a group costs some tiles of few bits: shares of whole groups, if they are
+    // not far from even ones.
     const bool snaps = Engine::kSnaps && cost >= static_cast<int64_t>(4 * visual_cost) * shares;
     auto first_tile = [&](int64_t at) {
       const int tile = first_unit(at, 0, visual_cost, visual_units);
       if (!snaps || tile == visual_units) return tile;
       int group = 0;
       while (starts[group + 1] <= tile) ++group;
-      return tile - starts[group] == 1 ? tile - 1 : tile > starts[group] && starts[group + 1] - tile == 1 ? tile + 1 : tile;
+      return tile - starts[group] == 1                               ? tile - 1
+             : tile > starts[group] && starts[group + 1] - tile == 1 ? tile + 1
+                                                                     : tile;
     };
     WarpShare mine;
     mine.tile_begin = first_tile(low);
@@ -163,7 +180,8 @@ struct DecodeBlock {
   }
 
   // Both cursors at the warp's first tile.
-  __device__ __forceinline__ void start_tiles(Loader& loader, TileCursor& cursor, char* mine, const WarpShare& share, bool has_tiles) const {
+  __device__ __forceinline__ void start_tiles(Loader& loader, TileCursor& cursor, char* mine,
+                                              const WarpShare& share, bool has_tiles) const {
     const int64_t slot_head = static_cast<int64_t>(slot) * p.kv_heads + head;
     loader.lane = lane;
     loader.dim = D;
@@ -172,8 +190,10 @@ struct DecodeBlock {
     loader.tile_end = share.tile_end;
     loader.keys = p.visual_key + slot_head * (p.visual_capacity / kTile) * key_planes * D * 4;
     loader.values = p.visual_value + slot_head * (p.visual_capacity / kTile) * value_planes * D * 4;
-    loader.key_params = static_cast<const __half*>(p.visual_key_params) + slot_head * groups * 3 * D;
-    loader.value_params = static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
+    loader.key_params =
+        static_cast<const __half*>(p.visual_key_params) + slot_head * groups * 3 * D;
+    loader.value_params =
+        static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
     loader.ahead = cursor = TileCursor{};
     loader.ahead.tile = share.tile_begin;
     if (has_tiles) loader.ahead.start(starts, share.tile_begin, p.group_size / kTile);
@@ -185,21 +205,25 @@ struct DecodeBlock {
     loader.layout = &layout;
   }
 
-  // Queries of positions that are no tokens hold anything, and become 0. A thread converts what it copied.
+  // Queries of positions that are no tokens hold anything, and become 0. A thread converts what it
+  // copied.
   __device__ __forceinline__ void convert_queries(float factor) const {
     const int chunks = D / 8;
     for (int i = tid; i < kColumns * chunks; i += blockDim.x) {
       const int column = i / chunks, c = i % chunks * 8;
       uint4* raw = reinterpret_cast<uint4*>(raw_queries + column * (D + 8) + c);
       uint4 packed = *raw;
-      if (column >= columns || !(tokens >> position_of[column] & 1)) *raw = packed = make_uint4(0, 0, 0, 0);
+      if (column >= columns || !(tokens >> position_of[column] & 1))
+        *raw = packed = make_uint4(0, 0, 0, 0);
       float4* to = reinterpret_cast<float4*>(queries + column * (D + D / 8) + c + 4 * (c >> 5));
       const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
       float2 x[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        x[k] = p.dtype == VKVX_BFLOAT16 ? make_float2(__uint_as_float(pairs[k] << 16), __uint_as_float(pairs[k] & 0xffff0000u))
-                                        : __half22float2(reinterpret_cast<const __half2&>(pairs[k]));
+        x[k] = p.dtype == VKVX_BFLOAT16
+                   ? make_float2(__uint_as_float(pairs[k] << 16),
+                                 __uint_as_float(pairs[k] & 0xffff0000u))
+                   : __half22float2(reinterpret_cast<const __half2&>(pairs[k]));
       }
       to[0] = make_float4(x[0].x * factor, x[0].y * factor, x[1].x * factor, x[1].y * factor);
       to[1] = make_float4(x[2].x * factor, x[2].y * factor, x[3].x * factor, x[3].y * factor);
@@ -207,7 +231,8 @@ struct DecodeBlock {
   }
 
   // What the scan found, for the decode after it.
-  __device__ __forceinline__ void store_extremes(int64_t tile_id, char* mine, const Engine& engine) const {
+  __device__ __forceinline__ void store_extremes(int64_t tile_id, char* mine,
+                                                 const Engine& engine) const {
     float2* found = reinterpret_cast<float2*>(mine + layout.keys);
 #pragma unroll
     for (int set = 0; set < kColumns / 4; ++set)
@@ -224,22 +249,31 @@ struct DecodeBlock {
   }
 
   // The warp's chunks of text rows, and the own tokens if they are its.
-  __device__ __forceinline__ void attend_rows(RowsEngine<Engine::kPaddedDim>& rows, char* mine, const WarpShare& share, int text_count, float factor) const {
+  __device__ __forceinline__ void attend_rows(RowsEngine<Engine::kPaddedDim>& rows, char* mine,
+                                              const WarpShare& share, int text_count,
+                                              float factor) const {
     const int t = lane & 3;
     const uint32_t buffer = shared_address(mine);
     const int64_t row_bytes = 2 * D, slot_head = static_cast<int64_t>(slot) * p.kv_heads + head;
-    RowSource source{static_cast<const char*>(p.text_key) + slot_head * p.text_capacity * row_bytes,
-                     static_cast<const char*>(p.text_value) + slot_head * p.text_capacity * row_bytes, row_bytes, row_bytes};
+    RowSource source{
+        static_cast<const char*>(p.text_key) + slot_head * p.text_capacity * row_bytes,
+        static_cast<const char*>(p.text_value) + slot_head * p.text_capacity * row_bytes, row_bytes,
+        row_bytes};
     uint32_t seen[2] = {kFull, kFull};
     for (int unit = share.row_begin; unit < share.row_end; ++unit) {
       int first = unit * kRowsAtOnce;
-      uint32_t present = unit == share.own_row ? tokens : kFull >> (32 - min(kRowsAtOnce, text_count - first));
+      uint32_t present =
+          unit == share.own_row ? tokens : kFull >> (32 - min(kRowsAtOnce, text_count - first));
       if (unit == share.own_row) {
-        source = {static_cast<const char*>(p.key) + (b * p.key_stride[0] + head * p.key_stride[1]) * 2,
-                  static_cast<const char*>(p.value) + (b * p.value_stride[0] + head * p.value_stride[1]) * 2, p.key_stride[2] * 2, p.value_stride[2] * 2};
+        source = {
+            static_cast<const char*>(p.key) + (b * p.key_stride[0] + head * p.key_stride[1]) * 2,
+            static_cast<const char*>(p.value) +
+                (b * p.value_stride[0] + head * p.value_stride[1]) * 2,
+            p.key_stride[2] * 2, p.value_stride[2] * 2};
         first = 0;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) seen[c] = 2 * t + c < columns ? (2u << position_of[2 * t + c]) - 1 : kFull;
+        for (int c = 0; c < 2; ++c)
+          seen[c] = 2 * t + c < columns ? (2u << position_of[2 * t + c]) - 1 : kFull;
       }
       if (p.dtype == VKVX_BFLOAT16)
         rows.template attend<true>(source, first, present, seen, factor, buffer);
@@ -249,12 +283,15 @@ struct DecodeBlock {
   }
 
   static __device__ __forceinline__ void add(float4& sum, float4 x, float weight) {
-    sum = make_float4(fmaf(x.x, weight, sum.x), fmaf(x.y, weight, sum.y), fmaf(x.z, weight, sum.z), fmaf(x.w, weight, sum.w));
+    sum = make_float4(fmaf(x.x, weight, sum.x), fmaf(x.y, weight, sum.y), fmaf(x.z, weight, sum.z),
+                      fmaf(x.w, weight, sum.w));
   }
 
   __device__ __forceinline__ void store_output(int column, int c, float4 sum, float total) const {
     const float inverse = tokens >> position_of[column] & 1 ? 1.0f / total : 0.0f;
-    const float4 x = inverse == 0.0f ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse);
+    const float4 x = inverse == 0.0f ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
+                                     : make_float4(sum.x * inverse, sum.y * inverse,
+                                                   sum.z * inverse, sum.w * inverse);
     store_four(p.output, output_at[column] + c, p.dtype, x);
   }
 
@@ -265,8 +302,11 @@ struct DecodeBlock {
       result.total[lane] = 0.0f;
     }
     __syncthreads();
-    auto scalars_of = [&](int w) { return reinterpret_cast<const float*>(memory_of(w) + layout.scalars); };
-    float* partial = plan.partial + (tile_id * plan.splits + part) * partial_floats(plan.columns, D);
+    auto scalars_of = [&](int w) {
+      return reinterpret_cast<const float*>(memory_of(w) + layout.scalars);
+    };
+    float* partial =
+        plan.partial + (tile_id * plan.splits + part) * partial_floats(plan.columns, D);
     for (int i = tid; i < columns * (D / 4); i += blockDim.x) {
       const int column = i / (D / 4), c = i % (D / 4) * 4;
       float most = -1e30f, total = 0.0f;
@@ -277,7 +317,10 @@ struct DecodeBlock {
         if (l <= 0.0f) continue;  // a warp that had nothing to do
         const float weight = exp2_fast(scalars_of(w)[column] - most);
         total = fmaf(l, weight, total);
-        add(sum, *reinterpret_cast<const float4*>(memory_of(w) + layout.sums + (column * result.stride + c) * 4), weight);
+        add(sum,
+            *reinterpret_cast<const float4*>(memory_of(w) + layout.sums +
+                                             (column * result.stride + c) * 4),
+            weight);
       }
       if (plan.splits == 1) {
         store_output(column, c, sum, total);
@@ -291,7 +334,8 @@ struct DecodeBlock {
     }
   }
 
-  // Whether the other parts of this row and head are done; leaves the counter zero for the next call if so.
+  // Whether the other parts of this row and head are done; leaves the counter zero for the next
+  // call if so.
   __device__ __forceinline__ bool arrives_last(int64_t tile_id, bool& last) const {
     __threadfence();
     __syncthreads();
@@ -309,7 +353,9 @@ struct DecodeBlock {
       const int column = i / (D / 4), c = i % (D / 4) * 4;
       float most = -1e30f, total = 0.0f;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      for (int s = 0; s < plan.splits; ++s) most = fmaxf(most, __ldcg(parts + s * partial_floats(plan.columns, D) + plan.columns * D + column));
+      for (int s = 0; s < plan.splits; ++s)
+        most = fmaxf(
+            most, __ldcg(parts + s * partial_floats(plan.columns, D) + plan.columns * D + column));
 #pragma unroll 4
       for (int s = 0; s < plan.splits; ++s) {
         const float* x = parts + s * partial_floats(plan.columns, D);

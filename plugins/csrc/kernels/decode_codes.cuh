@@ -1,16 +1,21 @@
 // Decode attention on codes of 1 to 8 bits with the INT8 tensor cores.
 //
-// A word holds 32 codes' bits of one plane. Planes of one word are first merged so that each code becomes a field of adjacent bits (nothing to do
-// at 1 bit); `field word & mask` is then four codes in four bytes, times a power of two, and the inverse of that power goes into the other
-// operand: the query for scores, the weights for values. So a register of the codes' operand costs one logic instruction.
+// A word holds 32 codes' bits of one plane. Planes of one word are first merged so that each code
+// becomes a field of adjacent bits (nothing to do at 1 bit); `field word & mask` is then four codes
+// in four bytes, times a power of two, and the inverse of that power goes into the other operand:
+// the query for scores, the weights for values. So a register of the codes' operand costs one logic
+// instruction.
 //
-// Queries and weights are integers of 16 bits. Their low and high bytes are separate columns of one product: columns 2h and 2h + 1 are
-// the bytes of query vector h, four vectors per set, and a lane of the result has both bytes of one vector. Integer sums are exact, so a
-// segment's values are summed in integers, whose weights are relative to one score, `most`; when a tile's largest score is far from it, the segment ends.
+// Queries and weights are integers of 16 bits. Their low and high bytes are separate columns of one
+// product: columns 2h and 2h + 1 are the bytes of query vector h, four vectors per set, and a lane
+// of the result has both bytes of one vector. Integer sums are exact, so a segment's values are
+// summed in integers, whose weights are relative to one score, `most`; when a tile's largest score
+// is far from it, the segment ends.
 //
-// Lane 4g + t takes word t of its rows: register j of the word has its bits j, j + 8, j + 16 and j + 24. Row g of row tile i of the scores is
-// token 16g + i, row g + 8 token 16g + 8 + i; transposing the bytes of their weights (movmatrix) gives lane 4g + t those of tokens
-// 32t + i + {0, 8, 16, 24}, which is register i of word t of the values.
+// Lane 4g + t takes word t of its rows: register j of the word has its bits j, j + 8, j + 16 and j
+// + 24. Row g of row tile i of the scores is token 16g + i, row g + 8 token 16g + 8 + i;
+// transposing the bytes of their weights (movmatrix) gives lane 4g + t those of tokens 32t + i +
+// {0, 8, 16, 24}, which is register i of word t of the values.
 #pragma once
 
 #include "common.cuh"
@@ -18,7 +23,9 @@
 namespace vkvx {
 
 // Exponent of two that register j of a word is multiplied by.
-__host__ __device__ __forceinline__ constexpr int byte_shift(int j, int bits) { return j & ~(bits - 1) & 3; }
+__host__ __device__ __forceinline__ constexpr int byte_shift(int j, int bits) {
+  return j & ~(bits - 1) & 3;
+}
 
 // Planes to fields of kBits bits: field word i has codes i, i + kBits, i + 2 kBits, ...
 template <int kBits>
@@ -54,13 +61,15 @@ struct CodeBytes {
     const int i = j & (kBits - 1);
     if constexpr (kBits == 8) return field[i];
     constexpr uint32_t kTop = (1u << kBits) - 1;
-    return (j & ~(kBits - 1) & 4 ? upper[i] : field[i]) & (kTop * 0x01010101u << byte_shift(j, kBits));
+    return (j & ~(kBits - 1) & 4 ? upper[i] : field[i]) &
+           (kTop * 0x01010101u << byte_shift(j, kBits));
   }
 };
 
 // Words m of the planes, [bits][4], to the codes of four rows.
 template <int kBits>
-__device__ __forceinline__ void set_rows(CodeBytes<kBits> (&rows)[4], const uint32_t (&words)[kBits][4]) {
+__device__ __forceinline__ void set_rows(CodeBytes<kBits> (&rows)[4],
+                                         const uint32_t (&words)[kBits][4]) {
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
     uint32_t planes[kBits];
@@ -70,20 +79,26 @@ __device__ __forceinline__ void set_rows(CodeBytes<kBits> (&rows)[4], const uint
   }
 }
 
-// kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the parameters.
+// kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the
+// parameters.
 template <int kBits, int kWords, int kSets>
 struct CodesEngine {
   static constexpr bool kAny = kBits == 0;
   static constexpr int kColumns = 4 * kSets, kPaddedDim = 128 * kWords;
-  // Warps of a block, and blocks of a multiprocessor, which bound the registers. One set of queries does with 128.
+  // Warps of a block, and blocks of a multiprocessor, which bound the registers. One set of queries
+  // does with 128.
   static constexpr bool kSmall = kBits == 1 || kBits == 2;
-  static constexpr int kWarps = kSets == 2 && kSmall ? 6 : 4, kBlocks = kWords == 2 || (kSets == 2 && kSmall) ? 2 : kSets == 2 ? 3 : 4;
+  static constexpr int kWarps = kSets == 2 && kSmall ? 6 : 4,
+                       kBlocks = kWords == 2 || (kSets == 2 && kSmall) ? 2
+                                 : kSets == 2                          ? 3
+                                                                       : 4;
   static constexpr bool kSnaps = true;
   static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
-  static constexpr int kSegmentTiles = 128;  // sums of more could leave 32 bits
-  static constexpr float kWeight = 15.0f;    // a weight of 2^0 is stored as 2^15
+  static constexpr int kSegmentTiles = 128;         // sums of more could leave 32 bits
+  static constexpr float kWeight = 15.0f;           // a weight of 2^0 is stored as 2^15
   static constexpr float kAbove = 0.99f, kBelow = 5.0f;
-  // At 1 bit sums of scores start at this integer, whose bits are those of the float `kMagic`, and are floats when done.
+  // At 1 bit sums of scores start at this integer, whose bits are those of the float `kMagic`, and
+  // are floats when done.
   static constexpr bool kStartsAtMagic = kBits == 1 && kWords == 1;
   static constexpr float kMagic = 12582912.0f;
   static constexpr int kMagicBits = 0x4b400000;
@@ -97,7 +112,8 @@ struct CodesEngine {
   float low[kSets], high[kSets];
   int tiles;  // of the segment
 
-  __device__ __forceinline__ explicit CodesEngine(const VkvxParams& p) : key_bits(p.key_bits), value_bits(p.value_bits), dim(p.head_dim), tiles(0) {
+  __device__ __forceinline__ explicit CodesEngine(const VkvxParams& p)
+      : key_bits(p.key_bits), value_bits(p.value_bits), dim(p.head_dim), tiles(0) {
 #pragma unroll
     for (int i = 0; i < kSets; ++i) {
       low[i] = INFINITY;
@@ -109,14 +125,19 @@ struct CodesEngine {
   __device__ __forceinline__ int head_dim() const {
     if constexpr (!kAny) return kPaddedDim;
     int d = dim;
-    asm volatile("" : "+r"(d));  // or the compiler takes the addresses of all bits out of the loop, and runs out of registers
+    asm volatile(""
+                 : "+r"(d));  // or the compiler takes the addresses of all bits out of the loop,
+                              // and runs out of registers
     return d;
   }
   __device__ __forceinline__ int bits_of_keys() const { return kAny ? key_bits : kBits; }
   __device__ __forceinline__ int bits_of_values() const { return kAny ? value_bits : kBits; }
 
-  // Fold the key parameters of a group (shared memory: scale, offset, rms) into the queries (shared memory, times scale * log2 e).
-  __device__ __forceinline__ void start_group(const __half* params, const float* queries, int stride, int correction, float limit, const float2* affine) {
+  // Fold the key parameters of a group (shared memory: scale, offset, rms) into the queries (shared
+  // memory, times scale * log2 e).
+  __device__ __forceinline__ void start_group(const __half* params, const float* queries,
+                                              int stride, int correction, float limit,
+                                              const float2* affine) {
     const int D = head_dim(), bits = bits_of_keys(), g = lane() >> 2, t = lane() & 3, odd = g & 1;
     constexpr float kPeak = 32600.0f / kWords;
     // Even lanes multiply by the offsets, odd ones by the errors; both need the scales.
@@ -154,7 +175,8 @@ struct CodesEngine {
       for (int o = 1; o < 4; o <<= 1) largest = fmaxf(largest, __shfl_xor_sync(kFull, largest, o));
       largest = fmaxf(largest, 1e-30f);
       const float inverse = largest * (1.0f / kPeak), factor = __fdividef(kPeak, largest);
-      // Rounded to the integers in the low bits of floats; 128 more makes the upper byte right for a signed lower one.
+      // Rounded to the integers in the low bits of floats; 128 more makes the upper byte right for
+      // a signed lower one.
       const float magic = odd ? kMagic + 128.0f : kMagic;
       const uint32_t select = odd ? 0x0051u : 0x0040u;
       uint32_t rounded = 0;
@@ -168,16 +190,20 @@ struct CodesEngine {
 #pragma unroll
           for (int m = 0; m < 4; ++m) x[m] = __float_as_uint(fmaf(u[w][8 * m + j], down, magic));
           rounded += (x[0] + x[1] + x[2] + x[3] - 4u * kMagicBits - 512u * odd) << e;
-          query[set][w][j] = __byte_perm(__byte_perm(x[0], x[1], select), __byte_perm(x[2], x[3], select), 0x5410);
+          query[set][w][j] =
+              __byte_perm(__byte_perm(x[0], x[1], select), __byte_perm(x[2], x[3], select), 0x5410);
         }
       // What rounding took from the query is made up for at the middle code.
       const float middle = 0.5f * ((1 << bits) - 1);
-      if (!odd) side = fmaf(fmaf(-static_cast<float>(static_cast<int>(rounded)), inverse, all), middle, side);
+      if (!odd)
+        side =
+            fmaf(fmaf(-static_cast<float>(static_cast<int>(rounded)), inverse, all), middle, side);
 #pragma unroll
       for (int o = 1; o < 4; o <<= 1) side += __shfl_xor_sync(kFull, side, o);
       const float spread = __shfl_xor_sync(kFull, side, 4);
       float b = side, s = inverse;
-      if (correction == VKVX_CORRECTION_EXPECTED) b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * spread, limit);
+      if (correction == VKVX_CORRECTION_EXPECTED)
+        b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * spread, limit);
       if (affine != nullptr) {
         const float2 a = affine[column];
         s *= a.x;
@@ -195,7 +221,8 @@ struct CodesEngine {
     for (int set = 0; set < kSets; ++set) {
       most[set] = -1e30f;
 #pragma unroll
-      for (int i = 0; i < kPaddedDim / 16; ++i) sum[set][i][0] = sum[set][i][1] = sum[set][i][2] = sum[set][i][3] = 0;
+      for (int i = 0; i < kPaddedDim / 16; ++i)
+        sum[set][i][0] = sum[set][i][1] = sum[set][i][2] = sum[set][i][3] = 0;
       total[set][0] = total[set][1] = total[set][2] = total[set][3] = 0;
     }
   }
@@ -203,10 +230,14 @@ struct CodesEngine {
   __device__ __forceinline__ void scores(uint32_t keys) {
     if constexpr (kAny) {
       switch (key_bits) {
-        case 1: return multiply_keys<1>(keys);
-        case 2: return multiply_keys<2>(keys);
-        case 4: return multiply_keys<4>(keys);
-        default: return multiply_keys<8>(keys);
+        case 1:
+          return multiply_keys<1>(keys);
+        case 2:
+          return multiply_keys<2>(keys);
+        case 4:
+          return multiply_keys<4>(keys);
+        default:
+          return multiply_keys<8>(keys);
       }
     } else {
       multiply_keys<kBits>(keys);
@@ -217,7 +248,8 @@ struct CodesEngine {
   __device__ __forceinline__ void multiply_keys(uint32_t keys) {
     const int D = head_dim(), g = lane() >> 2, t = lane() & 3;
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {  // two row tiles: words of rows g and g + 8 of the one, then of the other
+    for (int pair = 0; pair < 4;
+         ++pair) {  // two row tiles: words of rows g and g + 8 of the one, then of the other
       uint32_t words[kWords][kKeyBits][4];
 #pragma unroll
       for (int p = 0; p < kKeyBits; ++p)
@@ -225,10 +257,12 @@ struct CodesEngine {
         for (int w = 0; w < kWords; ++w) {
           const uint32_t plane = keys + p * D * 16;
           if (!kAny || D == kPaddedDim) {
-            const int r = lane() & 7, token = 16 * r + 8 * ((lane() >> 3) & 1) + 2 * pair + (lane() >> 4);
+            const int r = lane() & 7,
+                      token = 16 * r + 8 * ((lane() >> 3) & 1) + 2 * pair + (lane() >> 4);
             load_matrices(words[w][p], plane + ((token * kWords + w) ^ r) * 16);
           } else {
-            const int word = min(t + 4 * w, D / 32 - 1);  // one that does not exist is multiplied by 0
+            const int word =
+                min(t + 4 * w, D / 32 - 1);  // one that does not exist is multiplied by 0
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
               const int token = 16 * g + 8 * (m & 1) + 2 * pair + (m >> 1);
@@ -252,8 +286,9 @@ struct CodesEngine {
             const uint32_t a0 = above[j], a1 = below[j], a2 = above[j + 4], a3 = below[j + 4];
 #pragma unroll
             for (int set = 0; set < kSets; ++set) {
-              const int(&before)[4] = *(w == 0 && j == 0 ? &start : &c[half][set]);
-              mma_bytes<true>(c[half][set], a0, a1, a2, a3, query[set][w][j], query[set][w][j + 4], before);
+              const int (&before)[4] = *(w == 0 && j == 0 ? &start : &c[half][set]);
+              mma_bytes<true>(c[half][set], a0, a1, a2, a3, query[set][w][j], query[set][w][j + 4],
+                              before);
             }
           }
       }
@@ -264,7 +299,8 @@ struct CodesEngine {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const int x = c[half][set][2 * r] + c[half][set][2 * r + 1] * 256;
-            score[set][2 * pair + half][r] = kStartsAtMagic ? __int_as_float(x) : static_cast<float>(x);
+            score[set][2 * pair + half][r] =
+                kStartsAtMagic ? __int_as_float(x) : static_cast<float>(x);
           }
     }
   }
@@ -274,7 +310,8 @@ struct CodesEngine {
     float top = -INFINITY;
     if (uniform(n == kTile)) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(sign * score[set][i][0], sign * score[set][i][1]));
+      for (int i = 0; i < 8; ++i)
+        top = fmaxf(top, fmaxf(sign * score[set][i][0], sign * score[set][i][1]));
     } else {
       const int first = 16 * (lane() >> 2);
 #pragma unroll
@@ -297,7 +334,8 @@ struct CodesEngine {
     }
   }
 
-  // Turn the scores of the first n tokens into weights; `flush` ends a segment that they do not fit into.
+  // Turn the scores of the first n tokens into weights; `flush` ends a segment that they do not fit
+  // into.
   template <class Flush>
   __device__ __forceinline__ void softmax(int n, const Flush& flush) {
     float top[kSets];
@@ -324,7 +362,9 @@ struct CodesEngine {
         const float e = static_cast<float>(byte_shift(i, bits_of_values()));
         uint32_t x[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) x[r] = __float_as_uint(exp2_fast(fmaf(score[set][i][r], step[set], shift - e)) + 8388608.0f);
+        for (int r = 0; r < 2; ++r)
+          x[r] =
+              __float_as_uint(exp2_fast(fmaf(score[set][i][r], step[set], shift - e)) + 8388608.0f);
         weight[set][i] = transpose_matrix(__byte_perm(x[0], x[1], 0x5140));
       }
     }
@@ -342,10 +382,14 @@ struct CodesEngine {
   __device__ __forceinline__ void values(uint32_t values) {
     if constexpr (kAny) {
       switch (value_bits) {
-        case 1: return multiply_values<1>(values);
-        case 2: return multiply_values<2>(values);
-        case 4: return multiply_values<4>(values);
-        default: return multiply_values<8>(values);
+        case 1:
+          return multiply_values<1>(values);
+        case 2:
+          return multiply_values<2>(values);
+        case 4:
+          return multiply_values<4>(values);
+        default:
+          return multiply_values<8>(values);
       }
     } else {
       multiply_values<kBits>(values);
@@ -357,11 +401,14 @@ struct CodesEngine {
     const int D = head_dim();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint32_t a = 0x01010101u << byte_shift(j, kValueBits), b = 0x01010101u << byte_shift(j + 4, kValueBits);
+      const uint32_t a = 0x01010101u << byte_shift(j, kValueBits),
+                     b = 0x01010101u << byte_shift(j + 4, kValueBits);
 #pragma unroll
-      for (int set = 0; set < kSets; ++set) mma_bytes<false>(total[set], a, a, b, b, weight[set][j], weight[set][j + 4]);
+      for (int set = 0; set < kSets; ++set)
+        mma_bytes<false>(total[set], a, a, b, b, weight[set][j], weight[set][j + 4]);
     }
-    // Row g of row tile i is channel D / 8 * g + 2i, row g + 8 the next: a lane gets D / 8 adjacent channels.
+    // Row g of row tile i is channel D / 8 * g + 2i, row g + 8 the next: a lane gets D / 8 adjacent
+    // channels.
 #pragma unroll
     for (int pair = 0; pair < kPaddedDim / 32; ++pair) {
       if (kAny && 32 * pair >= D) continue;
@@ -370,7 +417,8 @@ struct CodesEngine {
         uint32_t words[kValueBits][4];
         const int r = lane() & 7, channel = D / 8 * r + 4 * pair + (lane() >> 3);
 #pragma unroll
-        for (int p = 0; p < kValueBits; ++p) load_matrices(words[p], values + (p * D + (channel ^ r)) * 16);
+        for (int p = 0; p < kValueBits; ++p)
+          load_matrices(words[p], values + (p * D + (channel ^ r)) * 16);
         set_rows(rows, words);
       }
 #pragma unroll
@@ -381,16 +429,20 @@ struct CodesEngine {
           const uint32_t a0 = above[j], a1 = below[j], a2 = above[j + 4], a3 = below[j + 4];
 #pragma unroll
           for (int set = 0; set < kSets; ++set)
-            mma_bytes<false>(sum[set][2 * pair + half], a0, a1, a2, a3, weight[set][j], weight[set][j + 4]);
+            mma_bytes<false>(sum[set][2 * pair + half], a0, a1, a2, a3, weight[set][j],
+                             weight[set][j + 4]);
         }
     }
   }
 
-  // Add the segment to the warp's result, with the group's value parameters (shared memory: scale, offset).
+  // Add the segment to the warp's result, with the group's value parameters (shared memory: scale,
+  // offset).
   template <class Result>
   __device__ __forceinline__ void end_segment(Result& result, const __half* params) {
     const int D = head_dim(), g = lane() >> 2, t = lane() & 3;
-    auto both = [](int low, int high) { return fmaf(static_cast<float>(high), 256.0f, static_cast<float>(low)); };
+    auto both = [](int low, int high) {
+      return fmaf(static_cast<float>(high), 256.0f, static_cast<float>(low));
+    };
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
       const int column = t + 4 * set;
@@ -406,8 +458,9 @@ struct CodesEngine {
         float x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int(&pairs)[4] = sum[set][2 * pair + (i >> 1)];
-          x[i] = fmaf(__half2float(scale[i]), both(pairs[2 * (i & 1)], pairs[2 * (i & 1) + 1]), __half2float(offset[i]) * all);
+          const int (&pairs)[4] = sum[set][2 * pair + (i >> 1)];
+          x[i] = fmaf(__half2float(scale[i]), both(pairs[2 * (i & 1)], pairs[2 * (i & 1) + 1]),
+                      __half2float(offset[i]) * all);
         }
         result.add_four(column, c, x);
       }

@@ -12,18 +12,21 @@ struct DecodePlan {
   int columns;       // columns stored per warp
   int warps;         // of a block
   int* arrived;      // [B * Hkv * column_tiles] counters, zero between calls
-  float* partial;    // per (row, head, column tile, part): [columns][D] sums, then most[8], total[8]
+  float* partial;  // per (row, head, column tile, part): [columns][D] sums, then most[8], total[8]
   float2* extremes;  // affine: per (row, head, column tile, part, column): least and greatest score
 };
 
-__host__ __device__ __forceinline__ int partial_floats(int columns, int dim) { return columns * dim + 16; }
+__host__ __device__ __forceinline__ int partial_floats(int columns, int dim) {
+  return columns * dim + 16;
+}
 
 // Shared memory of a block, in bytes from its start.
 struct DecodeLayout {
   int queries, raw_queries, starts, affine, warps, warp_bytes, total;
   int keys, values, params, sums, scalars;  // from the start of a warp's part
 
-  __host__ __device__ DecodeLayout(int key_planes, int value_planes, int dim, int padded_dim, int query_columns, int columns, int lookahead, int groups,
+  __host__ __device__ DecodeLayout(int key_planes, int value_planes, int dim, int padded_dim,
+                                   int query_columns, int columns, int lookahead, int groups,
                                    int warp_count) {
     auto align = [](int x) { return (x + 127) & ~127; };
     queries = 0;
@@ -35,7 +38,8 @@ struct DecodeLayout {
     values = keys + lookahead * key_planes * dim * 16;
     params = align(values + lookahead * value_planes * dim * 16);
     // The same buffers hold text rows later.
-    const int tiles_end = params + (lookahead + 1) * 10 * dim, rows_end = 2 * kRowsAtOnce * padded_dim * 2;
+    const int tiles_end = params + (lookahead + 1) * 10 * dim,
+              rows_end = 2 * kRowsAtOnce * padded_dim * 2;
     sums = align(tiles_end > rows_end ? tiles_end : rows_end);
     scalars = align(sums + sums_stride(padded_dim) * columns * 4);
     warp_bytes = align(scalars + 16 * 4);

@@ -1,10 +1,13 @@
-// Decode attention on 1-, 2- and 4-bit codes with the binary tensor cores: few query vectors per KV head, so that unpacking would dominate.
+// Decode attention on 1-, 2- and 4-bit codes with the binary tensor cores: few query vectors per KV
+// head, so that unpacking would dominate.
 //
-// The query, scaled and rounded to 16 binary places, is split into bit planes; popc(key word & query plane), summed by the tensor core over 128 channels, is a
-// count in 0..128 for each token and plane. A second product, of bytes, weighs the counts by powers of four: a count fills a register of that
-// product's operand as it is, and weights that differ from zero in two columns alone for each of four row tiles collect the scores of 64 tokens
-// in four registers per lane. Values likewise, with the weights of the tokens rounded to 16 bits and turned to planes.
-// Native on compute capability 8.0 to 9.0; emulated later, where decode_codes.cuh is the better choice.
+// The query, scaled and rounded to 16 binary places, is split into bit planes; popc(key word &
+// query plane), summed by the tensor core over 128 channels, is a count in 0..128 for each token
+// and plane. A second product, of bytes, weighs the counts by powers of four: a count fills a
+// register of that product's operand as it is, and weights that differ from zero in two columns
+// alone for each of four row tiles collect the scores of 64 tokens in four registers per lane.
+// Values likewise, with the weights of the tokens rounded to 16 bits and turned to planes. Native
+// on compute capability 8.0 to 9.0; emulated later, where decode_codes.cuh is the better choice.
 #pragma once
 
 #include "common.cuh"
@@ -31,10 +34,12 @@ template <int kBits, int kQueries>
 struct PlanesEngine {
   static constexpr int kColumns = kQueries;
   static constexpr int kPlanes = kBits, kPaddedDim = 128;
-  static constexpr int kWarps = 4, kBlocks = kQueries == 1 ? 4 : 3;  // of a block; blocks of a multiprocessor
+  static constexpr int kWarps = 4,
+                       kBlocks = kQueries == 1 ? 4 : 3;  // of a block; blocks of a multiprocessor
   static constexpr bool kAny = false, kSnaps = false;
 
-  // Queries are written in base -2, so that odd planes alone are negative; 16 places hold integers of -43690 to 21845.
+  // Queries are written in base -2, so that odd planes alone are negative; 16 places hold integers
+  // of -43690 to 21845.
   static constexpr float kPeak = 21844.0f;
   static constexpr uint32_t kNegabinary = 0xaaaau;
 
@@ -48,9 +53,13 @@ struct PlanesEngine {
 
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
   // Token or channel of number j of the lane's four.
-  __device__ __forceinline__ static int place(int j) { return 32 * (lane() & 3) + (lane() >> 2) + 8 * j; }
+  __device__ __forceinline__ static int place(int j) {
+    return 32 * (lane() & 3) + (lane() >> 2) + 8 * j;
+  }
 
-  __device__ __forceinline__ void start_group(const __half* params, const float* queries, int stride, int correction, float limit, const float2*) {
+  __device__ __forceinline__ void start_group(const __half* params, const float* queries,
+                                              int stride, int correction, float limit,
+                                              const float2*) {
     const int t = lane() & 3;
 #pragma unroll
     for (int n = 0; n < kQueries; ++n) {
@@ -65,7 +74,8 @@ struct PlanesEngine {
         const float error = q * __half2float(params[256 + c]);
         spread = fmaf(error, error, spread);
       }
-      largest = __int_as_float(reduce_max(__float_as_int(largest)));  // not negative, so the order is that of the integers
+      largest = __int_as_float(reduce_max(
+          __float_as_int(largest)));  // not negative, so the order is that of the integers
       largest = fmaxf(largest, 1e-30f);
       const float inverse = largest * (1.0f / kPeak), factor = __fdividef(kPeak, largest);
       float rounding = 0.0f;
@@ -78,7 +88,8 @@ struct PlanesEngine {
       }
       constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);
       b = warp_sum(fmaf(rounding, kMiddle, b));
-      if (correction == VKVX_CORRECTION_EXPECTED) b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * warp_sum(spread), limit);
+      if (correction == VKVX_CORRECTION_EXPECTED)
+        b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * warp_sum(spread), limit);
       bias[n] = b;
       step[n] = inverse;
       to_planes(x, query[n]);
@@ -87,7 +98,8 @@ struct PlanesEngine {
 
   // 16-bit integers of the lane's four tokens or channels to planes 0-7 and 8-15 of their words.
   __device__ __forceinline__ static void to_planes(const uint32_t (&x)[4], uint32_t (&planes)[2]) {
-    const uint32_t a = __byte_perm(x[0], x[1], 0x5140), b = __byte_perm(x[2], x[3], 0x5140);  // low, low, high, high
+    const uint32_t a = __byte_perm(x[0], x[1], 0x5140),
+                   b = __byte_perm(x[2], x[3], 0x5140);  // low, low, high, high
     planes[0] = transpose_bits(__byte_perm(a, b, 0x5410));
     planes[1] = transpose_bits(__byte_perm(a, b, 0x7632));
   }
@@ -100,11 +112,13 @@ struct PlanesEngine {
     }
   }
 
-  // product[n][number j of the lane's four rows] for all n: words of the rows of one plane times the planes of x, whose odd ones weigh
-  // negatively if kNegative. A lane of the counts has planes 2t and 2t + 1 of rows g and g + 8; taken as an operand as they are, these
-  // are rows g and g + 8, and the two rows the upper and lower half of the depth, told apart by the columns.
+  // product[n][number j of the lane's four rows] for all n: words of the rows of one plane times
+  // the planes of x, whose odd ones weigh negatively if kNegative. A lane of the counts has planes
+  // 2t and 2t + 1 of rows g and g + 8; taken as an operand as they are, these are rows g and g + 8,
+  // and the two rows the upper and lower half of the depth, told apart by the columns.
   template <bool kNegative>
-  __device__ __forceinline__ void multiply(uint32_t planes, const uint32_t (&x)[kQueries][2], int (&product)[kQueries][4]) {
+  __device__ __forceinline__ void multiply(uint32_t planes, const uint32_t (&x)[kQueries][2],
+                                           int (&product)[kQueries][4]) {
     const int g = lane() >> 2, t = lane() & 3;
     constexpr int kSums = (kBits + 1) / 2;  // two planes' weights fit a byte
     int low[kSums][kQueries][2][4], high[kSums][kQueries][2][4];
@@ -118,7 +132,8 @@ struct PlanesEngine {
           for (int j = 0; j < 4; ++j) low[p][n][half][j] = high[p][n][half][j] = 0;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const uint32_t b0 = g == 2 * pair ? 1u << (2 * t) : 0u, b1 = g == 2 * pair + 1 ? 1u << (2 * t) : 0u;
+      const uint32_t b0 = g == 2 * pair ? 1u << (2 * t) : 0u,
+                     b1 = g == 2 * pair + 1 ? 1u << (2 * t) : 0u;
 #pragma unroll
       for (int p = 0; p < kBits; ++p) {
         uint32_t words[4];
@@ -132,7 +147,8 @@ struct PlanesEngine {
             mma_bits(c, words[2 * half], words[2 * half + 1], x[n][0]);
             mma_bits(d, words[2 * half], words[2 * half + 1], x[n][1]);
             mma_bytes<false>(low[p / 2][n][half], c[0], c[1], c[2], c[3], b0 << p % 2, b1 << p % 2);
-            mma_bytes<false>(high[p / 2][n][half], d[0], d[1], d[2], d[3], b0 << p % 2, b1 << p % 2);
+            mma_bytes<false>(high[p / 2][n][half], d[0], d[1], d[2], d[3], b0 << p % 2,
+                             b1 << p % 2);
           }
       }
     }
@@ -145,14 +161,13 @@ struct PlanesEngine {
 #pragma unroll
         for (int p = 0; p < kSums; ++p) {
           const auto &l = low[p][n][j >> 1], &h = high[p][n][j >> 1];
-          product[n][j] += (l[j & 1] + h[j & 1] * 256 + (l[2 + (j & 1)] + h[2 + (j & 1)] * 256) * kOdd) << 2 * p;
+          product[n][j] +=
+              (l[j & 1] + h[j & 1] * 256 + (l[2 + (j & 1)] + h[2 + (j & 1)] * 256) * kOdd) << 2 * p;
         }
       }
   }
 
-  __device__ __forceinline__ void scores(uint32_t keys) {
-    multiply<true>(keys, query, score);
-  }
+  __device__ __forceinline__ void scores(uint32_t keys) { multiply<true>(keys, query, score); }
 
   template <class Flush>
   __device__ __forceinline__ void softmax(int count, const Flush&) {
@@ -163,7 +178,8 @@ struct PlanesEngine {
       for (int j = 0; j < 4; ++j)
         if (place(j) < count) top = max(top, score[n][j]);
       top = reduce_max(top);
-      const float here = fmaf(static_cast<float>(top), step[n], bias[n]), now = fmaxf(most[n], here);
+      const float here = fmaf(static_cast<float>(top), step[n], bias[n]),
+                  now = fmaxf(most[n], here);
       fade[n] = exp2_fast(most[n] - now);
       gain[n] = exp2_fast(here - now);
       most[n] = now;
@@ -171,7 +187,8 @@ struct PlanesEngine {
       float l = 0.0f;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float w = place(j) < count ? exp2_fast(static_cast<float>(score[n][j] - top) * step[n]) : 0.0f;
+        const float w =
+            place(j) < count ? exp2_fast(static_cast<float>(score[n][j] - top) * step[n]) : 0.0f;
         const float shifted = fmaf(w, 65535.0f, 8388608.0f);  // the integer is in the low bits
         l += shifted - 8388608.0f;
         x[j] = __float_as_uint(shifted);
@@ -187,7 +204,8 @@ struct PlanesEngine {
 #pragma unroll
     for (int n = 0; n < kQueries; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[n][j] = fmaf(static_cast<float>(product[n][j]), gain[n], sum[n][j] * fade[n]);
+      for (int j = 0; j < 4; ++j)
+        sum[n][j] = fmaf(static_cast<float>(product[n][j]), gain[n], sum[n][j] * fade[n]);
   }
 
   template <class Result>
@@ -200,7 +218,9 @@ struct PlanesEngine {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int c = place(j);
-        result.add_to_column(n, c, fmaf(__half2float(params[c]), sum[n][j] * kUnit, __half2float(params[128 + c]) * all));
+        result.add_to_column(
+            n, c,
+            fmaf(__half2float(params[c]), sum[n][j] * kUnit, __half2float(params[128 + c]) * all));
       }
     }
     result.end();

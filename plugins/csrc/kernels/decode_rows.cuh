@@ -7,8 +7,8 @@ namespace vkvx {
 
 constexpr int kRowsAtOnce = 16;
 
-// What a warp has found so far, in shared memory: sums [columns][stride], the score that weights are relative to, and the sum of the weights.
-// Sums of columns past `columns` are dropped.
+// What a warp has found so far, in shared memory: sums [columns][stride], the score that weights
+// are relative to, and the sum of the weights. Sums of columns past `columns` are dropped.
 struct WarpResult {
   float* sums;
   int stride;
@@ -47,7 +47,8 @@ struct WarpResult {
       }
   }
 
-  // One column per lane; m and l are the same in all lanes of a column, one of which is its `writer`.
+  // One column per lane; m and l are the same in all lanes of a column, one of which is its
+  // `writer`.
   __device__ __forceinline__ void begin_column(int column, float m, float l, bool writer) {
     const float before = empty ? -1e30f : most[column];
     const float now = fmaxf(before, m);
@@ -72,8 +73,8 @@ struct WarpResult {
     if (column >= columns) return;
     float4* at = reinterpret_cast<float4*>(sums + column * stride + channel);
     const float4 old = empty ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *at;
-    *at = make_float4(fmaf(x[0], gain[0], old.x * fade[0]), fmaf(x[1], gain[0], old.y * fade[0]), fmaf(x[2], gain[0], old.z * fade[0]),
-                      fmaf(x[3], gain[0], old.w * fade[0]));
+    *at = make_float4(fmaf(x[0], gain[0], old.x * fade[0]), fmaf(x[1], gain[0], old.y * fade[0]),
+                      fmaf(x[2], gain[0], old.z * fade[0]), fmaf(x[3], gain[0], old.w * fade[0]));
   }
 
   __device__ __forceinline__ void end() {
@@ -112,7 +113,10 @@ struct RowsEngine {
       sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        query[i][r] = g < columns && 16 * i < dim ? *reinterpret_cast<const uint32_t*>(queries + g * (dim + 8) + 16 * i + 8 * r + 2 * t) : 0u;
+        query[i][r] = g < columns && 16 * i < dim
+                          ? *reinterpret_cast<const uint32_t*>(queries + g * (dim + 8) + 16 * i +
+                                                               8 * r + 2 * t)
+                          : 0u;
     }
     total[0] = total[1] = total[2] = total[3] = 0.0f;
     most[0] = most[1] = -1e30f;
@@ -122,9 +126,11 @@ struct RowsEngine {
     return (row * kChunks + (chunk ^ (row & 7 & (kChunks - 1)))) * 16;
   }
 
-  // Attend to rows [first, first + 16): bit r of `present` tells whether row first + r exists, that of `seen[c]` whether column 2t + c sees it.
+  // Attend to rows [first, first + 16): bit r of `present` tells whether row first + r exists, that
+  // of `seen[c]` whether column 2t + c sees it.
   template <bool kBfloat>
-  __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present, const uint32_t (&seen)[2], float scale, uint32_t buffer) {
+  __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present,
+                                         const uint32_t (&seen)[2], float scale, uint32_t buffer) {
     const uint32_t value_buffer = buffer + kRowsAtOnce * kDim * 2;
     __syncwarp();
 #pragma unroll
@@ -134,7 +140,8 @@ struct RowsEngine {
       const int64_t at = valid ? first + row : 0;
       const int from = valid ? chunk * 16 : 0;
       copy_async(buffer + place(row, chunk), source.key + at * source.key_stride + from, valid);
-      copy_async(value_buffer + place(row, chunk), source.value + at * source.value_stride + from, valid);
+      copy_async(value_buffer + place(row, chunk), source.value + at * source.value_stride + from,
+                 valid);
     }
     copy_commit();
     copy_wait<0>();
@@ -180,7 +187,8 @@ struct RowsEngine {
     uint32_t weight[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float x = exp2_fast(s[2 * r] - most[0] + kWeightShift), y = exp2_fast(s[2 * r + 1] - most[1] + kWeightShift);
+      const float x = exp2_fast(s[2 * r] - most[0] + kWeightShift),
+                  y = exp2_fast(s[2 * r + 1] - most[1] + kWeightShift);
       weight[r] = transpose_matrix(kBfloat ? pack_bfloat2(x, y) : pack_half2(x, y));
     }
     constexpr uint32_t kOnes = kBfloat ? 0x3f803f80u : 0x3c003c00u;
@@ -192,7 +200,8 @@ struct RowsEngine {
     for (int i = 0; i < kDim / 16; ++i) {
       if (16 * i >= dim) continue;
       uint32_t a[4];
-      load_matrices_transposed(a, value_buffer + place((lane() & 7) + 8 * (lane() >> 4), 2 * i + (lane() >> 3 & 1)));
+      load_matrices_transposed(
+          a, value_buffer + place((lane() & 7) + 8 * (lane() >> 4), 2 * i + (lane() >> 3 & 1)));
       if constexpr (kBfloat)
         mma_bfloat(sum[i], a[0], a[1], a[2], a[3], weight[0], weight[1]);
       else
@@ -207,7 +216,9 @@ struct RowsEngine {
     for (int i = 0; i < kDim / 16; ++i) {
       if (16 * i >= dim) continue;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) result.add(16 * i + 8 * r + (lane() >> 2), sum[i][2 * r] * kUnit, sum[i][2 * r + 1] * kUnit);
+      for (int r = 0; r < 2; ++r)
+        result.add(16 * i + 8 * r + (lane() >> 2), sum[i][2 * r] * kUnit,
+                   sum[i][2 * r + 1] * kUnit);
     }
     result.end();
   }

@@ -5,9 +5,12 @@
 
 namespace vkvx {
 
-__device__ __forceinline__ constexpr int field_shift(int j, int bits) { return (j & ~(bits - 1)) & 7; }
+__device__ __forceinline__ constexpr int field_shift(int j, int bits) {
+  return (j & ~(bits - 1)) & 7;
+}
 
-// The planes of a word as pairs: pair j holds codes j and j + 16, times 2^(field_shift(j) - 24), as two fp16.
+// The planes of a word as pairs: pair j holds codes j and j + 16, times 2^(field_shift(j) - 24), as
+// two fp16.
 template <int kBits>
 struct Pairs {
   uint32_t field[2 * kBits];
@@ -21,8 +24,8 @@ struct Pairs {
       // Merge two sets of fields of kHalf bits into fields of kBits bits.
       constexpr uint32_t kLow = kBits == 2 ? 0x55555555u : kBits == 4 ? 0x33333333u : 0x0f0f0f0fu;
       uint32_t low[kHalf], high[kHalf];
-      Pairs<kHalf>::shuffle(reinterpret_cast<const uint32_t(&)[kHalf]>(plane[0]), low);
-      Pairs<kHalf>::shuffle(reinterpret_cast<const uint32_t(&)[kHalf]>(plane[kHalf]), high);
+      Pairs<kHalf>::shuffle(reinterpret_cast<const uint32_t (&)[kHalf]>(plane[0]), low);
+      Pairs<kHalf>::shuffle(reinterpret_cast<const uint32_t (&)[kHalf]>(plane[kHalf]), high);
 #pragma unroll
       for (int i = 0; i < kHalf; ++i) {
         f[i] = (low[i] & kLow) | ((high[i] << kHalf) & ~kLow);
@@ -36,7 +39,8 @@ struct Pairs {
     }
   }
 
-  static __device__ __forceinline__ void shuffle(const uint32_t (&plane)[kBits], uint32_t (&f)[kBits]) {
+  static __device__ __forceinline__ void shuffle(const uint32_t (&plane)[kBits],
+                                                 uint32_t (&f)[kBits]) {
     Pairs pairs;
     pairs.set(plane);
 #pragma unroll
@@ -45,7 +49,8 @@ struct Pairs {
 
   __device__ __forceinline__ uint32_t operator[](int j) const {
     constexpr uint32_t kTop = (1u << kBits) - 1;
-    return field[(j & (kBits - 1)) + (j >> 3) * kBits] & ((kTop | kTop << 16) << field_shift(j, kBits));
+    return field[(j & (kBits - 1)) + (j >> 3) * kBits] &
+           ((kTop | kTop << 16) << field_shift(j, kBits));
   }
 };
 

@@ -1,4 +1,5 @@
-// Attention without tensor cores, one block for each query vector: any head dim up to 256, any type and architecture, any number of positions.
+// Attention without tensor cores, one block for each query vector: any head dim up to 256, any type
+// and architecture, any number of positions.
 #pragma once
 
 #include "common.cuh"
@@ -44,7 +45,8 @@ __global__ void rank_tokens_kernel(const __grid_constant__ VkvxParams p, int* ra
 constexpr int kPlainThreads = 128;
 constexpr int kPlainMaxDim = 256;
 
-__global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
+__global__ void __launch_bounds__(kPlainThreads)
+    plain_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
   const int s = blockIdx.x, head = blockIdx.y, b = blockIdx.z, tid = threadIdx.x;
   const int D = p.head_dim, S = p.positions, kv = head / (p.query_heads / p.kv_heads);
   const int64_t out = ((static_cast<int64_t>(b) * p.query_heads + head) * S + s) * D;
@@ -53,13 +55,21 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
     for (int c = tid; c < D; c += kPlainThreads) store_float(p.output, out + c, p.dtype, 0.0f);
     return;
   }
-  __shared__ float query[kPlainMaxDim], folded[kPlainMaxDim], weights[kPlainThreads], scratch[kPlainThreads / 32];
+  __shared__ float query[kPlainMaxDim], folded[kPlainMaxDim], weights[kPlainThreads],
+      scratch[kPlainThreads / 32];
   for (int c = tid; c < D; c += kPlainThreads)
-    query[c] = load_float(p.query, b * p.query_stride[0] + head * p.query_stride[1] + s * p.query_stride[2] + c, p.dtype) * p.scale;
+    query[c] =
+        load_float(p.query,
+                   b * p.query_stride[0] + head * p.query_stride[1] + s * p.query_stride[2] + c,
+                   p.dtype) *
+        p.scale;
   const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0, words = D / 32;
-  const int64_t slot_head = static_cast<int64_t>(slot) * p.kv_heads + kv, tiles = p.visual_capacity / kTile;
-  const __half* key_params = static_cast<const __half*>(p.visual_key_params) + slot_head * groups * 3 * D;
-  const __half* value_params = static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
+  const int64_t slot_head = static_cast<int64_t>(slot) * p.kv_heads + kv,
+                tiles = p.visual_capacity / kTile;
+  const __half* key_params =
+      static_cast<const __half*>(p.visual_key_params) + slot_head * groups * 3 * D;
+  const __half* value_params =
+      static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
   const int* counts = p.visual_count + static_cast<int64_t>(slot) * groups;
   auto reduce = [&](float x, bool maximum) {  // over the block
     x = maximum ? warp_max(x) : warp_sum(x);
@@ -67,11 +77,13 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
     if ((tid & 31) == 0) scratch[tid >> 5] = x;
     __syncthreads();
     float y = scratch[0];
-    for (int w = 1; w < kPlainThreads / 32; ++w) y = maximum ? fmaxf(y, scratch[w]) : y + scratch[w];
+    for (int w = 1; w < kPlainThreads / 32; ++w)
+      y = maximum ? fmaxf(y, scratch[w]) : y + scratch[w];
     return y;
   };
   float most = -1e30f, total = 0.0f, sum[kPlainMaxDim / kPlainThreads] = {};
-  // Weights of up to 128 tokens, one per thread (score -inf: none), then their values: value(i, c) of token i, channel c.
+  // Weights of up to 128 tokens, one per thread (score -inf: none), then their values: value(i, c)
+  // of token i, channel c.
   auto attend = [&](float score, int count, auto value) {
     const float top = reduce(score, true), now = fmaxf(most, top), fade = expf(most - now);
     const float weight = expf(score - now);
@@ -90,7 +102,8 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
   float low = INFINITY, high = -INFINITY;
   const bool affine = p.correction == VKVX_CORRECTION_AFFINE;
   for (int pass = affine ? 0 : 1; pass < 2; ++pass) {
-    const float slope = affine && pass && high > low ? fmaxf(0.0f, (high - p.tau - low) / (high - low)) : 1.0f;
+    const float slope =
+        affine && pass && high > low ? fmaxf(0.0f, (high - p.tau - low) / (high - low)) : 1.0f;
     for (int group = 0; group < groups && counts[group] > 0; ++group) {
       const __half* k = key_params + static_cast<int64_t>(group) * 3 * D;
       const __half* v = value_params + static_cast<int64_t>(group) * 2 * D;
@@ -103,16 +116,21 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
         spread = fmaf(error, error, spread);
       }
       bias = reduce(bias, false);
-      if (p.correction == VKVX_CORRECTION_EXPECTED) bias += expected_correction(0.5f * reduce(spread, false), p.correction_limit);
+      if (p.correction == VKVX_CORRECTION_EXPECTED)
+        bias += expected_correction(0.5f * reduce(spread, false), p.correction_limit);
       for (int first = 0; first < counts[group]; first += kTile) {
         const int count = min(kTile, counts[group] - first);
-        const int64_t tile = slot_head * tiles + (static_cast<int64_t>(group) * p.group_size + first) / kTile;
+        const int64_t tile =
+            slot_head * tiles + (static_cast<int64_t>(group) * p.group_size + first) / kTile;
         const int* key = p.visual_key + tile * p.key_bits * kTile * words;
         const int* value = p.visual_value + tile * p.value_bits * D * 4;
         float score = -INFINITY;
         if (tid < count) {
           score = bias;
-          for (int c = 0; c < D; ++c) score = fmaf(folded[c], gather_code(key + tid * words + c / 32, kTile * words, p.key_bits, c % 32), score);
+          for (int c = 0; c < D; ++c)
+            score = fmaf(folded[c],
+                         gather_code(key + tid * words + c / 32, kTile * words, p.key_bits, c % 32),
+                         score);
         }
         if (pass == 0) {
           high = fmaxf(high, reduce(score, true));
@@ -127,22 +145,29 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
       }
     }
   }
-  auto attend_rows = [&](const void* keys, const void* values, int64_t key_base, int64_t value_base, int64_t key_stride, int64_t value_stride, int rows, bool own) {
+  auto attend_rows = [&](const void* keys, const void* values, int64_t key_base, int64_t value_base,
+                         int64_t key_stride, int64_t value_stride, int rows, bool own) {
     for (int first = 0; first < rows; first += kPlainThreads) {
       const int count = min(kPlainThreads, rows - first), row = first + tid;
       float score = -INFINITY;
       if (tid < count && (!own || rank[static_cast<int64_t>(b) * S + row] >= 0)) {
         score = 0.0f;
-        for (int c = 0; c < D; ++c) score = fmaf(query[c], load_float(keys, key_base + row * key_stride + c, p.dtype), score);
+        for (int c = 0; c < D; ++c)
+          score = fmaf(query[c], load_float(keys, key_base + row * key_stride + c, p.dtype), score);
       }
-      attend(score, count, [&](int i, int c) { return load_float(values, value_base + (first + i) * value_stride + c, p.dtype); });
+      attend(score, count, [&](int i, int c) {
+        return load_float(values, value_base + (first + i) * value_stride + c, p.dtype);
+      });
     }
   };
   const int64_t text = slot_head * p.text_capacity * D;
   __syncthreads();
   attend_rows(p.text_key, p.text_value, text, text, D, D, p.text_count[slot], false);
-  attend_rows(p.key, p.value, b * p.key_stride[0] + kv * p.key_stride[1], b * p.value_stride[0] + kv * p.value_stride[1], p.key_stride[2], p.value_stride[2], s + 1, true);
-  for (int n = 0; n * kPlainThreads + tid < D; ++n) store_float(p.output, out + n * kPlainThreads + tid, p.dtype, sum[n] / total);
+  attend_rows(p.key, p.value, b * p.key_stride[0] + kv * p.key_stride[1],
+              b * p.value_stride[0] + kv * p.value_stride[1], p.key_stride[2], p.value_stride[2],
+              s + 1, true);
+  for (int n = 0; n * kPlainThreads + tid < D; ++n)
+    store_float(p.output, out + n * kPlainThreads + tid, p.dtype, sum[n] / total);
 }
 
 }  // namespace vkvx

@@ -7,12 +7,14 @@ namespace vkvx {
 
 template <bool kBfloat>
 __device__ __forceinline__ float2 unpack_pair(uint32_t x) {
-  if constexpr (kBfloat) return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  if constexpr (kBfloat)
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
   return __half22float2(reinterpret_cast<const __half2&>(x));
 }
 
 template <bool kBfloat>
-__device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
   if constexpr (kBfloat)
     mma_bfloat(d, a[0], a[1], a[2], a[3], b0, b1);
   else
@@ -20,21 +22,27 @@ __device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4],
 }
 
 // The lowest n bits.
-__device__ __forceinline__ uint64_t lowest_bits(int n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
+__device__ __forceinline__ uint64_t lowest_bits(int n) {
+  return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1;
+}
 
-// Positions of one warp, kTiles times 16: their scores, weights and sums. A lane has rows g and g + 8 of each tile, columns 2t and 2t + 1 of eight.
+// Positions of one warp, kTiles times 16: their scores, weights and sums. A lane has rows g and g +
+// 8 of each tile, columns 2t and 2t + 1 of eight.
 template <int kDim, int kTiles, bool kBfloat>
 struct PrefillWarp {
   static constexpr int kPitch = kDim * 2, kSteps = kDim / 16;
 
-  // Address of a chunk that is `chunk` (even) further in its row than that of `address`, whose own is 0 or 1.
+  // Address of a chunk that is `chunk` (even) further in its row than that of `address`, whose own
+  // is 0 or 1.
   static __device__ __forceinline__ uint32_t further(uint32_t address, int chunk) {
     constexpr int kTurn = kDim / 8 % 8 ? 3 : 7;
     return (address ^ (chunk & kTurn) << 4) + ((chunk & ~kTurn) << 4);
   }
 
-  // What correction `expected` adds for the warp's positions in a group whose errors are `rms`, in units of log2: to `maps`, [16 kTiles].
-  static __device__ __forceinline__ void map_expected(int g, int t, float2* maps, uint32_t query_at, const __half* rms, const VkvxParams& p) {
+  // What correction `expected` adds for the warp's positions in a group whose errors are `rms`, in
+  // units of log2: to `maps`, [16 kTiles].
+  static __device__ __forceinline__ void map_expected(int g, int t, float2* maps, uint32_t query_at,
+                                                      const __half* rms, const VkvxParams& p) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       float spread[2] = {};
@@ -45,15 +53,18 @@ struct PrefillWarp {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const float2 x = unpack_pair<kBfloat>(q[r]);
-          const float2 error = __half22float2(*reinterpret_cast<const __half2*>(rms + 16 * i + 8 * (r >> 1) + 2 * t));
-          spread[r & 1] = fmaf(x.x * error.x, x.x * error.x, fmaf(x.y * error.y, x.y * error.y, spread[r & 1]));
+          const float2 error = __half22float2(
+              *reinterpret_cast<const __half2*>(rms + 16 * i + 8 * (r >> 1) + 2 * t));
+          spread[r & 1] =
+              fmaf(x.x * error.x, x.x * error.x, fmaf(x.y * error.y, x.y * error.y, spread[r & 1]));
         }
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         spread[r] += __shfl_xor_sync(kFull, spread[r], 1);
         spread[r] += __shfl_xor_sync(kFull, spread[r], 2);
-        const float excess = kLog2e * expected_correction(0.5f * p.scale * p.scale * spread[r], p.correction_limit);
+        const float excess =
+            kLog2e * expected_correction(0.5f * p.scale * p.scale * spread[r], p.correction_limit);
         if (t == 0) maps[16 * m + 8 * r + g] = make_float2(p.scale * kLog2e, excess);
       }
     }
@@ -74,12 +85,14 @@ struct PrefillWarp {
   }
 
   // Products of the queries with a tile of keys.
-  static __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][8][4], uint32_t query_at, uint32_t key_at) {
+  static __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][8][4], uint32_t query_at,
+                                                       uint32_t key_at) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       uint32_t q[kTiles][4];
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) load_matrices(q[m], further(query_at, 2 * i) + 16 * m * kPitch);
+      for (int m = 0; m < kTiles; ++m)
+        load_matrices(q[m], further(query_at, 2 * i) + 16 * m * kPitch);
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         uint32_t k[4];
@@ -92,13 +105,16 @@ struct PrefillWarp {
     }
   }
 
-  // Scores of keys that are not `valid`, or past what an own position sees, become -inf: the warp's first one sees `before` keys.
-  static __device__ __forceinline__ void mask_scores(int g, int t, float (&s)[kTiles][8][4], uint64_t valid, bool own, int before) {
+  // Scores of keys that are not `valid`, or past what an own position sees, become -inf: the warp's
+  // first one sees `before` keys.
+  static __device__ __forceinline__ void mask_scores(int g, int t, float (&s)[kTiles][8][4],
+                                                     uint64_t valid, bool own, int before) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint64_t seen = (own ? valid & lowest_bits(before + 16 * m + 8 * r + g) : valid) >> (2 * t);
+        const uint64_t seen =
+            (own ? valid & lowest_bits(before + 16 * m + 8 * r + g) : valid) >> (2 * t);
         const uint32_t half[2] = {static_cast<uint32_t>(seen), static_cast<uint32_t>(seen >> 32)};
 #pragma unroll
         for (int n = 0; n < 8; ++n)
@@ -109,7 +125,8 @@ struct PrefillWarp {
   }
 
   // Takes the scores into the extremes in `maps`.
-  static __device__ __forceinline__ void take_extremes(int g, int t, const float (&s)[kTiles][8][4], float2* maps) {
+  static __device__ __forceinline__ void take_extremes(int g, int t, const float (&s)[kTiles][8][4],
+                                                       float2* maps) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -141,9 +158,11 @@ struct PrefillWarp {
     for (int m = 0; m < kTiles; ++m) most[m][0] = most[m][1] = -1e30f;
   }
 
-  // Scores to weights, 2^(step * score + bias - most), with a step and a bias of each position in `maps`, if `mapped`. Sums are rescaled only if the
-  // greatest score grew much: weights are at most 2^8.
-  __device__ __forceinline__ void softmax(int g, float (&s)[kTiles][8][4], const float2* maps, bool mapped, float scale) {
+  // Scores to weights, 2^(step * score + bias - most), with a step and a bias of each position in
+  // `maps`, if `mapped`. Sums are rescaled only if the greatest score grew much: weights are at
+  // most 2^8.
+  __device__ __forceinline__ void softmax(int g, float (&s)[kTiles][8][4], const float2* maps,
+                                          bool mapped, float scale) {
     float step[kTiles][2], bias[kTiles][2], top[kTiles][2];
     bool grew = false;
 #pragma unroll
@@ -196,7 +215,7 @@ struct PrefillWarp {
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const float(&pair)[4] = s[m][2 * i + (r >> 1)];
+          const float (&pair)[4] = s[m][2 * i + (r >> 1)];
           w[m][r] = pack_pair<kAsBfloat>(pair[2 * (r & 1)], pair[2 * (r & 1) + 1]);
         }
 #pragma unroll
@@ -206,14 +225,17 @@ struct PrefillWarp {
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) mma_pairs<kAsBfloat>(sum[m][n + e], w[m], v[2 * e], v[2 * e + 1]);
+          for (int e = 0; e < 2; ++e)
+            mma_pairs<kAsBfloat>(sum[m][n + e], w[m], v[2 * e], v[2 * e + 1]);
       }
     }
   }
 
-  // Normalised sums to the output, whose row 0 is the warp's first position: those of `rows`, and zeros where `is_token` says no.
+  // Normalised sums to the output, whose row 0 is the warp's first position: those of `rows`, and
+  // zeros where `is_token` says no.
   template <class IsToken>
-  __device__ __forceinline__ void store(int g, int t, uint16_t* output, int first, int positions, IsToken is_token) {
+  __device__ __forceinline__ void store(int g, int t, uint16_t* output, int first, int positions,
+                                        IsToken is_token) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll

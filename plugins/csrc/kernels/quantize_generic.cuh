@@ -1,10 +1,12 @@
-// Levels and codes, the path that takes everything: groups of any size, type and alignment, any architecture, all quantisers but `shaped`. `quantize` in
-// append.cu chooses it where quantize_registers.cuh does not do.
+// Levels and codes, the path that takes everything: groups of any size, type and alignment, any
+// architecture, all quantisers but `shaped`. `quantize` in append.cu chooses it where
+// quantize_registers.cuh does not do.
 //
-// A block takes 32 channels of one group, so that a warp's lanes are 32 neighbouring channels (one word of a key) and its warps share
-// the group's tokens. Values are read once and kept in shared memory as floats [token][channel], if they fit. Statistics of a channel are
-// combined over warps in a fixed order. docs/format.md, "Quantisers", is the specification. Divisions are true divisions and sums FP32, as
-// in the reference.
+// A block takes 32 channels of one group, so that a warp's lanes are 32 neighbouring channels (one
+// word of a key) and its warps share the group's tokens. Values are read once and kept in shared
+// memory as floats [token][channel], if they fit. Statistics of a channel are combined over warps
+// in a fixed order. docs/format.md, "Quantisers", is the specification. Divisions are true
+// divisions and sums FP32, as in the reference.
 #pragma once
 
 #include "append.cuh"
@@ -18,7 +20,8 @@ struct FoundLevels {
   float scale, offset;
 };
 
-// Sum, or least or greatest, over the warps of the block for each lane; `scratch` holds 3 * kAppendWarps * 32 floats.
+// Sum, or least or greatest, over the warps of the block for each lane; `scratch` holds 3 *
+// kAppendWarps * 32 floats.
 template <class Combine>
 __device__ __forceinline__ float over_warps(float x, float* scratch, Combine combine) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -62,9 +65,12 @@ __device__ __forceinline__ uint32_t order_of(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ float value_of(uint32_t order) { return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order); }
+__device__ __forceinline__ float value_of(uint32_t order) {
+  return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
+}
 
-// Order statistic number `rank` (0 is the least) of a channel's count values, and the next one, by bisection of the bits: exact.
+// Order statistic number `rank` (0 is the least) of a channel's count values, and the next one, by
+// bisection of the bits: exact.
 template <class Value>
 __device__ float2 order_statistics(Value value, int count, int rank, float* scratch) {
   const int warp = threadIdx.x >> 5;
@@ -72,7 +78,8 @@ __device__ float2 order_statistics(Value value, int count, int rank, float* scra
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t middle = found | 1u << bit;
     float below = 0.0f;
-    for (int i = warp; i < count; i += kAppendWarps) below += order_of(value(i)) < middle ? 1.0f : 0.0f;
+    for (int i = warp; i < count; i += kAppendWarps)
+      below += order_of(value(i)) < middle ? 1.0f : 0.0f;
     if (over_warps(below, scratch, Add()) <= static_cast<float>(rank)) found = middle;
   }
   const float here = value_of(found);
@@ -99,7 +106,8 @@ __device__ float quantile(Value value, int count, float position, float* scratch
 
 // Levels of the lane's channel; value(i) is token i's value less the mean.
 template <class Value>
-__device__ FoundLevels find_levels(Value value, int count, float mean, int quantizer, int bits, float alpha, float gamma, float* scratch) {
+__device__ FoundLevels find_levels(Value value, int count, float mean, int quantizer, int bits,
+                                   float alpha, float gamma, float* scratch) {
   const int warp = threadIdx.x >> 5;
   const float n = static_cast<float>(count), top = static_cast<float>((1 << bits) - 1);
   float low = INFINITY, high = -INFINITY;
@@ -114,7 +122,8 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
   if (quantizer == VKVX_QUANTILE) {
     const float last = n - 1.0f;
     const float first = quantile(value, count, alpha * last, scratch);
-    high = quantile(value, count, static_cast<float>(1.0 - static_cast<double>(alpha)) * last, scratch);
+    high = quantile(value, count, static_cast<float>(1.0 - static_cast<double>(alpha)) * last,
+                    scratch);
     low = first;
     scale = (high - low) / top;
   } else if (quantizer == VKVX_SHRINK) {
@@ -163,13 +172,16 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
       }
     }
   }
-  const float rounded = __half2float(__float2half_rn(varies ? fminf(fmaxf(scale, 0.0f), kHalfMax) : 0.0f));
+  const float rounded =
+      __half2float(__float2half_rn(varies ? fminf(fmaxf(scale, 0.0f), kHalfMax) : 0.0f));
   const float offset = fminf(fmaxf(rounded > 0.0f ? low + mean : mean, -kHalfMax), kHalfMax);
   return FoundLevels{rounded, __half2float(__float2half_rn(offset))};
 }
 
-// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: the group's values if `cached`.
-__global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(const __grid_constant__ VkvxParams p, bool cached) {
+// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory:
+// the group's values if `cached`.
+__global__ void __launch_bounds__(kAppendWarps * 32)
+    quantize_generic_kernel(const __grid_constant__ VkvxParams p, bool cached) {
   extern __shared__ float numbers[];  // [group_size][32]
   __shared__ float scratch[3 * kAppendWarps * 32];
   __shared__ int found[2];
@@ -184,7 +196,8 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(con
   const void* source = is_key ? p.key : p.value;
   const int64_t* stride = is_key ? p.key_stride : p.value_stride;
   const int64_t base = b * stride[0] + head * stride[1] + 32 * word + lane;
-  const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries + static_cast<int64_t>(g) * p.group_size;
+  const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries +
+                     static_cast<int64_t>(g) * p.group_size;
   // Several loads at a time, or each would wait for the one before.
   constexpr int kBatch = 16;
   float sum = 0.0f;
@@ -195,10 +208,12 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(con
     for (int n = 0; n < kBatch; ++n) at[n] = index[min(first + n * kAppendWarps, count - 1)];
     if (p.dtype == VKVX_FLOAT32) {
 #pragma unroll
-      for (int n = 0; n < kBatch; ++n) bits[n] = static_cast<const uint32_t*>(source)[base + at[n] * stride[2]];
+      for (int n = 0; n < kBatch; ++n)
+        bits[n] = static_cast<const uint32_t*>(source)[base + at[n] * stride[2]];
     } else {
 #pragma unroll
-      for (int n = 0; n < kBatch; ++n) bits[n] = static_cast<const uint16_t*>(source)[base + at[n] * stride[2]];
+      for (int n = 0; n < kBatch; ++n)
+        bits[n] = static_cast<const uint16_t*>(source)[base + at[n] * stride[2]];
     }
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
@@ -213,17 +228,24 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(con
   }
   const float mean = over_warps(sum, scratch, Add()) / static_cast<float>(count);
   // Groups that shared memory cannot hold are read again.
-  auto raw = [&](int i) { return cached ? numbers[i * kChannels + lane] : clean(load_float(source, base + index[i] * stride[2], p.dtype)); };
+  auto raw = [&](int i) {
+    return cached ? numbers[i * kChannels + lane]
+                  : clean(load_float(source, base + index[i] * stride[2], p.dtype));
+  };
   auto value = [&](int i) { return raw(i) - mean; };
-  const FoundLevels levels = find_levels(value, count, mean, p.quantizer, bits, is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
-                                    is_key ? p.shrink_key : p.shrink_value, scratch);
+  const FoundLevels levels = find_levels(value, count, mean, p.quantizer, bits,
+                                         is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
+                                         is_key ? p.shrink_key : p.shrink_value, scratch);
   const float top = static_cast<float>((1 << bits) - 1);
   auto code = [&](float x) {
     if (!(levels.scale > 0.0f)) return 0u;
-    return static_cast<uint32_t>(fminf(fmaxf(rintf((x - levels.offset) / levels.scale), 0.0f), top));
+    return static_cast<uint32_t>(
+        fminf(fmaxf(rintf((x - levels.offset) / levels.scale), 0.0f), top));
   };
-  const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head, groups = p.visual_capacity / p.group_size;
-  const int64_t first_tile = slot_head * (p.visual_capacity / kTile) + static_cast<int64_t>(group) * (p.group_size / kTile);
+  const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head,
+                groups = p.visual_capacity / p.group_size;
+  const int64_t first_tile = slot_head * (p.visual_capacity / kTile) +
+                             static_cast<int64_t>(group) * (p.group_size / kTile);
   if (is_key) {
     float squares = 0.0f;
     for (int i = warp; i < p.group_size; i += kAppendWarps) {
@@ -234,15 +256,18 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(con
         const float residual = x - (levels.offset + levels.scale * static_cast<float>(c));
         squares = fmaf(residual, residual, squares);
       }
-      int* out = p.visual_key + ((first_tile + i / kTile) * bits * kTile + i % kTile) * words + word;
+      int* out =
+          p.visual_key + ((first_tile + i / kTile) * bits * kTile + i % kTile) * words + word;
       for (int plane = 0; plane < bits; ++plane) {
         const uint32_t packed = __ballot_sync(kFull, c >> plane & 1);
-        if (lane == plane) out[static_cast<int64_t>(plane) * kTile * words] = static_cast<int>(packed);
+        if (lane == plane)
+          out[static_cast<int64_t>(plane) * kTile * words] = static_cast<int>(packed);
       }
     }
     squares = over_warps(squares, scratch, Add());
     if (warp == 0) {
-      __half* out = static_cast<__half*>(p.visual_key_params) + (slot_head * groups + group) * 3 * D + 32 * word + lane;
+      __half* out = static_cast<__half*>(p.visual_key_params) +
+                    (slot_head * groups + group) * 3 * D + 32 * word + lane;
       out[0] = __float2half_rn(levels.scale);
       out[D] = __float2half_rn(levels.offset);
       out[2 * D] = __float2half_rn(fminf(sqrtf(squares / static_cast<float>(count)), kHalfMax));
@@ -256,13 +281,16 @@ __global__ void __launch_bounds__(kAppendWarps * 32) quantize_generic_kernel(con
 #pragma unroll
         for (int plane = 0; plane < 8; ++plane) packed[plane] |= (c >> plane & 1) << i;
       }
-      int* out = p.visual_value + ((first_tile + first / kTile) * bits * D + 32 * word + lane) * 4 + first % kTile / 32;
+      int* out = p.visual_value + ((first_tile + first / kTile) * bits * D + 32 * word + lane) * 4 +
+                 first % kTile / 32;
 #pragma unroll
       for (int plane = 0; plane < 8; ++plane)
-        if (plane < bits) out[static_cast<int64_t>(plane) * D * 4] = static_cast<int>(packed[plane]);
+        if (plane < bits)
+          out[static_cast<int64_t>(plane) * D * 4] = static_cast<int>(packed[plane]);
     }
     if (warp == 0) {
-      __half* out = static_cast<__half*>(p.visual_value_params) + (slot_head * groups + group) * 2 * D + 32 * word + lane;
+      __half* out = static_cast<__half*>(p.visual_value_params) +
+                    (slot_head * groups + group) * 2 * D + 32 * word + lane;
       out[0] = __float2half_rn(levels.scale);
       out[D] = __float2half_rn(levels.offset);
     }

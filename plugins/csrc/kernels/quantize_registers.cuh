@@ -1,10 +1,15 @@
-// Levels and codes, the fast path: groups of up to 1024 FP16 or BF16 tokens whose rows begin at multiples of 16 bytes, from compute capability 8.0, all
-// quantisers but `shaped`. `quantize` in append.cu chooses it where it can; quantize_generic.cuh takes all else. docs/format.md is the specification.
+// Levels and codes, the fast path: groups of up to 1024 FP16 or BF16 tokens whose rows begin at
+// multiples of 16 bytes, from compute capability 8.0, all quantisers but `shaped`. `quantize` in
+// append.cu chooses it where it can; quantize_generic.cuh takes all else. docs/format.md is the
+// specification.
 //
-// A block reads 64 bytes of a token at a time into shared memory. A warp takes 8 channels of them, transposed: a register holds a pair of tokens
-// of channel lane / 4, so that a lane needs the threshold of one channel only, and sums over tokens are products with ones on tensor cores. BF16
-// becomes FP16, exactly, by a power of two for each channel. What looks at every number once works in a short loop, since long code would wait for
-// instructions. The last tile of 128 tokens is filled up with copies of the last token until sum and extremes are known, then with the least number.
+// A block reads 64 bytes of a token at a time into shared memory. A warp takes 8 channels of them,
+// transposed: a register holds a pair of tokens of channel lane / 4, so that a lane needs the
+// threshold of one channel only, and sums over tokens are products with ones on tensor cores. BF16
+// becomes FP16, exactly, by a power of two for each channel. What looks at every number once works
+// in a short loop, since long code would wait for instructions. The last tile of 128 tokens is
+// filled up with copies of the last token until sum and extremes are known, then with the least
+// number.
 #pragma once
 
 #include "quantize_statistics.cuh"
@@ -48,24 +53,29 @@ struct Levels {
 struct Encoder {
   float bases[8], inverses[8], top;
 
-  __device__ __forceinline__ Encoder(float base, float step, int bits) : top(static_cast<float>((1 << bits) - 1)) {
+  __device__ __forceinline__ Encoder(float base, float step, int bits)
+      : top(static_cast<float>((1 << bits) - 1)) {
     share(bases, base);
     share(inverses, step > 0.0f ? 1.0f / (step * top) : 0.0f);
   }
   // Its low byte is the code.
-  __device__ __forceinline__ float operator()(float x, int c) const { return fmaf(__saturatef((x - bases[c]) * inverses[c]), top, kMagic); }
+  __device__ __forceinline__ float operator()(float x, int c) const {
+    return fmaf(__saturatef((x - bases[c]) * inverses[c]), top, kMagic);
+  }
 };
 
-// Mean square of what the levels leave of channel lane / 4. The codes of a token's 8 channels take the place of its numbers in `staged`: byte n
-// holds plane n.
+// Mean square of what the levels leave of channel lane / 4. The codes of a token's 8 channels take
+// the place of its numbers in `staged`: byte n holds plane n.
 template <class X>
-__device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, int bits, uint4* staged) {
+__device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, int bits,
+                                             uint4* staged) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   float squares[8] = {};
   if (bits == 1) {
     const float half = 0.5f * levels.step, middle = levels.base + half;
     uint32_t thresholds[4];
-    share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(middle) : __ushort_as_half(0x7c00));
+    share_pairs(thresholds,
+                levels.step > 0.0f ? __float2half_rd(middle) : __ushort_as_half(0x7c00));
     float middles[8], halves[8];
     share(middles, middle);
     share(halves, half);
@@ -76,12 +86,14 @@ __device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, i
       const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
       uint32_t byte = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) byte |= __hgt2_mask(as_half2(pairs[j]), as_half2(thresholds[j])) & (0x00020001u << 2 * j);
+      for (int j = 0; j < 4; ++j)
+        byte |= __hgt2_mask(as_half2(pairs[j]), as_half2(thresholds[j])) & (0x00020001u << 2 * j);
       place.x = byte | byte >> 16;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         const float2 pair = __half22float2(as_half2(pairs[c / 2]));
-        const float residual = fabsf((c % 2 ? pair.y : pair.x) - middles[c]) - halves[c];  // the nearer level
+        const float residual =
+            fabsf((c % 2 ? pair.y : pair.x) - middles[c]) - halves[c];  // the nearer level
         if (t < x.count) squares[c] = fmaf(residual, residual, squares[c]);
       }
     }
@@ -104,7 +116,9 @@ __device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, i
       }
 #pragma unroll
       for (int plane = 0; plane < 8; ++plane) {
-        auto gather = [&](uint32_t four) { return (four >> plane & 0x01010101u) * 0x10204080u >> 28; };
+        auto gather = [&](uint32_t four) {
+          return (four >> plane & 0x01010101u) * 0x10204080u >> 28;
+        };
         planes[plane / 4] |= (gather(codes[0]) | gather(codes[1]) << 4) << 8 * (plane % 4);
       }
       place.x = planes[0];
@@ -114,9 +128,11 @@ __device__ __forceinline__ float encode_keys(const X& x, const Levels& levels, i
   return add_over_lanes(squares) / x.n() * x.unit * x.unit;
 }
 
-// Packs along tokens: lane 4c + s holds the word of channel c and step s of a tile. `out` is the first tile's word of lane 0.
+// Packs along tokens: lane 4c + s holds the word of channel c and step s of a tile. `out` is the
+// first tile's word of lane 0.
 template <class X>
-__device__ __forceinline__ void store_values(const X& x, const Levels& levels, int bits, int group_tiles, int words, const uint4* staged,
+__device__ __forceinline__ void store_values(const X& x, const Levels& levels, int bits,
+                                             int group_tiles, int words, const uint4* staged,
                                              int* out) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   auto store = [&](int tile, int plane, uint32_t word) {
@@ -126,7 +142,8 @@ __device__ __forceinline__ void store_values(const X& x, const Levels& levels, i
   };
   if (bits == 1) {
     uint32_t thresholds[4];
-    share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(levels.base + 0.5f * levels.step) : __ushort_as_half(0x7c00));
+    share_pairs(thresholds, levels.step > 0.0f ? __float2half_rd(levels.base + 0.5f * levels.step)
+                                               : __ushort_as_half(0x7c00));
 #pragma unroll 1
     for (int tile = 0; tile < x.tiles; ++tile) {
       uint32_t word = 0;
@@ -156,7 +173,8 @@ __device__ __forceinline__ void store_values(const X& x, const Levels& levels, i
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
           const float2 pair = __half22float2(as_half2(pairs[c / 2]));
-          codes[s][c / 4] |= (__float_as_uint(encode(c % 2 ? pair.y : pair.x, c)) & 0xff) << 8 * (c % 4);
+          codes[s][c / 4] |= (__float_as_uint(encode(c % 2 ? pair.y : pair.x, c)) & 0xff)
+                             << 8 * (c % 4);
         }
       }
 #pragma unroll 1
@@ -166,7 +184,8 @@ __device__ __forceinline__ void store_values(const X& x, const Levels& levels, i
         for (int s = 0; s < 4; ++s)
 #pragma unroll
           for (int c = 0; c < 8; ++c) {
-            const uint32_t packed = __ballot_sync(kFull, codes[s][c / 4] >> plane & 1u << 8 * (c % 4));
+            const uint32_t packed =
+                __ballot_sync(kFull, codes[s][c / 4] >> plane & 1u << 8 * (c % 4));
             if (lane == 4 * c + s) word = packed;
           }
         store(tile, plane, word);
@@ -177,33 +196,41 @@ __device__ __forceinline__ void store_values(const X& x, const Levels& levels, i
     for (int plane = 0; plane < bits; ++plane) store(tile, plane, 0);
 }
 
-// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory: 64 bytes per token of a group.
+// Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory:
+// 64 bytes per token of a group.
 template <int kSteps, int kHeld, int kBlocks>
-__global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_registers_kernel(const __grid_constant__ VkvxParams p) {
+__global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks)
+    quantize_registers_kernel(const __grid_constant__ VkvxParams p) {
   extern __shared__ uint4 staged[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, D = p.head_dim, words = D / 32;
   const int call_groups = p.visual_entries / p.group_size;
   const bool is_key = blockIdx.x < call_groups * words;
   const int part = is_key ? blockIdx.x : blockIdx.x - call_groups * words;
-  const int g = part / words, word = part % words, head = blockIdx.y, b = blockIdx.z, first_channel = 32 * word + 8 * warp;
+  const int g = part / words, word = part % words, head = blockIdx.y, b = blockIdx.z,
+            first_channel = 32 * word + 8 * warp;
   int group;
   Channels<kSteps, kHeld> x;
   if (!x.load(p, is_key, b, head, g, 32 * word, staged, &group)) return;
-  const Quantizer quantizer{p.quantizer, is_key ? p.key_bits : p.value_bits, is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
+  const Quantizer quantizer{p.quantizer, is_key ? p.key_bits : p.value_bits,
+                            is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
                             is_key ? p.shrink_key : p.shrink_value};
   const int bits = quantizer.bits, group_tiles = p.group_size / kTile;
   const Levels levels(x, quantizer);
-  const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head, groups = p.visual_capacity / p.group_size;
-  const int64_t first_word = (slot_head * (p.visual_capacity / kTile) + static_cast<int64_t>(group) * group_tiles) * bits * kTile * words;
+  const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head,
+                groups = p.visual_capacity / p.group_size;
+  const int64_t first_word =
+      (slot_head * (p.visual_capacity / kTile) + static_cast<int64_t>(group) * group_tiles) * bits *
+      kTile * words;
   const int rows = is_key ? 3 : 2;
-  __half* params = static_cast<__half*>(is_key ? p.visual_key_params : p.visual_value_params) + (slot_head * groups + group) * rows * D +
-                   first_channel + lane / 4;
+  __half* params = static_cast<__half*>(is_key ? p.visual_key_params : p.visual_value_params) +
+                   (slot_head * groups + group) * rows * D + first_channel + lane / 4;
   if (lane % 4 == 0) {
     params[0] = levels.scale;
     params[D] = levels.offset;
   }
   if (!is_key) {
-    store_values(x, levels, bits, group_tiles, 4 * D, staged, p.visual_value + first_word + 4 * first_channel);
+    store_values(x, levels, bits, group_tiles, 4 * D, staged,
+                 p.visual_value + first_word + 4 * first_channel);
     return;
   }
   const float square = encode_keys(x, levels, bits, staged);
@@ -223,8 +250,10 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks) quantize_registe
       if (plane >= bits) break;
       uint32_t packed = 0;
 #pragma unroll
-      for (int w = 0; w < kQuantizeWarps; ++w) packed |= (planes[plane / 4][w] >> 8 * (plane % 4) & 0xff) << 8 * w;
-      out[static_cast<int64_t>((t / kTile * bits + plane) * kTile + t % kTile) * words] = static_cast<int>(packed);
+      for (int w = 0; w < kQuantizeWarps; ++w)
+        packed |= (planes[plane / 4][w] >> 8 * (plane % 4) & 0xff) << 8 * w;
+      out[static_cast<int64_t>((t / kTile * bits + plane) * kTile + t % kTile) * words] =
+          static_cast<int>(packed);
     }
   }
 }

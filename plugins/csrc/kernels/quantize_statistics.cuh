@@ -1,12 +1,14 @@
-// What quantize_registers.cuh finds out about the tokens: 8 channels of a group in a warp's registers, their sums, extremes, order statistics and Lloyd's passes.
+// What quantize_registers.cuh finds out about the tokens: 8 channels of a group in a warp's
+// registers, their sums, extremes, order statistics and Lloyd's passes.
 #pragma once
 
 #include "append.cuh"
 
 namespace vkvx {
 
-constexpr int kQuantizeWarps = 4;    // 32 channels per block: one word of a key
-constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, halves to even, in the low bits
+constexpr int kQuantizeWarps = 4;  // 32 channels per block: one word of a key
+constexpr float kMagic =
+    12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, halves to even, in the low bits
 constexpr uint32_t kOnes = 0x3c003c00u;  // 1.0 twice
 constexpr uint32_t kNone = 0xfbfffbffu;  // the least number twice: what is no token
 
@@ -19,7 +21,8 @@ __device__ __forceinline__ int order_of_half(float x) {
   return bits & 0x8000 ? -(bits & 0x7fff) : bits;
 }
 __device__ __forceinline__ float half_of_order(int order) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(order < 0 ? 0x8000 - order : order)));
+  return __half2float(
+      __ushort_as_half(static_cast<unsigned short>(order < 0 ? 0x8000 - order : order)));
 }
 
 // Of 8 numbers per lane, one per channel: the sum over lanes, for channel lane / 4.
@@ -49,10 +52,14 @@ __device__ __forceinline__ Number add_over_quad(Number x) {
 }
 
 struct LeastPair {
-  __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return as_bits(__hmin2(as_half2(a), as_half2(b))); }
+  __device__ uint32_t operator()(uint32_t a, uint32_t b) const {
+    return as_bits(__hmin2(as_half2(a), as_half2(b)));
+  }
 };
 struct MostPair {
-  __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return as_bits(__hmax2(as_half2(a), as_half2(b))); }
+  __device__ uint32_t operator()(uint32_t a, uint32_t b) const {
+    return as_bits(__hmax2(as_half2(a), as_half2(b)));
+  }
 };
 
 // The least or greatest of both halves over a quad of lanes.
@@ -65,7 +72,9 @@ __device__ __forceinline__ float extreme_over_quad(uint32_t x, Combine combine) 
 }
 
 // A number in both halves, rounded to FP16.
-__device__ __forceinline__ uint32_t twice(float x) { return as_bits(__half2half2(__float2half_rn(x))); }
+__device__ __forceinline__ uint32_t twice(float x) {
+  return as_bits(__half2half2(__float2half_rn(x)));
+}
 
 // FP16 numbers that lane 4c holds for channel c, as pairs.
 __device__ __forceinline__ void share_pairs(uint32_t (&pairs)[4], __half mine) {
@@ -81,24 +90,31 @@ __device__ __forceinline__ void share(float (&all)[8], float mine) {
 }
 
 // Which lanes' low and high halves are above the threshold's.
-__device__ __forceinline__ void ballots_above(uint32_t x, uint32_t threshold, uint32_t* low, uint32_t* high) {
-  asm("{.reg .pred p, q;\n setp.gt.f16x2 p|q, %2, %3;\n vote.sync.ballot.b32 %0, p, -1;\n vote.sync.ballot.b32 %1, q, -1;}"
+__device__ __forceinline__ void ballots_above(uint32_t x, uint32_t threshold, uint32_t* low,
+                                              uint32_t* high) {
+  asm("{.reg .pred p, q;\n setp.gt.f16x2 p|q, %2, %3;\n vote.sync.ballot.b32 %0, p, -1;\n "
+      "vote.sync.ballot.b32 %1, q, -1;}"
       : "=r"(*low), "=r"(*high)
       : "r"(x), "r"(threshold));
 }
 
-// Where shared memory holds 8 channels of a token, `warp` of the block's 4 times 8: so that warps read and write without bank conflicts.
-__device__ __forceinline__ int place_of(int token, int warp) { return token * kQuantizeWarps + (warp ^ (token >> 1 & 3)); }
+// Where shared memory holds 8 channels of a token, `warp` of the block's 4 times 8: so that warps
+// read and write without bank conflicts.
+__device__ __forceinline__ int place_of(int token, int warp) {
+  return token * kQuantizeWarps + (warp ^ (token >> 1 & 3));
+}
 constexpr int kStepBytes = 32 * kQuantizeWarps * sizeof(uint4);  // of a step of 32 tokens there
 
-// 8 channels of a group, less a pivot; all but `tiles`, `count` and `copies` is that of channel lane / 4. Pair j of step s holds its tokens
-// 32 s + 8 j + 2 (lane % 4) and the next, or kNone. Only the first kHeld steps are kept in registers: more warps gain more than registers save.
+// 8 channels of a group, less a pivot; all but `tiles`, `count` and `copies` is that of channel
+// lane / 4. Pair j of step s holds its tokens 32 s + 8 j + 2 (lane % 4) and the next, or kNone.
+// Only the first kHeld steps are kept in registers: more warps gain more than registers save.
 template <int kSteps, int kHeld>
 struct Channels {
   uint32_t held[kHeld][4];
-  uint32_t rows, words;  // in shared memory: this lane's row of step 0, and its words of the transposed pairs
+  uint32_t rows,
+      words;  // in shared memory: this lane's row of step 0, and its words of the transposed pairs
   int tiles, count, copies;  // `copies` numbers of the last tile are no tokens
-  float pivot;  // number = unit * (x + pivot)
+  float pivot;               // number = unit * (x + pivot)
   float unit;
   float sum, low, high;  // of the tokens
 
@@ -149,7 +165,9 @@ struct Channels {
   // The sum of the numbers, which products with ones add up, 16 times 16 at a time.
   __device__ __forceinline__ float add() const {
     float sums[2][4] = {};
-    each_step([&](const uint32_t (&x)[4], int s) { mma_half(sums[s % 2], x[0], x[1], x[2], x[3], kOnes, kOnes); });
+    each_step([&](const uint32_t (&x)[4], int s) {
+      mma_half(sums[s % 2], x[0], x[1], x[2], x[3], kOnes, kOnes);
+    });
     return (sums[0][0] + sums[0][2]) + (sums[1][0] + sums[1][2]);
   }
 
@@ -168,16 +186,21 @@ struct Channels {
       }
       mma_half(sums[s % 2], numbers[0], numbers[1], numbers[2], numbers[3], kOnes, kOnes);
     });
-    const float2 pair = __half22float2(__hadd2(__hadd2(counts[0], counts[1]), __hadd2(counts[2], counts[3])));
+    const float2 pair =
+        __half22float2(__hadd2(__hadd2(counts[0], counts[1]), __hadd2(counts[2], counts[3])));
     *many = add_over_quad(pair.x + pair.y);
     return (sums[0][0] + sums[0][2]) + (sums[1][0] + sums[1][2]);
   }
 
-  // Reads the tokens, by all warps of the block, into `staged` [group_size][4]; false if there is nothing to store or no group is free.
-  __device__ __forceinline__ bool load(const VkvxParams& p, bool is_key, int b, int head, int g, int first_channel, uint4* staged, int* group) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slot = p.slot[b], groups = p.visual_capacity / p.group_size;
+  // Reads the tokens, by all warps of the block, into `staged` [group_size][4]; false if there is
+  // nothing to store or no group is free.
+  __device__ __forceinline__ bool load(const VkvxParams& p, bool is_key, int b, int head, int g,
+                                       int first_channel, uint4* staged, int* group) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slot = p.slot[b],
+              groups = p.visual_capacity / p.group_size;
     if (slot < 0) return false;
-    const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries + static_cast<int64_t>(g) * p.group_size;
+    const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries +
+                       static_cast<int64_t>(g) * p.group_size;
     int at[kSteps], valid = 0, last = 0, filled = 0;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -185,7 +208,8 @@ struct Channels {
       valid += at[s] >= 0;
       last = max(last, at[s]);
     }
-    for (int i = lane; i < groups; i += 32) filled += p.visual_count[static_cast<int64_t>(slot) * groups + i] > 0;
+    for (int i = lane; i < groups; i += 32)
+      filled += p.visual_count[static_cast<int64_t>(slot) * groups + i] > 0;
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
       valid += __shfl_xor_sync(kFull, valid, o);
@@ -198,11 +222,13 @@ struct Channels {
     *group = reduce_max(filled) + g;
     if (count == 0 || *group >= groups) return false;
     const int64_t* stride = is_key ? p.key_stride : p.value_stride;
-    const uint16_t* source = static_cast<const uint16_t*>(is_key ? p.key : p.value) + b * stride[0] + head * stride[1] + first_channel;
+    const uint16_t* source = static_cast<const uint16_t*>(is_key ? p.key : p.value) +
+                             b * stride[0] + head * stride[1] + first_channel;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (s % 4 == 0 && s / 4 >= tiles) break;
-      const int token = 32 * s + 8 * warp + lane / 4, position = __shfl_sync(kFull, at[s], 8 * warp + lane / 4);
+      const int token = 32 * s + 8 * warp + lane / 4,
+                position = __shfl_sync(kFull, at[s], 8 * warp + lane / 4);
       const uint16_t* from = source + (position < 0 ? last : position) * stride[2] + 8 * (lane % 4);
       copy_async(shared_address(staged + place_of(token, lane % 4)), from);
     }
@@ -221,20 +247,27 @@ struct Channels {
     if (bfloat) from_bfloat();
     examine(source + static_cast<int64_t>(last) * stride[2] + 8 * warp, bfloat);
     if (copies)
-      change_steps([&](uint32_t (&x)[4], int s) {
+      change_steps(
+          [&](uint32_t (&x)[4], int s) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int token = 32 * s + 8 * j + 2 * (lane % 4);
-          if (token + 1 >= count) x[j] = token < count ? __byte_perm(x[j], kNone, 0x7610) : kNone;
-        }
-      }, tiles - 1);
+            for (int j = 0; j < 4; ++j) {
+              const int token = 32 * s + 8 * j + 2 * (lane % 4);
+              if (token + 1 >= count)
+                x[j] = token < count ? __byte_perm(x[j], kNone, 0x7610) : kNone;
+            }
+          },
+          tiles - 1);
     return true;
   }
 
-  // BF16 to FP16 by the power of two that puts the greatest magnitude of the channel below 2^15, rounding only what is less than 2^-31 of it.
+  // BF16 to FP16 by the power of two that puts the greatest magnitude of the channel below 2^15,
+  // rounding only what is less than 2^-31 of it.
   __device__ __forceinline__ void from_bfloat() {
     float most = 1e-30f;
-    auto numbers = [&](uint32_t bits) { return make_float2(clean(__uint_as_float(bits << 16)), clean(__uint_as_float(bits & 0xffff0000u))); };
+    auto numbers = [&](uint32_t bits) {
+      return make_float2(clean(__uint_as_float(bits << 16)),
+                         clean(__uint_as_float(bits & 0xffff0000u)));
+    };
     each_step([&](const uint32_t (&x)[4], int) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -255,10 +288,13 @@ struct Channels {
     unit = 1.0f / factor;
   }
 
-  // Cleans the numbers if some are not finite, then finds sum, extremes and pivot. The last tile is filled up with copies of the last token.
+  // Cleans the numbers if some are not finite, then finds sum, extremes and pivot. The last tile is
+  // filled up with copies of the last token.
   __device__ __forceinline__ void examine(const uint16_t* last_token, bool bfloat) {
     const uint16_t bits = last_token[(threadIdx.x & 31) / 4];
-    float copy = clean(bfloat ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits))) / unit;
+    float copy = clean(bfloat ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                              : __half2float(__ushort_as_half(bits))) /
+                 unit;
     auto find_sum = [&] { sum = add() - static_cast<float>(copies) * copy; };
     pivot = 0.0f;
     find_sum();
@@ -282,7 +318,8 @@ struct Channels {
     });
     low = extreme_over_quad(LeastPair()(least[0], least[1]), LeastPair());
     high = extreme_over_quad(MostPair()(most[0], most[1]), MostPair());
-    // Where all numbers lie within a factor of 2, differences from the least are exact, and sums lose nothing to what they share.
+    // Where all numbers lie within a factor of 2, differences from the least are exact, and sums
+    // lose nothing to what they share.
     const bool near = (low > 0.0f && high <= 2.0f * low) || (high < 0.0f && low >= 2.0f * high);
     if (!__any_sync(kFull, near)) return;
     pivot = near ? low : 0.0f;
@@ -302,18 +339,23 @@ struct Channels {
     return as_bits(__hgt2(as_half2(pair), as_half2(threshold)));
   }
 
-  // Quantiles `alpha` and 1 - `alpha`. Lanes 0 and 1 of a quad search the lower, 2 and 3 the upper: a number so that as many tokens are
-  // at or below it as the rank says, by secants from a guess, and bisection where that is slow.
+  // Quantiles `alpha` and 1 - `alpha`. Lanes 0 and 1 of a quad search the lower, 2 and 3 the upper:
+  // a number so that as many tokens are at or below it as the rank says, by secants from a guess,
+  // and bisection where that is slow.
   __device__ __forceinline__ void find_quantiles(float alpha, float* lower, float* upper) const {
     const bool is_upper = threadIdx.x & 2;
-    const float q = is_upper ? static_cast<float>(1.0 - static_cast<double>(alpha)) : alpha, position = q * (n() - 1.0f);
+    const float q = is_upper ? static_cast<float>(1.0 - static_cast<double>(alpha)) : alpha,
+                position = q * (n() - 1.0f);
     const float rank = floorf(position), wanted = rank + 1.0f;
     // A bell of the tokens' mean distance from their mean, and the normal quantile to 2 digits.
     float many_above;
     const float sum_above = add_above(mean(), &many_above);
-    const float spread = fmaxf(2.5066f * (sum_above - many_above * mean()) / n(), 1e-7f), z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
+    const float spread = fmaxf(2.5066f * (sum_above - many_above * mean()) / n(), 1e-7f),
+                z = 4.91f * (__powf(q, 0.14f) - __powf(1.0f - q, 0.14f));
     float slope = 0.4f * n() * __expf(-0.5f * z * z) / spread, next = fmaf(z, spread, mean());
-    int a = order_of_half(low) - 1, b = order_of_half(high);  // at or below a are `under` <= rank tokens, at or below b `over` > rank
+    int a = order_of_half(low) - 1,
+        b = order_of_half(
+            high);  // at or below a are `under` <= rank tokens, at or below b `over` > rank
     float under = 0.0f, over = n(), last = 0.0f, last_found = -1.0f;
     uint32_t thresholds[2];  // of the lower, the upper search
     auto share_thresholds = [&](float mine) {
@@ -334,10 +376,13 @@ struct Channels {
       each_step([&](const uint32_t (&x)[4], int s) {
 #pragma unroll
         for (int j = 0; j < 4; j += 2)
-          mma_half(counts[2 * (s % 2) + j / 2], above(x[j], thresholds[0]), above(x[j], thresholds[1]), above(x[j + 1], thresholds[0]),
+          mma_half(counts[2 * (s % 2) + j / 2], above(x[j], thresholds[0]),
+                   above(x[j], thresholds[1]), above(x[j + 1], thresholds[0]),
                    above(x[j + 1], thresholds[1]), kOnes, kOnes);
       });
-      auto total = [&](int i) { return (counts[0][i] + counts[1][i]) + (counts[2][i] + counts[3][i]); };
+      auto total = [&](int i) {
+        return (counts[0][i] + counts[1][i]) + (counts[2][i] + counts[3][i]);
+      };
       const float many = is_upper ? total(2) : total(0);
       const float found = n() - many;
       if (done) continue;
@@ -351,7 +396,8 @@ struct Channels {
       last_found = found;
       next = mine + __fdividef(wanted - found, slope);
       const float from = half_of_order(a), to = half_of_order(b);
-      if (!(next > from && next < to)) next = from + (to - from) * __fdividef(wanted - under, over - under);
+      if (!(next > from && next < to))
+        next = from + (to - from) * __fdividef(wanted - under, over - under);
     }
     // The tokens on either side of b.
     share_thresholds(half_of_order(b));
@@ -367,15 +413,20 @@ struct Channels {
         for (int side = 0; side < 2; ++side) {
           // A comparison's all ones, added, make a number NaN, which extremes pass over.
           const __half2 pair = as_half2(pairs[j]), threshold = as_half2(thresholds[side]);
-          below[side] = MostPair()(below[side], as_bits(__hadd2(pair, as_half2(__hgt2_mask(pair, threshold)))));
-          beyond[side] = LeastPair()(beyond[side], as_bits(__hadd2(pair, as_half2(__hle2_mask(pair, threshold)))));
+          below[side] = MostPair()(below[side],
+                                   as_bits(__hadd2(pair, as_half2(__hgt2_mask(pair, threshold)))));
+          beyond[side] = LeastPair()(
+              beyond[side], as_bits(__hadd2(pair, as_half2(__hle2_mask(pair, threshold)))));
         }
     }
-    const float here[2] = {extreme_over_quad(below[0], MostPair()), extreme_over_quad(below[1], MostPair())};
-    const float above_it[2] = {extreme_over_quad(beyond[0], LeastPair()), extreme_over_quad(beyond[1], LeastPair())};
+    const float here[2] = {extreme_over_quad(below[0], MostPair()),
+                           extreme_over_quad(below[1], MostPair())};
+    const float above_it[2] = {extreme_over_quad(beyond[0], LeastPair()),
+                               extreme_over_quad(beyond[1], LeastPair())};
     const float at = is_upper ? here[1] : here[0], next_one = is_upper ? above_it[1] : above_it[0];
     const float after = over > wanted || wanted >= n() ? at : next_one;
-    const float mine = at + (after - at) * (position - rank), others = __shfl_xor_sync(kFull, mine, 2);
+    const float mine = at + (after - at) * (position - rank),
+                others = __shfl_xor_sync(kFull, mine, 2);
     *lower = is_upper ? others : mine;
     *upper = is_upper ? mine : others;
   }
@@ -384,7 +435,8 @@ struct Channels {
   __device__ __forceinline__ void find_two_levels(float* lower, float* upper) const {
     float threshold = mean(), before = INFINITY;
     for (int round = 0; round < kLloydIterations; ++round) {
-      const float mine = __half2float(__float2half_rd(threshold));  // no FP16 number lies between the two
+      const float mine =
+          __half2float(__float2half_rd(threshold));  // no FP16 number lies between the two
       if (__all_sync(kFull, mine == before)) break;
       before = mine;
       float many;
@@ -404,12 +456,16 @@ struct Channels {
     for (int round = 0; round < kLloydIterations; ++round) {
       const float slope = 1.0f / ((*step > 0.0f ? *step : 1.0f) * top), shift = -*lower * slope;
       float codes[2] = {}, squares[2] = {}, products[2] = {};
-      auto code_of = [&](float u) { return fmaf(__saturatef(fmaf(u, slope, shift)), top, kMagic) - kMagic; };
+      auto code_of = [&](float u) {
+        return fmaf(__saturatef(fmaf(u, slope, shift)), top, kMagic) - kMagic;
+      };
       each_step([&](const uint32_t (&x)[4], int) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           uint32_t bits = x[j];
-          asm volatile("" : "+r"(bits));  // or the compiler would convert all numbers before the first round, and spill them
+          asm volatile(""
+                       : "+r"(bits));  // or the compiler would convert all numbers before the first
+                                       // round, and spill them
           const float2 pair = __half22float2(as_half2(bits));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -423,8 +479,11 @@ struct Channels {
       const float u = -kHalfMax - middle, code = code_of(u);  // of what is no token
       const int whole = static_cast<int>(code);
       const int64_t all = add_over_quad(static_cast<int>(codes[0] + codes[1])) - copies * whole;
-      const int64_t all_squares = add_over_quad(static_cast<int>(squares[0]) + static_cast<int>(squares[1])) - copies * whole * whole;
-      const float product = add_over_quad(products[0] + products[1]) - static_cast<float>(copies) * code * u;
+      const int64_t all_squares =
+          add_over_quad(static_cast<int>(squares[0]) + static_cast<int>(squares[1])) -
+          copies * whole * whole;
+      const float product =
+          add_over_quad(products[0] + products[1]) - static_cast<float>(copies) * code * u;
       const int64_t spread = count * all_squares - all * all;
       if (spread > 0) {
         *step = product / (static_cast<float>(spread) / n());  // the mean of u is 0

@@ -8,18 +8,20 @@ namespace vkvx {
 constexpr int kLeastUnits = 4;  // tiles or chunks of rows of a part: work for the warps of a block
 constexpr int kCounters = 16384;  // at the start of the workspace, zero between calls
 
-// Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for their start and their end.
+// Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for
+// their start and their end.
 inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
   const int64_t units = p.visual_capacity / kTile + divide_up(p.text_capacity, kRowsAtOnce) + 1;
   int64_t splits = p.splits > 0 ? p.splits : divide_up(processors, tiles > 0 ? tiles : 1);
-  const int64_t most = p.splits > 0 ? divide_up(units, kLeastUnits) : divide_up(units, 2 * kLeastUnits);
+  const int64_t most =
+      p.splits > 0 ? divide_up(units, kLeastUnits) : divide_up(units, 2 * kLeastUnits);
   splits = splits < most ? splits : most;
   return tiles > kCounters || splits < 1 ? 1 : static_cast<int>(splits);
 }
 
 struct Workspace {
   int* counters;
-  int* rank;        // [B, S]
+  int* rank;  // [B, S]
   float* partial;
   float2* extremes;
   size_t bytes;
@@ -35,19 +37,25 @@ struct Workspace {
     };
     counters = reinterpret_cast<int*>(take(kCounters * sizeof(int)));
     rank = reinterpret_cast<int*>(take(static_cast<size_t>(p.rows) * p.positions * sizeof(int)));
-    extremes = reinterpret_cast<float2*>(take(p.correction == VKVX_CORRECTION_AFFINE ? tiles * splits * 8 * sizeof(float2) : 0));
-    partial = reinterpret_cast<float*>(take(splits > 1 ? tiles * splits * partial_floats(columns, p.head_dim) * sizeof(float) : 0));
+    extremes = reinterpret_cast<float2*>(
+        take(p.correction == VKVX_CORRECTION_AFFINE ? tiles * splits * 8 * sizeof(float2) : 0));
+    partial = reinterpret_cast<float*>(take(
+        splits > 1 ? tiles * splits * partial_floats(columns, p.head_dim) * sizeof(float) : 0));
     bytes = used;
   }
 };
 
-// Bytes that suffice for attention with at most these sizes on devices of up to `processors`. choose_splits gives fewer parts to more tiles:
-// tiles times parts is less than tiles + processors, and less than 2 * processors where there is more than one part.
+// Bytes that suffice for attention with at most these sizes on devices of up to `processors`.
+// choose_splits gives fewer parts to more tiles: tiles times parts is less than tiles + processors,
+// and less than 2 * processors where there is more than one part.
 inline size_t workspace_bound(const VkvxParams& p, int processors) {
-  constexpr int least_columns = 4, most_columns = 8;  // query vectors of a block, but for `planes`, which takes few in all
+  constexpr int least_columns = 4,
+                most_columns =
+                    8;  // query vectors of a block, but for `planes`, which takes few in all
   const int positions = p.positions < kMaxDecodePositions ? p.positions : kMaxDecodePositions;
   const int64_t column_tiles = divide_up(p.query_heads / p.kv_heads * positions, least_columns);
-  const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles + processors, split = 2 * processors;
+  const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * column_tiles + processors,
+                split = 2 * processors;
   VkvxParams none = p;
   none.correction = VKVX_CORRECTION_NONE;
   const size_t fixed = Workspace(none, 0, 1, 0).bytes;

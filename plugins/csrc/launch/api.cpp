@@ -17,32 +17,45 @@ bool is_code_width(int bits) { return bits == 1 || bits == 2 || bits == 4 || bit
 
 int check(const VkvxParams* given) {
   if (given == nullptr || given->size != static_cast<int32_t>(sizeof(VkvxParams)))
-    return fail(VKVX_BAD_ARGUMENT, "params has another size than this library's VkvxParams; compare vkvx_abi_version()");
+    return fail(
+        VKVX_BAD_ARGUMENT,
+        "params has another size than this library's VkvxParams; compare vkvx_abi_version()");
   const VkvxParams& p = *given;
   const auto bad = [](const std::string& what, int64_t value, const std::string& expected) {
     return fail(VKVX_BAD_ARGUMENT, what + " is " + std::to_string(value) + "; give " + expected);
   };
   for (const Numbered& field : kNumbered)
-    if (p.*field.field < 0 || p.*field.field >= field.count) return bad(field.name, p.*field.field, field.constants);
+    if (p.*field.field < 0 || p.*field.field >= field.count)
+      return bad(field.name, p.*field.field, field.constants);
   if (p.rows < 0 || p.rows > 65535) return bad("rows", p.rows, "0 to 65535");
   if (p.positions < 0) return bad("positions", p.positions, "at least 0");
   if (p.slots < p.rows && p.rows > 0 && p.slots < 1) return bad("slots", p.slots, "at least 1");
   if (p.kv_heads < 1 || p.kv_heads > 65535) return bad("kv_heads", p.kv_heads, "1 to 65535");
-  if (p.query_heads < 1 || p.query_heads % p.kv_heads || p.query_heads > 65535) return bad("query_heads", p.query_heads, "a multiple of kv_heads");
+  if (p.query_heads < 1 || p.query_heads % p.kv_heads || p.query_heads > 65535)
+    return bad("query_heads", p.query_heads, "a multiple of kv_heads");
   if (p.head_dim < 32 || p.head_dim > VKVX_MAX_HEAD_DIM || p.head_dim % 32)
-    return bad("head_dim", p.head_dim, "a multiple of 32 up to " + std::to_string(VKVX_MAX_HEAD_DIM));
+    return bad("head_dim", p.head_dim,
+               "a multiple of 32 up to " + std::to_string(VKVX_MAX_HEAD_DIM));
   const bool baseline = p.key_bits == 16 && p.value_bits == 16;
-  if (!baseline && !is_code_width(p.key_bits)) return bad("key_bits", p.key_bits, "1, 2, 4 or 8, or 16 for keys and values");
-  if (!baseline && !is_code_width(p.value_bits)) return bad("value_bits", p.value_bits, "1, 2, 4 or 8, or 16 for keys and values");
-  if (p.group_size < kTile || p.group_size % kTile) return bad("group_size", p.group_size, "a positive multiple of " + std::to_string(kTile));
+  if (!baseline && !is_code_width(p.key_bits))
+    return bad("key_bits", p.key_bits, "1, 2, 4 or 8, or 16 for keys and values");
+  if (!baseline && !is_code_width(p.value_bits))
+    return bad("value_bits", p.value_bits, "1, 2, 4 or 8, or 16 for keys and values");
+  if (p.group_size < kTile || p.group_size % kTile)
+    return bad("group_size", p.group_size, "a positive multiple of " + std::to_string(kTile));
   if (p.visual_capacity < 0 || p.visual_capacity % p.group_size || (baseline && p.visual_capacity))
-    return bad("visual_capacity", p.visual_capacity, baseline ? "0 at 16 bits" : "a multiple of group_size");
-  if (p.visual_entries < 0 || (!baseline && p.visual_entries % p.group_size)) return bad("visual_entries", p.visual_entries, "a multiple of group_size");
+    return bad("visual_capacity", p.visual_capacity,
+               baseline ? "0 at 16 bits" : "a multiple of group_size");
+  if (p.visual_entries < 0 || (!baseline && p.visual_entries % p.group_size))
+    return bad("visual_entries", p.visual_entries, "a multiple of group_size");
   if (p.text_capacity < 0) return bad("text_capacity", p.text_capacity, "at least 0");
   if (p.text_entries < 0) return bad("text_entries", p.text_entries, "at least 0");
-  if (p.quantizer == VKVX_SHAPED && !baseline && p.visual_entries && p.group_size > kMostShapedGroup)
-    return bad("group_size", p.group_size, "at most " + std::to_string(kMostShapedGroup) + " with VKVX_SHAPED");
-  if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f)) return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
+  if (p.quantizer == VKVX_SHAPED && !baseline && p.visual_entries &&
+      p.group_size > kMostShapedGroup)
+    return bad("group_size", p.group_size,
+               "at most " + std::to_string(kMostShapedGroup) + " with VKVX_SHAPED");
+  if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f))
+    return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
   if (!std::isfinite(p.scale)) return fail(VKVX_BAD_ARGUMENT, "scale must be finite");
   if (p.splits < 0) return bad("splits", p.splits, "0 to choose, or the number of parts");
   return VKVX_OK;
@@ -50,17 +63,26 @@ int check(const VkvxParams* given) {
 
 int check_call(const VkvxParams& p, size_t needed) {
   const std::pair<const void*, const char*> pointers[] = {
-      {p.query, "query"}, {p.key, "key"},       {p.value, "value"},           {p.slot, "slot"},
-      {p.text_key, "text_key"}, {p.text_value, "text_value"}, {p.text_count, "text_count"}, {p.output, "output"}};
+      {p.query, "query"},           {p.key, "key"},
+      {p.value, "value"},           {p.slot, "slot"},
+      {p.text_key, "text_key"},     {p.text_value, "text_value"},
+      {p.text_count, "text_count"}, {p.output, "output"}};
   for (const auto& [pointer, name] : pointers)
-    if (pointer == nullptr) return fail(VKVX_BAD_ARGUMENT, std::string(name) + " is a null pointer");
-  if (p.visual_capacity && (!p.visual_key || !p.visual_key_params || !p.visual_value || !p.visual_value_params || !p.visual_count))
+    if (pointer == nullptr)
+      return fail(VKVX_BAD_ARGUMENT, std::string(name) + " is a null pointer");
+  if (p.visual_capacity && (!p.visual_key || !p.visual_key_params || !p.visual_value ||
+                            !p.visual_value_params || !p.visual_count))
     return fail(VKVX_BAD_ARGUMENT, "a tensor of the visual cache is a null pointer");
-  if ((p.visual_entries && !p.visual_index) || (p.text_entries && !p.text_index)) return fail(VKVX_BAD_ARGUMENT, "an index is a null pointer");
-  if (kNeedsMetrics[p.quantizer] && p.key_bits != 16 && p.visual_entries && (!p.key_metric || !p.value_metric || !p.rotation))
-    return fail(VKVX_BAD_ARGUMENT, "key_metric, value_metric or rotation is a null pointer; this quantizer needs them for calls with visual entries");
+  if ((p.visual_entries && !p.visual_index) || (p.text_entries && !p.text_index))
+    return fail(VKVX_BAD_ARGUMENT, "an index is a null pointer");
+  if (kNeedsMetrics[p.quantizer] && p.key_bits != 16 && p.visual_entries &&
+      (!p.key_metric || !p.value_metric || !p.rotation))
+    return fail(VKVX_BAD_ARGUMENT,
+                "key_metric, value_metric or rotation is a null pointer; this quantizer needs them "
+                "for calls with visual entries");
   if (p.workspace_bytes < needed || p.workspace == nullptr)
-    return fail(VKVX_WORKSPACE_TOO_SMALL, "the workspace has " + std::to_string(p.workspace_bytes) + " bytes; this call needs " + std::to_string(needed));
+    return fail(VKVX_WORKSPACE_TOO_SMALL, "the workspace has " + std::to_string(p.workspace_bytes) +
+                                              " bytes; this call needs " + std::to_string(needed));
   return VKVX_OK;
 }
 
@@ -69,13 +91,17 @@ int attention_kernel(const VkvxParams& p, const Device& device) {
   if (p.kernel == VKVX_AUTO) return choose_kernel(p, device);
   if (p.kernel == VKVX_PLAIN) return VKVX_PLAIN;
   if (p.kernel == VKVX_PREFILL && prefill_takes(p, device)) return VKVX_PREFILL;
-  if ((p.kernel == VKVX_CODES || p.kernel == VKVX_PLANES) && decode_takes(p, device, p.kernel)) return p.kernel;
-  fail(VKVX_UNSUPPORTED, "the kernel that was asked for does not take these sizes, bits or types on this device; give VKVX_AUTO");
+  if ((p.kernel == VKVX_CODES || p.kernel == VKVX_PLANES) && decode_takes(p, device, p.kernel))
+    return p.kernel;
+  fail(VKVX_UNSUPPORTED,
+       "the kernel that was asked for does not take these sizes, bits or types on this device; "
+       "give VKVX_AUTO");
   return -1;
 }
 
 size_t attention_workspace(const VkvxParams& p, const Device& device, int kernel) {
-  return kernel == VKVX_PLAIN || kernel == VKVX_PREFILL ? plain_workspace(p) : decode_workspace(p, device, kernel);
+  return kernel == VKVX_PLAIN || kernel == VKVX_PREFILL ? plain_workspace(p)
+                                                        : decode_workspace(p, device, kernel);
 }
 
 }  // namespace
@@ -103,7 +129,8 @@ const Device& current_device() {
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
-        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess)
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) ==
+            cudaSuccess)
       device = Device{index, std::min(processors, kMostProcessors), 10 * major + minor, shared};
     cudaGetLastError();
   }
@@ -125,14 +152,18 @@ int vkvx_workspace_bytes(const VkvxParams* params, size_t* bytes) {
   if (device.index < 0) return vkvx_workspace_bound(params, bytes);
   const int kernel = vkvx::attention_kernel(*params, device);
   if (kernel < 0) return VKVX_UNSUPPORTED;
-  *bytes = std::max(vkvx::attention_workspace(*params, device, kernel), vkvx::append_workspace(*params, device));
+  *bytes = std::max(vkvx::attention_workspace(*params, device, kernel),
+                    vkvx::append_workspace(*params, device));
   return VKVX_OK;
 }
 
 int vkvx_workspace_bound(const VkvxParams* params, size_t* bytes) {
   if (const int code = vkvx::check(params)) return code;
   if (bytes == nullptr) return vkvx::fail(VKVX_BAD_ARGUMENT, "bytes is a null pointer");
-  if (params->kernel != VKVX_AUTO || params->splits) return vkvx::fail(VKVX_UNSUPPORTED, "the workspace of any device is known for kernel VKVX_AUTO and 0 splits only");
+  if (params->kernel != VKVX_AUTO || params->splits)
+    return vkvx::fail(
+        VKVX_UNSUPPORTED,
+        "the workspace of any device is known for kernel VKVX_AUTO and 0 splits only");
   *bytes = vkvx::bound_of_workspace(*params);
   return VKVX_OK;
 }
@@ -144,7 +175,9 @@ int vkvx_workspace_zeroed(const VkvxParams* params, size_t* bytes) {
   if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
   const int kernel = vkvx::attention_kernel(*params, device);
   if (kernel < 0) return VKVX_UNSUPPORTED;
-  *bytes = kernel == VKVX_CODES || kernel == VKVX_PLANES ? vkvx::decode_zeroed(*params, device, kernel) : 0;
+  *bytes = kernel == VKVX_CODES || kernel == VKVX_PLANES
+               ? vkvx::decode_zeroed(*params, device, kernel)
+               : 0;
   return VKVX_OK;
 }
 
@@ -155,7 +188,9 @@ int vkvx_attention(const VkvxParams* params, void* stream) {
   const int kernel = vkvx::attention_kernel(*params, device);
   if (kernel < 0) return VKVX_UNSUPPORTED;
   if (params->rows == 0 || params->positions == 0) return VKVX_OK;
-  if (const int code = vkvx::check_call(*params, vkvx::attention_workspace(*params, device, kernel))) return code;
+  if (const int code =
+          vkvx::check_call(*params, vkvx::attention_workspace(*params, device, kernel)))
+    return code;
   const auto on = static_cast<cudaStream_t>(stream);
   if (kernel == VKVX_PLAIN) return vkvx::plain(*params, on);
   if (kernel == VKVX_PREFILL) return vkvx::prefill(*params, on);
@@ -167,7 +202,8 @@ int vkvx_append(const VkvxParams* params, void* stream) {
   const vkvx::Device& device = vkvx::current_device();
   if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
   if (params->rows == 0 || params->positions == 0) return VKVX_OK;
-  if (const int code = vkvx::check_call(*params, vkvx::append_workspace(*params, device))) return code;
+  if (const int code = vkvx::check_call(*params, vkvx::append_workspace(*params, device)))
+    return code;
   return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
 }
 }

@@ -11,43 +11,55 @@ namespace {
 
 int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p.positions; }
 
-// Sets of four query vectors that `codes` takes at a time. Sums of two sets of wide heads do not fit registers.
-int sets_of_codes(const VkvxParams& p) { return p.head_dim > 128 || queries_of_head(p) <= 4 ? 1 : 2; }
+// Sets of four query vectors that `codes` takes at a time. Sums of two sets of wide heads do not
+// fit registers.
+int sets_of_codes(const VkvxParams& p) {
+  return p.head_dim > 128 || queries_of_head(p) <= 4 ? 1 : 2;
+}
 
-// Columns of a block, and blocks that a decode needs for each part: as decode_codes and decode_planes launch them.
-int columns_of(const VkvxParams& p, int kernel) { return kernel == VKVX_PLANES ? planes_columns(p) : 4 * sets_of_codes(p); }
+// Columns of a block, and blocks that a decode needs for each part: as decode_codes and
+// decode_planes launch them.
+int columns_of(const VkvxParams& p, int kernel) {
+  return kernel == VKVX_PLANES ? planes_columns(p) : 4 * sets_of_codes(p);
+}
 int64_t tiles_of(const VkvxParams& p, int kernel) {
-  return static_cast<int64_t>(p.rows) * p.kv_heads * divide_up(queries_of_head(p), columns_of(p, kernel));
+  return static_cast<int64_t>(p.rows) * p.kv_heads *
+         divide_up(queries_of_head(p), columns_of(p, kernel));
 }
 
 }  // namespace
 
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[2] % 8 == 0;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[0] % 8 == 0 && stride[1] % 8 == 0 &&
+         stride[2] % 8 == 0;
 }
 
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
   const bool packed = p.key_bits != 16;
-  if (device.capability < 80 || p.positions > kMaxDecodePositions || p.dtype == VKVX_FLOAT32) return false;
-  if (!rows_are_aligned(p.query, p.query_stride) || !rows_are_aligned(p.key, p.key_stride) || !rows_are_aligned(p.value, p.value_stride) ||
-      reinterpret_cast<uintptr_t>(p.output) % 8)
+  if (device.capability < 80 || p.positions > kMaxDecodePositions || p.dtype == VKVX_FLOAT32)
+    return false;
+  if (!rows_are_aligned(p.query, p.query_stride) || !rows_are_aligned(p.key, p.key_stride) ||
+      !rows_are_aligned(p.value, p.value_stride) || reinterpret_cast<uintptr_t>(p.output) % 8)
     return false;
   if (kernel == VKVX_CODES) return true;
-  return kernel == VKVX_PLANES && packed && p.head_dim == 128 && p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits &&
-         p.key_bits <= 4;
+  return kernel == VKVX_PLANES && packed && p.head_dim == 128 &&
+         p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits && p.key_bits <= 4;
 }
 
 int choose_kernel(const VkvxParams& p, const Device& device) {
-  // The binary product is native on 8.0 to 9.0. It costs by query vector, the product of codes does not.
+  // The binary product is native on 8.0 to 9.0. It costs by query vector, the product of codes does
+  // not.
   const int few = p.key_bits == 1 ? 2 : 1;
-  if (decode_takes(p, device, VKVX_PLANES) && device.capability <= 90 && queries_of_head(p) <= few) return VKVX_PLANES;
+  if (decode_takes(p, device, VKVX_PLANES) && device.capability <= 90 && queries_of_head(p) <= few)
+    return VKVX_PLANES;
   if (decode_takes(p, device, VKVX_CODES)) return VKVX_CODES;
   return prefill_takes(p, device) ? VKVX_PREFILL : VKVX_PLAIN;
 }
 
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
   const int64_t tiles = tiles_of(p, kernel);
-  return Workspace(p, tiles, choose_splits(p, tiles, device.processors), columns_of(p, kernel)).bytes;
+  return Workspace(p, tiles, choose_splits(p, tiles, device.processors), columns_of(p, kernel))
+      .bytes;
 }
 
 size_t decode_zeroed(const VkvxParams& p, const Device& device, int kernel) {
@@ -61,22 +73,27 @@ int planes_columns(const VkvxParams& p) {
 }
 
 size_t bound_of_workspace(const VkvxParams& p) {
-  return std::max(workspace_bound(p, kMostProcessors), append_workspace(p, Device{-1, kMostProcessors, 0, 0}));
+  return std::max(workspace_bound(p, kMostProcessors),
+                  append_workspace(p, Device{-1, kMostProcessors, 0, 0}));
 }
 
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {
   if (kernel == VKVX_PLANES) return decode_planes(p, device, stream);
-  return sets_of_codes(p) == 1 ? decode_codes<1>(p, device, stream) : decode_codes<2>(p, device, stream);
+  return sets_of_codes(p) == 1 ? decode_codes<1>(p, device, stream)
+                               : decode_codes<2>(p, device, stream);
 }
 
 size_t plain_workspace(const VkvxParams& p) { return Workspace(p, 0, 1, 0).bytes; }
 
-void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream) { rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, rank); }
+void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream) {
+  rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, rank);
+}
 
 int plain(const VkvxParams& p, cudaStream_t stream) {
   const Workspace workspace(p, 0, 1, 0);
   rank_tokens(p, workspace.rank, stream);
-  plain_kernel<<<dim3(p.positions, p.query_heads, p.rows), kPlainThreads, 0, stream>>>(p, workspace.rank);
+  plain_kernel<<<dim3(p.positions, p.query_heads, p.rows), kPlainThreads, 0, stream>>>(
+      p, workspace.rank);
   return check_cuda("plain attention");
 }
 

@@ -16,9 +16,12 @@ int launch(const VkvxParams& p, const Device& device, cudaStream_t stream) {
 int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   if (p.key_bits == 1) {
     switch (planes_columns(p)) {
-      case 1: return launch<1, 1>(p, device, stream);
-      case 2: return launch<1, 2>(p, device, stream);
-      default: return launch<1, 4>(p, device, stream);
+      case 1:
+        return launch<1, 1>(p, device, stream);
+      case 2:
+        return launch<1, 2>(p, device, stream);
+      default:
+        return launch<1, 4>(p, device, stream);
     }
   }
   if (p.key_bits == 2) return launch<2, 1>(p, device, stream);

@@ -9,7 +9,8 @@
 
 namespace vkvx {
 
-constexpr int kMostProcessors = 256;  // multiprocessors that are counted on; a device with more works as one with these
+constexpr int kMostProcessors =
+    256;  // multiprocessors that are counted on; a device with more works as one with these
 
 // Facts about the current device.
 struct Device {
@@ -25,8 +26,9 @@ const Device& current_device();
 bool decode_takes(const VkvxParams& p, const Device& device, int kernel);
 int choose_kernel(const VkvxParams& p, const Device& device);
 size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel);
-size_t decode_zeroed(const VkvxParams& p, const Device& device, int kernel);  // bytes at its start that have to be zero
-int planes_columns(const VkvxParams& p);                                      // query vectors that a block of `planes` takes
+size_t decode_zeroed(const VkvxParams& p, const Device& device,
+                     int kernel);         // bytes at its start that have to be zero
+int planes_columns(const VkvxParams& p);  // query vectors that a block of `planes` takes
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream);
 
 // Up to 4 * kSets query vectors of a KV head at a time.
@@ -38,7 +40,8 @@ int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream
 void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream);
 size_t append_workspace(const VkvxParams& p, const Device& device);
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
-int shape(const VkvxParams& p, const Device& device, cudaStream_t stream);  // after the levels and codes of `lloyd` are stored
+int shape(const VkvxParams& p, const Device& device,
+          cudaStream_t stream);  // after the levels and codes of `lloyd` are stored
 
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes
 bool prefill_takes(const VkvxParams& p, const Device& device);
@@ -46,7 +49,8 @@ int prefill(const VkvxParams& p, cudaStream_t stream);
 template <int kDim>
 int prefill_heads(const VkvxParams& p, const int* rank, cudaStream_t stream);
 
-size_t bound_of_workspace(const VkvxParams& p);  // of all kernels, these sizes and smaller ones, any device
+size_t bound_of_workspace(
+    const VkvxParams& p);  // of all kernels, these sizes and smaller ones, any device
 size_t plain_workspace(const VkvxParams& p);
 int plain(const VkvxParams& p, cudaStream_t stream);
 

@@ -8,7 +8,8 @@ namespace vkvx {
 
 template <class Engine>
 constexpr int lookahead_of() {
-  // More blocks on a multiprocessor hide more than deeper buffers, but for planes, which take little time per tile.
+  // More blocks on a multiprocessor hide more than deeper buffers, but for planes, which take
+  // little time per tile.
   const int tiles = 256 / (Engine::kPlanes * Engine::kPaddedDim), most = Engine::kSnaps ? 1 : 4;
   return tiles < 1 ? 1 : tiles > most ? most : tiles;
 }
@@ -16,15 +17,18 @@ constexpr int lookahead_of() {
 template <class Engine>
 DecodeLayout layout_of(const VkvxParams& p, int columns, int warps) {
   const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0;
-  const int keys = Engine::kAny ? (p.key_bits < 8 ? p.key_bits : 8) : Engine::kPlanes, values = Engine::kAny ? (p.value_bits < 8 ? p.value_bits : 8) : Engine::kPlanes;
-  return DecodeLayout(keys, values, p.head_dim, Engine::kPaddedDim, Engine::kColumns, columns, lookahead_of<Engine>(), groups, warps);
+  const int keys = Engine::kAny ? (p.key_bits < 8 ? p.key_bits : 8) : Engine::kPlanes,
+            values = Engine::kAny ? (p.value_bits < 8 ? p.value_bits : 8) : Engine::kPlanes;
+  return DecodeLayout(keys, values, p.head_dim, Engine::kPaddedDim, Engine::kColumns, columns,
+                      lookahead_of<Engine>(), groups, warps);
 }
 
 // Warps of a block: no more than shared memory has room for.
 template <class Engine>
 int choose_warps(const VkvxParams& p, int columns, const Device& device) {
   int warps = Engine::kWarps;
-  while (warps > 1 && layout_of<Engine>(p, columns, warps).total + 1024 > device.shared_memory) --warps;
+  while (warps > 1 && layout_of<Engine>(p, columns, warps).total + 1024 > device.shared_memory)
+    --warps;
   return warps;
 }
 
@@ -45,10 +49,12 @@ DecodePlan plan_decode(const VkvxParams& p, const Device& device) {
 }
 
 template <class Engine, bool kScan>
-int launch_decode(const VkvxParams& p, const DecodePlan& plan, const Device& device, cudaStream_t stream) {
+int launch_decode(const VkvxParams& p, const DecodePlan& plan, const Device& device,
+                  cudaStream_t stream) {
   const DecodeLayout layout = layout_of<Engine>(p, plan.columns, plan.warps);
   auto kernel = decode_kernel<Engine, kScan, lookahead_of<Engine>()>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.total) != cudaSuccess)
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.total) !=
+      cudaSuccess)
     return check_cuda("the shared memory that decode needs");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.splits * plan.column_tiles, p.kv_heads, p.rows);

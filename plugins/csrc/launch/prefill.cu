@@ -6,9 +6,12 @@
 namespace vkvx {
 
 bool prefill_takes(const VkvxParams& p, const Device& device) {
-  const bool aligned = rows_are_aligned(p.key, p.key_stride) && rows_are_aligned(p.value, p.value_stride) && rows_are_aligned(p.query, p.query_stride);
+  const bool aligned = rows_are_aligned(p.key, p.key_stride) &&
+                       rows_are_aligned(p.value, p.value_stride) &&
+                       rows_are_aligned(p.query, p.query_stride);
   // The greatest score is that of the greatest product only if the scale is positive.
-  return device.capability >= 80 && p.dtype != VKVX_FLOAT32 && p.scale > 0.0f && aligned && p.positions <= kPrefillMaxPositions &&
+  return device.capability >= 80 && p.dtype != VKVX_FLOAT32 && p.scale > 0.0f && aligned &&
+         p.positions <= kPrefillMaxPositions &&
          prefill_shared_bytes(p.head_dim, p.positions) <= device.shared_memory;
 }
 
@@ -16,14 +19,22 @@ int prefill(const VkvxParams& p, cudaStream_t stream) {
   const Workspace workspace(p, 0, 1, 0);
   rank_tokens(p, workspace.rank, stream);
   switch (p.head_dim) {
-    case 32: return prefill_heads<32>(p, workspace.rank, stream);
-    case 64: return prefill_heads<64>(p, workspace.rank, stream);
-    case 96: return prefill_heads<96>(p, workspace.rank, stream);
-    case 128: return prefill_heads<128>(p, workspace.rank, stream);
-    case 160: return prefill_heads<160>(p, workspace.rank, stream);
-    case 192: return prefill_heads<192>(p, workspace.rank, stream);
-    case 224: return prefill_heads<224>(p, workspace.rank, stream);
-    default: return prefill_heads<256>(p, workspace.rank, stream);
+    case 32:
+      return prefill_heads<32>(p, workspace.rank, stream);
+    case 64:
+      return prefill_heads<64>(p, workspace.rank, stream);
+    case 96:
+      return prefill_heads<96>(p, workspace.rank, stream);
+    case 128:
+      return prefill_heads<128>(p, workspace.rank, stream);
+    case 160:
+      return prefill_heads<160>(p, workspace.rank, stream);
+    case 192:
+      return prefill_heads<192>(p, workspace.rank, stream);
+    case 224:
+      return prefill_heads<224>(p, workspace.rank, stream);
+    default:
+      return prefill_heads<256>(p, workspace.rank, stream);
   }
 }
 

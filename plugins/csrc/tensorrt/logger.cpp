@@ -15,8 +15,8 @@ namespace vkvx {
 
 using Severity = nvinfer1::ILogger::Severity;
 
-// ILoggerFinder and ILogger as they lie in memory in TensorRT 8 to 10. Not in an unnamed namespace: the compiler would conclude that no object
-// is of these types.
+// ILoggerFinder and ILogger as they lie in memory in TensorRT 8 to 10. Not in an unnamed namespace:
+// the compiler would conclude that no object is of these types.
 struct PlainLogger {
   virtual void log(Severity severity, const char* text) noexcept = 0;
 };
@@ -39,7 +39,8 @@ namespace {
 std::mutex mutex;
 void* finder = nullptr;
 
-// The logger of the TensorRT library that the finder lives in: outside of engines a finder knows none.
+// The logger of the TensorRT library that the finder lives in: outside of engines a finder knows
+// none.
 void* global_logger() {
   Dl_info library;
   if (dladdr(*static_cast<void**>(finder), &library) == 0) return nullptr;
@@ -60,7 +61,8 @@ bool log_with(const std::string& text) {
 }
 
 #if VKVX_MAY_BE_VERSIONED
-// Whether TensorRT's finder derives from IVersionedInterface, by its own type information, which lies before its virtual functions.
+// Whether TensorRT's finder derives from IVersionedInterface, by its own type information, which
+// lies before its virtual functions.
 bool is_versioned() {
   const std::type_info* type = (*static_cast<const std::type_info* const* const*>(finder))[-1];
   while (type != nullptr && *type != typeid(nvinfer1::IVersionedInterface)) {

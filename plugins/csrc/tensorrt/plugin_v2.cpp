@@ -15,13 +15,16 @@ class Writer {
   explicit Writer(char* to) : to_(to) {}
 
   void write(const PluginField& field) {
-    const int32_t numbers[] = {static_cast<int32_t>(std::strlen(field.name)), static_cast<int32_t>(field.type), field.length};
+    const int32_t numbers[] = {static_cast<int32_t>(std::strlen(field.name)),
+                               static_cast<int32_t>(field.type), field.length};
     put(numbers, sizeof numbers);
     put(field.name, numbers[0]);
     put(field.data, bytes_of(field.type, field.length));
   }
 
-  static size_t bytes_of(PluginFieldType type, int32_t length) { return type == PluginFieldType::kCHAR ? length : length * 4; }
+  static size_t bytes_of(PluginFieldType type, int32_t length) {
+    return type == PluginFieldType::kCHAR ? length : length * 4;
+  }
   size_t written() const { return written_; }
 
  private:
@@ -44,7 +47,8 @@ class Fields {
       if (numbers[0] < 0 || numbers[2] < 0) throw cut_off();
       const auto type = static_cast<PluginFieldType>(numbers[1]);
       names_.push_back(std::make_unique<std::string>(take(numbers[0]), numbers[0]));
-      fields_.emplace_back(names_.back()->c_str(), take(Writer::bytes_of(type, numbers[2])), type, numbers[2]);
+      fields_.emplace_back(names_.back()->c_str(), take(Writer::bytes_of(type, numbers[2])), type,
+                           numbers[2]);
     }
     collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
   }
@@ -52,7 +56,9 @@ class Fields {
   const PluginFieldCollection* get() const { return &collection_; }
 
  private:
-  static Error cut_off() { return Error("the data of this layer in the engine are damaged; build the engine again"); }
+  static Error cut_off() {
+    return Error("the data of this layer in the engine are damaged; build the engine again");
+  }
 
   const char* take(size_t bytes) {
     if (bytes > left_) throw cut_off();
@@ -71,7 +77,8 @@ class Fields {
 
 class PluginV2 : public IPluginV2DynamicExt {
  public:
-  PluginV2(Operator op, std::string name_space) : op_(std::move(op)), namespace_(std::move(name_space)) {}
+  PluginV2(Operator op, std::string name_space)
+      : op_(std::move(op)), namespace_(std::move(name_space)) {}
 
   const char* getPluginType() const noexcept override { return kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
@@ -83,7 +90,8 @@ class PluginV2 : public IPluginV2DynamicExt {
   const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
   PluginV2* clone() const noexcept override {
-    return guarded(op_.layer(), static_cast<PluginV2*>(nullptr), [&] { return new PluginV2(op_, namespace_); });
+    return guarded(op_.layer(), static_cast<PluginV2*>(nullptr),
+                   [&] { return new PluginV2(op_, namespace_); });
   }
 
   size_t getSerializationSize() const noexcept override {
@@ -94,27 +102,33 @@ class PluginV2 : public IPluginV2DynamicExt {
     guarded(op_.layer(), size_t{0}, [&] { return write(static_cast<char*>(buffer)); });
   }
 
-  DataType getOutputDataType(int32_t output, const DataType* input_types, int32_t) const noexcept override {
+  DataType getOutputDataType(int32_t output, const DataType* input_types,
+                             int32_t) const noexcept override {
     return Operator::output_type(output, input_types[0]);
   }
 
-  DimsExprs getOutputDimensions(int32_t output, const DimsExprs* in, int32_t inputs, IExprBuilder&) noexcept override {
+  DimsExprs getOutputDimensions(int32_t output, const DimsExprs* in, int32_t inputs,
+                                IExprBuilder&) noexcept override {
     return guarded(op_.layer(), DimsExprs{}, [&] {
       op_.check_counts(inputs, kOutputs);
       return in[output == 0 ? 0 : kAliases[output]];
     });
   }
 
-  bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t inputs, int32_t outputs) noexcept override {
+  bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t inputs,
+                                 int32_t outputs) noexcept override {
     return guarded(op_.layer(), false, [&] {
       op_.check_counts(inputs, outputs);
-      return op_.supports(position, tensors[position].type, tensors[position].format, tensors[0].type);
+      return op_.supports(position, tensors[position].type, tensors[position].format,
+                          tensors[0].type);
     });
   }
 
-  void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*, int32_t) noexcept override {}
+  void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
+                       int32_t) noexcept override {}
 
-  size_t getWorkspaceSize(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*, int32_t) const noexcept override {
+  size_t getWorkspaceSize(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*,
+                          int32_t) const noexcept override {
     return guarded(op_.layer(), size_t{0}, [&] {
       std::vector<Dims> shapes(inputs);
       for (int i = 0; i < inputs; ++i) shapes[i] = in[i].dims;
@@ -122,8 +136,8 @@ class PluginV2 : public IPluginV2DynamicExt {
     });
   }
 
-  int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs, void* const* outputs, void* workspace,
-                  cudaStream_t stream) noexcept override {
+  int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
     return guarded(op_.layer(), 1, [&] {
       op_.run(in, inputs, outputs, workspace, stream);
       return 0;
@@ -153,12 +167,15 @@ class CreatorV2 : public IPluginCreator {
   const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
   IPluginV2* createPlugin(const char* name, const PluginFieldCollection* fields) noexcept override {
-    return guarded(name ? name : "", static_cast<IPluginV2*>(nullptr), [&] { return new PluginV2(Operator(name, fields), namespace_); });
+    return guarded(name ? name : "", static_cast<IPluginV2*>(nullptr),
+                   [&] { return new PluginV2(Operator(name, fields), namespace_); });
   }
 
-  IPluginV2* deserializePlugin(const char* name, const void* data, size_t length) noexcept override {
-    return guarded(name ? name : "", static_cast<IPluginV2*>(nullptr),
-                   [&] { return new PluginV2(Operator(name, Fields(data, length).get()), namespace_); });
+  IPluginV2* deserializePlugin(const char* name, const void* data,
+                               size_t length) noexcept override {
+    return guarded(name ? name : "", static_cast<IPluginV2*>(nullptr), [&] {
+      return new PluginV2(Operator(name, Fields(data, length).get()), namespace_);
+    });
   }
 
  private:

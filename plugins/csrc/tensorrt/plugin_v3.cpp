@@ -1,4 +1,5 @@
-// vkvx::VisualKVAttention for TensorRT 10.3 and newer, TensorRT 11 and TensorRT for RTX. Links none of them: they call what is exported here.
+// vkvx::VisualKVAttention for TensorRT 10.3 and newer, TensorRT 11 and TensorRT for RTX. Links none
+// of them: they call what is exported here.
 #include "operator.h"
 
 #if !defined(TRT_MAJOR_RTX) && NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR < 1003
@@ -11,21 +12,28 @@ namespace {
 
 using namespace nvinfer1;
 
-class PluginV3 : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuildV2, public IPluginV3OneRuntime {
+class PluginV3 : public IPluginV3,
+                 public IPluginV3OneCore,
+                 public IPluginV3OneBuildV2,
+                 public IPluginV3OneRuntime {
  public:
   PluginV3(Operator op, const char* name_space) : op_(std::move(op)), namespace_(name_space) {}
 
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     switch (type) {
-      case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-      case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuildV2*>(this);
-      case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+      case PluginCapabilityType::kCORE:
+        return static_cast<IPluginV3OneCore*>(this);
+      case PluginCapabilityType::kBUILD:
+        return static_cast<IPluginV3OneBuildV2*>(this);
+      case PluginCapabilityType::kRUNTIME:
+        return static_cast<IPluginV3OneRuntime*>(this);
     }
     return nullptr;
   }
 
   PluginV3* clone() noexcept override {
-    return guarded(op_.layer(), static_cast<PluginV3*>(nullptr), [&] { return new PluginV3(op_, namespace_); });
+    return guarded(op_.layer(), static_cast<PluginV3*>(nullptr),
+                   [&] { return new PluginV3(op_, namespace_); });
   }
 
   // Core
@@ -36,9 +44,12 @@ class PluginV3 : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneB
   // Build
   int32_t getNbOutputs() const noexcept override { return kOutputs; }
 
-  int32_t getAliasedInput(int32_t output) noexcept override { return output >= 0 && output < kOutputs ? kAliases[output] : -1; }
+  int32_t getAliasedInput(int32_t output) noexcept override {
+    return output >= 0 && output < kOutputs ? kAliases[output] : -1;
+  }
 
-  int32_t getOutputDataTypes(DataType* types, int32_t outputs, const DataType* input_types, int32_t inputs) const noexcept override {
+  int32_t getOutputDataTypes(DataType* types, int32_t outputs, const DataType* input_types,
+                             int32_t inputs) const noexcept override {
     return guarded(op_.layer(), 1, [&] {
       op_.check_counts(inputs, outputs);
       for (int i = 0; i < outputs; ++i) types[i] = Operator::output_type(i, input_types[0]);
@@ -46,8 +57,8 @@ class PluginV3 : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneB
     });
   }
 
-  int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out, int32_t outputs,
-                          IExprBuilder&) noexcept override {
+  int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t,
+                          DimsExprs* out, int32_t outputs, IExprBuilder&) noexcept override {
     return guarded(op_.layer(), 1, [&] {
       op_.check_counts(inputs, outputs);
       for (int i = 0; i < outputs; ++i) out[i] = in[i == 0 ? 0 : kAliases[i]];
@@ -55,35 +66,42 @@ class PluginV3 : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneB
     });
   }
 
-  bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs, int32_t outputs) noexcept override {
+  bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors,
+                                 int32_t inputs, int32_t outputs) noexcept override {
     return guarded(op_.layer(), false, [&] {
       op_.check_counts(inputs, outputs);
-      return op_.supports(position, tensors[position].desc.type, tensors[position].desc.format, tensors[0].desc.type);
+      return op_.supports(position, tensors[position].desc.type, tensors[position].desc.format,
+                          tensors[0].desc.type);
     });
   }
 
-  int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*, int32_t outputs) noexcept override {
+  int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs,
+                          const DynamicPluginTensorDesc*, int32_t outputs) noexcept override {
     return guarded(op_.layer(), 1, [&] {
       op_.check_counts(inputs, outputs);
-      op_.workspace(greatest(in, inputs), in[0].desc.type);  // refuses what no call can have, before the engine is built
+      op_.workspace(greatest(in, inputs),
+                    in[0].desc.type);  // refuses what no call can have, before the engine is built
       return 0;
     });
   }
 
-  size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*, int32_t) const noexcept override {
-    return guarded(op_.layer(), size_t{0}, [&] { return op_.workspace(greatest(in, inputs), in[0].desc.type); });
+  size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs,
+                          const DynamicPluginTensorDesc*, int32_t) const noexcept override {
+    return guarded(op_.layer(), size_t{0},
+                   [&] { return op_.workspace(greatest(in, inputs), in[0].desc.type); });
   }
 
   // Runtime
-  int32_t onShapeChange(const PluginTensorDesc*, int32_t inputs, const PluginTensorDesc*, int32_t outputs) noexcept override {
+  int32_t onShapeChange(const PluginTensorDesc*, int32_t inputs, const PluginTensorDesc*,
+                        int32_t outputs) noexcept override {
     return guarded(op_.layer(), 1, [&] {
       op_.check_counts(inputs, outputs);
       return 0;
     });
   }
 
-  int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs, void* const* outputs, void* workspace,
-                  cudaStream_t stream) noexcept override {
+  int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
     return guarded(op_.layer(), 1, [&] {
       op_.run(in, inputs, outputs, workspace, stream);
       return 0;
@@ -117,8 +135,10 @@ class CreatorV3 : public IPluginCreatorV3One {
  public:
   explicit CreatorV3(const char* name_space) : namespace_(name_space) {}
 
-  IPluginV3* createPlugin(const char* name, const PluginFieldCollection* fields, TensorRTPhase) noexcept override {
-    return guarded(name ? name : "", static_cast<IPluginV3*>(nullptr), [&] { return new PluginV3(Operator(name, fields), namespace_); });
+  IPluginV3* createPlugin(const char* name, const PluginFieldCollection* fields,
+                          TensorRTPhase) noexcept override {
+    return guarded(name ? name : "", static_cast<IPluginV3*>(nullptr),
+                   [&] { return new PluginV3(Operator(name, fields), namespace_); });
   }
   const PluginFieldCollection* getFieldNames() noexcept override { return table_fields(false); }
   const char* getPluginName() const noexcept override { return kName; }
