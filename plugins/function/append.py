@@ -11,7 +11,7 @@ from onnx import helper
 
 from vkvx.format import TILE, WORD_BITS
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT32, INT64, Builder, Typed, Value
-from vkvx.plugins.function.call import FAR, Call, Placement, Shape, indices, place
+from vkvx.plugins.function.call import FAR, Call, Shape, flat_indices, indices, place
 from vkvx.plugins.function.pack import bit_planes, pack_keys, pack_values
 from vkvx.plugins.function.quantize import Quantizer, center, quantize, residual_rms
 from vkvx.plugins.function.shape import read_metrics, shape_pair, shaped_rms
@@ -95,9 +95,9 @@ def _no_updates(b: Builder, shape: Shape, attributes: OperatorAttributes) -> lis
 
 def _quantized_updates(b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call, dtype: int) -> list[Typed]:
     """Where to write tiles and groups, and what: (value, type, rank), in the order of ``_UPDATES``."""
-    size = shape.group_size
+    size, dim, capacity = shape.group_size, shape.head_dim, b.size("visual_count", 1)
     index = b.reshape(b.cast("visual_index", INT64), [0, -1, size])
-    placement = place(b, call, call.used_groups, b.size("visual_count", 1), b.size(index, 1))
+    placement = place(b, call, call.used_groups, capacity, b.size(index, 1))
     group = b.op("Mul", b.unsqueeze(placement.entry, 2), [0, 1])
     index = b.op("GatherND", index, b.op("Add", b.op("Mul", b.unsqueeze(placement.batch, 1, 2), [1, 0]), group))
     weight = b.unsqueeze(b.cast(b.op("Greater", index, -1), FLOAT), 1, 4)
@@ -105,6 +105,11 @@ def _quantized_updates(b: Builder, shape: Shape, attributes: OperatorAttributes,
 
     first_tile = b.unsqueeze(b.op("Mul", placement.target, shape.tiles), 2)
     tiles = b.op("Add", first_tile, b.reshape(b.arange(shape.tiles), [1, 1, shape.tiles]))
+    # What to write back when nothing fits: the first target.
+    row = b.op("Slice", placement.row, [0], [1])
+    first = [b.op("Slice", x, [0, 0], [1, 1]) for x in (placement.target, tiles)]
+    old_group = flat_indices(b, shape, row, first[0], capacity)
+    old_tiles = flat_indices(b, shape, row, first[1], b.op("Mul", capacity, shape.tiles), rank=4)
     outputs = [
         (indices(b, shape, placement.row, tiles, rank=5), INT64, 5),
         (indices(b, shape, placement.row, placement.target), INT64, 4),
@@ -131,17 +136,11 @@ def _quantized_updates(b: Builder, shape: Shape, attributes: OperatorAttributes,
     ):
         with b.scope(name):
             words = pack(b, shape, bit_planes(b, encoded.codes, bits))
-            old = _old(b, f"visual_{name}", placement, tiles)
+            tail = [bits, TILE, dim // WORD_BITS] if name == "key" else [bits, dim, TILE // WORD_BITS]
+            old = b.gather_flat(f"visual_{name}", old_tiles, tail)
             outputs.append((b.op("Where", placement.fits, words, old), INT32, 7))
             params = b.op("Concat", encoded.scale, encoded.offset, *more, axis=3)
-            old = b.cast(_old(b, f"visual_{name}_params", placement, placement.target), FLOAT)
+            old = b.cast(b.gather_flat(f"visual_{name}_params", old_group, [2 + len(more), dim]), FLOAT)
             params = b.op("Where", placement.fits, b.cast(params, FLOAT), old)
             outputs.append((b.cast(params, FLOAT16), FLOAT16, 5))
     return outputs
-
-
-def _old(b: Builder, cache: Value, placement: Placement, target: Value) -> Value:
-    """What the cache holds at the first target, ``target`` being [B, groups, ...]: [1, Hkv, 1, ...]."""
-    row = b.op("Slice", placement.row, [0], [1])
-    first = b.op("Slice", b.op("Gather", target, 0), [0], [1])
-    return b.op("Gather", b.op("Gather", cache, row, axis=0), first, axis=2)

@@ -120,6 +120,13 @@ class Builder:
         """The entries from ``start`` (INT64 scalar) on along an axis."""
         return self.op("Slice", x, self.unsqueeze(start, 0), [np.iinfo(np.int64).max], [axis])
 
+    def gather_flat(self, x: Value, places: Value, tail: Sequence[int]) -> Value:
+        """Entries [..., *tail] at ``places`` [...] of a value whose last axes are ``tail``, the others made one.
+
+        What is not gathered is not read: the Reshape is a view.
+        """
+        return self.op("Gather", self.reshape(x, [-1, *tail]), places, axis=0)
+
     def matmul_transposed(self, a: Value, b: Value, rank: int) -> Value:
         """a @ b^T over the last two axes of values of one rank; onnxruntime fuses the two nodes, no copy is made."""
         return self.op("MatMul", a, self.transpose(b, *range(rank - 2), rank - 1, rank - 2))

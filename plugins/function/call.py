@@ -46,6 +46,8 @@ class Call:
     groups: Value  # scalar g ("" at 16 bits)
     visual_count: Value  # [B, g] ("" at 16 bits)
     visual_seen: Value  # [B, g * group_size] bool ("" at 16 bits)
+    cached_groups: Value  # [B, Hkv, g] in a cache's groups of all slots and heads ("" at 16 bits)
+    cached_tiles: Value  # [B, Hkv, g * tiles] the same of tiles ("" at 16 bits)
     position: Value  # [B, M] position of each entry, FAR for padding
     source: Value  # [B, M] the same, with a valid token in place of padding
     column_position: Value  # [B, g * group_size + n + M] earliest query position that sees the key
@@ -62,6 +64,16 @@ def indices(b: Builder, shape: Shape, outer: Value, inner: Value, rank: int = 4)
     outer = b.op("Mul", b.unsqueeze(outer, *range(1, rank)), [1, 0, 0])
     inner = b.op("Mul", b.unsqueeze(inner, 1, rank - 1), [0, 0, 1])
     return b.op("Add", b.op("Add", outer, b.op("Mul", heads, [0, 1, 0])), inner)
+
+
+def flat_indices(b: Builder, shape: Shape, outer: Value, inner: Value, size: Value, rank: int = 3) -> Value:
+    """Indices (outer, head, inner) of a cache [Bc, Hkv, size, ...] whose first three axes are made one: [B, Hkv, ...].
+
+    outer is [B], inner [B or 1, ...] with rank - 1 axes; rank counts the axes of the result. They are for Gather, as
+    GatherND has no INT32 kernel in onnxruntime's CUDA provider. To gather slots and slice them would copy whole slots.
+    """
+    heads = b.op("Add", b.op("Mul", b.unsqueeze(outer, 1), shape.kv_heads), b.arange(shape.kv_heads))
+    return b.op("Add", b.unsqueeze(b.op("Mul", heads, size), *range(2, rank)), b.unsqueeze(inner, 1))
 
 
 def read_call(b: Builder, shape: Shape, packed: bool) -> Call:
@@ -91,7 +103,7 @@ def read_call(b: Builder, shape: Shape, packed: bool) -> Call:
         text_rows = indices(b, shape, row, text_row)
         columns = [b.op("Where", b.op("Less", cached, count), -1, FAR), position]
 
-        used = groups = visual_count = visual_seen = ""
+        used = groups = visual_count = visual_seen = cached_groups = cached_tiles = ""
         if packed:
             counts = b.cast(b.op("Gather", "visual_count", row), INT64)
             counts = b.op("Mul", counts, b.unsqueeze(live, 1))
@@ -102,10 +114,14 @@ def read_call(b: Builder, shape: Shape, packed: bool) -> Call:
             visual_seen = b.op("Less", token, b.unsqueeze(visual_count, 2))
             visual_seen = b.reshape(visual_seen, [0, -1])
             columns.insert(0, b.op("Where", visual_seen, -1, FAR))
+            capacity = b.size("visual_count", 1)
+            cached_groups = flat_indices(b, shape, row, b.unsqueeze(b.arange(groups), 0), capacity)
+            tiles, capacity = (b.op("Mul", x, shape.tiles) for x in (groups, capacity))
+            cached_tiles = flat_indices(b, shape, row, b.unsqueeze(b.arange(tiles), 0), capacity)
         column_position = b.op("Concat", *columns, axis=1)
     return Call(
-        live, row, text_count, used, groups, visual_count, visual_seen, position, source, column_position, text_rows,
-        new_rows,
+        live, row, text_count, used, groups, visual_count, visual_seen, cached_groups, cached_tiles, position, source,
+        column_position, text_rows, new_rows,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vkvx.format import TILE, WORD_BITS
 from vkvx.plugins.function.builder import FLOAT, Builder, Value
 from vkvx.plugins.function.call import Call, Shape
 from vkvx.plugins.function.pack import unpack
@@ -23,11 +24,10 @@ class VisualCache:
     def __init__(self, b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call) -> None:
         self._shape, self._attributes, self._call = shape, attributes, call
         heads, size, dim = shape.kv_heads, shape.group_size, shape.head_dim
-        tiles = b.op("Mul", call.groups, shape.tiles)
         with b.scope("visual_key"):
             bits = attributes.key_bits
             self._key_scale, self._key_offset, self._key_rms = self._params(b, "visual_key_params", 3)
-            words = b.head(b.op("Gather", "visual_key", call.row, axis=0), tiles, 2)
+            words = b.gather_flat("visual_key", call.cached_tiles, [bits, TILE, dim // WORD_BITS])
             if bits > 1:
                 words = b.transpose(words, 0, 1, 2, 4, 3, 5)
             # [B, Hkv, g, group_size, bits * D]
@@ -35,7 +35,7 @@ class VisualCache:
         with b.scope("visual_value"):
             bits = attributes.value_bits
             self._value_scale, self._value_offset = self._params(b, "visual_value_params", 2)
-            words = b.head(b.op("Gather", "visual_value", call.row, axis=0), tiles, 2)
+            words = b.gather_flat("visual_value", call.cached_tiles, [bits, dim, TILE // WORD_BITS])
             words = b.reshape(words, [0, heads, -1, shape.tiles, bits * dim, 4])
             words = b.transpose(words, 0, 1, 2, 4, 3, 5)
             # [B, Hkv, g, bits * D, group_size]
@@ -44,7 +44,7 @@ class VisualCache:
     def _params(self, b: Builder, name: Value, kinds: int) -> list[Value]:
         """Each kind as [B, Hkv, g, D] FP32; 0 for empty groups, whose parameters may be anything."""
         call = self._call
-        params = b.cast(b.head(b.op("Gather", name, call.row, axis=0), call.groups, 2), FLOAT)
+        params = b.cast(b.gather_flat(name, call.cached_groups, [kinds, self._shape.head_dim]), FLOAT)
         filled = b.unsqueeze(b.op("Greater", call.visual_count, 0), 1, 3, 4)
         params = b.op("Where", filled, params, 0.0)
         return [b.op("Gather", params, kind, axis=3) for kind in range(kinds)]
