@@ -175,8 +175,8 @@ def _declare(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
 def _check_nodes(model: ir.Model) -> None:
     """Refuse control flow, sizes that depend on values, and foreign operators.
 
-    TensorRT takes NonZero, If, Loop and Scan, with limits. But nothing of a model needs them: all sizes follow from
-    those of the inputs, and an engine has to know them ahead of a call.
+    TensorRT takes NonZero, If, Loop and Scan, with limits. But no model here needs them: all sizes follow from those
+    of the inputs, so that an engine can know them ahead of a call.
     """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type in _REFUSED or (node.domain not in ("", operator.DOMAIN)):
