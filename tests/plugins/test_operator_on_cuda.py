@@ -9,7 +9,7 @@ import pytest
 import torch
 from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, check, empty_state, new_call
 from oracle import Attributes
-from samples import Page
+from samples import CHECKPOINT, Page
 from test_reference_op import CONVERSATION
 from torch_calls import arguments, arrays, tensors
 
@@ -144,10 +144,10 @@ def test_generate_on_the_gpu_as_on_the_cpu(pages: list[Page], dtype: str, bits: 
 
     import vkvx
 
-    processor = AutoProcessor.from_pretrained("models/tiny_llava", backend="pil")
+    processor = AutoProcessor.from_pretrained(CHECKPOINT, backend="pil")
     texts: dict[str, Any] = {}
     for device in ("cpu", "cuda"):
-        model = LlavaForConditionalGeneration.from_pretrained("models/tiny_llava", dtype=dtype).to(device).eval()
+        model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=dtype).to(device).eval()
         images = [Image.open(page.path) for page in pages[:2]]
         prompts = ["USER: <image>\nTranscribe the page. ASSISTANT:"] * 2
         inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True).to(
