@@ -106,7 +106,7 @@ def test_structure(bundle: Path) -> None:
         assert kinds["Transpose"] > 0
         inline = sum(len(entry.SerializeToString()) for entry in model.graph.initializer)
         assert inline < 200_000
-    assert len(model.graph.node) < 130 * Manifest.load(bundle).layers
+    assert len(model.graph.node) < 130 * Manifest.load(bundle).model.layers
     onnx.checker.check_model(bundle / "decoder.onnx", full_check=True)
     onnx.checker.check_model(bundle / "vision.onnx", full_check=True)
 
