@@ -326,6 +326,13 @@ class TestRefusals:
             backend.step(call, np.zeros((1, 576, 256), np.float16))
 
 
+def record_sample(bundle: Path, directory: Path) -> Path:
+    capacity = {"slots": 1, "visual_tokens": 640, "text_tokens": golden.TEXT_TOKENS}
+    return golden.record(
+        open_backend("onnxruntime", bundle, Manifest.load(bundle), provider="cpu", **capacity), directory
+    )
+
+
 @pytest.mark.usefixtures("tensorrt")
 class TestGoldenSample:
     """That of the bundle, unless there is one beside the engines."""
@@ -337,7 +344,7 @@ class TestGoldenSample:
         assert backend.cache.length(0) == 0
 
     def test_a_wrong_engine_is_refused(self, bundle: Path) -> None:
-        path = golden.record(bundle, Manifest.load(bundle), bundle / "engines/tensorrt-9.0")
+        path = record_sample(bundle, bundle / "engines/tensorrt-9.0")
         with np.load(path) as file:
             logits = file["logits"]
         wrong = logits.copy()
@@ -363,8 +370,8 @@ class TestGoldenSample:
         (own_bundle / golden.FILE_NAME).unlink()
         make_engines(own_bundle, LIMITS)
         assert "no golden sample" in open_engines(own_bundle, verify=True).golden
-        golden.record(own_bundle, manifest, own_bundle)
-        assert "no room" in open_engines(own_bundle, verify=True, text_tokens=4).golden
+        record_sample(own_bundle, own_bundle)
+        assert "too small" in open_engines(own_bundle, verify=True, text_tokens=4).golden
 
 
 @pytest.mark.usefixtures("tensorrt")
