@@ -87,7 +87,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is run: ``source`` in torch, ``bundle`` in onnxruntime with ``source`` as its reference, if there is one.
 
     Without ``generate`` the packed settings are only run along the reference's answers.
@@ -160,7 +160,7 @@ def make_plan(
     reference: bool = True,
     generate: bool = True,
     progress: Progress | None = None,
-) -> Plan:
+) -> EvaluationPlan:
     """Find the target and check everything that can be checked before weights are read. Arguments as in evaluate."""
     for name, value in (("batch", batch), ("max-new-tokens", max_new_tokens)):
         if value < 1:
@@ -187,7 +187,7 @@ def make_plan(
     dtype = dtype or ("float16" if chosen == "cuda" else "float32")
     info = source.info(dtype)
     settled = settle(product({}) if settings is None else settings, info.layers, info.tokens_per_picture)
-    return Plan(source.name, task, settled, chosen, dtype, batch, max_new_tokens, source, generate=generate)
+    return EvaluationPlan(source.name, task, settled, chosen, dtype, batch, max_new_tokens, source, generate=generate)
 
 
 def is_bundle(target: str | Path) -> bool:
@@ -204,7 +204,7 @@ def _plan_bundle(
     model: str | None,
     reference: bool,
     progress: Progress | None,
-) -> Plan:
+) -> EvaluationPlan:
     import onnxruntime
 
     from vkvx.runtime.backends.onnxruntime.backend import choose_provider
@@ -219,7 +219,9 @@ def _plan_bundle(
         if model is not None:
             raise OptionError("--model has no effect with --no-reference; leave one of the two out")
         own = Setting(name, options, manifest.quantization, reference=False)
-        return Plan(str(bundle), task, [own], provider, info.dtype, batch, max_new_tokens, None, bundle, manifest)
+        return EvaluationPlan(
+            str(bundle), task, [own], provider, info.dtype, batch, max_new_tokens, None, bundle, manifest
+        )
     from vkvx.runtime.backends.torch.loading import check_same_model
 
     source = resolve(model or info.source, revision=None if model else info.revision)
@@ -228,10 +230,12 @@ def _plan_bundle(
     if base.name == name:
         name = f"{name}, onnxruntime"
     own = Setting(name, options, manifest.quantization, reference=False)
-    return Plan(str(bundle), task, [base, own], provider, info.dtype, batch, max_new_tokens, source, bundle, manifest)
+    return EvaluationPlan(
+        str(bundle), task, [base, own], provider, info.dtype, batch, max_new_tokens, source, bundle, manifest
+    )
 
 
-def run(plan: Plan, records: Records, progress: Progress | None = None) -> None:
+def run(plan: EvaluationPlan, records: Records, progress: Progress | None = None) -> None:
     """Make the records that are not there yet: all settings of a batch, then the next batch."""
     count, names = plan.task.count, [setting.name for setting in plan.settings]
     missing = [i for i in range(count) if any(records.get(i, name) is None for name in names)]
@@ -261,7 +265,7 @@ def run(plan: Plan, records: Records, progress: Progress | None = None) -> None:
 class _Engine:
     """The runners of a plan."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: EvaluationPlan) -> None:
         self._plan = plan
         self._torch: TorchRunner | None = None
         self._bundle: BundleRunner | None = None

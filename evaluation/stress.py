@@ -67,14 +67,14 @@ REDUCED = Sizes(needle_tokens=1_500, text_tokens=1_024, steps=64, heads=1)
 """For a quick check; harder or easier in places, so figures of the two sizes are not to be compared."""
 
 
-class Outcome(NamedTuple):
+class StressOutcome(NamedTuple):
     """What a case found: ``figure`` (its unit is the case's), and whether it keeps to the case's limit."""
 
     figure: float
     passed: bool
 
 
-class Setting(NamedTuple):
+class StressSetting(NamedTuple):
     """What a case is to run: a method, how large, and where."""
 
     method: Method
@@ -100,7 +100,7 @@ class Sequences:
 
     def __init__(
         self,
-        setting: Setting,
+        setting: StressSetting,
         kv_heads: int,
         head_dim: int,
         visual_tokens: int,
@@ -214,7 +214,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, own_key: Tensor | None = No
     return (weights @ value).flatten(1, 2)
 
 
-Case = Callable[[Setting], Outcome]
+Case = Callable[[StressSetting], StressOutcome]
 
 
 def methods(bits: Iterable[int] = BITS) -> list[Method]:
@@ -228,15 +228,15 @@ def methods(bits: Iterable[int] = BITS) -> list[Method]:
 
 def run_stress(
     chosen: Iterable[Method], cases: dict[str, Case], sizes: Sizes = FULL, device: str = "cpu"
-) -> Iterator[tuple[Method, dict[str, Outcome]]]:
+) -> Iterator[tuple[Method, dict[str, StressOutcome]]]:
     """Run cases by name for each method, one method after the other."""
     for method in chosen:
-        setting = Setting(method, sizes, torch.device(device))
+        setting = StressSetting(method, sizes, torch.device(device))
         with torch.inference_mode():
             yield method, {name: case(setting) for name, case in cases.items()}
 
 
-def table(results: Iterable[tuple[Method, dict[str, Outcome]]]) -> list[dict[str, Any]]:
+def table(results: Iterable[tuple[Method, dict[str, StressOutcome]]]) -> list[dict[str, Any]]:
     """Rows for people: one a method, with verdict and figure of each case, and a last one with the sums."""
     rows: list[dict[str, Any]] = []
     passes: dict[str, int] = {}

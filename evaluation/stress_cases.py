@@ -1,4 +1,4 @@
-"""The cases of the stress set. Each takes a ``Setting`` and returns an ``Outcome``; docstrings justify the limits.
+"""The cases of the stress set: from a ``StressSetting`` to a ``StressOutcome``. Docstrings justify the limits.
 
 Inputs are drawn on the CPU from a seed of the case, so they are the same for all methods and devices. Unless a case
 says otherwise, tensors are FP32, so what is measured is quantisation and not the rounding of the model's type, and
@@ -12,13 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from vkvx.evaluation.stress import GROUP_SIZE, Case, Outcome, Sequences, Setting, exact
+from vkvx.evaluation.stress import GROUP_SIZE, Case, Sequences, StressOutcome, StressSetting, exact
 
 SHARPNESS = 1.5
 """Standard deviation of scores, in nats."""
 
 
-def outlier_channels(setting: Setting) -> Outcome:
+def outlier_channels(setting: StressSetting) -> StressOutcome:
     """A few channels of the keys have 10 to 50 times the spread of the others, and means of 5 to 10 times that.
 
     A picture shows 32 objects, 32 tokens each; a query asks for one and the answer is its code. Objects come in pairs
@@ -57,7 +57,7 @@ def outlier_channels(setting: Setting) -> Outcome:
     return _outcome(sequences, figure, figure <= 1.25 and bool(right.all()))
 
 
-def needle(setting: Setting) -> Outcome:
+def needle(setting: StressSetting) -> StressOutcome:
     """One token among 10,000 is the one that a query wants, at eight places and by four margins.
 
     The needle's score is so far above the others that exact attention gives it half of the weight, or 3, 10 or 30 nats
@@ -86,7 +86,7 @@ def needle(setting: Setting) -> Outcome:
     return _outcome(sequences, float(found.float().mean()), bool(found.all()))
 
 
-def flat_attention(setting: Setting) -> Outcome:
+def flat_attention(setting: StressSetting) -> StressOutcome:
     """A query with no preference: the answer is the mean of all values, whose distribution is skewed.
 
     2,000 tokens, so the last group is padded, and padding must not count. Figure: error of the mean in standard
@@ -106,7 +106,7 @@ def flat_attention(setting: Setting) -> Outcome:
     return _outcome(sequences, figure, figure <= tokens**-0.5)
 
 
-def tiny_variance(setting: Setting) -> Outcome:
+def tiny_variance(setting: StressSetting) -> StressOutcome:
     """Channels that are constant, or vary by up to 3 units in the last place of FP16 around a mean up to 30,000.
 
     All numbers are FP16 ones. Figure: largest error of the output, in units in the last place of FP16 at the channel's
@@ -131,7 +131,7 @@ def tiny_variance(setting: Setting) -> Outcome:
     return _outcome(sequences, figure, figure <= 4)
 
 
-def long_text(setting: Setting) -> Outcome:
+def long_text(setting: StressSetting) -> StressOutcome:
     """4,096 text tokens after a picture of 1,152: the share of attention that the picture gets must be kept.
 
     In one channel visual values are 1 and text values 0, so the output there is the share; exact ones are near 0.1, 0.5
@@ -156,7 +156,7 @@ def long_text(setting: Setting) -> Outcome:
     return _outcome(sequences, figure, figure <= 0.05)
 
 
-def several_pictures(setting: Setting) -> Outcome:
+def several_pictures(setting: StressSetting) -> StressOutcome:
     """Four pictures whose keys differ in scale by 30 and 900 times, with needles in each.
 
     The keys of each picture vary in 32 channels of their own, around means of 30 times their spread, and hardly in the
@@ -199,7 +199,7 @@ def several_pictures(setting: Setting) -> Outcome:
     return _outcome(sequences, figure, figure == 1 and apart)
 
 
-def same_picture_twice(setting: Setting) -> Outcome:
+def same_picture_twice(setting: StressSetting) -> StressOutcome:
     """A picture that comes twice gets the same words and levels, bit for bit, and half of the attention each time.
 
     The values of the copies differ in two constant channels, (1, 0) and (0, 1), so the outputs there are their shares.
@@ -222,7 +222,7 @@ def same_picture_twice(setting: Setting) -> Outcome:
     return _outcome(sequences, figure, figure <= 2 * tokens * 2.0**-23 and same)
 
 
-def long_answer(setting: Setting) -> Outcome:
+def long_answer(setting: StressSetting) -> StressOutcome:
     """4,096 decode steps after a picture: the cache of the picture does not drift, and no step is forgotten.
 
     A query that only looks at the picture gets the same output before and after; one that only looks at the answer gets
@@ -254,7 +254,7 @@ def long_answer(setting: Setting) -> Outcome:
     return _outcome(sequences, figure, same and figure <= (visual + steps) * 2.0**-23)
 
 
-def extreme_values(setting: Setting) -> Outcome:
+def extreme_values(setting: StressSetting) -> StressOutcome:
     """Pictures with the largest FP16 numbers, infinities, NaN and denormals, in FP16, beside a plain one.
 
     One batch, one kind a row. Every output must be finite: of all rows in decode steps, and in the calls that bring the
@@ -299,9 +299,9 @@ CASES: dict[str, Case] = {
 """All cases by name."""
 
 
-def _outcome(sequences: Sequences, figure: float, passed: bool) -> Outcome:
+def _outcome(sequences: Sequences, figure: float, passed: bool) -> StressOutcome:
     """An outcome that fails as well if any output was NaN or infinite."""
-    return Outcome(figure, passed and math.isfinite(figure) and bool(sequences.finite.all()))
+    return StressOutcome(figure, passed and math.isfinite(figure) and bool(sequences.finite.all()))
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -26,7 +26,7 @@ SHARD_BYTES = 4 << 30
 _BLOCK = 8 << 20
 _FICLONE = 0x40049409
 
-Report = Callable[[int], None]
+BytesDone = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
 
 
@@ -113,7 +113,7 @@ def plan_weights(tensors: Iterable[StoredTensor], dtype: str) -> WeightPlan:
 
 
 def place_weights(
-    plan: WeightPlan, tensors: Iterable[StoredTensor], directory: Path, report: Report
+    plan: WeightPlan, tensors: Iterable[StoredTensor], directory: Path, report: BytesDone
 ) -> tuple[dict[StoredTensor, Place], dict[str, FileInfo]]:
     """Carry out the plan in ``directory``. Returns where each tensor lies, and size and hash of each file."""
     places: dict[StoredTensor, Place] = {}
@@ -130,7 +130,7 @@ def place_weights(
     return places, files
 
 
-def copy_file(source: Path, target: Path, report: Report) -> FileInfo:
+def copy_file(source: Path, target: Path, report: BytesDone) -> FileInfo:
     """Copy a file, sharing its blocks where the file system can, and hash it."""
     digest, size = hashlib.sha256(), 0
     with source.open("rb") as reader, target.open("xb") as writer:
@@ -168,7 +168,7 @@ def _share_blocks(reader: BinaryIO, writer: BinaryIO) -> bool:
 
 
 def _write_shard(
-    shard: list[StoredTensor], path: Path, dtype: str, places: dict[StoredTensor, Place], report: Report
+    shard: list[StoredTensor], path: Path, dtype: str, places: dict[StoredTensor, Place], report: BytesDone
 ) -> FileInfo:
     entries: dict[str, dict[str, Any]] = {}
     end = 0

@@ -68,7 +68,7 @@ _NUMBERED = [(f.name, f.attribute, e.numbers) for f in _FILLED if (e := c_interf
 _SIZES = [(f.name, c_interface.size_sources()[f.size], f.unit) for f in c_interface.struct_fields() if f.size]
 
 
-class Library:
+class KernelLibrary:
     """A loaded ``libvkvx``. Its methods launch work on a stream of the current device and return at once."""
 
     def __init__(self, path: Path) -> None:

@@ -18,7 +18,7 @@ from vkvx.errors import VkvxError
 from vkvx.format import CACHE_NAMES
 from vkvx.plugins import build
 from vkvx.plugins.c_interface import MAX_HEAD_DIM, MAX_SHAPED_GROUP, STRIDED
-from vkvx.plugins.library import Library, Params
+from vkvx.plugins.library import KernelLibrary, Params
 from vkvx.plugins.operator import OperatorAttributes
 
 
@@ -77,7 +77,7 @@ _WORKSPACES = Workspaces(
 
 
 @functools.cache
-def kernels() -> Library | None:
+def kernels() -> KernelLibrary | None:
     """The library that the CUDA implementation runs, or None (with one warning) if it has not been built."""
     path = build.find_library()
     if path is None:
@@ -86,7 +86,7 @@ def kernels() -> Library | None:
             stacklevel=2,
         )
         return None
-    return Library(path)
+    return KernelLibrary(path)
 
 
 def takes(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> bool:

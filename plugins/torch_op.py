@@ -23,7 +23,7 @@ MASKED = -1e30
 """Score of what must not be attended to; finite, so that a row without any token stays free of NaN."""
 
 
-class Call(NamedTuple):
+class CallIndices(NamedTuple):
     """What the indices of a call mean for its rows: B rows, S positions, g call groups of group_size tokens."""
 
     live: Tensor  # [B] bool, the row has a slot
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     token: Tensor  # [B, S] bool, the position is a token of this call
 
 
-class Metrics(NamedTuple):
+class MetricInputs(NamedTuple):
     """What counts as an error of a key and of a value, FP32: [B, Hkv, 1, D, D] and [Hkv, 1, D, D]."""
 
     key: Tensor
@@ -57,7 +57,7 @@ class Cache(NamedTuple):
 
 def _read_call(
     visual_index: Tensor, text_index: Tensor, slot: Tensor, positions: int, attributes: OperatorAttributes
-) -> Call:
+) -> CallIndices:
     live = slot >= 0
     visual_valid = (visual_index >= 0) & live[:, None]
     text_valid = (text_index >= 0) & live[:, None]
@@ -76,7 +76,7 @@ def _read_call(
         groups = 0
     entries = groups * attributes.group_size
     shape = (groups, attributes.group_size)
-    return Call(
+    return CallIndices(
         live,
         slot.clamp(min=0).long(),
         torch.where(visual_valid, visual_index, 0).long()[:, :entries].unflatten(1, shape),
@@ -121,7 +121,7 @@ def _visual_scores(query: Tensor, cache: Cache, valid: Tensor, attributes: Opera
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, cache: Cache, attributes: OperatorAttributes
+    query: Tensor, key: Tensor, value: Tensor, call: CallIndices, cache: Cache, attributes: OperatorAttributes
 ) -> Tensor:
     """Attention of the call's tokens over the cached ones and, causally, over themselves: [B, Hq, S, D] FP32."""
     heads, positions = query.shape[1:3]
@@ -155,15 +155,15 @@ def _take(x: Tensor, position: Tensor) -> Tensor:
     return x.gather(2, index)
 
 
-def _read_metrics(named: dict[str, Tensor]) -> Metrics:
+def _read_metrics(named: dict[str, Tensor]) -> MetricInputs:
     """The metric of keys as the queries that follow the call's last position see it, and that of values."""
     cosine, sine = named["rotation"].unsqueeze(2).unbind(1)  # [B, 1, D]
     key = shaping.rotate(named["key_metric"].unsqueeze(0), cosine, sine)
-    return Metrics(key.unsqueeze(2), named["value_metric"].float().unsqueeze(1))
+    return MetricInputs(key.unsqueeze(2), named["value_metric"].float().unsqueeze(1))
 
 
 def _quantize(
-    key: Tensor, value: Tensor, mask: Tensor, attributes: OperatorAttributes, metrics: Metrics | None
+    key: Tensor, value: Tensor, mask: Tensor, attributes: OperatorAttributes, metrics: MetricInputs | None
 ) -> tuple[quantization.Quantized, Tensor, quantization.Quantized]:
     """Quantised keys, the RMS of what they leave over, and quantised values of groups [B, Hkv, g, group_size, D]."""
     a = attributes
@@ -181,10 +181,10 @@ def _append(
     caches: dict[str, Tensor],
     key: Tensor,
     value: Tensor,
-    call: Call,
+    call: CallIndices,
     cache: Cache,
     attributes: OperatorAttributes,
-    metrics: Metrics | None,
+    metrics: MetricInputs | None,
 ) -> None:
     """Quantise the call's pictures and write them, and the text rows, into the caches in place."""
     groups, size = call.visual_valid.shape[1:]

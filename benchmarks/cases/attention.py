@@ -13,11 +13,11 @@ from typing import Any
 from benchmarks.lib import gpu, rivals
 
 SHAPES = {
-    "B64 Hq32 Hkv32 T2304": gpu.Shape(64, 32, 32, 2304, 768),
-    "B128 Hq32 Hkv8 T3328": gpu.Shape(128, 32, 8, 3328, 896),
-    "B64 Hq28 Hkv4 T8192": gpu.Shape(64, 28, 4, 8192, 1024),
-    "B8 Hq32 Hkv32 T2304": gpu.Shape(8, 32, 32, 2304, 768),
-    "B1 Hq32 Hkv32 T640": gpu.Shape(1, 32, 32, 640, 640),
+    "B64 Hq32 Hkv32 T2304": gpu.DecodeShape(64, 32, 32, 2304, 768),
+    "B128 Hq32 Hkv8 T3328": gpu.DecodeShape(128, 32, 8, 3328, 896),
+    "B64 Hq28 Hkv4 T8192": gpu.DecodeShape(64, 28, 4, 8192, 1024),
+    "B8 Hq32 Hkv32 T2304": gpu.DecodeShape(8, 32, 32, 2304, 768),
+    "B1 Hq32 Hkv32 T640": gpu.DecodeShape(1, 32, 32, 640, 640),
 }
 OURS, AFFINE = "vkvx", "vkvx, affine"
 
@@ -59,9 +59,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def packed_call(kernels: Any, shape: gpu.Shape, bits: int, correction: str, kernel: str = "auto") -> gpu.Call:
+def packed_call(
+    kernels: Any, shape: gpu.DecodeShape, bits: int, correction: str, kernel: str = "auto"
+) -> gpu.OperatorCall:
     """A decode step of this shape."""
-    return gpu.Call(
+    return gpu.OperatorCall(
         kernels,
         rows=shape.rows,
         query_heads=shape.query_heads,
@@ -74,7 +76,7 @@ def packed_call(kernels: Any, shape: gpu.Shape, bits: int, correction: str, kern
     )
 
 
-def packed_attention(method: str, call: gpu.Call, bits: int, *, cold: bool = False) -> rivals.Outcome:
+def packed_attention(method: str, call: gpu.OperatorCall, bits: int, *, cold: bool = False) -> rivals.RivalTime:
     """The step checked and timed; its output starts as NaN."""
     call.output.fill_(float("nan"))
     expected = call.expected(min(2, call.params.rows))

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     kernels, cold, rows = gpu.library(), not arguments.warm, []
     grid = [(h, b, t) for h in HEADS for b in arguments.batch for t in arguments.tokens]
     for heads, batch, tokens in tqdm(grid, desc="break-even", disable=None):
-        shape = gpu.Shape(batch, *HEADS[heads], tokens, auto_group_size(tokens))
+        shape = gpu.DecodeShape(batch, *HEADS[heads], tokens, auto_group_size(tokens))
         outcomes, _ = rivals.sixteen_bits(shape, cold=cold)
         best = min((x for x in outcomes if x.us is not None), key=lambda outcome: outcome.us or 0.0)
         for bits in arguments.bits:

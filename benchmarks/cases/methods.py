@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.lib.simulation import Batch, Layer, Outcome, Simulation, Technique, batches
+from benchmarks.lib.simulation import Divergence, Layer, PageBatch, Simulation, Technique, batches
 from benchmarks.lib.techniques import (
     KEYS,
     VALUES,
@@ -64,7 +64,7 @@ WINDOWS: dict[str, np.ndarray] = {
 
 
 @dataclass(frozen=True)
-class Method:
+class CacheMethod:
     """A named row; ``main`` ones are decoded freely as well. ``note`` may need calibration, so it is asked for late."""
 
     technique: Callable[[], Technique]
@@ -81,7 +81,7 @@ class Study:
         self._taus: dict[str, list[float]] = {}
 
     @cached_property
-    def calibration(self) -> list[Batch]:
+    def calibration(self) -> list[PageBatch]:
         """50 training pages, whose handwriting is on none of the pages that are measured."""
         return list(batches(self.simulation, range(CALIBRATION_PAGES), "train", TAU_PAGES))
 
@@ -159,7 +159,7 @@ class Study:
         return self._taus[name]
 
 
-def methods(study: Study) -> dict[str, Method]:
+def methods(study: Study) -> dict[str, CacheMethod]:
     """All methods by name, in the order of the table."""
     key, value = {16: exact(KEYS)}, {16: exact(VALUES)}
     for bits in (1, 2):
@@ -174,11 +174,11 @@ def methods(study: Study) -> dict[str, Method]:
     }
 
 
-def _of(keys: Coder, values: Coder, correction: Correction | None = None, *, main: bool = False) -> Method:
-    return Method(lambda: combine(keys, values, correction), main)
+def _of(keys: Coder, values: Coder, correction: Correction | None = None, *, main: bool = False) -> CacheMethod:
+    return CacheMethod(lambda: combine(keys, values, correction), main)
 
 
-def _product_methods(study: Study, key: dict[int, Coder], value: dict[int, Coder]) -> dict[str, Method]:
+def _product_methods(study: Study, key: dict[int, Coder], value: dict[int, Coder]) -> dict[str, CacheMethod]:
     """What needs no metric, with its score corrections, and two corrections that the product does not have."""
     table = {"exact": _of(key[16], value[16], main=True)}
     coders = {name: (quantized(KEYS, name), quantized(VALUES, name)) for name in ("minmax", "quantile", "shrink")}
@@ -201,16 +201,16 @@ def _product_methods(study: Study, key: dict[int, Coder], value: dict[int, Coder
     return table
 
 
-def _calibrated(study: Study, name: str, keys: Coder, values: Coder) -> Method:
+def _calibrated(study: Study, name: str, keys: Coder, values: Coder) -> CacheMethod:
     def taus() -> list[float]:
         return study.taus(name, keys, values)
 
-    return Method(
+    return CacheMethod(
         lambda: combine(keys, values, affine(taus())), main=True, note=lambda: f"tau {' '.join(map(str, taus()))}"
     )
 
 
-def _other_levels(key: dict[int, Coder], value: dict[int, Coder]) -> dict[str, Method]:
+def _other_levels(key: dict[int, Coder], value: dict[int, Coder]) -> dict[str, CacheMethod]:
     """Other levels at 1 bit: weighted by attention, after a rotation, with the values' bias taken out."""
     by_key, by_value, unbiased = weighted(KEYS), weighted(VALUES), bias_corrected(value[1])
     table = {
@@ -231,7 +231,7 @@ def _other_levels(key: dict[int, Coder], value: dict[int, Coder]) -> dict[str, M
     return table
 
 
-def _more_bits(study: Study, key: dict[int, Coder], value: dict[int, Coder]) -> dict[str, Method]:
+def _more_bits(study: Study, key: dict[int, Coder], value: dict[int, Coder]) -> dict[str, CacheMethod]:
     """Bits of keys and values apart, and of single layers."""
     table = {
         "lloyd K2 V1": _of(key[2], value[1], main=True),
@@ -245,7 +245,7 @@ def _more_bits(study: Study, key: dict[int, Coder], value: dict[int, Coder]) -> 
     return table
 
 
-def _shaped_whole(study: Study) -> dict[str, Method]:
+def _shaped_whole(study: Study) -> dict[str, CacheMethod]:
     """``shaped`` for keys and values with the product's metrics."""
     table = {}
     key_metric, value_metric = study.product_key_metric, study.product_value_metric
@@ -269,7 +269,7 @@ def _shaped_whole(study: Study) -> dict[str, Method]:
     return table
 
 
-def _shaped_keys(study: Study, values: Coder) -> dict[str, Method]:
+def _shaped_keys(study: Study, values: Coder) -> dict[str, CacheMethod]:
     """Where the metric of keys comes from, how it is regularised, and how codes are found; values are exact."""
     parts: dict[str, Callable[[Layer], Tensor]] = {
         "prompt": lambda layer: layer.query,
@@ -304,7 +304,7 @@ def _shaped_keys(study: Study, values: Coder) -> dict[str, Method]:
     return table
 
 
-def _shaped_values(study: Study, keys: Coder) -> dict[str, Method]:
+def _shaped_values(study: Study, keys: Coder) -> dict[str, CacheMethod]:
     """The metric of values with other floors, and other ways to find codes; keys are exact."""
     table = {}
     for floor in (0.03, 0.1, 1.0):
@@ -335,7 +335,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     study = Study(arguments.device)
     chosen = _choose(methods(study), arguments.only)
     techniques = {name: method.technique() for name, method in chosen.items()}
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in chosen}
+    outcomes: dict[str, list[Divergence]] = {name: [] for name in chosen}
     seeds = range(arguments.seed_start, arguments.seed_start + arguments.pages)
     for number, batch in enumerate(batches(study.simulation, seeds, "test", BATCH)):
         for name, method in chosen.items():
@@ -344,7 +344,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**_row(name, outcomes[name]), "note": method.note()} for name, method in chosen.items()]
 
 
-def _choose(table: dict[str, Method], only: str | None) -> dict[str, Method]:
+def _choose(table: dict[str, CacheMethod], only: str | None) -> dict[str, CacheMethod]:
     """The methods of these names. Raises OptionError for one that there is not."""
     if only is None:
         return table
@@ -356,7 +356,7 @@ def _choose(table: dict[str, Method], only: str | None) -> dict[str, Method]:
     return {name: table[name] for name in names}
 
 
-def _row(name: str, outcomes: list[Outcome]) -> dict[str, Any]:
+def _row(name: str, outcomes: list[Divergence]) -> dict[str, Any]:
     kl = torch.cat([outcome.kl for outcome in outcomes]).double()
     error = kl.std() / math.sqrt(len(kl)) if len(kl) > 1 else torch.tensor(math.nan)
     key_bits, value_bits, bits = outcomes[0].bits

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for quantizer in arguments.quantizers:
         for bits in arguments.bits:
-            call = gpu.Call(
+            call = gpu.OperatorCall(
                 kernels,
                 rows=arguments.rows,
                 query_heads=8,
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _beside_torch(call: gpu.Call, quantizer: str, bits: int) -> tuple[float, float]:
+def _beside_torch(call: gpu.OperatorCall, quantizer: str, bits: int) -> tuple[float, float]:
     """Share of codes of the first row that differ from torch's, and the squared error over that of torch's result.
 
     The error is that of keys and values together; with `shaped` in the metrics.

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     kernels, rows = gpu.library(), []
     for name, (batch, query_heads, kv_heads, positions, head_dim) in FIRST.items():
-        call = gpu.Call(
+        call = gpu.OperatorCall(
             kernels, rows=batch, query_heads=query_heads, kv_heads=kv_heads, positions=positions, head_dim=head_dim
         )
         rivals = _rivals(call, *(call.tensors[name] for name in ("key", "value")))
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for name, (batch, query_heads, kv_heads, positions, cached, group_size) in LATER.items():
         rivals = {}
         for bits, correction in LATER_CACHES:
-            call = gpu.Call(
+            call = gpu.OperatorCall(
                 kernels,
                 rows=batch,
                 query_heads=query_heads,
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(name: str, bits: str, correction: str, call: gpu.Call, rivals: dict[str, float]) -> dict[str, Any]:
+def _row(name: str, bits: str, correction: str, call: gpu.OperatorCall, rivals: dict[str, float]) -> dict[str, Any]:
     import torch
 
     batch, query_heads, positions, head_dim = call.output.shape
@@ -93,7 +93,7 @@ def _row(name: str, bits: str, correction: str, call: gpu.Call, rivals: dict[str
     }
 
 
-def _rivals(call: gpu.Call, key: Any, value: Any) -> dict[str, float]:
+def _rivals(call: gpu.OperatorCall, key: Any, value: Any) -> dict[str, float]:
     """Microseconds of torch's backends, NaN where one does not take the call. The last keys are the new positions."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -117,7 +117,7 @@ def _rivals(call: gpu.Call, key: Any, value: Any) -> dict[str, float]:
     return times
 
 
-def _error(call: gpu.Call, output: Any) -> float:
+def _error(call: gpu.OperatorCall, output: Any) -> float:
     """Relative error of the first row's first two KV heads against float64."""
     import torch
 

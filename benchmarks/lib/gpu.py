@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from vkvx.errors import DependencyError
 from vkvx.plugins import build
-from vkvx.plugins.library import KERNELS, Library, Params
+from vkvx.plugins.library import KERNELS, KernelLibrary, Params
 from vkvx.plugins.operator import OperatorAttributes
 
 
-def library() -> Library:
+def library() -> KernelLibrary:
     """The built library; DependencyError without it or without a GPU for torch."""
     import torch
 
@@ -27,10 +27,10 @@ def library() -> Library:
     path = build.find_library()
     if path is None:
         raise DependencyError("the CUDA kernels are not built; run `vkvx plugin build`")
-    return Library(path)
+    return KernelLibrary(path)
 
 
-class Shape(NamedTuple):
+class DecodeShape(NamedTuple):
     """A decode step: one new position a row over `cached` visual tokens a row, head dim 128."""
 
     rows: int
@@ -145,7 +145,7 @@ def copy_bandwidth() -> float:
     return 4 * source.numel() / statistics.median(times) / 1e6
 
 
-class Call:
+class OperatorCall:
     """An operator call of `rows` rows on caches of its own; `attend` and `append` launch it on the current stream.
 
     Tensors are FP16: query [B, Hq, S, D], key and value [B, Hkv, S, D]; `visual` of the call's S positions are visual
@@ -154,7 +154,7 @@ class Call:
 
     def __init__(
         self,
-        kernels: Library,
+        kernels: KernelLibrary,
         *,
         rows: int,
         query_heads: int,

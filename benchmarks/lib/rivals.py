@@ -23,7 +23,7 @@ _ROWS = 2
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RivalTime:
     """A method's time in microseconds and relative error; `us` is None, and `note` says why, if it did not work."""
 
     method: str
@@ -49,7 +49,7 @@ class Outcome:
 
 def measure(
     method: str, bits: int, cache_bytes: int, attend: Callable[[], Any], expected: Any, *, cold: bool = False
-) -> Outcome:
+) -> RivalTime:
     """Check the first rows of what `attend` returns, then time it. What it does not support becomes a note."""
     import torch
 
@@ -58,14 +58,14 @@ def measure(
         try:
             error = gpu.relative_error(attend()[: len(expected)], expected)
             if error > LIMIT:
-                return Outcome(method, bits, cache_bytes, None, error, f"wrong result, relative error {error:.1e}")
-            return Outcome(method, bits, cache_bytes, gpu.microseconds(attend, cold=cold), error)
+                return RivalTime(method, bits, cache_bytes, None, error, f"wrong result, relative error {error:.1e}")
+            return RivalTime(method, bits, cache_bytes, gpu.microseconds(attend, cold=cold), error)
         except (torch.OutOfMemoryError, VkvxError):
             raise
         except Exception as error:  # torch and Triton refuse with many types
             reasons = [str(error), *(str(warning.message) for warning in caught)]
             lines = [reason.strip().splitlines()[0].partition(" (Triggered")[0] for reason in reasons if reason.strip()]
-            return Outcome(method, bits, cache_bytes, note="not offered: " + "; ".join(dict.fromkeys(lines)))
+            return RivalTime(method, bits, cache_bytes, note="not offered: " + "; ".join(dict.fromkeys(lines)))
 
 
 def exact(query: Any, key: Any, value: Any) -> Any:
@@ -76,7 +76,7 @@ def exact(query: Any, key: Any, value: Any) -> Any:
     return (weights @ value).flatten(1, 2).unsqueeze(2)
 
 
-def sixteen_bits(shape: gpu.Shape, *, cold: bool = False) -> tuple[list[Outcome], Callable[..., Any] | None]:
+def sixteen_bits(shape: gpu.DecodeShape, *, cold: bool = False) -> tuple[list[RivalTime], Callable[..., Any] | None]:
     """Each FP16 backend, in the faster of its forms, and the fastest of all as a function of query, key and value."""
     query, key, value = _random(shape)
     expected, best, outcomes = exact(query, key, value), (math.inf, None), []
@@ -105,7 +105,7 @@ def _sdpa(backend: str, folded: bool, query: Any, key: Any, value: Any) -> Any:
         return scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] > key.shape[1])
 
 
-def eight_bits(shape: gpu.Shape) -> list[Outcome]:
+def eight_bits(shape: gpu.DecodeShape) -> list[RivalTime]:
     """Caches that are 8 bits as a whole, as far as torch takes them; the query stays FP16 where it may.
 
     FlexAttention takes keys and values of fewer bits than the query. For INT8 the scale of each (row, head, channel)
@@ -150,7 +150,7 @@ def eight_bits(shape: gpu.Shape) -> list[Outcome]:
     return [*outcomes, measure("flex int8", 8, size, lambda: unfold(call()), expected)]
 
 
-def packed(call: gpu.Call, bits: int, attend16: Callable[..., Any] | None) -> list[Outcome]:
+def packed(call: gpu.OperatorCall, bits: int, attend16: Callable[..., Any] | None) -> list[RivalTime]:
     """The packed cache without libvkvx: written out as FP16 for `attend16`, and by Triton kernels that unpack.
 
     Neither corrects scores nor takes the own token.
@@ -179,7 +179,7 @@ def packed(call: gpu.Call, bits: int, attend16: Callable[..., Any] | None) -> li
     return outcomes
 
 
-def _random(shape: gpu.Shape) -> list[Any]:
+def _random(shape: gpu.DecodeShape) -> list[Any]:
     """FP16 query, key and value."""
     import torch
 

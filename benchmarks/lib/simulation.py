@@ -111,7 +111,7 @@ class Answered:
 
 
 @dataclass
-class Batch:
+class PageBatch:
     """Pages, and what the 16-bit model makes of them.
 
     ``tokens`` INT64 [B, 29] are its greedy answers, ``live`` BOOL [B, 28] says which are fed before an answer's end,
@@ -132,7 +132,7 @@ class Batch:
 
 
 @dataclass
-class Outcome:
+class Divergence:
     """A method on a batch, a number a page; right digits and pages only after free decoding.
 
     The errors are those of the last layer's attention output, relative, for the queries of the 16-bit model: as it is,
@@ -160,7 +160,7 @@ class Simulation:
         use_attention_function(self.model)
 
     @torch.no_grad()
-    def batch(self, seeds: Sequence[int], split: str) -> Batch:
+    def batch(self, seeds: Sequence[int], split: str) -> PageBatch:
         """Prefill the pages of these seeds and answer them at 16 bits."""
         pages = [data.page(seed, split) for seed in seeds]
         truths = [data.transcription(page.digits) for page in pages]
@@ -178,10 +178,10 @@ class Simulation:
         tokens = self._free(prefill.layers, caches, logits.argmax(-1))
         ends = torch.isin(tokens[:, :-1], torch.tensor(self.info.eos_token_ids, device=self.device))
         expected, answered = self._along(prefill.layers, caches, tokens)
-        return Batch(truths, prefill.layers, tokens, ends.cumsum(1) == 0, expected, answered)
+        return PageBatch(truths, prefill.layers, tokens, ends.cumsum(1) == 0, expected, answered)
 
     @torch.no_grad()
-    def measure(self, batch: Batch, technique: Technique, *, free: bool = False) -> Outcome:
+    def measure(self, batch: PageBatch, technique: Technique, *, free: bool = False) -> Divergence:
         """Run a technique along the 16-bit answers, and with ``free`` also by its own."""
         caches = [technique(layer) for layer in batch.layers]
         found, _ = self._along(batch.layers, caches, batch.tokens)
@@ -197,7 +197,7 @@ class Simulation:
         per_page = [(x * live).sum(1) / count for x in (divergence, equal, *errors)]
         columns = [[float(c.key_bits), float(c.value_bits), c.bits_per_element()] for c in caches]
         key_bits, value_bits, bits = (sum(column) / len(caches) for column in zip(*columns, strict=True))
-        outcome = Outcome(*per_page, (key_bits, value_bits, bits))
+        outcome = Divergence(*per_page, (key_bits, value_bits, bits))
         if free:
             texts = self.texts(self._free(batch.layers, caches, batch.tokens[:, :1]))
             pairs = list(zip(texts, batch.truths, strict=True))
@@ -206,7 +206,7 @@ class Simulation:
         return outcome
 
     @torch.no_grad()
-    def answer(self, batch: Batch, technique: Technique) -> Tensor:
+    def answer(self, batch: PageBatch, technique: Technique) -> Tensor:
         """Greedy tokens [B, 29] of a technique; the first one comes from the exact prefill."""
         return self._free(batch.layers, [technique(layer) for layer in batch.layers], batch.tokens[:, :1])
 
@@ -241,7 +241,7 @@ class Simulation:
         return torch.cat(tokens, 1)
 
 
-def batches(simulation: Simulation, seeds: Sequence[int], split: str, size: int) -> Iterator[Batch]:
+def batches(simulation: Simulation, seeds: Sequence[int], split: str, size: int) -> Iterator[PageBatch]:
     """Batches of at most ``size`` pages."""
     for start in range(0, len(seeds), size):
         yield simulation.batch(seeds[start : start + size], split)

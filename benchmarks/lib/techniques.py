@@ -21,7 +21,7 @@ from vkvx.format import BASELINE_BITS, QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
 from vkvx.plugins.reference import quantization, shaping
 
 KEYS, VALUES = "keys", "values"
-Metric = Callable[[Layer], Tensor]
+LayerMetric = Callable[[Layer], Tensor]
 Correction = Callable[[Layer, Tensor], dict[str, Any]]
 """From a layer and what is left of its visual keys to fields of ``Dense``."""
 
@@ -64,7 +64,7 @@ def by_layer(usual: Coder, others: dict[int, Coder]) -> Coder:
     return Coder(lambda layer: others.get(layer.index, usual)(layer))
 
 
-def shaped(which: str, metric: Metric, bits: int = 1, fits: int = shaping.FITS) -> Coder:
+def shaped(which: str, metric: LayerMetric, bits: int = 1, fits: int = shaping.FITS) -> Coder:
     """The product's ``shaped`` in a metric."""
 
     def make(layer: Layer) -> tuple[Tensor, int]:
@@ -127,7 +127,7 @@ def bias_corrected(values: Coder) -> Coder:
     return Coder(make)
 
 
-def codes_alone(which: str, metric: Metric, widening: float, sweeps: int = 3) -> Coder:
+def codes_alone(which: str, metric: LayerMetric, widening: float, sweeps: int = 3) -> Coder:
     """Coordinate descent on the sum of e . H e over the codes of 1 bit; the levels are Lloyd's, moved apart."""
 
     def make(layer: Layer) -> tuple[Tensor, int]:
@@ -148,7 +148,7 @@ def codes_alone(which: str, metric: Metric, widening: float, sweeps: int = 3) ->
     return Coder(make)
 
 
-def error_feedback(which: str, metric: Metric, widening: float) -> Coder:
+def error_feedback(which: str, metric: LayerMetric, widening: float) -> Coder:
     """One pass over the channels, each making up for the errors of those before, by the Cholesky factor of H.
 
     That is the order of work of GPTQ (arXiv 2210.17323), with 1 bit and Lloyd's levels, moved apart.
@@ -186,7 +186,7 @@ def second_moment(query: Tensor, kv_heads: int) -> Tensor:
     return grouped.transpose(-1, -2) @ grouped / grouped.shape[2]
 
 
-def prompt_metric(part: Callable[[Layer], Tensor], floor: float) -> Metric:
+def prompt_metric(part: Callable[[Layer], Tensor], floor: float) -> LayerMetric:
     """The second moment of some queries of the page's own prompt."""
     return lambda layer: regularised(second_moment(part(layer), layer.key.shape[1]), floor)
 
@@ -203,7 +203,7 @@ def expected(limit: float) -> Correction:
     return correction
 
 
-def expected_in_metric(metric: Metric, limit: float) -> Correction:
+def expected_in_metric(metric: LayerMetric, limit: float) -> Correction:
     """The product's for ``shaped``, whose RMS are scaled so that they tell the error of scores."""
 
     def correction(layer: Layer, key: Tensor) -> dict[str, Any]:

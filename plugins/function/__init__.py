@@ -15,7 +15,7 @@ from vkvx.format import CACHE_NAMES, WORD_BITS
 from vkvx.plugins.function.append import append_text, append_visual
 from vkvx.plugins.function.attention import attend
 from vkvx.plugins.function.builder import Builder
-from vkvx.plugins.function.call import Shape, read_call
+from vkvx.plugins.function.call import NodeSizes, read_call
 from vkvx.plugins.function.visual import VisualCache
 from vkvx.plugins.operator import DOMAIN, NAME, OUTPUTS, OperatorAttributes
 
@@ -63,7 +63,7 @@ def attention_function(
         raise OptionError(f"unknown dtype '{dtype}': give one of {', '.join(DTYPES)}")
     if opset < MIN_OPSET:
         raise OptionError(f"opset {opset} is not supported: give {MIN_OPSET} or newer")
-    shape = Shape(query_heads, kv_heads, head_dim, attributes.group_size)
+    shape = NodeSizes(query_heads, kv_heads, head_dim, attributes.group_size)
     packed, elem_type = attributes.is_packed, DTYPES[dtype]
 
     b = Builder(opset)

@@ -11,14 +11,14 @@ from onnx import helper
 
 from vkvx.format import TILE, WORD_BITS
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT32, INT64, Builder, Typed, Value
-from vkvx.plugins.function.call import FAR, Call, Shape, flat_indices, indices, place
+from vkvx.plugins.function.call import FAR, CallValues, NodeSizes, flat_indices, indices, place
 from vkvx.plugins.function.pack import bit_planes, pack_keys, pack_values
 from vkvx.plugins.function.quantize import Quantizer, center, quantize, residual_rms
 from vkvx.plugins.function.shape import read_metrics, shape_pair, shaped_rms
 from vkvx.plugins.operator import OperatorAttributes
 
 
-def append_text(b: Builder, shape: Shape, call: Call, packed: bool) -> None:
+def append_text(b: Builder, shape: NodeSizes, call: CallValues, packed: bool) -> None:
     """Add the text tokens (at 16 bits all tokens, in ascending position) to the text rows."""
     with b.scope("append_text"):
         if packed:
@@ -41,7 +41,7 @@ def append_text(b: Builder, shape: Shape, call: Call, packed: bool) -> None:
             b.add("ScatterND", [cache, target_rows, rows], [f"present_{cache}"])
 
 
-def _in_order(b: Builder, call: Call) -> Value:
+def _in_order(b: Builder, call: CallValues) -> Value:
     """Positions of a row's tokens [B, M - 1], ascending, then those of padding replaced by the first one."""
     entries = b.op("Sub", b.size(call.position, 1), 1)
     position = b.top_k(call.position, b.unsqueeze(entries, 0), axis=1, largest=False)
@@ -52,7 +52,7 @@ def _in_order(b: Builder, call: Call) -> Value:
 _UPDATES = ("tiles", "groups", "visual_key", "visual_key_params", "visual_value", "visual_value_params")
 
 
-def append_visual(b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call, dtype: int) -> None:
+def append_visual(b: Builder, shape: NodeSizes, attributes: OperatorAttributes, call: CallValues, dtype: int) -> None:
     """Quantise the visual tokens and add them as new groups.
 
     The quantiser is most of the nodes. An If skips it in calls without pictures: on a small model that takes 0.2 ms a
@@ -75,7 +75,7 @@ def append_visual(b: Builder, shape: Shape, attributes: OperatorAttributes, call
             b.add("ScatterND", [params, results["groups"], results[params]], [f"present_{params}"])
 
 
-def _no_updates(b: Builder, shape: Shape, attributes: OperatorAttributes) -> list[Typed]:
+def _no_updates(b: Builder, shape: NodeSizes, attributes: OperatorAttributes) -> list[Typed]:
     """Empty tensors of the types and ranks of ``_quantized_updates``."""
     heads, tiles, dim = shape.kv_heads, shape.tiles, shape.head_dim
 
@@ -93,7 +93,9 @@ def _no_updates(b: Builder, shape: Shape, attributes: OperatorAttributes) -> lis
     ]
 
 
-def _quantized_updates(b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call, dtype: int) -> list[Typed]:
+def _quantized_updates(
+    b: Builder, shape: NodeSizes, attributes: OperatorAttributes, call: CallValues, dtype: int
+) -> list[Typed]:
     """Where to write tiles and groups, and what: (value, type, rank), in the order of ``_UPDATES``."""
     size, dim, capacity = shape.group_size, shape.head_dim, b.size("visual_count", 1)
     index = b.reshape(b.cast("visual_index", INT64), [0, -1, size])

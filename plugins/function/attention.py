@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, Builder, Value
-from vkvx.plugins.function.call import Call, Shape
+from vkvx.plugins.function.call import CallValues, NodeSizes
 from vkvx.plugins.function.quantize import FP16_MAX
 from vkvx.plugins.function.visual import VisualCache
 from vkvx.plugins.operator import OperatorAttributes
@@ -13,7 +13,12 @@ MASKED = -1e30
 
 
 def attend(
-    b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call, visual: VisualCache | None, dtype: int
+    b: Builder,
+    shape: NodeSizes,
+    attributes: OperatorAttributes,
+    call: CallValues,
+    visual: VisualCache | None,
+    dtype: int,
 ) -> Value:
     """Attention output [B, Hq, S, D] in the model's type ``dtype``, 0 at padding positions.
 
@@ -55,7 +60,7 @@ def _float(b: Builder, x: Value, dtype: int) -> Value:
     return x if dtype == FLOAT else b.cast(x, FLOAT)
 
 
-def _rows(b: Builder, call: Call, cache: Value, new: Value, dtype: int) -> Value:
+def _rows(b: Builder, call: CallValues, cache: Value, new: Value, dtype: int) -> Value:
     """Cached text rows, then the call's tokens by entry: [B, Hkv, n + M, D] FP32."""
     cached = _float(b, b.op("GatherND", cache, call.text_rows), dtype)
     # Where there is no cached text, the row read is unspecified: it must not get in, not even as 0 * NaN.

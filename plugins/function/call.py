@@ -21,7 +21,7 @@ FAR = 2**30
 
 
 @dataclass(frozen=True)
-class Shape:
+class NodeSizes:
     """Static sizes of a node."""
 
     query_heads: int
@@ -36,7 +36,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Call:
+class CallValues:
     """Index tensors of a call, INT64. ``n`` is the longest cached text, ``g`` the most cached groups; at least 1."""
 
     live: Value  # [B] 1 where the row has a slot
@@ -55,7 +55,7 @@ class Call:
     new_rows: Value  # [B, Hkv, M, 3] entries in key and value
 
 
-def indices(b: Builder, shape: Shape, outer: Value, inner: Value, rank: int = 4) -> Value:
+def indices(b: Builder, shape: NodeSizes, outer: Value, inner: Value, rank: int = 4) -> Value:
     """Indices (outer, head, inner) for GatherND and ScatterND: [B, Hkv, ..., 3].
 
     outer is [B], inner [B, ...] with rank - 2 axes; rank counts the axes of the result.
@@ -66,7 +66,7 @@ def indices(b: Builder, shape: Shape, outer: Value, inner: Value, rank: int = 4)
     return b.op("Add", b.op("Add", outer, b.op("Mul", heads, [0, 1, 0])), inner)
 
 
-def flat_indices(b: Builder, shape: Shape, outer: Value, inner: Value, size: Value, rank: int = 3) -> Value:
+def flat_indices(b: Builder, shape: NodeSizes, outer: Value, inner: Value, size: Value, rank: int = 3) -> Value:
     """Indices (outer, head, inner) of a cache [Bc, Hkv, size, ...] whose first three axes are made one: [B, Hkv, ...].
 
     outer is [B], inner [B or 1, ...] with rank - 1 axes; rank counts the axes of the result. They are for Gather, as
@@ -76,8 +76,8 @@ def flat_indices(b: Builder, shape: Shape, outer: Value, inner: Value, size: Val
     return b.op("Add", b.unsqueeze(b.op("Mul", heads, size), *range(2, rank)), b.unsqueeze(inner, 1))
 
 
-def read_call(b: Builder, shape: Shape, packed: bool) -> Call:
-    """Nodes for ``Call``."""
+def read_call(b: Builder, shape: NodeSizes, packed: bool) -> CallValues:
+    """Nodes for ``CallValues``."""
     with b.scope("call"):
         slot = b.cast("slot", INT64)
         live_rows = b.op("Greater", slot, -1)
@@ -119,7 +119,7 @@ def read_call(b: Builder, shape: Shape, packed: bool) -> Call:
             tiles, capacity = (b.op("Mul", x, shape.tiles) for x in (groups, capacity))
             cached_tiles = flat_indices(b, shape, row, b.unsqueeze(b.arange(tiles), 0), capacity)
         column_position = b.op("Concat", *columns, axis=1)
-    return Call(
+    return CallValues(
         live, row, text_count, used, groups, visual_count, visual_seen, cached_groups, cached_tiles, position, source,
         column_position, text_rows, new_rows,
     )  # fmt: skip
@@ -140,7 +140,7 @@ class Placement:
     target: Value  # [B, n] index in the cache row
 
 
-def place(b: Builder, call: Call, used: Value, capacity: Value, entries: Operand) -> Placement:
+def place(b: Builder, call: CallValues, used: Value, capacity: Value, entries: Operand) -> Placement:
     """Append ``entries`` entries a row behind the ``used`` [B] ones, of ``capacity`` (scalar)."""
     room = b.op("Mul", b.op("Sub", capacity, used), call.live)
     has_room = b.op("Greater", room, 0)

@@ -6,7 +6,7 @@ import numpy as np
 
 from vkvx.format import TILE, WORD_BITS
 from vkvx.plugins.function.builder import INT32, UINT8, UINT32, Builder, Value
-from vkvx.plugins.function.call import Shape
+from vkvx.plugins.function.call import NodeSizes
 
 _BYTE_BITS = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.float32)
 
@@ -32,7 +32,7 @@ def bit_planes(b: Builder, codes: Value, bits: int) -> list[Value]:
     return [rest, *reversed(planes)]
 
 
-def pack_keys(b: Builder, shape: Shape, planes: list[Value]) -> Value:
+def pack_keys(b: Builder, shape: NodeSizes, planes: list[Value]) -> Value:
     """Planes of bits [B, Hkv, g, group_size, D] FP32 to INT32 words [B, Hkv, g, tiles, bits, 128, D/32]."""
     bits, dim = len(planes), shape.head_dim
     weights = _half_word_weights(dim)
@@ -41,7 +41,7 @@ def pack_keys(b: Builder, shape: Shape, planes: list[Value]) -> Value:
     return b.reshape(words, [0, 0, -1, shape.tiles, bits, TILE, dim // WORD_BITS])
 
 
-def pack_values(b: Builder, shape: Shape, planes: list[Value]) -> Value:
+def pack_values(b: Builder, shape: NodeSizes, planes: list[Value]) -> Value:
     """Planes of bits [B, Hkv, g, group_size, D] FP32 to INT32 words [B, Hkv, g, tiles, bits, D, 4]."""
     bits, dim = len(planes), shape.head_dim
     weights = np.ascontiguousarray(_half_word_weights(TILE).T)

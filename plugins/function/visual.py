@@ -11,7 +11,7 @@ import numpy as np
 
 from vkvx.format import TILE, WORD_BITS
 from vkvx.plugins.function.builder import FLOAT, Builder, Value
-from vkvx.plugins.function.call import Call, Shape
+from vkvx.plugins.function.call import CallValues, NodeSizes
 from vkvx.plugins.function.pack import unpack
 from vkvx.plugins.operator import OperatorAttributes
 
@@ -21,7 +21,7 @@ _UNSEEN = 1e30
 class VisualCache:
     """The cached visual tokens of a call's rows: g groups a row, R queries a KV head."""
 
-    def __init__(self, b: Builder, shape: Shape, attributes: OperatorAttributes, call: Call) -> None:
+    def __init__(self, b: Builder, shape: NodeSizes, attributes: OperatorAttributes, call: CallValues) -> None:
         self._shape, self._attributes, self._call = shape, attributes, call
         heads, size, dim = shape.kv_heads, shape.group_size, shape.head_dim
         with b.scope("visual_key"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import CapacityError, DependencyError, OptionError
-from vkvx.manifest import Manifest
+from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends import golden
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.engines.gpus import load_cuda
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Result:
+class BenchResult:
     """Times and memory of one backend.
 
     ``vision`` is None without pictures. ``tokens_per_second`` counts the tokens of all rows in decode.
@@ -96,7 +94,7 @@ def bench_bundle(
     threads: int | None = None,
     verify: bool = True,
     progress: Progress | None = None,
-) -> Result:
+) -> BenchResult:
     """Open a bundle in a backend ("auto" chooses one) with just the cache that the load needs, and time it.
 
     Raises what opening raises; BundleError for pictures in a model whose pictures vary in size; CapacityError if a
@@ -127,7 +125,7 @@ def bench_bundle(
         after, taken = resident_bytes(), device_bytes_used(found.gpu)
     finally:
         opened.close()
-    return Result(
+    return BenchResult(
         backend=opened.name,
         provider=opened.provider,
         reason=found.reason,

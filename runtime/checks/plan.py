@@ -22,7 +22,7 @@ _TOKENS = keyword("tokens_per_picture")
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """The cache at one number of bits. Bytes count all layers, keys and values, params and padding to groups.
 
     ``max_slots`` is how many sequences of the planned length fit beside the weights; ``max_pictures`` how many pictures
@@ -57,7 +57,7 @@ class Plan:
     tokens_per_picture: int
     pictures: int
     text_tokens: int
-    rows: tuple[Row, ...]
+    rows: tuple[PlanRow, ...]
 
     @property
     def weights(self) -> int:
@@ -161,7 +161,7 @@ def _check(
 
 def _row(
     info: ModelInfo, options: QuantizationOptions, free: int, decoder: int, tokens: int, pictures: int, text_tokens: int
-) -> Row:
+) -> PlanRow:
     quantization = options.resolve(info.layers, tokens)
     layout = CacheLayout(info, quantization)
     picture, text = layout.visual_bytes_per_picture(tokens), layout.text_bytes_per_token
@@ -169,7 +169,7 @@ def _row(
     by_memory = max(0, free - text_tokens * text) // picture
     by_positions = max(0, info.max_positions - text_tokens) // tokens
     most = min(by_memory, by_positions)
-    return Row(
+    return PlanRow(
         bits=options.bits,
         group_size=0 if options.bits == BASELINE_BITS else quantization.group_size,
         bytes_per_picture=picture,

@@ -7,7 +7,7 @@ arises: a code that differs because its value lies on the border of two levels w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ import numpy as np
 
 from vkvx.errors import OptionError
 from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS
-from vkvx.manifest import Manifest
+from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, open_backend
 from vkvx.runtime.calls import Row, build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
 from vkvx.runtime.sessions.processor import Picture, Prepared, Processor
 
-Progress = Callable[[str, int, int], None]
 COMPARED = ("onnxruntime", *ENGINE_BACKENDS)
 """Backends that can be validated."""
 

@@ -20,7 +20,7 @@ from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.plugins import build as plugin_build
 from vkvx.runtime.engines.gpus import Gpu, list_gpus, use_gpu
 from vkvx.runtime.engines.gpus import capabilities as capabilities_of
-from vkvx.runtime.engines.library import PLUGIN_LIBRARIES, Library, load, plugin
+from vkvx.runtime.engines.library import PLUGIN_LIBRARIES, TensorRTLibrary, load, plugin
 from vkvx.runtime.engines.limits import build_profiles, resolve_limits
 from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import (
@@ -58,7 +58,7 @@ revision are built anew. A test names the modules that may do so, and notices wh
 
 
 @dataclass(frozen=True)
-class Result:
+class BuildResult:
     """What :func:`build_engines` did. ``predicted_memory`` and ``peak_memory`` are main memory, in bytes."""
 
     directory: Path
@@ -74,7 +74,7 @@ class _Job:
 
     bundle: Path
     manifest: Manifest
-    library: Library
+    library: TensorRTLibrary
     capabilities: tuple[str, ...]
     limits: Limits
     profiles: tuple[Profile, ...]
@@ -97,7 +97,7 @@ def build_engines(
     *,
     notice: Callable[[str], None] = lambda text: None,
     verbose: bool = False,
-) -> Result:
+) -> BuildResult:
     """Build vision and decoder engines into ``BUNDLE/engines``, unless that was done for the same inputs.
 
     ``notice`` gets lines for the person who waits, such as that the plugin is compiled first; ``verbose`` prints the
@@ -109,15 +109,15 @@ def build_engines(
     with _lock(job.directory):
         found = None if options.force else _up_to_date(job)
         if found is not None:
-            return Result(job.directory, found, False, predicted, None)
+            return BuildResult(job.directory, found, False, predicted, None)
         _check_memory(predicted)
         check_room(job.bundle, 2 * sum(_weight_bytes(job.bundle, job.manifest).values()))
         with new_directory(job.directory, force=True, kind=KIND) as partial:
             manifest = _build(job, partial, progress)
-    return Result(job.directory, manifest, True, predicted, peak_memory())
+    return BuildResult(job.directory, manifest, True, predicted, peak_memory())
 
 
-def predicted_memory(library: Library, bundle: Path, manifest: Manifest, *, plugin_free: bool) -> int:
+def predicted_memory(library: TensorRTLibrary, bundle: Path, manifest: Manifest, *, plugin_free: bool) -> int:
     """Bytes of main memory that a build takes at most; measured with TensorRT for RTX and 8.6."""
     return build_memory(
         max(_weight_bytes(bundle, manifest).values()),
@@ -149,7 +149,7 @@ def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], ve
 
 
 def _find_plugin(
-    library: Library, options: BuildOptions, capabilities: tuple[str, ...], notice: Callable[[str], None]
+    library: TensorRTLibrary, options: BuildOptions, capabilities: tuple[str, ...], notice: Callable[[str], None]
 ) -> Path:
     """The plugin's library; compiled now if there is none for these compute capabilities."""
     if options.plugin not in (None, EMBED):
@@ -175,7 +175,7 @@ def _find_plugin(
 
 def _cache_key(
     bundle: Path,
-    library: Library,
+    library: TensorRTLibrary,
     capabilities: tuple[str, ...],
     limits: Limits,
     options: BuildOptions,

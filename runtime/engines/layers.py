@@ -8,7 +8,7 @@ from typing import Any
 
 from vkvx.errors import EngineError, VkvxError
 from vkvx.runtime.engines.gpus import list_gpus, use_gpu
-from vkvx.runtime.engines.library import REBUILD, Library, load, load_engine
+from vkvx.runtime.engines.library import REBUILD, TensorRTLibrary, load, load_engine
 from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import EngineManifest
 
@@ -29,7 +29,7 @@ def engine_layers(manifest: EngineManifest, directory: Path, file: str) -> tuple
         return [], str(error)
 
 
-def _inspect(library: Library, manifest: EngineManifest, directory: Path, file: str) -> list[Any]:
+def _inspect(library: TensorRTLibrary, manifest: EngineManifest, directory: Path, file: str) -> list[Any]:
     module, log = library.module, Log(library.module)
     runtime = module.Runtime(log.logger)
     if manifest.plugin is not None and manifest.plugin.embedded:

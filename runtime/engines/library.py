@@ -33,7 +33,7 @@ REBUILD = "run `vkvx build BUNDLE --force`"
 
 
 @dataclass(frozen=True)
-class Library:
+class TensorRTLibrary:
     """An imported TensorRT. ``version`` is as the module says it, for example 1.7.1.116."""
 
     backend: str
@@ -121,7 +121,7 @@ def load_engine(runtime: Any, log: Log, path: Path) -> Any:
     return engine
 
 
-def load(backend: str, *, has_gpu: bool) -> Library:
+def load(backend: str, *, has_gpu: bool) -> TensorRTLibrary:
     """Import the library of a backend; ``auto`` is TensorRT where there is a GPU and that package, else RTX.
 
     Raises OptionError for an unknown backend, DependencyError for one that is missing or cannot be loaded.
@@ -150,7 +150,7 @@ def load(backend: str, *, has_gpu: bool) -> Library:
         ) from error
     except (ImportError, OSError) as error:
         raise DependencyError(f"{NAMES[backend]} cannot be loaded: {error}") from error
-    library = Library(backend, module, str(module.__version__))
+    library = TensorRTLibrary(backend, module, str(module.__version__))
     if backend == "tensorrt" and library.release != (8, 6) and library.release < (10, 3):
         raise DependencyError(
             f"{library.name} cannot run the plugin's interface; install TensorRT 8.6, or 10.3 or newer"
@@ -180,7 +180,7 @@ def _name_rtx_library() -> None:
 
 
 @contextlib.contextmanager
-def plugin(library: Library, builder: Any, log: Log, path: Path) -> Iterator[None]:
+def plugin(library: TensorRTLibrary, builder: Any, log: Log, path: Path) -> Iterator[None]:
     """Load a plugin library into the registry of a builder; it leaves the registry in the end.
 
     Raises DependencyError if it cannot be loaded, or holds no creator of the operator.

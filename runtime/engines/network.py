@@ -12,7 +12,7 @@ from vkvx.errors import BuildError
 from vkvx.manifest import Graph
 from vkvx.plugins.operator import NAME
 from vkvx.runtime.engines.gpus import Gpu, use_gpu
-from vkvx.runtime.engines.library import Library
+from vkvx.runtime.engines.library import TensorRTLibrary
 from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import Profile
 from vkvx.runtime.engines.progress import BuildProgress, monitor, run_cancellable
@@ -32,7 +32,7 @@ class Network:
         return int(self.definition.num_layers)
 
 
-def parse(library: Library, builder: Any, log: Log, graph: bytes, path: Path) -> Network:
+def parse(library: TensorRTLibrary, builder: Any, log: Log, graph: bytes, path: Path) -> Network:
     """Parse a graph, whose external weights lie beside ``path``. Raises BuildError that names the node."""
     module = library.module
     flags = module.NetworkDefinitionCreationFlag
@@ -87,7 +87,7 @@ def _value_types(graph: bytes) -> dict[str, str]:
     return {name: names[number] for name, number in types.items() if number in names}
 
 
-def _set_precisions(library: Library, layers: Iterable[Any], types: Mapping[str, str]) -> None:
+def _set_precisions(library: TensorRTLibrary, layers: Iterable[Any], types: Mapping[str, str]) -> None:
     """Let layers of a weakly typed network compute in the types that the graph gives their results.
 
     The parser of such a network takes all that is computed for FP32. Then TensorRT would choose between FP32 and FP16
@@ -107,7 +107,7 @@ def _set_precisions(library: Library, layers: Iterable[Any], types: Mapping[str,
                 layer.set_output_type(i, library.precision(dtype))
 
 
-def check_tensors(library: Library, network: Network, graph: Graph) -> None:
+def check_tensors(library: TensorRTLibrary, network: Network, graph: Graph) -> None:
     """Raise BuildError unless the network has the inputs and outputs of the bundle's graph, and their types."""
     definition = network.definition
     found = {
@@ -145,7 +145,7 @@ def add_profile(builder: Any, config: Any, profile: Profile) -> None:
 
 
 def build_engine(
-    library: Library,
+    library: TensorRTLibrary,
     builder: Any,
     log: Log,
     network: Network,
@@ -180,7 +180,7 @@ def build_engine(
     progress.done()
 
 
-def _serialize(library: Library, builder: Any, definition: Any, config: Any, file: BinaryIO) -> bool:
+def _serialize(library: TensorRTLibrary, builder: Any, definition: Any, config: Any, file: BinaryIO) -> bool:
     """Build, and write piece by piece where TensorRT can: the engine is never in memory as a whole then."""
     if not library.writes_streams:
         engine = builder.build_serialized_network(definition, config)

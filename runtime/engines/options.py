@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vkvx.errors import DependencyError, OptionError
-from vkvx.runtime.engines.library import Library
+from vkvx.runtime.engines.library import TensorRTLibrary
 from vkvx.runtime.engines.limits import GivenLimits
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -51,7 +51,7 @@ class BuildOptions:
         }
 
 
-def choose_capabilities(library: Library, given: tuple[str, ...], native: list[str]) -> tuple[str, ...]:
+def choose_capabilities(library: TensorRTLibrary, given: tuple[str, ...], native: list[str]) -> tuple[str, ...]:
     """The compute capabilities to build for: what was given, else that of the machine's first GPU.
 
     ``native`` are those of the machine's GPUs, such as "8.9", in CUDA's order.
@@ -87,7 +87,7 @@ def choose_capabilities(library: Library, given: tuple[str, ...], native: list[s
     return chosen
 
 
-def check_options(library: Library, options: BuildOptions, *, has_gpu: bool) -> None:
+def check_options(library: TensorRTLibrary, options: BuildOptions, *, has_gpu: bool) -> None:
     """Raise OptionError for what the library does not offer here, and for options that exclude each other."""
     module, level = library.module, options.optimization_level
     if level is not None and not 0 <= level <= 5:
@@ -132,7 +132,7 @@ _OLD_LEVEL = 0
 five at level 3, its own default."""
 
 
-def configure(library: Library, builder: Any, options: BuildOptions, capabilities: tuple[str, ...]) -> Any:
+def configure(library: TensorRTLibrary, builder: Any, options: BuildOptions, capabilities: tuple[str, ...]) -> Any:
     """An ``IBuilderConfig`` with everything but profiles, timing cache, plugin and progress."""
     module = library.module
     config = builder.create_builder_config()

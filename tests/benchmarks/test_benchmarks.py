@@ -17,7 +17,7 @@ import torch
 from benchmarks import __main__ as driver
 from benchmarks.cases import attention, breakeven, engine_pages
 from benchmarks.lib import gpu, rivals
-from benchmarks.lib.rivals import Outcome
+from benchmarks.lib.rivals import RivalTime
 from benchmarks.lib.tables import markdown
 
 SHAPE = "B64 Hq32 Hkv32 T2304"
@@ -25,15 +25,15 @@ SHAPE = "B64 Hq32 Hkv32 T2304"
 
 def attention_rows() -> list[dict[str, Any]]:
     outcomes = [
-        Outcome("cudnn", 16, 3000, 8.0, 2e-4),
-        Outcome("flash", 16, 3000, 10.0, 2e-4),
-        Outcome("efficient", 16, 3000, note="not offered: no kernel"),
-        Outcome("flex fp8", 8, 1500, 6.0, 3e-4),
-        Outcome("vkvx", 1, 300, 2.0, 2e-4),
-        Outcome("triton", 1, 300, 5.0, 2e-4),
-        Outcome("vkvx, affine", 1, 300, 2.5, 2e-4),
-        Outcome("vkvx", 8, 2400, 4.0, 2e-4),
-        Outcome("triton", 8, 2400, 7.0, 2e-4),
+        RivalTime("cudnn", 16, 3000, 8.0, 2e-4),
+        RivalTime("flash", 16, 3000, 10.0, 2e-4),
+        RivalTime("efficient", 16, 3000, note="not offered: no kernel"),
+        RivalTime("flex fp8", 8, 1500, 6.0, 3e-4),
+        RivalTime("vkvx", 1, 300, 2.0, 2e-4),
+        RivalTime("triton", 1, 300, 5.0, 2e-4),
+        RivalTime("vkvx, affine", 1, 300, 2.5, 2e-4),
+        RivalTime("vkvx", 8, 2400, 4.0, 2e-4),
+        RivalTime("triton", 8, 2400, 7.0, 2e-4),
     ]
     return [outcome.row(SHAPE, 3.0) for outcome in outcomes]
 
@@ -56,9 +56,9 @@ def test_markdown() -> None:
 
 
 def test_a_row_has_the_share_of_the_copy_bandwidth() -> None:
-    row = Outcome("vkvx", 1, 3_000_000, 2.0, 2.34e-4).row(SHAPE, 3000.0)
+    row = RivalTime("vkvx", 1, 3_000_000, 2.0, 2.34e-4).row(SHAPE, 3000.0)
     assert (row["us"], row["% of copy"], row["error"]) == (2.0, 50.0, 2.3e-4)  # 1500 GB/s of 3000
-    row = Outcome("efficient", 16, 1, note="not offered: no kernel").row(SHAPE, 3000.0)
+    row = RivalTime("efficient", 16, 1, note="not offered: no kernel").row(SHAPE, 3000.0)
     assert (row["us"], row["% of copy"], row["note"]) == (None, None, "not offered: no kernel")
     json.dumps(row, allow_nan=False)
 
@@ -210,14 +210,14 @@ def test_the_faster_form_of_a_backend_counts(monkeypatch: pytest.MonkeyPatch) ->
     query, key, value = torch.randn(2, 4, 1, 128), torch.randn(2, 2, 8, 128), torch.randn(2, 2, 8, 128)
     monkeypatch.setattr(rivals, "_random", lambda shape: [query, key, value])
 
-    def measure(method: str, bits: int, size: int, call: Any, expected: Any, cold: bool) -> Outcome:
+    def measure(method: str, bits: int, size: int, call: Any, expected: Any, cold: bool) -> RivalTime:
         times = {("cudnn", False): 9.0, ("cudnn", True): 7.0, ("flash", False): 6.0, ("flash", True): 8.0}
         us = times.get(call.args[:2])
-        return Outcome(method, bits, size, us, 1e-4, "" if us else "not offered")
+        return RivalTime(method, bits, size, us, 1e-4, "" if us else "not offered")
 
     monkeypatch.setattr(rivals, "measure", measure)
     monkeypatch.setattr(rivals, "_sdpa", lambda *arguments: arguments[:2])
-    outcomes, fastest = rivals.sixteen_bits(gpu.Shape(2, 4, 2, 8, 128))
+    outcomes, fastest = rivals.sixteen_bits(gpu.DecodeShape(2, 4, 2, 8, 128))
     assert [(outcome.method, outcome.us) for outcome in outcomes] == [
         ("cudnn", 7.0),
         ("flash", 6.0),

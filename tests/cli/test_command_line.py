@@ -231,20 +231,20 @@ def test_leading_space_of_an_answer() -> None:
 
 
 def test_progress_without_a_terminal_is_a_line_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    with terminal.Progress("export") as progress:
+    with terminal.ProgressBar("export") as progress:
         for done in range(3):
             progress("trace", done, 2)
         progress("weights", 10, 10)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" (")[0] for line in lines] == ["export: trace", "export: weights"]
-    with terminal.Progress("run", announce=False) as progress:
+    with terminal.ProgressBar("run", announce=False) as progress:
         progress("verify", 1, 1)
     assert capsys.readouterr().err == ""
 
 
 def test_a_stage_that_fails_is_not_announced(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
-        with terminal.Progress("export") as progress:
+        with terminal.ProgressBar("export") as progress:
             progress("weights", 1, 10)
             raise CapacityError("too long")
 
@@ -260,7 +260,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
 
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
-    with terminal.Progress("export") as progress:
+    with terminal.ProgressBar("export") as progress:
         progress("weights", 0, 1 << 21)
         progress("weights", 1 << 21, 1 << 21)
     assert "weights" in shown.getvalue()

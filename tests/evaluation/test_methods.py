@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cases import methods
 from benchmarks.cases.methods import Study
-from benchmarks.lib.simulation import TOKENS, Batch
+from benchmarks.lib.simulation import TOKENS, PageBatch
 from vkvx import OptionError, quantize_visual_cache
 from vkvx.evaluation.tasks import DIGITS_PROMPT, Sample, prompt_of
 from vkvx.models.registry import resolve
@@ -30,7 +30,7 @@ def study() -> Study:
 
 
 @pytest.fixture(scope="module")
-def batch(study: Study) -> Batch:
+def batch(study: Study) -> PageBatch:
     return study.simulation.batch(SEEDS, "test")
 
 
@@ -53,14 +53,14 @@ def product_tokens(study: Study, **options: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PRODUCT)
-def test_tokens_are_those_of_the_product(study: Study, batch: Batch, name: str) -> None:
+def test_tokens_are_those_of_the_product(study: Study, batch: PageBatch, name: str) -> None:
     tokens = study.simulation.answer(batch, methods.methods(study)[name].technique())
     expected = product_tokens(study, **PRODUCT[name])
     assert study.simulation.texts(tokens) == study.simulation.texts(expected)
     assert tokens[:, : expected.shape[1]].tolist() == expected.tolist()
 
 
-def test_the_reference_is_the_model(study: Study, batch: Batch) -> None:
+def test_the_reference_is_the_model(study: Study, batch: PageBatch) -> None:
     """The simulated 16-bit model answers as transformers does, and takes all tokens up to an answer's end."""
     ends = study.simulation.info.eos_token_ids
     assert batch.tokens.shape == (len(SEEDS), TOKENS)
@@ -107,7 +107,7 @@ def test_unknown_names_are_refused() -> None:
         methods.run(parser.parse_args(["--pages", "0"]))
 
 
-def test_the_metric_of_the_product_is_the_long_window(study: Study, batch: Batch) -> None:
+def test_the_metric_of_the_product_is_the_long_window(study: Study, batch: PageBatch) -> None:
     """What the table calls weights at offset 0 is what the product uses, up to FP16."""
     own = study.window_metric(methods.LONG, 0, methods.FLOOR)
     for layer in batch.layers:
@@ -116,7 +116,7 @@ def test_the_metric_of_the_product_is_the_long_window(study: Study, batch: Batch
         torch.testing.assert_close(values, study.product_value_metric(layer), rtol=0, atol=5e-3)
 
 
-def test_hadamard_of_the_mean_changes_nothing_for_lloyd(study: Study, batch: Batch) -> None:
+def test_hadamard_of_the_mean_changes_nothing_for_lloyd(study: Study, batch: PageBatch) -> None:
     """Offsets are free, so taking out the mean of a channel before or after the rotation is the same."""
     table = methods.methods(study)
     plain, centred = (

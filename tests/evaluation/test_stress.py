@@ -12,13 +12,13 @@ import torch
 
 from vkvx.errors import OptionError
 from vkvx.evaluation import stress
-from vkvx.evaluation.stress import REDUCED, Method, Outcome, Sequences, Setting, methods, run_stress, table
+from vkvx.evaluation.stress import REDUCED, Method, Sequences, StressOutcome, StressSetting, methods, run_stress, table
 from vkvx.evaluation.stress_cases import CASES
 from vkvx.format import BITS, QUANTIZERS, SCORE_CORRECTIONS
 
 CPU = torch.device("cpu")
 EVERY_METHOD = methods()
-Results = dict[Method, dict[str, Outcome]]
+Results = dict[Method, dict[str, StressOutcome]]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_cache_that_forgets_fails(case: str, monkeypatch: pytest.MonkeyPatch) 
         return ask(self, *arguments, **more)
 
     monkeypatch.setattr(Sequences, "ask", blind)
-    assert not CASES[case](Setting(Method("lloyd", "none", 8), REDUCED, CPU)).passed
+    assert not CASES[case](StressSetting(Method("lloyd", "none", 8), REDUCED, CPU)).passed
 
 
 def test_one_output_that_is_not_finite_fails_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_one_output_that_is_not_finite_fails_a_case(monkeypatch: pytest.MonkeyPa
         self.finite[0] = False
         return ask(self, *arguments, **more)
 
-    setting = Setting(Method("minmax", "none", 8), REDUCED, CPU)
+    setting = StressSetting(Method("minmax", "none", 8), REDUCED, CPU)
     assert CASES["flat_attention"](setting).passed
     monkeypatch.setattr(Sequences, "ask", spoil)
     assert not CASES["flat_attention"](setting).passed
@@ -114,7 +114,7 @@ def test_the_cache_is_read_as_exact_attention_at_eight_bits() -> None:
     for x in (key, value):
         x[:, :, :2] = torch.tensor([-2.0, 255 / 64 - 2])[:, None]  # extremes, so that levels are those of the grid
         x[:, :, 256:258] = x[:, :, :2]
-    sequences = Sequences(Setting(Method("minmax", "none", 8), REDUCED, CPU), 2, 32, 300, 40, rows=2)
+    sequences = Sequences(StressSetting(Method("minmax", "none", 8), REDUCED, CPU), 2, 32, 300, 40, rows=2)
     sequences.picture(key, value)
     text_key, text_value = (torch.randn(2, 2, 40, 32, generator=random) for _ in range(2))
     sequences.text(text_key, text_value, tokens_a_call=16)
@@ -125,8 +125,10 @@ def test_the_cache_is_read_as_exact_attention_at_eight_bits() -> None:
 
 
 def test_table() -> None:
-    some = {"a": Outcome(0.123, True), "b": Outcome(7.0, False)}
-    rows = table([(Method("lloyd", "none", 1), some), (Method("minmax", "none", 1), {**some, "b": Outcome(1, True)})])
+    some = {"a": StressOutcome(0.123, True), "b": StressOutcome(7.0, False)}
+    rows = table(
+        [(Method("lloyd", "none", 1), some), (Method("minmax", "none", 1), {**some, "b": StressOutcome(1, True)})]
+    )
     assert [row["passed"] for row in rows] == ["1 of 2", "2 of 2", "3 of 4"]
     assert [row["b"] for row in rows] == ["FAIL 7", "pass 1", "1 of 2"]
     assert all(list(row) == list(rows[0]) for row in rows)

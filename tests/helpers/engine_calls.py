@@ -13,7 +13,7 @@ from vkvx.cache_layout import CacheLayout
 from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
 from vkvx.manifest import FileInfo, Graph, Manifest, TensorSpec, sha256
 from vkvx.plugins.operator import DOMAIN
-from vkvx.runtime.engines.build import Result, build_engines
+from vkvx.runtime.engines.build import BuildResult, build_engines
 from vkvx.runtime.engines.limits import GivenLimits
 from vkvx.runtime.engines.options import BuildOptions
 
@@ -21,7 +21,7 @@ SMALL = GivenLimits(batch_size=2, slots=3, text_tokens=300, visual_tokens=640)
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
 
-def build(bundle: Path, plugin: Path | str | None, **options: Any) -> Result:
+def build(bundle: Path, plugin: Path | str | None, **options: Any) -> BuildResult:
     """Engines for compute capability 8.9 with small limits, unless said otherwise; none of the plugin if None."""
     chosen = {
         "backend": "rtx",

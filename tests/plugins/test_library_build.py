@@ -13,7 +13,7 @@ import tomllib
 
 from vkvx.errors import DependencyError, OptionError, VkvxError
 from vkvx.plugins import build
-from vkvx.plugins.library import KERNELS, QUANTIZERS, Library, Params
+from vkvx.plugins.library import KERNELS, QUANTIZERS, KernelLibrary, Params
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_library_can_be_named(cache: Path, tmp_path: Path, monkeypatch: pyte
     own.touch()
     assert build.find_library() == own
     with pytest.raises(DependencyError, match=r"cannot load .*own\.so"):
-        Library(own)
+        KernelLibrary(own)
 
 
 def test_messages_without_tools(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +135,8 @@ def test_every_source_is_hashed_and_packaged() -> None:
 
 
 @pytest.fixture(scope="module")
-def library(kernel_build: Path) -> Library:
-    return Library(kernel_build / build.LIBRARY)
+def library(kernel_build: Path) -> KernelLibrary:
+    return KernelLibrary(kernel_build / build.LIBRARY)
 
 
 def _params(**changes: object) -> Params:
@@ -174,39 +174,39 @@ def _params(**changes: object) -> Params:
         ),
     ],
 )
-def test_wrong_sizes_are_refused(library: Library, changes: dict[str, object], words: str) -> None:
+def test_wrong_sizes_are_refused(library: KernelLibrary, changes: dict[str, object], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         library.workspace_bytes(_params(**changes))
 
 
-def test_another_struct_is_refused(library: Library) -> None:
+def test_another_struct_is_refused(library: KernelLibrary) -> None:
     params = _params()
     params.size -= 8
     with pytest.raises(OptionError, match="another size"):
         library.workspace_bytes(params)
 
 
-def test_workspace_grows_with_the_call(library: Library) -> None:
+def test_workspace_grows_with_the_call(library: KernelLibrary) -> None:
     small = library.workspace_bound(_params())
     large = library.workspace_bound(_params(rows=64, positions=1000))
     assert 0 < small < large
     assert library.workspace_bound(_params(correction=1)) > small
 
 
-def test_bound_of_the_workspace_is_for_chosen_kernels_only(library: Library) -> None:
+def test_bound_of_the_workspace_is_for_chosen_kernels_only(library: KernelLibrary) -> None:
     for changes in ({"kernel": KERNELS["plain"]}, {"splits": 2}):
         with pytest.raises(OptionError, match="known for kernel VKVX_AUTO and 0 splits only"):
             library.workspace_bound(_params(**changes))
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a device")
-def test_without_a_device_the_workspace_is_that_of_all(library: Library) -> None:
+def test_without_a_device_the_workspace_is_that_of_all(library: KernelLibrary) -> None:
     assert library.workspace_bytes(_params()) == library.workspace_bound(_params())
     with pytest.raises(VkvxError, match="no CUDA device is current"):
         library.workspace_zeroed(_params())
 
 
-def test_only_pictures_of_shaped_need_workspace_for_the_append(library: Library) -> None:
+def test_only_pictures_of_shaped_need_workspace_for_the_append(library: KernelLibrary) -> None:
     sizes = {
         (name, entries): library.workspace_bytes(
             _params(quantizer=QUANTIZERS[name], visual_entries=entries, rows=8, slots=8, query_heads=8, kv_heads=8)

@@ -13,7 +13,7 @@ import pytest
 from plugin_calls import FIELD_TYPES, TYPES, Builds, Creator, Desc, Node, run
 
 from vkvx.plugins import build
-from vkvx.plugins.library import Library, Params
+from vkvx.plugins.library import KernelLibrary, Params
 from vkvx.plugins.operator import INPUTS, OUTPUTS, OperatorAttributes, TensorDefinition
 
 INTERFACES = [3, 2]
@@ -280,7 +280,7 @@ print(registry.get_creator("VisualKVAttention", "1", "vkvx"))
 
 
 def test_workspace_is_that_of_the_library(creator: Creator, plugin_builds: Builds, kernel_build: Path) -> None:
-    library = Library(kernel_build / build.LIBRARY)
+    library = KernelLibrary(kernel_build / build.LIBRARY)
     for values in ({}, {"key_bits": 16, "value_bits": 16}, {"score_correction": "affine", "quantizer": "shaped"}):
         attributes, node = make(creator, **values)
         inputs, outputs = descs(attributes)

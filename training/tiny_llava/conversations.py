@@ -18,23 +18,23 @@ IGNORED = -100
 _WEIGHTS = np.array([0.34, 0.16, 0.14, 0.12, 0.06, 0.09, 0.09])  # of data.KINDS
 _SHARES = np.cumsum(_WEIGHTS / _WEIGHTS.sum())
 
-Record = tuple[np.ndarray, tuple[data.Mark, ...]]
+PageRecord = tuple[np.ndarray, tuple[data.Mark, ...]]
 Turn = tuple[str, str, int]
 """A question, its answer, and how many pictures the question brings along."""
 
 
-def _ask(record: Record, rng: np.random.Generator, images: int = 0, name: str = "page") -> Turn:
+def _ask(record: PageRecord, rng: np.random.Generator, images: int = 0, name: str = "page") -> Turn:
     kind = data.KINDS[int(np.searchsorted(_SHARES, rng.random()))]
     return (*data.question(*record, kind, rng, name), images)
 
 
-def about_one(record: Record, rng: np.random.Generator, turns: int = 3) -> list[Turn]:
+def about_one(record: PageRecord, rng: np.random.Generator, turns: int = 3) -> list[Turn]:
     """A few questions about one page; now and then a question without a picture comes first."""
     talk: list[Turn] = [(*data.text_question(rng), 0)] if rng.random() < 0.06 else []
     return talk + [_ask(record, rng, images=int(i == 0)) for i in range(turns)]
 
 
-def about_two(first: Record, second: Record, rng: np.random.Generator, turns: int = 3) -> list[Turn]:
+def about_two(first: PageRecord, second: PageRecord, rng: np.random.Generator, turns: int = 3) -> list[Turn]:
     """Two pages, both at once or the second in a later turn, where "the page" means the one just shown."""
     names = {"first page": first, "second page": second}
     picked = [("first page", "second page")[int(rng.integers(2))] for _ in range(turns)]

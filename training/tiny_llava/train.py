@@ -69,7 +69,7 @@ def cell_targets(record: conversations.Record) -> np.ndarray:
     return np.stack((digits.flatten(), kinds, np.arange(len(kinds))))
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """Tensors of a step."""
 
     ids: torch.Tensor  # int64 [rows, length]
@@ -83,7 +83,7 @@ class Recording(NamedTuple):
     """A CUDA graph of forward and backward, with the tensors it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    batch: Batch
+    batch: TrainingBatch
     gradients: list[torch.Tensor | None]
     losses: torch.Tensor
 
@@ -120,7 +120,7 @@ class Trainer:
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
         return self.options.lr * min(1.0, (self.step + 1) / self.options.warmup) * cosine
 
-    def batch(self, pool: PagePool) -> Batch:
+    def batch(self, pool: PagePool) -> TrainingBatch:
         """Examples for the next step, in the processor's memory except for the pictures.
 
         Mostly conversations about one page; one step in six is about two pages and one row in 32 about none.
@@ -142,9 +142,9 @@ class Trainer:
         if self.device.type == "cuda":  # pinned, so that the copy does not wait for the step before
             tensors = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
         on_ids, on_labels, on_places, on_targets, indices = tensors
-        return Batch(on_ids, on_labels, on_places, on_targets, pool.pixels[indices])
+        return TrainingBatch(on_ids, on_labels, on_places, on_targets, pool.pixels[indices])
 
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def losses(self, batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss of the answers, loss of the cells, share of visual tokens that tell their digit."""
         core = self.model.model
         with torch.set_grad_enabled(not self.options.freeze_vision):
@@ -165,7 +165,7 @@ class Trainer:
         loss = functional.cross_entropy(logits, batch.labels[:, 1:].flatten(), ignore_index=conversations.IGNORED)
         return loss, cell_loss, seen
 
-    def _backward(self, batch: Batch) -> torch.Tensor:
+    def _backward(self, batch: TrainingBatch) -> torch.Tensor:
         """Fresh gradients in all parameters; returns what `losses` does, stacked."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -173,12 +173,12 @@ class Trainer:
         (loss + 0.3 * cell_loss).backward()
         return torch.stack((loss, cell_loss, seen)).detach()
 
-    def _record(self, batch: Batch, pool: PagePool) -> Recording:
+    def _record(self, batch: TrainingBatch, pool: PagePool) -> Recording:
         """Record `_backward` for batches of this shape as a CUDA graph.
 
         The model is so small that launching its kernels one by one takes longer than running them.
         """
-        static = Batch(*(tensor.clone() for tensor in batch))
+        static = TrainingBatch(*(tensor.clone() for tensor in batch))
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         with pool.paused():  # its thread must not allocate while the graph is recorded
             side.wait_stream(main)
@@ -192,7 +192,7 @@ class Trainer:
                 losses = self._backward(static)
         return Recording(graph, static, [p.grad for p in self.parameters], losses)
 
-    def _gradients(self, batch: Batch, pool: PagePool) -> torch.Tensor:
+    def _gradients(self, batch: TrainingBatch, pool: PagePool) -> torch.Tensor:
         """`_backward`, replayed from a recording where possible."""
         if self.device.type != "cuda" or self.options.eager:
             return self._backward(batch)

@@ -11,7 +11,7 @@ from vkvx.cli.generation import BACKENDS, PROVIDERS
 from vkvx.errors import DependencyError, EngineError, OptionError
 
 if TYPE_CHECKING:
-    from vkvx.runtime.checks.bench import Latency, Result
+    from vkvx.runtime.checks.bench import BenchResult, Latency
 
 ALL = "all"
 
@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
     load = Load(args.batch_size, args.pictures, args.prompt_tokens, args.steps, args.repeats)
     wanted = list(dict.fromkeys(args.backend or ["auto"]))
     names = [name for name in BACKENDS if name != "auto"] if ALL in wanted else wanted
-    results: list[Result] = []
+    results: list[BenchResult] = []
     skipped: dict[str, str] = {}
     for name in names:
         try:
-            with terminal.Progress("bench", announce=False) as progress:
+            with terminal.ProgressBar("bench", announce=False) as progress:
                 results.append(
                     bench_bundle(
                         Path(args.bundle),
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(results: list[Result]) -> list[str]:
+def _table(results: list[BenchResult]) -> list[str]:
     lines = [
         f"{'':<14}{'':<10}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}",
     ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vkvx.cli import terminal
 
 if TYPE_CHECKING:
-    from vkvx.runtime.engines.build import Result
+    from vkvx.runtime.engines.build import BuildResult
     from vkvx.runtime.engines.options import BuildOptions
 
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = _options(args)
     begun = time.perf_counter()
-    with terminal.Progress("build") as progress:
+    with terminal.ProgressBar("build") as progress:
         result = build_engines(
             args.bundle,
             options,
@@ -119,7 +119,7 @@ def _size(option: str, text: str | None) -> int | None:
     return None if text is None else terminal.parse_bytes(text, option)
 
 
-def _summary(result: Result, seconds: float) -> dict[str, Any]:
+def _summary(result: BuildResult, seconds: float) -> dict[str, Any]:
     manifest = result.manifest
     return {
         "engines": str(result.directory),
@@ -138,7 +138,7 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
     }
 
 
-def _print_summary(result: Result, seconds: float) -> None:
+def _print_summary(result: BuildResult, seconds: float) -> None:
     summary, size = _summary(result, seconds), terminal.human_bytes
     limits, layers = result.manifest.limits, summary["plugin_layers"]
     done = f"built in {seconds:.1f} s" if result.built else "built before from the same inputs"

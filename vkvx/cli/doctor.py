@@ -135,7 +135,7 @@ def nvcc_version() -> str | None:
 def cuda_library() -> CudaLibrary:
     """The library that `vkvx plugin build` made, or that an environment variable names; loads it."""
     from vkvx.plugins import build, fatbin
-    from vkvx.plugins.library import ABI_VERSION, Library
+    from vkvx.plugins.library import ABI_VERSION, KernelLibrary
 
     try:
         path = build.find_library()
@@ -146,7 +146,7 @@ def cuda_library() -> CudaLibrary:
     held = fatbin.architectures(path)
     capabilities, ptx = ([f"{code // 10}.{code % 10}" for code in codes] for codes in held)
     try:
-        Library(path)
+        KernelLibrary(path)
     except (DependencyError, AttributeError) as error:  # AttributeError: a library without these functions
         override = build.OVERRIDES[build.LIBRARY]
         advice = f"unset {override}" if os.environ.get(override) else "vkvx plugin build --force"

@@ -170,13 +170,13 @@ def _sensitivity_lines(result: Sensitivity) -> list[str]:
     return [*lines, f"--bits {result.bits} --bits-per-layer {result.bits_per_layer}    ({taken})"]
 
 
-def _common(args: argparse.Namespace, progress: terminal.Progress) -> dict[str, Any]:
+def _common(args: argparse.Namespace, progress: terminal.ProgressBar) -> dict[str, Any]:
     """Arguments that both kinds of run take."""
     names = ("data", "samples", "device", "dtype", "batch", "max_new_tokens", "output", "force")
     return {**{name: getattr(args, name) for name in names}, "progress": progress}
 
 
-class _Progress(terminal.Progress):
+class _Progress(terminal.ProgressBar):
     """Says, when interrupted, that the records are kept."""
 
     def __init__(self, args: argparse.Namespace) -> None:

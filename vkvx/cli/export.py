@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     output = Path(args.output) if args.output else _default_output(args.model, options)
     begun = time.perf_counter()
-    with terminal.Progress("export") as progress:
+    with terminal.ProgressBar("export") as progress:
         manifest = export_model(args.model, output, options, progress)
     seconds = time.perf_counter() - begun
     if args.json:

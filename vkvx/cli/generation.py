@@ -65,7 +65,7 @@ def load_session(args: argparse.Namespace, visual_tokens: int | None = None, tex
     """The bundle, ready to answer. The two sizes count where no option asks for others."""
     from vkvx.runtime.sessions.session import Session
 
-    with terminal.Progress(args.verb, announce=False) as progress:
+    with terminal.ProgressBar(args.verb, announce=False) as progress:
         return Session.load(
             args.bundle,
             backend=args.backend,

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_on_engines(bundle, args)
     manifest = Manifest.load(bundle)
     if args.verify:
-        with terminal.Progress("inspect") as progress:
+        with terminal.ProgressBar("inspect") as progress:
             manifest.verify(bundle, progress)
     report = {
         "bundle": str(bundle),
@@ -67,7 +67,7 @@ def _run_on_engines(directory: Path, args: argparse.Namespace) -> int:
 
     manifest = EngineManifest.load(directory)
     if args.verify:
-        with terminal.Progress("inspect") as progress:
+        with terminal.ProgressBar("inspect") as progress:
             manifest.verify(directory, progress)
     report = inspect_engines.report(directory, manifest, args.verify)
     if args.json:

@@ -87,7 +87,7 @@ def ranges(values: Iterable[Any]) -> list[tuple[str, Any]]:
     return [(str(first) if first == last else f"{first}-{last}", value) for first, last, value in runs]
 
 
-class Progress:
+class ProgressBar:
     """Shows ``progress(stage, done, total)`` on stderr: a bar on a terminal, else one line when a stage is done.
 
     Without ``announce`` nothing of it stays: bars vanish, and there are no lines.
@@ -126,7 +126,7 @@ class Progress:
             note(f"{self._verb}: {self._stage} ({time.perf_counter() - self._begun:.1f} s)")
         self._bar, self._stage = None, None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

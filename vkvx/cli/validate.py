@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.steps < 1:
         raise OptionError(f"--steps {args.steps} is not supported: give at least 1")
-    with terminal.Progress("validate") as progress:
+    with terminal.ProgressBar("validate") as progress:
         report = validate_bundle(
             Path(args.bundle),
             model=args.model,

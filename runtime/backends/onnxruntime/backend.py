@@ -40,7 +40,7 @@ _ONNX_TYPES = {  # how a buffer on a device is bound
 }
 
 
-class DeviceStorage:
+class OrtStorage:
     """Buffers in the memory of a device, as OrtValues; bfloat16 as UINT16, which NumPy knows.
 
     onnxruntime offers no copy between parts of a device buffer, so :meth:`copy` goes through main memory. Empty buffers
@@ -103,7 +103,7 @@ class OnnxRuntimeBackend:
         self.threads = threads or default_threads()
         self.manifest = manifest
         self._bundle = bundle
-        self._storage: Storage = HostStorage() if self.provider == "cpu" else DeviceStorage(self._ort, "cuda")
+        self._storage: Storage = HostStorage() if self.provider == "cpu" else OrtStorage(self._ort, "cuda")
         # What the graphs run with here: bfloat16 becomes float32 on the CPU.
         self._widen = manifest.model.dtype == "bfloat16" and self.provider == "cpu"
         dtype = "float32" if self._widen else manifest.model.dtype

@@ -26,7 +26,7 @@ from vkvx.runtime.backends.tensorrt.call_plan import (
     pack,
     plan_call,
 )
-from vkvx.runtime.backends.tensorrt.device import Device, DeviceArray, DeviceStorage, Graph, PinnedMemory
+from vkvx.runtime.backends.tensorrt.device import CapturedGraph, Device, DeviceArray, DeviceStorage, PinnedMemory
 from vkvx.runtime.backends.tensorrt.engine import Engines
 from vkvx.runtime.cache import PackedCache, Shape, numpy_dtype
 from vkvx.runtime.calls import CALL_INPUTS, Call
@@ -92,7 +92,7 @@ class TensorRTBackend:
         return {name: array.address for name, array in self._arrays.items()}
 
     @property
-    def graphs(self) -> dict[int, Graph]:
+    def graphs(self) -> dict[int, CapturedGraph]:
         """The captured decode steps, by rows."""
         return {rows: lane.graph for rows, lane in self._decode.items() if lane.graph is not None}
 
@@ -241,7 +241,7 @@ class _Lane:
         self._logits: DeviceArray | None = None
         self._results: PinnedMemory | None = None
         self._ran = False
-        self.graph: Graph | None = None
+        self.graph: CapturedGraph | None = None
 
     def close(self) -> None:
         """Drop the graph, then the context; the device must be done."""

@@ -66,7 +66,7 @@ class PinnedMemory:
         return np.ctypeslib.as_array(raw).view(kind).reshape(shape)
 
 
-class Graph:
+class CapturedGraph:
     """Work of a stream that was captured, to be launched at once as often as wanted."""
 
     def __init__(self, device: Device, handle: Any) -> None:
@@ -179,9 +179,9 @@ class Device:
         self.check(self.cuda.cudaStreamSynchronize(self.stream), "the work queued before")
 
     @contextmanager
-    def capture(self) -> Iterator[list[Graph]]:
+    def capture(self) -> Iterator[list[CapturedGraph]]:
         """Capture what is queued inside the block, without running it; the list then holds the graph."""
-        captured: list[Graph] = []
+        captured: list[CapturedGraph] = []
         # Other threads may go on using CUDA meanwhile.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.check(self.cuda.cudaStreamBeginCapture(self.stream, mode), "a capture")
@@ -190,7 +190,9 @@ class Device:
         except BaseException:
             self.cuda.cudaStreamEndCapture(self.stream)  # a stream cannot be used while it captures
             raise
-        captured.append(Graph(self, self.check(self.cuda.cudaStreamEndCapture(self.stream), "a captured graph")))
+        captured.append(
+            CapturedGraph(self, self.check(self.cuda.cudaStreamEndCapture(self.stream), "a captured graph"))
+        )
 
 
 class DeviceStorage:

@@ -13,7 +13,7 @@ from typing import Any
 from vkvx.errors import EngineError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.tensorrt.device import Device
-from vkvx.runtime.engines.library import REBUILD, Library, load, load_engine
+from vkvx.runtime.engines.library import REBUILD, TensorRTLibrary, load, load_engine
 from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import DECODER, VISION, EngineManifest
 
@@ -32,7 +32,7 @@ class Engines:
     decoder: Any
     vision: Any
     runtime: Any
-    library: Library
+    library: TensorRTLibrary
     log: Log
 
     def context(self, engine: Any, profile: int, device: Device) -> Any:
@@ -93,7 +93,7 @@ def check_version(manifest: EngineManifest, version: str, directory: Path) -> No
     )
 
 
-def _load_plugin(library: Library, manifest: EngineManifest, directory: Path, log: Log) -> None:
+def _load_plugin(library: TensorRTLibrary, manifest: EngineManifest, directory: Path, log: Log) -> None:
     """Register the plugin library of an engine directory, if it has one. Raises EngineError if it is not what was
     built, or another one is loaded already."""
     plugin = manifest.plugin

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from vkvx.errors import DependencyError, OptionError
 from vkvx.manifest import Manifest
-from vkvx.runtime.backends.onnxruntime.backend import DeviceStorage, OnnxRuntimeBackend
+from vkvx.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend, OrtStorage
 from vkvx.runtime.backends.onnxruntime.bf16 import widen
 
 OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
@@ -198,7 +198,7 @@ def test_a_bfloat16_graph_runs_as_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
 def test_device_buffers_are_copied_and_read_through_main_memory(dtype: str) -> None:
-    storage = DeviceStorage(ort, "cpu")  # the same calls as on a GPU, on the only device there is everywhere
+    storage = OrtStorage(ort, "cpu")  # the same calls as on a GPU, on the only device there is everywhere
     buffer = storage.allocate(dtype, (3, 2, 5, 4))
     contents = np.arange(120).reshape(3, 2, 5, 4).astype(np.uint16 if dtype == "bfloat16" else dtype)
     buffer.update_inplace(contents)

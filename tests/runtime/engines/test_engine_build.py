@@ -23,7 +23,7 @@ from vkvx.errors import BuildError, DependencyError, EngineError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.plugins import build as plugin_build
 from vkvx.runtime.engines import build as engine_build
-from vkvx.runtime.engines.library import PLUGIN_LIBRARIES, Library, load
+from vkvx.runtime.engines.library import PLUGIN_LIBRARIES, TensorRTLibrary, load
 from vkvx.runtime.engines.limits import GivenLimits
 from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.lowering import legalise
@@ -35,7 +35,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 @pytest.fixture(scope="module")
-def library() -> Library:
+def library() -> TensorRTLibrary:
     return load("rtx", has_gpu=False)
 
 
@@ -93,7 +93,7 @@ def test_rewritten_bits_are_those_that_an_export_writes(
     assert Manifest.load(rewritten).graphs == Manifest.load(exported).graphs
 
 
-def test_the_manifest_says_what_was_built(engines: tuple[Path, EngineManifest], library: Library) -> None:
+def test_the_manifest_says_what_was_built(engines: tuple[Path, EngineManifest], library: TensorRTLibrary) -> None:
     bundle, manifest = engines
     assert (manifest.backend, manifest.library_version) == ("rtx", library.version)
     assert manifest.bundle_hash == bundle_hash(bundle)
@@ -304,7 +304,7 @@ def test_without_a_plugin(bundle_factory: Callable[..., Path], tmp_path: Path) -
     assert sorted(manifest.files) == ["decoder.engine", "vision.engine"]
 
 
-def test_the_packed_decoder_parses_without_a_plugin(tiny_bundle: Path, library: Library) -> None:
+def test_the_packed_decoder_parses_without_a_plugin(tiny_bundle: Path, library: TensorRTLibrary) -> None:
     path = tiny_bundle / "decoder.onnx"
     log = Log(library.module)
     graph = legalise(path, library.dialect, plugin_free=True)
@@ -315,13 +315,13 @@ def test_the_packed_decoder_parses_without_a_plugin(tiny_bundle: Path, library: 
     assert not any(tensor.is_shape_tensor for tensor in inputs)
 
 
-def parse_text(library: Library, tmp_path: Path, body: str) -> None:
+def parse_text(library: TensorRTLibrary, tmp_path: Path, body: str) -> None:
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18, "vkvx" : 1]> {body}')
     log = Log(library.module)
     parse(library, library.module.Builder(log.logger), log, model.SerializeToString(), tmp_path / "decoder.onnx")
 
 
-def test_parser_errors_name_the_node(library: Library, tmp_path: Path) -> None:
+def test_parser_errors_name_the_node(library: TensorRTLibrary, tmp_path: Path) -> None:
     body = "agraph (float[n, 3] x) => (float[n, 3] y) { [odd] y = Det(x) }"
     with pytest.raises(
         BuildError, match=r"does not take node odd \(Det\) of decoder\.onnx: .*; export the model again"

@@ -21,7 +21,7 @@ from doubles import Logger, Severity
 from vkvx.errors import CapacityError, DependencyError, OptionError, StorageError
 from vkvx.manifest import Manifest
 from vkvx.runtime.engines import build as engine_build
-from vkvx.runtime.engines.library import Library, load
+from vkvx.runtime.engines.library import TensorRTLibrary, load
 from vkvx.runtime.engines.limits import GIB, GivenLimits, build_profiles, resolve_limits, slot_bytes
 from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.memory import available_memory, peak_memory
@@ -32,7 +32,7 @@ from vkvx.runtime.engines.progress import BuildProgress, monitor, run_cancellabl
 NEW_FLAGS = ("VERSION_COMPATIBLE", "WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL")
 
 
-def module(version: str, flags: tuple[str, ...] = NEW_FLAGS, **names: Any) -> Library:
+def module(version: str, flags: tuple[str, ...] = NEW_FLAGS, **names: Any) -> TensorRTLibrary:
     """A TensorRT of which only the names are there that say what it offers."""
     recent = int(version.split(".")[0]) >= 10
     contents = {
@@ -46,7 +46,7 @@ def module(version: str, flags: tuple[str, ...] = NEW_FLAGS, **names: Any) -> Li
         "Builder": SimpleNamespace(),
         **names,
     }
-    return Library("tensorrt", SimpleNamespace(**contents), version)
+    return TensorRTLibrary("tensorrt", SimpleNamespace(**contents), version)
 
 
 OLD = module("8.6.0", ("VERSION_COMPATIBLE",))
@@ -82,7 +82,7 @@ def test_what_versions_take() -> None:
         (NEW, {"plugin": "x.so", "plugin_free": True}, "leave out --plugin or"),
     ],
 )
-def test_refusals(library: Library, options: dict[str, Any], words: str) -> None:
+def test_refusals(library: TensorRTLibrary, options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         check_options(library, BuildOptions(**options), has_gpu=False)
 
@@ -95,7 +95,7 @@ def test_refusals(library: Library, options: dict[str, Any], words: str) -> None
         (NEW, {"strip_plan": True, "timing_cache": Path("x")}),
     ],
 )
-def test_what_is_offered(library: Library, options: dict[str, Any]) -> None:
+def test_what_is_offered(library: TensorRTLibrary, options: dict[str, Any]) -> None:
     check_options(library, BuildOptions(**options), has_gpu=False)
 
 
@@ -109,7 +109,9 @@ def test_what_is_offered(library: Library, options: dict[str, Any]) -> None:
         (NEW, ("9.0",), ["8.0", "9.0"], ("9.0",)),
     ],
 )
-def test_capabilities(library: Library, given: tuple[str, ...], native: list[str], expected: tuple[str, ...]) -> None:
+def test_capabilities(
+    library: TensorRTLibrary, given: tuple[str, ...], native: list[str], expected: tuple[str, ...]
+) -> None:
     assert choose_capabilities(library, given, native) == expected
 
 
@@ -126,7 +128,7 @@ def test_capabilities(library: Library, given: tuple[str, ...], native: list[str
     ],
 )
 def test_capabilities_that_cannot_be(
-    library: Library, given: tuple[str, ...], native: list[str], error: type[Exception], words: str
+    library: TensorRTLibrary, given: tuple[str, ...], native: list[str], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         choose_capabilities(library, given, native)

@@ -17,7 +17,7 @@ from vkvx.runtime.engines import build as engine_build
 from vkvx.runtime.engines import network
 from vkvx.runtime.engines.build import build_engines
 from vkvx.runtime.engines.gpus import Gpu, capabilities, find_gpus, list_gpus, use_gpu
-from vkvx.runtime.engines.library import Library
+from vkvx.runtime.engines.library import TensorRTLibrary
 from vkvx.runtime.engines.log import Log
 from vkvx.runtime.engines.manifest import EngineInfo
 from vkvx.runtime.engines.options import BuildOptions
@@ -68,10 +68,10 @@ def test_each_thread_has_a_gpu_of_its_own(mixed: Cuda) -> None:
         use_gpu(replace(gpus[0], index=9))
 
 
-def library() -> Library:
+def library() -> TensorRTLibrary:
     """As much of a TensorRT as a build needs until it makes a network."""
     names = {"ILogger": Logger, "Builder": lambda logger: None, "IBuilderConfig": None, "HardwareCompatibilityLevel": 1}
-    return Library("tensorrt", SimpleNamespace(**names), "10.9.0.34")
+    return TensorRTLibrary("tensorrt", SimpleNamespace(**names), "10.9.0.34")
 
 
 @pytest.mark.parametrize(("given", "index"), [((), 0), (("8.9",), 1), (("9.0",), 0)])
