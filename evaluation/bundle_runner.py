@@ -121,7 +121,7 @@ class BundleRunner:
 
 
 def _follow(session: Session, prepared: Sequence[Prepared], answers: Sequence[list[int]]) -> list[np.ndarray]:
-    """Logits FP32 [tokens, V] before each token of the given answers: a prompt at a time, then a token a step."""
+    """Logits FP32 [tokens, V] before each token of the given answers: a prompt at a time, then a token per step."""
     backend, model = session.backend, session.manifest.model
     cache, size = backend.cache, session.manifest.quantization.group_size
     slots = [cache.acquire() for _ in prepared]

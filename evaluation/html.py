@@ -139,7 +139,7 @@ def _own_ids(svg: str, prefix: str) -> str:
 
 def _settings_table(settings: list[dict[str, Any]], metrics: list[str]) -> str:
     columns: list[tuple[str, Callable[[dict[str, Any]], str | None]]] = [
-        ("bits an element", lambda s: _format(s["bits_per_element"], ".3g")),
+        ("bits per element", lambda s: _format(s["bits_per_element"], ".3g")),
         ("visual cache", lambda s: None if s["visual_bytes"] is None else plots.human_bytes(s["visual_bytes"])),
     ]
     for metric in metrics:

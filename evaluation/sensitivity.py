@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What raising single layers gains, and a choice of layers within ``budget`` bits an element.
+    """What raising single layers gains, and a choice of layers within ``budget`` bits per element.
 
     ``bits_per_layer`` is for the option of that name, beside ``bits``; it is None if no step gains anything within the
     budget. ``chosen_bits_per_element`` is what the choice takes.
@@ -149,7 +149,7 @@ def measure_sensitivity(
 
 
 def choose(steps: Sequence[Step], bits: int, budget: float) -> dict[int, int]:
-    """Layers to raise, and to what bits, for at most ``budget`` more bits an element.
+    """Layers to raise, and to what bits, for at most ``budget`` more bits per element.
 
     Greedy: again and again the step with the largest gain per added bit that still fits, where a layer may be raised
     twice; gains are taken to add up.

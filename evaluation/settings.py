@@ -144,7 +144,7 @@ def _without_idle(given: dict[str, Any]) -> tuple[ExportOptions, dict[str, str]]
 
 
 def settle(options: Iterable[ExportOptions], layers: int, tokens_per_picture: int | None) -> list[Setting]:
-    """The settings of a model with this many layers and tokens a picture: the reference first, no two that are alike.
+    """The settings of a model with this many layers and tokens per picture: the reference first, no two that are alike.
 
     Raises OptionError for what the model cannot have, such as bits of a layer that it lacks.
     """

@@ -84,7 +84,7 @@ def match_parameters(model: Any, stored: Mapping[str, StoredTensor]) -> dict[int
             raise ModelError(f"{tensor.file} holds {name} as {tensor.dtype}; F16, BF16, F32 and F64 are supported")
         other = found.setdefault(id(expected[key]), tensor)
         if other is not tensor and not _same_bytes(other, tensor):
-            raise ModelError(f"config.json ties {other.name} to {name}, but they differ; mend tie_word_embeddings")
+            raise ModelError(f"config.json ties {other.name} to {name}, but they differ; fix tie_word_embeddings")
     missing = [name for name, parameter in expected.items() if id(parameter) not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

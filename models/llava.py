@@ -47,7 +47,7 @@ class LlavaAdapter(Adapter):
         if not 0 <= config.image_token_id < text.vocab_size:
             raise ModelError(
                 f"the image token {config.image_token_id} is not among the decoder's {text.vocab_size} tokens; "
-                "mend image_token_index and the size of the embeddings"
+                "fix image_token_index and the size of the embeddings"
             )
         if vision.image_size % vision.patch_size:
             raise ModelError(f"pictures of {vision.image_size} pixels are not made of patches of {vision.patch_size}")
@@ -133,13 +133,13 @@ class LlavaAdapter(Adapter):
         if given != {vision.image_size}:
             raise ModelError(
                 f"the image processor gives pictures of {sorted(given)} pixels, the vision tower takes "
-                f"{vision.image_size}; mend preprocessor_config.json"
+                f"{vision.image_size}; fix preprocessor_config.json"
             )
         token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         if token != config.image_token_id:
             raise ModelError(
                 f"the tokenizer's '{processor.image_token}' is token {token}, config.json says "
-                f"{config.image_token_id}; mend image_token_index"
+                f"{config.image_token_id}; fix image_token_index"
             )
 
 

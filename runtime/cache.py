@@ -74,7 +74,7 @@ class PackedCache:
     ) -> None:
         if slots < 1 or visual_tokens < 0 or text_tokens < 1:
             raise CapacityError(
-                "a cache takes at least 1 slot, 0 visual tokens and 1 text token a slot, "
+                "a cache takes at least 1 slot, 0 visual tokens and 1 text token per slot, "
                 f"got slots={slots}, visual_tokens={visual_tokens}, text_tokens={text_tokens}"
             )
         size = layout.quantization.group_size

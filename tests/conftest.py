@@ -81,7 +81,7 @@ def tiny_bundle(bundle_factory: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA of two layers and 16 tokens a picture; float32 weights in three shards; not to be changed."""
+    """A random LLaVA of two layers and 16 tokens per picture; float32 weights in three shards; not to be changed."""
     from vkvx.models.random_checkpoint import preset_config, write_checkpoint
 
     directory = tmp_path_factory.mktemp("checkpoints") / "tiny-random"

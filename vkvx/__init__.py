@@ -1,4 +1,4 @@
-"""vkvx: multimodal LLMs as ONNX bundles whose visual KV cache takes 1, 2, 4 or 8 bits an element.
+"""vkvx: multimodal LLMs as ONNX bundles whose visual KV cache takes 1, 2, 4 or 8 bits per element.
 
 The names below are the public Python API. They are loaded on first use, so that `import vkvx` costs nothing.
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vkvx.manifest import ModelInfo, Quantization
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
-_KEY_PARAMS, _VALUE_PARAMS = 3, 2  # scale, offset, RMS of the rest; scale, offset
+_KEY_PARAMS, _VALUE_PARAMS = 3, 2  # scale, offset, RMS of the residual; scale, offset
 
 Size = TypeVar("Size", int, str)
 """A number, or the name of a dynamic dimension."""
@@ -101,7 +101,7 @@ class CacheLayout:
         return math.ceil(tokens / self.quantization.group_size) * self.bytes_per_group
 
     def sixteen_bit_bytes_per_picture(self, tokens: int | None = None) -> int:
-        """Bytes that the same picture takes at two bytes an element."""
+        """Bytes that the same picture takes at two bytes per element."""
         return 2 * self._picture_tokens(tokens) * self.elements_per_token
 
     def bits_per_element(self, tokens: int | None = None) -> float:

@@ -7,7 +7,7 @@ from vkvx.errors import OptionError
 OPERATOR_VERSION = 1
 """Of ``vkvx::VisualKVAttention``, see ``docs/operator.md``."""
 TILE = 128
-"""Visual tokens a tile; group sizes and capacities are multiples of it."""
+"""Visual tokens per tile; group sizes and capacities are multiples of it."""
 WORD_BITS = 32
 BITS = (1, 2, 4, 8)
 BASELINE_BITS = 16

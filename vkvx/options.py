@@ -116,7 +116,7 @@ class QuantizationOptions:
         return reasons
 
     def resolve(self, layers: int, tokens_per_picture: int | None) -> Quantization:
-        """The quantisation of a model with this many layers and tokens a picture; OptionError."""
+        """The quantisation of a model with this many layers and tokens per picture; OptionError."""
         self.check()
         bits = [self._pair] * layers
         if self.bits_per_layer is not None:

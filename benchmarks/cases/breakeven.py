@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="rows")
     parser.add_argument("--warm", action="store_true", help="leave caches in the level-2 cache where they fit")
     tokens = [256, 512, 1024, 2048, 4096, 8192]
-    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="visual tokens a row, multiples of 128")
+    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="visual tokens per row, multiples of 128")
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:

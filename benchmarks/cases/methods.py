@@ -26,7 +26,7 @@ from benchmarks.lib.techniques import (
     VALUES,
     Coder,
     Correction,
-    Metric,
+    LayerMetric,
     affine,
     bias_corrected,
     by_layer,
@@ -94,7 +94,7 @@ class Study:
             moments.append(torch.cat(each).mean(0, keepdim=True))
         return moments
 
-    def answer_metric(self, floor: float) -> Metric:
+    def answer_metric(self, floor: float) -> LayerMetric:
         """The metric of the queries of calibration pages, as GPTQ would have it."""
         return lambda layer: regularised(self.answer_moments[layer.index], floor)
 
@@ -108,7 +108,7 @@ class Study:
         """The metric of values that the product uses."""
         return self.product.value[layer.index].float()[None]
 
-    def window_metric(self, window: str, offset: int, floor: float) -> Metric:
+    def window_metric(self, window: str, offset: int, floor: float) -> LayerMetric:
         """The metric of keys from the weights: queries of white input at the positions of a window.
 
         The window starts ``offset`` positions before the prompt ends: then queries come that much later than it has it.
@@ -129,7 +129,7 @@ class Study:
 
         return metric
 
-    def value_metric(self, floor: float) -> Metric:
+    def value_metric(self, floor: float) -> LayerMetric:
         """W^T W of the output projection, of each KV head the mean over its query heads."""
         info = self.simulation.info
 

@@ -85,6 +85,6 @@ def _beside_torch(call: gpu.OperatorCall, quantizer: str, bits: int) -> tuple[fl
         found = quantization.Quantized(codes, levels[..., 0, :], levels[..., 1, :])
         different += (codes != wanted.codes)[valid].double().mean().item() / 2
         for i, result in enumerate((found, wanted)):
-            rest = torch.where(valid.unsqueeze(-1), x.float() - quantization.decode(*result), 0.0)
-            errors[i] += ((rest @ metric) * rest).sum(dtype=torch.float64).item()
+            residual = torch.where(valid.unsqueeze(-1), x.float() - quantization.decode(*result), 0.0)
+            errors[i] += ((residual @ metric) * residual).sum(dtype=torch.float64).item()
     return different, errors[0] / errors[1]

@@ -133,8 +133,8 @@ def _error(call: gpu.OperatorCall, output: Any) -> float:
             query = t["query"][0, i].double()
             scores = query @ cached_key.T * scale
             if correction == "expected":
-                rest = t["visual_key_params"][0, head, :, 2].double()
-                excess = 0.5 * scale**2 * query.square() @ rest.square().T
+                residual = t["visual_key_params"][0, head, :, 2].double()
+                excess = 0.5 * scale**2 * query.square() @ residual.square().T
                 scores = scores + (excess / (1 + excess / 3.0)).repeat_interleave(counts, dim=-1)
             elif correction == "affine" and len(cached_key):
                 low, high = scores.amin(-1, True), scores.amax(-1, True)

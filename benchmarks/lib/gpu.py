@@ -31,7 +31,7 @@ def library() -> KernelLibrary:
 
 
 class DecodeShape(NamedTuple):
-    """A decode step: one new position a row over `cached` visual tokens a row, head dim 128."""
+    """A decode step: one new position per row over `cached` visual tokens per row, head dim 128."""
 
     rows: int
     query_heads: int
@@ -269,8 +269,8 @@ class OperatorCall:
         query = t["query"][:rows].double().unflatten(1, (key.shape[1], -1)).squeeze(3)
         scores = query @ key.transpose(2, 3) * scale
         if self.correction == "expected":
-            rest = t["visual_key_params"][:rows, :, :, 2].double()
-            excess = 0.5 * scale**2 * query.square() @ rest.square().transpose(2, 3)
+            residual = t["visual_key_params"][:rows, :, :, 2].double()
+            excess = 0.5 * scale**2 * query.square() @ residual.square().transpose(2, 3)
             counts = torch.tensor(self.counts, device="cuda")
             scores = scores + (excess / (1 + excess / params.correction_limit)).repeat_interleave(counts, dim=-1)
         elif self.correction == "affine":

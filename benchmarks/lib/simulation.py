@@ -72,7 +72,7 @@ class Layer:
 class Dense:
     """What later calls see of a layer's visual cache: keys and values [B, Hkv, n, D], and how scores are corrected.
 
-    ``rms`` [B, Hkv, D] or ``covariance`` [B, Hkv, D, D] of the rest of keys, with ``limit``, give the correction
+    ``rms`` [B, Hkv, D] or ``covariance`` [B, Hkv, D, D] of the residual of keys, with ``limit``, give the correction
     ``expected``, ``tau`` gives ``affine``. ``extra`` counts the FP16 numbers a head needs beyond the packed format.
     """
 
@@ -133,7 +133,7 @@ class PageBatch:
 
 @dataclass
 class Divergence:
-    """A method on a batch, a number a page; right digits and pages only after free decoding.
+    """A method on a batch, a number per page; right digits and pages only after free decoding.
 
     The errors are those of the last layer's attention output, relative, for the queries of the 16-bit model: as it is,
     and behind the output projection.

@@ -195,7 +195,7 @@ def prompt_metric(part: Callable[[Layer], Tensor], floor: float) -> LayerMetric:
 
 
 def expected(limit: float) -> Correction:
-    """The product's, from the RMS of each channel's rest."""
+    """The product's, from the RMS of each channel's residual."""
 
     def correction(layer: Layer, key: Tensor) -> dict[str, Any]:
         return {"rms": quantization.residual_rms(layer.keys, _all(key), _as_codes(key)), "limit": limit}
@@ -217,9 +217,9 @@ def expected_by_covariance(limit: float) -> Correction:
     """With the full covariance of the channels' rests in place of the squares of their RMS."""
 
     def correction(layer: Layer, key: Tensor) -> dict[str, Any]:
-        rest = layer.keys - key
-        channels = rest.shape[-1]
-        covariance = (rest.transpose(-1, -2) @ rest / rest.shape[-2]).half().float()
+        residual = layer.keys - key
+        channels = residual.shape[-1]
+        covariance = (residual.transpose(-1, -2) @ residual / residual.shape[-2]).half().float()
         return {"covariance": covariance, "limit": limit, "extra": channels * (channels - 1)}
 
     return correction

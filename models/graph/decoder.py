@@ -155,7 +155,7 @@ class DecoderGraph(nn.Module):
         if not all(attention.presents):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
         batch, positions, width = hidden.shape
-        # The head is by far the largest product of a prefill: give it one position a row.
+        # The head is by far the largest product of a prefill: give it one position per row.
         last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index
         logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last)).float()
         counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, caches[4].shape[2])

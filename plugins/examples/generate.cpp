@@ -249,7 +249,7 @@ void generate(const std::string& engine_path, const std::string& plugin_path,
   if (groups > most_groups || text_rows > decoder.most("past.0.text_key", 2))
     fail("the engine has room for " + std::to_string(most_groups * group_size) + " visual and " +
          std::to_string(decoder.most("past.0.text_key", 2)) +
-         " text tokens a slot; this run needs " + std::to_string(groups * group_size) + " and " +
+         " text tokens per slot; this run needs " + std::to_string(groups * group_size) + " and " +
          std::to_string(text_rows));
   decoder.allocate_caches(slots, groups, group_size, text_rows);
 
@@ -271,8 +271,8 @@ void generate(const std::string& engine_path, const std::string& plugin_path,
     position[b] = ints("position_ids")[b * positions + ints("last_index")[b]];
   const auto prefilled = Clock::now();
 
-  // Decode: one position a row and no picture. An engine that takes no empty tensors gets one group
-  // of padding.
+  // Decode: one position per row and no picture. An engine that takes no empty tensors gets one
+  // group of padding.
   decoder.put("text_index", dims_of(rows, 1), zeros.data());
   decoder.put("last_index", dims_of(rows), zeros.data());
   decoder.put("input_ids", dims_of(rows, 1), chosen.data());

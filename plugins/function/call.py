@@ -141,7 +141,7 @@ class Placement:
 
 
 def place(b: Builder, call: CallValues, used: Value, capacity: Value, entries: Operand) -> Placement:
-    """Append ``entries`` entries a row behind the ``used`` [B] ones, of ``capacity`` (scalar)."""
+    """Append ``entries`` entries per row behind the ``used`` [B] ones, of ``capacity`` (scalar)."""
     room = b.op("Mul", b.op("Sub", capacity, used), call.live)
     has_room = b.op("Greater", room, 0)
     donor = b.op("ArgMax", b.cast(room, FLOAT), keepdims=0)

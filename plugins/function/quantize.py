@@ -135,10 +135,10 @@ def _lloyd_two_levels(b: Builder, groups: Groups) -> tuple[Value, Value]:
         above = _indicator(b, b.op("Greater", groups.beneath, threshold))
         count = b.reduce("ReduceSum", above, 3)
         upper = b.reduce("ReduceSum", b.op("Mul", above, groups.centred), 3)
-        rest = b.op("Sub", groups.count, count)
+        residual = b.op("Sub", groups.count, count)
         high = _side(b, upper, count, threshold)
         # The sums of the two sides are nearly opposite, so the difference loses nothing.
-        low = _side(b, b.op("Sub", total, upper), rest, threshold)
+        low = _side(b, b.op("Sub", total, upper), residual, threshold)
         threshold = b.op("Mul", b.op("Add", low, high), 0.5)
     return low, high
 
@@ -184,7 +184,7 @@ def quantize(b: Builder, groups: Groups, quantizer: Quantizer) -> Encoded:
     return Encoded(nearest(b, groups, quantizer, scale, offset), scale, offset)
 
 
-def rest(b: Builder, groups: Groups, encoded: Encoded) -> Value:
+def residual(b: Builder, groups: Groups, encoded: Encoded) -> Value:
     """What codes leave over [B, Hkv, g, group_size, D] FP32, 0 on padding."""
     scale, offset = b.cast(encoded.scale, FLOAT), b.cast(encoded.offset, FLOAT)
     left = b.op("Sub", groups.x, b.op("Add", offset, b.op("Mul", scale, encoded.codes)))
@@ -193,6 +193,6 @@ def rest(b: Builder, groups: Groups, encoded: Encoded) -> Value:
 
 def residual_rms(b: Builder, groups: Groups, encoded: Encoded) -> Value:
     """RMS of what codes leave over in each channel, FP16."""
-    left = rest(b, groups, encoded)
+    left = residual(b, groups, encoded)
     rms = b.op("Sqrt", b.op("Div", b.reduce("ReduceSum", b.op("Mul", left, left), 3), groups.count))
     return b.cast(b.op("Min", rms, FP16_MAX), FLOAT16)

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT64, Builder, Typed, Value
-from vkvx.plugins.function.quantize import FP16_MAX, NO_STEP, Encoded, Groups, Quantizer, levels, nearest, rest
+from vkvx.plugins.function.quantize import FP16_MAX, NO_STEP, Encoded, Groups, Quantizer, levels, nearest, residual
 
 FITS = 2
 """Sweeps that choose codes and levels; one more chooses the codes for the rounded levels."""
@@ -53,7 +53,7 @@ def shape_pair(
 
 def shaped_rms(b: Builder, groups: Groups, encoded: Encoded, metric: Value) -> Value:
     """FP16 [B, Hkv, g, 1, D]: the RMS of each channel's residual times one factor per group (``reference.shaping``)."""
-    left = rest(b, groups, encoded)
+    left = residual(b, groups, encoded)
     square = b.op("Div", b.reduce("ReduceSum", b.op("Mul", left, left), 3), groups.count)
     whole = b.reduce("ReduceSum", b.op("Mul", b.op("MatMul", left, metric), left), 3)
     whole = b.op("Div", b.reduce("ReduceSum", whole, 4), groups.count)

@@ -19,7 +19,7 @@ _UNSEEN = 1e30
 
 
 class VisualCache:
-    """The cached visual tokens of a call's rows: g groups a row, R queries a KV head."""
+    """The cached visual tokens of a call's rows: g groups per row, R queries per KV head."""
 
     def __init__(self, b: Builder, shape: NodeSizes, attributes: OperatorAttributes, call: CallValues) -> None:
         self._shape, self._attributes, self._call = shape, attributes, call

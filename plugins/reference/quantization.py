@@ -193,9 +193,9 @@ def quantize(
 def residual_rms(x: Tensor, mask: Tensor, quantized: Quantized) -> Tensor:
     """Root mean square of x less its dequantised value over the valid tokens of a group: FP16 [..., D]."""
     valid = mask.unsqueeze(-1)
-    rest = sanitize(x) - decode(quantized.codes, quantized.scale, quantized.offset)
+    residual = sanitize(x) - decode(quantized.codes, quantized.scale, quantized.offset)
     count = valid.sum(-2).clamp(min=1).float()
-    return (torch.where(valid, rest, 0.0).square().sum(-2) / count).sqrt().clamp(max=FP16_MAX).half()
+    return (torch.where(valid, residual, 0.0).square().sum(-2) / count).sqrt().clamp(max=FP16_MAX).half()
 
 
 def pack_keys(codes: Tensor, bits: int) -> Tensor:

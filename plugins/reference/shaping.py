@@ -125,15 +125,15 @@ def _rounded(scale: Tensor, low: Tensor, mean: Tensor, varies: Tensor) -> tuple[
 
 
 def shaped_rms(x: Tensor, mask: Tensor, quantized: Quantized, metric: Tensor) -> Tensor:
-    """FP16 [..., D]: the RMS of the rest of each channel, times one factor a group.
+    """FP16 [..., D]: the RMS of the residual per channel, times one factor per group.
 
     The rests of the channels cancel each other in scores, so their RMS alone would overstate the error of a score. The
     factor makes the sum of H_cc * rms_c^2 what the mean of e . H e is; it is 1 for a diagonal metric.
     """
-    rest = torch.where(mask.unsqueeze(-1), sanitize(x) - decode(*quantized), 0.0)
+    residual = torch.where(mask.unsqueeze(-1), sanitize(x) - decode(*quantized), 0.0)
     count = mask.sum(-1).clamp(min=1).float()
-    square = rest.square().sum(-2) / count.unsqueeze(-1)
-    whole = ((rest @ metric) * rest).sum((-1, -2)) / count
+    square = residual.square().sum(-2) / count.unsqueeze(-1)
+    whole = ((residual @ metric) * residual).sum((-1, -2)) / count
     apart = (square * metric.diagonal(dim1=-2, dim2=-1)).sum(-1)
     factor = torch.where(apart > 0, whole.clamp(min=0.0) / torch.where(apart > 0, apart, 1.0), 1.0)
     return (square * factor.unsqueeze(-1)).sqrt().clamp(max=FP16_MAX).half()

@@ -69,7 +69,7 @@ def test_sensitivity(cli: Callable, questions: Path) -> None:
     assert lines[1].startswith("base: 1 bit, shaped, expected; KL ")
     assert [line.split()[:2] for line in lines[4:12]] == [[str(i), bits] for i in range(4) for bits in ("2", "4")]
     assert lines[-1].startswith("--bits 1 --bits-per-layer ")
-    assert lines[-1].endswith(" of 2.50 bits an element)")
+    assert lines[-1].endswith(" of 2.50 bits per element)")
     other = cli(*arguments, "--json", "--bits", "4", "--quantizer", "minmax", "--budget", "6")
     document = json.loads(other.out)
     assert (document["format"], document["bits"], document["base"]) == (

@@ -204,8 +204,8 @@ def compare_group(
     assert not codes[:, count:].any(), f"{name}: bits of padding are set"
     codes = codes[:, :count]
     scale, offset = levels[:, :1], levels[:, 1:]
-    rest = clean - (offset + scale * codes)
-    rms = np.sqrt((rest**2).mean(1))
+    residual = clean - (offset + scale * codes)
+    rms = np.sqrt((residual**2).mean(1))
     bits = attributes.key_bits if name == "key" else attributes.value_bits
     if metric is None:
         assert np.all(np.abs(levels - wanted_levels) <= 2 * ulp16(wanted_levels) + rounding), name
@@ -216,8 +216,8 @@ def compare_group(
     else:
         wanted_codes = codes_of(name, expected, slot, group, attributes)[:, :count]
         wanted_rest = clean - (wanted_levels[:, 1:] + wanted_levels[:, :1] * wanted_codes)
-        compare_shaped(bits, (codes, wanted_codes), (levels, wanted_levels), (rest, wanted_rest), metric)
-        whole = ((rest @ metric) * rest).sum((1, 2)) / count
+        compare_shaped(bits, (codes, wanted_codes), (levels, wanted_levels), (residual, wanted_rest), metric)
+        whole = ((residual @ metric) * residual).sum((1, 2)) / count
         apart = (rms**2 * np.diagonal(metric, axis1=1, axis2=2)).sum(1)
         rms *= np.sqrt(whole / np.where(apart > 0, apart, 1.0))[:, None]
     if name == "key":
@@ -242,7 +242,7 @@ def compare_shaped(bits: int, codes: Pair, levels: Pair, rests: Pair, metric: np
     """
     least, most = SHAPED_TOLERANCE[bits]
     assert (codes[0] == codes[1]).mean() >= least
-    errors = [((rest @ metric) * rest).sum() for rest in rests]
+    errors = [((residual @ metric) * residual).sum() for residual in rests]
     assert abs(errors[0] - errors[1]) <= most * errors[1] + 1e-9
     steps = levels[1][:, :1]
     assert np.all(np.abs(levels[0] - levels[1]) <= steps), "a level is off by more than a step"

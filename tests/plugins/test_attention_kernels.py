@@ -103,7 +103,7 @@ def test_prefill_of_many_positions() -> None:
 
 
 def test_prefill_does_not_round_cached_values_to_bf16() -> None:
-    """Two levels a channel: their rounding error is that of all tokens, 7e-3 of an output whose values cancel."""
+    """Two levels per channel: their rounding error is that of all tokens, 7e-3 of an output whose values cancel."""
     compare(Case(8, 1, 32, 2, 4, 200, dtype=torch.bfloat16), "prefill", tolerance=4e-3)
 
 

@@ -23,7 +23,7 @@ from torch_calls import arrays, run_op, tensors
 
 from vkvx.format import QUANTIZERS, SCORE_CORRECTIONS
 
-# calls on one cache: scattered slots, idle rows, no to three groups a row, decode steps with and without an empty
+# calls on one cache: scattered slots, idle rows, no to three groups per row, decode steps with and without an empty
 # group, later turns with pictures beside decode steps of other rows, rows with padding
 CONVERSATION: tuple[tuple[list[tuple[int, str]], dict[str, int]], ...] = (
     ([(3, "t4 p128 t2"), (-1, "t2 p9"), (0, "t3"), (5, "p100 t1 p20 _2 p30 t2"), (2, "")], {"spare": 2}),
@@ -109,7 +109,7 @@ def test_long_decode_and_a_second_picture(bits: int, quantizer: str) -> None:
 
 @pytest.mark.parametrize("bits", [1, 4])
 def test_shaped_groups_of_three_tiles(bits: int) -> None:
-    """Up to three groups a row beside none, with a smaller error in the metric than Lloyd's levels and codes have."""
+    """Up to three groups per row beside none, with a smaller error in the metric than Lloyd's levels and codes have."""
     shaped, lloyd = (attributes_for(bits, bits, quantizer=name, group_size=384) for name in ("shaped", "lloyd"))
     dims = Dims(query_heads=2, head_dim=64, float_type="float16")
     rng = np.random.default_rng(4)
@@ -130,8 +130,8 @@ def metric_errors(inputs: Arrays, results: Arrays, attributes: Attributes) -> di
                 group, metric = new.first_group + g, metric_of(inputs, name, new.row)
                 levels = results[f"visual_{name}_params"][new.slot, :, group, :2].astype(np.float64)
                 codes = codes_of(name, results, new.slot, group, attributes)[:, : len(positions)]
-                rest = inputs[name][new.row][:, positions] - (levels[:, 1:] + levels[:, :1] * codes)
-                sums[name] += ((rest @ metric) * rest).sum()
+                residual = inputs[name][new.row][:, positions] - (levels[:, 1:] + levels[:, :1] * codes)
+                sums[name] += ((residual @ metric) * residual).sum()
     return sums
 
 

@@ -16,7 +16,7 @@ from vkvx.format import METRIC_QUANTIZERS, QUANTIZERS, SCORE_CORRECTIONS
 OWN_LEVELS = tuple(name for name in QUANTIZERS if name not in METRIC_QUANTIZERS)
 PARAMS = ("visual_key_params", "visual_value_params")
 
-# calls on one cache: scattered slots, idle rows, no to three pictures a row, decode steps with and without an empty
+# calls on one cache: scattered slots, idle rows, no to three pictures per row, decode steps with and without an empty
 # group, a prefill between them, later turns with and without pictures
 CONVERSATION: tuple[tuple[list[tuple[int, str]], dict[str, int]], ...] = (
     ([(3, "t4 p128 t2"), (-1, "t2 p9"), (0, "t3"), (5, "p100 t1 p20 _2 p30 t2"), (2, "")], {"spare": 2}),

@@ -259,7 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6000, help="length of the schedule, over all resumed runs")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop this run then, with its state saved")
     parser.add_argument("--seed", type=int, default=0, help="of weights and questions; results are not bit-identical")
-    parser.add_argument("--batch", type=int, default=128, help="conversations a step")
+    parser.add_argument("--batch", type=int, default=128, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--average", type=float, default=0.998, help="decay of the running average of the weights")

@@ -159,14 +159,14 @@ def _sensitivity_lines(result: Sensitivity) -> list[str]:
     ]
     lines = [
         f"{result.target} ({result.device}, {result.dtype}), {result.task}: {count_samples(result.samples)}",
-        f"base: {result.base}; KL {result.kl:.3e}, {result.bits_per_element:.2f} bits an element",
+        f"base: {result.base}; KL {result.kl:.3e}, {result.bits_per_element:.2f} bits per element",
         "",
         *align(("layer", "bits", "KL", "gain", "added bits", "gain a bit"), rows),
         "",
     ]
     if result.bits_per_layer is None:
-        return [*lines, f"no step that gains anything fits into {result.budget:.2f} bits an element"]
-    taken = f"{result.chosen_bits_per_element:.2f} of {result.budget:.2f} bits an element"
+        return [*lines, f"no step that gains anything fits into {result.budget:.2f} bits per element"]
+    taken = f"{result.chosen_bits_per_element:.2f} of {result.budget:.2f} bits per element"
     return [*lines, f"--bits {result.bits} --bits-per-layer {result.bits_per_layer}    ({taken})"]
 
 

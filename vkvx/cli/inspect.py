@@ -156,7 +156,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
             size(cache["sixteen_bit_bytes_per_picture"]),
             f"{cache['compression']:.2f} times as much",
         ),
-        _row("bits an element", f"{cache['bits_per_element']:.3f}", "with scales, offsets, key RMS, padding to groups"),
+        _row("bits per element", f"{cache['bits_per_element']:.3f}", "with scales, offsets, key RMS, padding"),
         _row("a visual token", size(cache["bytes_per_visual_token"])),
         _row("a text token", size(cache["bytes_per_text_token"]), "not quantised"),
     ]

@@ -108,7 +108,7 @@ class CallPlan:
 def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, hidden_size: int) -> CallPlan:
     """Choose the profile of a call and pad the call to it.
 
-    One new token a row and no picture is a decode step; its rows are padded to :func:`decode_rows`, so that there are
+    One new token per row and no picture is a decode step; its rows are padded to :func:`decode_rows`, so that there are
     few different steps to prepare. Raises CapacityError if the engine's limits do not suffice.
     """
     rows, group_size = len(call.slot), cache.group_size

@@ -1,7 +1,7 @@
 """The torch backend: the modules that the graphs of a bundle were traced from, over a packed cache updated in place.
 
 On a CPU every call runs eagerly. On a GPU with the kernels of ``vkvx.plugins`` a decode step is the replay of a CUDA
-graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than a token a row run eagerly.
+graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than a token per row run eagerly.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from vkvx.runtime.calls import Call
 
 
 class DecodeSteps:
-    """Runs calls of one text token a row over the buffers of one cache, on one stream.
+    """Runs calls of one text token per row over the buffers of one cache, on one stream.
 
     What a graph reads and writes is allocated here, for as many rows as the cache has slots. Call :meth:`run` with
     ``stream`` as the current one, and without gradients.

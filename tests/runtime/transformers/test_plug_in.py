@@ -187,7 +187,7 @@ def test_rows_of_a_padded_batch_are_as_alone(model: Any, processor: Any, pages: 
 def test_options_reach_the_cache(
     model: Any, processor: Any, pages: list[Page], options: dict[str, Any], tolerance: float
 ) -> None:
-    """Several groups a picture, bits by layer: after two pictures a step is near that of plain attention."""
+    """Several groups per picture, bits by layer: after two pictures a step is near that of plain attention."""
     inputs = prepare(processor, ["USER: <image><image>\nRead row 1. ASSISTANT:"], pages[:2])
     step = torch.tensor([[50]])
     plain = model(input_ids=step, past_key_values=model(**inputs).past_key_values).logits
@@ -204,7 +204,7 @@ def test_options_reach_the_cache(
 
 
 def test_bytes_of_a_picture(model: Any, processor: Any, pages: list[Page]) -> None:
-    """85 KiB at 1 bit, in words on the heap, against 16 bits an element."""
+    """85 KiB at 1 bit, in words on the heap, against 16 bits per element."""
     half = type(model).from_pretrained(CHECKPOINT, dtype="float16").eval()
     inputs = prepare(processor, [TRANSCRIBE], pages[:1])
     found = {}
