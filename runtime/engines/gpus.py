@@ -83,12 +83,13 @@ def capabilities(gpus: Iterable[Gpu]) -> list[str]:
     return list(dict.fromkeys(gpu.compute_capability for gpu in gpus))
 
 
-def use_gpu(gpu: Gpu) -> None:
+def use_gpu(gpu: Gpu, cuda: Any = None) -> None:
     """Make a GPU the current one of the calling thread: CUDA keeps that for each thread, and TensorRT follows it.
 
-    Raises DependencyError without cuda-python, DeviceError if CUDA refuses.
+    ``cuda`` is what :func:`load_cuda` gave, for callers in a hurry. Raises DependencyError without cuda-python,
+    DeviceError if CUDA refuses.
     """
-    cuda = load_cuda()
+    cuda = cuda or load_cuda()
     error, current = cuda.cudaGetDevice()
     if current != gpu.index:  # while a stream is captured, nothing is set that is set already
         (error,) = cuda.cudaSetDevice(gpu.index)

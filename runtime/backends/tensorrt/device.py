@@ -100,7 +100,7 @@ class Device:
 
         Threads come and go, and other code of the process may use other GPUs, so that is said before every use.
         """
-        use_gpu(self.gpu)
+        use_gpu(self.gpu, self._cuda)
         return self._cuda
 
     @property
