@@ -86,6 +86,8 @@ def levels(b: Builder, groups: Groups, quantizer: Quantizer) -> tuple[Value, Val
         )
     elif is_lloyd and quantizer.bits == 1:
         low, high = _lloyd_two_levels(b, groups)
+    elif not is_lloyd and quantizer.name != "minmax":
+        raise ValueError(f"the quantizer '{quantizer.name}' has no levels here")
     scale = b.op("Div", b.op("Sub", high, low), quantizer.top)
     if is_lloyd and quantizer.bits > 1:
         low, scale = _lloyd_uniform(b, groups, low, scale, quantizer.top)

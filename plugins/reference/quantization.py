@@ -108,6 +108,8 @@ def levels(
         low, high = gamma * (low + mean) - mean, gamma * (high + mean) - mean
     elif quantizer == "lloyd" and bits == 1:
         low, high = _lloyd_two_levels(centred, valid)
+    elif quantizer not in ("minmax", "lloyd"):
+        raise ValueError(f"the quantizer '{quantizer}' has no levels here")
     scale = (high - low) / top
     if quantizer == "lloyd" and bits > 1:
         low, scale = _lloyd_uniform(centred, valid, count, low, scale, top)
