@@ -196,7 +196,7 @@ def forget_sizes(bundle: Path) -> None:
 
 
 def test_refusals(copy: Path) -> None:
-    with pytest.raises(OptionError, match=r"unknown backend 'tf' \(--backend\): give one of auto, tensorrt, rtx, torch"):
+    with pytest.raises(OptionError, match=r"unknown backend 'tf' \(--backend\): give one of auto, tensorrt, rtx"):
         load(copy, "tf")
     with pytest.raises(OptionError, match=r"threads .* at least 1, got 0"):
         load(copy, threads=0)
