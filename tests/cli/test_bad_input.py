@@ -126,7 +126,7 @@ def test_output_that_is_no_bundle_is_never_replaced(refused: Callable, tmp_path:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
     for force in ([], ["--force"]):
-        assert "another --output" in refused("export", "tiny-llava", "-o", tmp_path / "out", *force)
+        assert "another output= (--output)" in refused("export", "tiny-llava", "-o", tmp_path / "out", *force)
     assert (tmp_path / "out" / "mine").read_text() == "keep"
 
 

@@ -63,7 +63,7 @@ def test_config_files_are_enough(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(CapacityError, match="larger --gpu-memory"):
+    with pytest.raises(CapacityError, match=r"larger memory= \(--gpu-memory\)"):
         plan_model("tiny-llava", 1 << 20)
     with pytest.raises(ModelError, match="unknown model"):
         plan_model("no-such-model", MEMORY)
