@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import traceback
 from importlib import metadata, util
 
 from vkvx.errors import DependencyError
@@ -41,7 +42,8 @@ def missing(module: str, error: BaseException | None = None) -> DependencyError:
     package = pip_name(name)
     wanted = f"`pip install '{requirement(package)}'`"
     if cause is None or (isinstance(cause, ModuleNotFoundError) and not _is_there(name)):
-        needed = "" if package == pip_name(module) else f", which '{pip_name(module)}' needs,"
+        top = module.partition(".")[0]
+        needed = f", which '{pip_name(top)}' needs," if _importer(cause) == top else ""
         return DependencyError(f"the Python package '{package}'{needed} is missing; run {wanted}")
     reason = " ".join(str(cause).split())
     return DependencyError(
@@ -55,6 +57,12 @@ def _root(error: BaseException | None) -> BaseException | None:
     while error is not None and getattr(error, "name", None) is None and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _importer(error: BaseException | None) -> str:
+    """The top-level package whose import statement failed, or ""."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error and error.__traceback__)]
+    return next((name.partition(".")[0] for name in reversed(names) if not name.startswith("importlib")), "")
 
 
 def _is_there(module: str) -> bool:

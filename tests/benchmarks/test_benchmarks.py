@@ -244,7 +244,7 @@ def test_copies_of_caches_in_a_graph_are_counted() -> None:
         cudaGraphMemcpyNodeGetParams=lambda node: node,
     )
     opened = SimpleNamespace(
-        device=SimpleNamespace(cuda=cuda, check=lambda value, what: value),
+        gpu=SimpleNamespace(cuda=cuda, check=lambda value, what: value),
         cache=SimpleNamespace(buffers={"0.text_key": SimpleNamespace(address=1000, nbytes=100)}),
     )
     found = engine_pages.copies(opened, SimpleNamespace(handle=None))

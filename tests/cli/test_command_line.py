@@ -203,7 +203,7 @@ def test_doctor_on_torch_with_a_gpu(cli: Callable, monkeypatch: pytest.MonkeyPat
     assert f"✗ {name}: VKVX_LIBRARY names {tmp_path}" in cli("doctor").out
     (tmp_path / "libvkvx.so").touch()
     assert f"✗ {name}: cannot load {tmp_path}" in cli("doctor").out
-    monkeypatch.setattr("vkvx.plugins.library.Library", lambda path: None)
+    monkeypatch.setattr("vkvx.plugins.library.KernelLibrary", lambda path: None)
     assert f"✓ {name}\n" in cli("doctor").out + "\n"
 
 

@@ -38,7 +38,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any file can be loaded."""
-    monkeypatch.setattr(library_module, "Library", lambda path: path)
+    monkeypatch.setattr(library_module, "KernelLibrary", lambda path: path)
 
 
 def ability(cli: Callable) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_a_library_of_another_version(cli: Callable, built: Path, monkeypatch: p
     def refuse(path: Path) -> None:
         raise DependencyError(f"{path} has version 0 of the C interface")
 
-    monkeypatch.setattr(library_module, "Library", refuse)
+    monkeypatch.setattr(library_module, "KernelLibrary", refuse)
     assert ability(cli)["reason"] == f"{built} has version 0 of the C interface"
 
 

@@ -80,7 +80,7 @@ def test_run_reads_a_page_as_a_user_would(tiny_bundle: Path, pages: list[Page]) 
     assert visual.startswith("576 visual tokens in ")
     assert f"{each:,.0f} bytes each, {manifest.layout.sixteen_bit_bytes_per_picture(1):,} in 16 bits" in visual
     assert "cache in use" in text
-    assert backend.startswith("ran in onnxruntime on cpu: ")
+    assert backend.startswith("ran in onnxruntime on CPU: ")
 
 
 def test_run_in_torch(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
