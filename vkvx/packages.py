@@ -61,7 +61,8 @@ def _root(error: BaseException | None) -> BaseException | None:
 
 def _importer(error: BaseException | None) -> str:
     """The top-level package whose import statement failed, or ""."""
-    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error and error.__traceback__)]
+    trace = None if error is None else error.__traceback__
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
     return next((name.partition(".")[0] for name in reversed(names) if not name.startswith("importlib")), "")
 
 
