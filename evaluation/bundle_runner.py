@@ -95,7 +95,8 @@ class BundleRunner:
             if needed > model.max_positions:
                 raise CapacityError(
                     f"sample {sample.index} and its answer take {needed} positions, the model knows "
-                    f"{model.max_positions}; shorten the prompt, give fewer pictures, or lower --max-new-tokens"
+                    f"{model.max_positions}; shorten the prompt, give fewer pictures, or lower "
+                    "max_new_tokens= (--max-new-tokens)"
                 )
             visual = max(visual, sum(-(-length // size) * size for length in entry.picture_lengths))
             text = max(text, needed - sum(entry.picture_lengths))

@@ -116,13 +116,13 @@ class Records:
             beginning = json.dumps({"format": FORMAT}, separators=(",", ":"))[:-1].encode()
             if len(lines) == 1 and not content.endswith(b"\n") and content.startswith(beginning):
                 return 0
-            raise StorageError(f"{self.path} holds no records of `vkvx eval`; choose another --output")
+            raise StorageError(f"{self.path} holds no records of `vkvx eval`; choose another output= (--output)")
         if force:
             return 0
         if first != json.loads(json.dumps(header)):
             raise StorageError(
                 f"{self.path} is of another evaluation ({_difference(first, header)}); "
-                "choose another --output, or start anew with --force"
+                "choose another output= (--output), or start anew with force= (--force)"
             )
         end = len(lines[0])
         for number, line in enumerate(lines[1:], start=2):
@@ -130,7 +130,7 @@ class Records:
             if not line.endswith(b"\n") and number == len(lines):
                 break
             if not isinstance(entry, dict) or set(entry) != _NAMES:
-                raise InputError(f"{self.path}:{number} is no record; start anew with --force")
+                raise InputError(f"{self.path}:{number} is no record; start anew with force= (--force)")
             record = Record(**entry)
             self._found[record.key] = record
             end += len(line)

@@ -79,7 +79,7 @@ def evaluate(
         model=model, reference=reference, progress=progress,
     )  # fmt: skip
     if force and output is None:
-        raise OptionError("--force has no effect without --output; leave it out, or give --output FILE")
+        raise OptionError("force= (--force) has no effect without output= (--output); leave it out, or give both")
     with Records(output, plan.fingerprint, force=force) as records:
         run(plan, records, progress)
         figures, histograms = summarise(records, plan.settings, asked)
@@ -166,16 +166,16 @@ def make_plan(
         if value < 1:
             raise OptionError(f"--{name} {value} is not supported; give at least 1")
     if device not in DEVICES:
-        raise OptionError(f"unknown device '{device}'; give --device {' or '.join(DEVICES)}")
+        raise OptionError(f"unknown device '{device}'; give device= (--device) {' or '.join(DEVICES)}")
     if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise OptionError(f"dtype '{dtype}' is not supported; give --dtype {' or '.join(FLOAT_DTYPES)}")
+        raise OptionError(f"dtype '{dtype}' is not supported; give dtype= (--dtype) {' or '.join(FLOAT_DTYPES)}")
     if is_bundle(target):
         if settings is not None:
             raise OptionError(
                 "a bundle has one setting, its own; leave the options of the cache out, or give the checkpoint"
             )
         if dtype is not None:
-            raise OptionError("--dtype has no effect on a bundle, which has its own; leave it out")
+            raise OptionError("dtype= (--dtype) has no effect on a bundle, which has its own; leave it out")
         return _plan_bundle(Path(target), task, device, batch, max_new_tokens, model, reference, progress)
     for given, name in ((model is not None, "--model"), (not reference, "--no-reference")):
         if given:
@@ -217,7 +217,7 @@ def _plan_bundle(
     name = setting_name(options, manifest.quantization)
     if not reference:
         if model is not None:
-            raise OptionError("--model has no effect with --no-reference; leave one of the two out")
+            raise OptionError("model= (--model) has no effect with --no-reference; leave one of the two out")
         own = Setting(name, options, manifest.quantization, reference=False)
         return EvaluationPlan(
             str(bundle), task, [own], provider, info.dtype, batch, max_new_tokens, None, bundle, manifest
@@ -257,7 +257,7 @@ def run(plan: EvaluationPlan, records: Records, progress: Progress | None = None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which a bundle alone does not need
             raise
-        raise CapacityError(f"no room on the GPU for {plan.batch} samples at a time; lower --batch") from error
+        raise CapacityError(f"no room on the GPU for {plan.batch} samples at a time; lower batch= (--batch)") from error
     finally:
         engine.close()
 

@@ -97,10 +97,10 @@ def measure_sensitivity(
     higher = [bits for bits in BITS if bits > base.bits][:STEPS]
     if base.bits not in BITS or not higher:
         raise OptionError(
-            f"--sensitivity cannot raise {base.bits} bits; give --bits {' or '.join(map(str, BITS[:-1]))}"
+            f"--sensitivity cannot raise {base.bits} bits; give bits= (--bits) {' or '.join(map(str, BITS[:-1]))}"
         )
     if force and output is None:
-        raise OptionError("--force has no effect without --output; leave it out, or give --output FILE")
+        raise OptionError("force= (--force) has no effect without output= (--output); leave it out, or give both")
     source = resolve(target)
     info = source.info("float16")  # bits an element are those of the packed cache in any dtype
     raised = {
@@ -115,7 +115,7 @@ def measure_sensitivity(
     if budget is None:
         budget = sizes[0] + (higher[0] - base.bits) / 2
     if not sizes[0] <= budget < math.inf:
-        raise OptionError(f"--budget {budget} is not above the {sizes[0]:.2f} bits an element of the base; give more")
+        raise OptionError(f"budget= (--budget) {budget} is not above the {sizes[0]:.2f} bits per element of the base")
     asked = open_task(task, data, samples, None, progress)
     plan = make_plan(
         target, asked, [base, *raised.values()], device=device, dtype=dtype, batch=batch,

@@ -58,21 +58,21 @@ def open_task(
     used: the message then starts with the file's name and line.
     """
     if samples is not None and samples < 1:
-        raise OptionError(f"--samples {samples} is not supported; give at least 1")
+        raise OptionError(f"samples= (--samples) {samples} is not supported; give at least 1")
     if data is None:
         if name not in (None, "digits"):
-            raise OptionError(f"unknown task '{name}'; give --task digits, or --data FILE.jsonl")
+            raise OptionError(f"unknown task '{name}'; give task= (--task) digits, or data= (--data) FILE.jsonl")
         if metrics is not None:
-            raise OptionError("--metrics has no effect with --task digits; leave it out, or give --data FILE.jsonl")
+            raise OptionError("metrics= (--metrics) has no effect on digits; leave it out, or give data= (--data)")
         return _digits(DIGITS_SAMPLES if samples is None else samples)
     if name is not None:
-        raise OptionError(f"--task {name} has no effect with --data; give one of the two")
+        raise OptionError(f"task= (--task) {name} has no effect with data= (--data); give one of the two")
     chosen = tuple(dict.fromkeys(DEFAULT_TEXT_METRICS if metrics is None else metrics))
     for metric in chosen:
         if metric not in TEXT_METRICS:
-            raise OptionError(f"unknown metric '{metric}'; give --metrics some of {','.join(TEXT_METRICS)}")
+            raise OptionError(f"unknown metric '{metric}'; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
     if not chosen:
-        raise OptionError(f"no metric is given; give --metrics some of {','.join(TEXT_METRICS)}")
+        raise OptionError(f"no metric is given; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
     return _questions(Path(data), samples, chosen, progress)
 
 
@@ -95,11 +95,11 @@ def _questions(path: Path, count: int | None, metrics: tuple[str, ...], progress
         content = path.read_bytes()
         lines = content.decode("utf-8-sig").split("\n")  # not splitlines(): text may hold other line ends
     except FileNotFoundError:
-        raise InputError(f"no file at {path}; give --data a file of JSON lines") from None
+        raise InputError(f"no file at {path}; give data= (--data) a file of JSON lines") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}); give --data a file of JSON lines") from error
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}); data= (--data) is JSON lines") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:count]
     if not numbered:
         raise InputError(f"{path} has no samples; give lines of {_EXAMPLE}")

@@ -204,7 +204,8 @@ class TorchRunner:
         if needed > self.info.max_positions:
             raise CapacityError(
                 f"sample {sample.index} and its answer take {needed} positions, the model knows "
-                f"{self.info.max_positions}; shorten the prompt, give fewer pictures, or lower --max-new-tokens"
+                f"{self.info.max_positions}; shorten the prompt, give fewer pictures, or lower "
+                "max_new_tokens= (--max-new-tokens)"
             )
         return prepared
 
@@ -331,7 +332,7 @@ def choose_device(name: str) -> str:
     """cpu or cuda; auto takes a GPU if there is one. Raises DependencyError."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise DependencyError("torch finds no CUDA device; give --device cpu, or install a build of torch with CUDA")
+        raise DependencyError("torch finds no CUDA device; give device= (--device) cpu, or install torch with CUDA")
     return "cuda" if available and name != "cpu" else "cpu"
 
 

@@ -192,5 +192,5 @@ def test_a_prompt_that_is_too_long(questions: Path) -> None:
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == "cpu"
-    with pytest.raises(DependencyError, match="--device cpu"):
+    with pytest.raises(DependencyError, match="device= "):
         choose_device("cuda")
