@@ -206,6 +206,6 @@ def test_logits_of_both_ways_and_of_any_batch() -> None:
 def test_too_large_a_cache() -> None:
     with (
         pytest.raises(CapacityError, match="no memory left for a cache of this size; lower slots="),
-        opened(slots=1 << 20),
+        opened(slots=1 << 24),
     ):
         pass
