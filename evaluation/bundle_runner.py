@@ -74,7 +74,7 @@ class BundleRunner:
                     count=count,
                     kl=divergence,
                     attention=None,
-                    visual_bytes=self.manifest.layout.visual_bytes_per_picture() * len(lengths),
+                    visual_bytes=self.manifest.layout.visual_bytes(lengths),
                     elements=sum(lengths) * self.manifest.layout.elements_per_token,
                     seconds=seconds / len(samples),
                 )

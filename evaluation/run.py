@@ -186,7 +186,7 @@ def make_plan(
     chosen = choose_device(device)
     dtype = dtype or ("float16" if chosen == "cuda" else "float32")
     info = source.info(dtype)
-    settled = settle(product({}) if settings is None else settings, info.layers, info.tokens_per_picture)
+    settled = settle(product({}) if settings is None else settings, info.layers, info.typical_tokens)
     return EvaluationPlan(source.name, task, settled, chosen, dtype, batch, max_new_tokens, source, generate=generate)
 
 
@@ -213,7 +213,7 @@ def _plan_bundle(
     manifest.verify(bundle, progress)
     info = manifest.model
     provider = choose_provider(onnxruntime, device)
-    options = options_of(manifest.quantization, info.tokens_per_picture)
+    options = options_of(manifest.quantization, info.typical_tokens)
     name = setting_name(options, manifest.quantization)
     if not reference:
         if model is not None:
@@ -226,7 +226,7 @@ def _plan_bundle(
 
     source = resolve(model or info.source, revision=None if model else info.revision)
     check_same_model(source, manifest)
-    (base,) = settle([], info.layers, info.tokens_per_picture)
+    (base,) = settle([], info.layers, info.typical_tokens)
     if base.name == name:
         name = f"{name}, onnxruntime"
     own = Setting(name, options, manifest.quantization, reference=False)

@@ -109,7 +109,7 @@ def measure_sensitivity(
         for bits in higher
     }
     sizes = [
-        CacheLayout(info, entry.resolve(info.layers, info.tokens_per_picture)).bits_per_element()
+        CacheLayout(info, entry.resolve(info.layers, info.typical_tokens)).bits_per_element()
         for entry in (base, *raised.values())
     ]
     if budget is None:

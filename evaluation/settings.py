@@ -143,14 +143,14 @@ def _without_idle(given: dict[str, Any]) -> tuple[ExportOptions, dict[str, str]]
     return options, idle
 
 
-def settle(options: Iterable[ExportOptions], layers: int, tokens_per_picture: int | None) -> list[Setting]:
-    """The settings of a model with this many layers and tokens per picture: the reference first, no two that are alike.
+def settle(options: Iterable[ExportOptions], layers: int, typical_tokens: Sequence[int]) -> list[Setting]:
+    """The settings of a model with this many layers and such pictures: the reference first, no two that are alike.
 
     Raises OptionError for what the model cannot have, such as bits of a layer that it lacks.
     """
     found: dict[Quantization, Setting] = {}
     for entry in (ExportOptions(bits=BASELINE_BITS), *options):
-        quantization = entry.resolve(layers, tokens_per_picture)
+        quantization = entry.resolve(layers, typical_tokens)
         reference = BASELINE_BITS in quantization.key_bits
         if not (reference and found):
             name = setting_name(entry, quantization)
@@ -176,7 +176,7 @@ def setting_name(options: ExportOptions, quantization: Quantization) -> str:
     return ", ".join(parts)
 
 
-def options_of(quantization: Quantization, tokens_per_picture: int | None) -> ExportOptions:
+def options_of(quantization: Quantization, typical_tokens: Sequence[int]) -> ExportOptions:
     """Options that give this quantisation: for a bundle, whose manifest holds nothing else."""
     pairs = list(zip(quantization.key_bits, quantization.value_bits, strict=True))
     if BASELINE_BITS in quantization.key_bits:
@@ -187,13 +187,13 @@ def options_of(quantization: Quantization, tokens_per_picture: int | None) -> Ex
     others = [f"{layers}:{pair[0]}" for layers, pair in _runs(pairs) if pair != (key, value)]
     if others:
         given["bits_per_layer"] = ",".join(others)
-    plain = ExportOptions(**given).resolve(len(pairs), tokens_per_picture)
+    plain = ExportOptions(**given).resolve(len(pairs), typical_tokens)
     for name in FIELDS:
         if hasattr(quantization, name) and getattr(quantization, name) != getattr(plain, name):
             given[name] = getattr(quantization, name)
     alphas = {*quantization.quantile_alpha_key, *quantization.quantile_alpha_value}
     options = ExportOptions(**given)
-    if options.resolve(len(pairs), tokens_per_picture) != quantization and len(alphas) == 1:
+    if options.resolve(len(pairs), typical_tokens) != quantization and len(alphas) == 1:
         options = ExportOptions(**given, quantile_alpha=alphas.pop())
     return options
 

@@ -42,7 +42,7 @@ class Method:
             score_correction=self.score_correction,
             group_size=GROUP_SIZE,
         )
-        return layer_attributes(options.resolve(layers=1, tokens_per_picture=None), scale)[0]
+        return layer_attributes(options.resolve(1, (GROUP_SIZE,)), scale)[0]
 
 
 @dataclass(frozen=True)

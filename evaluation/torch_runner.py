@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,8 +88,9 @@ class TorchRunner:
         self.device = choose_device(device)
         self.dtype = dtype
         self.info = source.info(dtype)
+        self._family = source.family
         self.max_new_tokens = max_new_tokens
-        self.processor = Processor(source.directory, self.info, source.adapter.pixel_inputs(source.config))
+        self.processor = Processor.of_checkpoint(source, self.info)
         self.model = load_model(source, getattr(torch, dtype)).to(self.device)
 
     # The reference
@@ -138,12 +138,8 @@ class TorchRunner:
 
     def reference_records(self, batch: Batch, setting: Setting) -> list[Record]:
         """The reference's own records."""
-        bytes_of_picture = CacheLayout(self.info, setting.quantization).visual_bytes_per_picture()
         seconds = batch.reference_seconds / len(batch.samples)
-        return [
-            self._record(batch, row, setting, tokens, bytes_of_picture, seconds)
-            for row, tokens in enumerate(batch.answers)
-        ]
+        return [self._record(batch, row, setting, tokens, seconds) for row, tokens in enumerate(batch.answers)]
 
     # A setting
 
@@ -159,8 +155,8 @@ class TorchRunner:
             visual_index = fill(cache, batch)
             tokens = self._generate(batch, cache) if generate else None
             seconds = self._clock() - begun + batch.prefill_seconds
-            bytes_of_picture = CacheLayout(self.info, setting.quantization).visual_bytes_per_picture()
-            assert cache.visual_bytes == bytes_of_picture * sum(len(p.picture_lengths) for p in batch.prepared)
+            layout = CacheLayout(self.info, setting.quantization)
+            assert cache.visual_bytes == sum(layout.visual_bytes(p.picture_lengths) for p in batch.prepared)
             found = self._follow(batch, cache, errors)
             drawn = worst_channels(cache, batch.prompt, visual_index[0], setting.name) if histograms else None
         records = []
@@ -170,7 +166,7 @@ class TorchRunner:
             hits, divergence = compare(expected, logits, answer)
             records.append(
                 self._record(
-                    *(batch, row, setting, given, bytes_of_picture, share),
+                    *(batch, row, setting, given, share),
                     equal=None if tokens is None else given == answer,
                     hits=hits,
                     count=len(answer),
@@ -210,11 +206,8 @@ class TorchRunner:
         return prepared
 
     def _pixels(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
-        inputs = [entry.pixel_inputs for entry in prepared if entry.pixel_inputs is not None]
-        return {
-            name: torch.from_numpy(np.concatenate([entry[name] for entry in inputs])).to(self.device, self.model.dtype)
-            for name in inputs[0]
-        }
+        inputs = self._family.model_inputs([entry.pixel_inputs for entry in prepared if entry.pixel_inputs is not None])
+        return {name: torch.from_numpy(array).to(self.device, self.model.dtype) for name, array in inputs.items()}
 
     def _allowed(self, logits: Tensor) -> Tensor:
         """An image token without a picture means nothing, so it is never chosen; as in :mod:`vkvx.runtime`."""
@@ -284,9 +277,10 @@ class TorchRunner:
         return [logits[row, : len(answer)] for row, answer in enumerate(batch.answers)]
 
     def _record(
-        self, batch: Batch, row: int, setting: Setting, tokens: list[int], bytes_of_picture: int, seconds: float,
+        self, batch: Batch, row: int, setting: Setting, tokens: list[int], seconds: float,
         **compared: Any,
     ) -> Record:  # fmt: skip
+        layout = CacheLayout(self.info, setting.quantization)
         sample, lengths = batch.samples[row], batch.prepared[row].picture_lengths
         nothing = {"equal": None, "hits": None, "count": None, "kl": None, "attention": None}
         return Record(
@@ -295,8 +289,8 @@ class TorchRunner:
             text=self.text(tokens),
             tokens=tokens,
             answers=list(sample.answers),
-            visual_bytes=bytes_of_picture * len(lengths),
-            elements=sum(lengths) * CacheLayout(self.info, setting.quantization).elements_per_token,
+            visual_bytes=layout.visual_bytes(lengths),
+            elements=sum(lengths) * layout.elements_per_token,
             seconds=seconds,
             **{**nothing, **compared},
         )

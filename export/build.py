@@ -60,11 +60,11 @@ class BuiltModel:
 
 def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOptions, report: Progress) -> BuiltModel:
     """Trace decoder and vision tower without touching a weight. Raises OptionError and ModelError."""
-    adapter = source.adapter
+    family = source.family
     info = source.info(options.dtype)
-    quantization = options.resolve(info.layers, info.tokens_per_picture)
+    quantization = options.resolve(info.layers, info.typical_tokens)
     attributes = layer_attributes(quantization, info.head_dim**-0.5)
-    model = build_model(adapter.model_class(), source.config, options.dtype)
+    model = build_model(family.model_class(), source.config, options.dtype)
     found = match_parameters(model, stored)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()
     if attributes[0].needs_metrics:
@@ -74,7 +74,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     report("decoder", 0, 1)
     layout = CacheLayout(info, quantization)
     inputs, outputs = decoder_inputs(layout), decoder_outputs(layout)
-    graph = DecoderGraph(model, adapter, attributes, metrics)
+    graph = DecoderGraph(model, family, attributes, metrics)
     names = {
         id(parameter): f"{kind}.{layer}"
         for kind, parameters in (("key", graph.key_metrics), ("value", graph.value_metrics))
@@ -89,8 +89,9 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     )
     report("decoder", 1, 1)
     report("vision", 0, 1)
-    pixels, embeds = adapter.pixel_inputs(source.config), vision_outputs(info)
-    vision = trace(VisionGraph(model, adapter, DTYPES[options.dtype]), pixels, embeds, opset=options.opset)
+    pixels = family.pixel_inputs(source.config)
+    embeds = vision_outputs(info, family.vision_rows(source.config))
+    vision = trace(VisionGraph(model, family, DTYPES[options.dtype]), pixels, embeds, opset=options.opset)
     report("vision", 1, 1)
 
     def finish(name: str, traced: Traced, inputs: Any, outputs: Any) -> Built:
@@ -109,10 +110,10 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
             return None if parameter is None else load_tensor(found[id(parameter)], dtype)
 
         layers = (
-            AttentionWeights(*(load(parameter) for parameter in vars(adapter.attention_weights(model, i)).values()))
+            AttentionWeights(*(load(parameter) for parameter in vars(family.attention_weights(model, i)).values()))
             for i in range(info.layers)
         )
-        keys, values = compute_metrics(layers, adapter.rotary_embedding(model), info)
+        keys, values = compute_metrics(layers, family.rotary_embedding(model), info)
         return {f"{kind}.{i}": t for kind, all_ in (("key", keys), ("value", values)) for i, t in enumerate(all_)}
 
     return BuiltModel(

@@ -10,14 +10,14 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vkvx import __version__
-from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
 from vkvx.models.family import Source
+from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.registry import resolve
 from vkvx.packages import missing
 from vkvx.plugins.operator import VERSION
@@ -68,7 +68,7 @@ def export_model(
         trust_remote_code=options.trust_remote_code,
     )
     stored = read_checkpoint(source.directory)
-    processor = _load_processor(source)
+    processor = source.processor()
     report("load", 1, 1)
     with new_directory(target, options.force) as partial:
         _check_room(partial, stored, options.dtype)
@@ -87,7 +87,7 @@ def _check_room(directory: Path, stored: Mapping[str, StoredTensor], dtype: str)
     check_room(directory.parent, plan.written_bytes(shared) + _RESERVE)
 
 
-def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, report: Progress) -> Manifest:
+def _write(directory: Path, source: Source, model: BuiltModel, processor: ProcessorFiles, report: Progress) -> Manifest:
     from vkvx.export.build import operator_functions, refer, write_graph, write_metrics
     from vkvx.export.weights import place_weights, plan_weights
 
@@ -107,7 +107,7 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
         functions = operator_functions(built, model) if built is model.decoder else []
         write_graph(built.traced.model, directory / built.graph.file, functions)
     _write_checkpoint(directory, source, places)
-    processor.save_pretrained(directory / PROCESSOR)
+    processor.save(directory / PROCESSOR)
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in files:
@@ -127,7 +127,7 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Any, r
         from vkvx.runtime.backends import golden
         from vkvx.runtime.backends.registry import open_backend
 
-        tokens = manifest.model.tokens_per_picture or 0
+        tokens = golden.picture(manifest)[1]
         backend = open_backend(
             *("onnxruntime", directory, manifest),
             slots=1,
@@ -148,7 +148,7 @@ def _can_record(manifest: Manifest, directory: Path) -> bool:
 
     model = manifest.model
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    if model.tokens_per_picture is None or model.tokens_per_picture + golden.TEXT_TOKENS > model.max_positions:
+    if golden.picture(manifest)[1] + golden.TEXT_TOKENS > model.max_positions:
         return False
     return weights <= GOLDEN_WEIGHTS and find_spec("onnxruntime") is not None
 
@@ -160,21 +160,3 @@ def _write_checkpoint(directory: Path, source: Source, places: Mapping[StoredTen
     files = {tensor.name: place.file for tensor, place in sorted(places.items(), key=lambda item: item[0].name)}
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def _load_processor(source: Source) -> Any:
-    """The checkpoint's processor with what old checkpoints leave out."""
-    from transformers import AutoImageProcessor, AutoProcessor
-
-    remote = source.trust_remote_code
-    try:
-        processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=remote)
-        # The pillow version: pixels then do not depend on whether torchvision is installed.
-        processor.image_processor = AutoImageProcessor.from_pretrained(
-            source.directory, backend="pil", trust_remote_code=remote
-        )
-    except Exception as error:  # transformers and tokenizers raise whatever they come across
-        reason = " ".join(str(error).split())
-        raise ModelError(f"transformers cannot read the processor files in {source.directory}: {reason}") from error
-    source.adapter.check_processor(processor, source.config)
-    return processor

@@ -1,19 +1,28 @@
-"""What an adapter tells about a model family. The modules stay Hugging Face's own; an adapter only points at them."""
+"""What is known of a model family. The modules stay Hugging Face's own; a family only points at them."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vkvx.errors import ModelError
+import numpy as np
+
+from vkvx.errors import ModelError, VkvxError
+from vkvx.format import WORD_BITS
 from vkvx.manifest import ModelInfo, TensorSpec
+from vkvx.models.pictures.kinds import TileGrid, Tiles, describe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from vkvx.models.processor_files import ProcessorFiles
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that depend on nothing but the position."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +37,34 @@ class Source:
     origin: str
     directory: Path
     config: Any
-    adapter: Adapter
+    family: Family
     revision: str | None
     trust_remote_code: bool = False
 
     def info(self, dtype: str) -> ModelInfo:
         """The facts that the runtime needs. Raises ModelError if generation_config.json cannot be read."""
-        info = self.adapter.info(self.config, dtype, self._generation_config())
+        info = self.family.info(self.config, dtype, self._generation_config())
         return replace(info, name=self.name, source=self.origin, revision=self.revision)
+
+    def processor(self) -> ProcessorFiles:
+        """Tokenizer and image processor. Raises ModelError if their files do not load or do not fit the model."""
+        from vkvx.models.processor_files import ProcessorFiles
+
+        try:
+            files = ProcessorFiles.load(self.directory, self.trust_remote_code)
+        except VkvxError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise whatever they come across
+            reason = " ".join(str(error).split())
+            raise ModelError(f"transformers cannot read the processor files in {self.directory}: {reason}") from error
+        token = files.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        if self.config.image_token_id not in files.tokenizer.added_tokens_decoder:
+            raise ModelError(
+                f"config.json says that pictures are token {self.config.image_token_id}, which is the tokenizer's "
+                f"'{token}', a piece of plain text; fix image_token_id (image_token_index in older files)"
+            )
+        self.family.prepare_processor(files, self.config)
+        return files
 
     def _generation_config(self) -> dict[str, Any]:
         path = self.directory / "generation_config.json"
@@ -53,48 +82,137 @@ class AttentionWeights:
     """What stands before the queries and after the attention of a layer: parameters of the model, or their values.
 
     ``query`` is [Hq * D, hidden], ``query_bias`` [Hq * D] or None, ``norm`` [hidden] the weight of the norm before the
-    projection, ``output`` [hidden, Hq * D].
+    projection, ``output`` [hidden, Hq * D], ``query_norm`` [D] the weight of a norm of each head's query, or None.
     """
 
     query: Tensor
     query_bias: Tensor | None
     norm: Tensor
     output: Tensor
+    query_norm: Tensor | None = None
 
 
-class Adapter(ABC):
-    """One model family. ``config`` and ``model`` are the family's transformers objects."""
+class Family(ABC):
+    """One model family. ``config`` and ``model`` are the family's transformers objects.
+
+    What is written here is that of a plain family: a vision tower and a projector, then a decoder built like Llama.
+    """
 
     architecture: str
     """Entry of ``architectures`` in config.json, and name of the transformers class."""
+    text_models: tuple[str, ...]
+    """Model types of the decoders that are known to work."""
 
-    @abstractmethod
     def check(self, config: Any) -> None:
         """Raise ModelError if this checkpoint has a trait that the export cannot honour."""
+        text = config.text_config
+        quantised = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+        if quantised:
+            method = dict(quantised).get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+            method = getattr(method, "quant_method", method)
+            raise ModelError(
+                f"the checkpoint's weights are quantised ({getattr(method, 'value', method)}); "
+                "give the original 16-bit or 32-bit checkpoint"
+            )
+        if text.model_type not in self.text_models:
+            raise ModelError(
+                f"a {self.architecture} with a '{text.model_type}' decoder is not supported; "
+                f"{one_of(self.text_models)} is"
+            )
+        if getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None) is not None:
+            raise ModelError(
+                f"the decoder attends over a sliding window of {text.sliding_window} tokens, which is not supported; "
+                "a checkpoint whose config.json has no sliding_window is"
+            )
+        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope not in STATIC_ROPE:
+            raise ModelError(f"rotary embeddings of type '{rope}' are not supported; {one_of(STATIC_ROPE)} is")
+        if head_dim(text) % WORD_BITS:
+            raise ModelError(f"the head dim is {head_dim(text)}; the packed cache needs a multiple of {WORD_BITS}")
+        if not 0 <= config.image_token_id < text.vocab_size:
+            raise ModelError(
+                f"the image token {config.image_token_id} is not among the decoder's {text.vocab_size} tokens; "
+                "fix image_token_id (image_token_index in older files), or the size of the embeddings"
+            )
 
-    @abstractmethod
     def info(self, config: Any, dtype: str, generation: Mapping[str, Any] | None = None) -> ModelInfo:
         """The facts that config.json tells, and ``generation``, the contents of generation_config.json."""
+        text = config.text_config
+        eos, pad = (
+            _first((generation or {}).get(name), getattr(config, name, None), getattr(text, name, None))
+            for name in ("eos_token_id", "pad_token_id")
+        )
+        eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return ModelInfo(
+            name=str(config.name_or_path),
+            source=str(config.name_or_path),
+            revision=None,
+            architecture=self.architecture,
+            dtype=dtype,
+            layers=text.num_hidden_layers,
+            query_heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=head_dim(text),
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            max_positions=text.max_position_embeddings,
+            image_token_id=config.image_token_id,
+            tokens_per_picture=self.tokens_per_picture(config),
+            typical_tokens=self.typical_tokens(config),
+            pictures=describe(self.pictures(config)),
+            eos_token_ids=eos_ids,
+            pad_token_id=_first(pad, *eos_ids, 0),
+        )
+
+    @abstractmethod
+    def pictures(self, config: Any) -> Tiles | TileGrid:
+        """How a picture becomes tokens."""
+
+    def tokens_per_picture(self, config: Any) -> int | None:
+        """Visual tokens of every picture; None where pictures vary in size."""
+        return None
+
+    @abstractmethod
+    def typical_tokens(self, config: Any) -> tuple[int, ...]:
+        """Visual tokens of usual pictures, ascending."""
 
     @abstractmethod
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
-        """Inputs of the vision graph, named and shaped as the image processor gives them."""
+        """Inputs of the vision graph, named as the image processor names them."""
 
-    @abstractmethod
+    def vision_rows(self, config: Any) -> str:
+        """Rows of the vision graph's output in terms of a symbol of its inputs."""
+        return f"{self.pictures(config).tile_tokens}*P"
+
     def text_model(self, model: Any) -> nn.Module:
         """The decoder without its head: takes ``inputs_embeds`` and ``position_ids``."""
+        return model.model.language_model
+
+    def vision_constants(self, model: Any) -> dict[str, Tensor]:
+        """What :meth:`image_embeds` needs besides pixels and weights, computed once; given to it by name."""
+        return {}
 
     @abstractmethod
-    def image_embeds(self, model: Any, *pixel_inputs: Tensor) -> Tensor:
+    def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """Embeddings [tokens of all pictures, hidden] of the pictures in ``pixel_inputs``."""
 
-    @abstractmethod
     def attention_weights(self, model: Any, layer: int) -> AttentionWeights:
-        """The weights around the attention of a decoder layer."""
+        """The weights around the attention of a decoder layer; Llama, Mistral, Qwen2 and Qwen3 name them alike."""
+        layers: Any = self.text_model(model).layers
+        block = layers[layer]
+        attention = block.self_attn
+        query_norm = getattr(attention, "q_norm", None)
+        return AttentionWeights(
+            attention.q_proj.weight,
+            attention.q_proj.bias,
+            block.input_layernorm.weight,
+            attention.o_proj.weight,
+            None if query_norm is None else query_norm.weight,
+        )
 
-    @abstractmethod
     def rotary_embedding(self, model: Any) -> nn.Module:
         """The decoder's rotary embedding: from a tensor and positions [B, S] to cosine and sine [B, S, D]."""
+        return self.text_model(model).rotary_emb  # type: ignore[return-value]
 
     def model_class(self) -> Any:
         """The transformers class of the model."""
@@ -106,5 +224,41 @@ class Adapter(ABC):
         """The language model's head, from hidden states to logits."""
         return model.get_output_embeddings()
 
-    def check_processor(self, processor: Any, config: Any) -> None:  # noqa: B027 (optional)
-        """Set what the processor lacks; raise ModelError if it does not fit the model."""
+    @abstractmethod
+    def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
+        """Set what transformers' processor of the family sets by itself; ModelError if it does not fit the model."""
+
+    def model_inputs(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Pixel arguments of transformers' model for a batch, from the vision graph's inputs of each row's pictures."""
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def head_dim(text: Any) -> int:
+    """Elements of a head of a text config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def one_of(names: Any) -> str:
+    """``a, b or c``."""
+    *rest, last = names
+    return f"{', '.join(rest)} or {last}" if rest else str(last)
+
+
+def square_pixels(vision: Any, size: int) -> tuple[TensorSpec, ...]:
+    """``pixel_values`` [P, channels, size, size] for P pictures or tiles."""
+    return (TensorSpec("pixel_values", "float32", ("P", getattr(vision, "num_channels", 3), size, size)),)
+
+
+def check_image_size(given: Mapping[str, int], size: int) -> None:
+    """Raise ModelError unless pictures that the image processor makes have this many pixels on each side."""
+    found = {given.get("height", given.get("longest_edge", given.get("shortest_edge")))}
+    found.add(given.get("width", *found))
+    if found != {size}:
+        raise ModelError(
+            f"the image processor gives pictures of {sorted(found, key=str)} pixels, the vision tower takes {size}; "
+            "fix preprocessor_config.json"
+        )
+
+
+def _first(*candidates: Any) -> Any:
+    return next((candidate for candidate in candidates if candidate is not None), None)

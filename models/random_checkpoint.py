@@ -1,8 +1,8 @@
-"""Writes a LLaVA checkpoint with random weights, of any size in little memory: to measure and test exports.
+"""Writes a checkpoint with random weights, of any size in little memory: to measure and test exports.
 
     python -m vkvx.models.random_checkpoint --preset llava-1.5-7b DIRECTORY
 
-The checkpoint has the names, shapes and sharding of those on the hub, and the tokenizer of the bundled tiny-llava. What
+The checkpoint has the names, shapes and sharding of those on the hub, and a small tokenizer. What
 such a model says is noise.
 """
 
@@ -20,78 +20,10 @@ import numpy as np
 
 from vkvx.errors import StorageError, VkvxError
 from vkvx.models.checkpoint import INDEX_FILE, SINGLE_FILE
-from vkvx.models.registry import TINY_LLAVA
+from vkvx.models.presets import PRESETS, preset_config, write_processor
 
 STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _BLOCK = 1 << 22
-_HUB_NAMES = {
-    "lm_head.": "language_model.lm_head.",
-    "model.language_model.": "language_model.model.",
-    "model.vision_tower.": "vision_tower.vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-}
-
-PRESETS: dict[str, dict[str, dict[str, int]]] = {
-    "llava-1.5-7b": {
-        "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-        "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    },
-    "200m": {
-        "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
-        "text": {
-            "hidden_size": 1024,
-            "intermediate_size": 2816,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-        },
-    },
-    "tiny": {
-        "vision": {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_size": 56,
-        },
-        "text": {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "vocab_size": 512,
-        },
-    },
-}
-"""Sizes that differ from those of a 336-pixel CLIP of patches of 14 and a Llama of 32064 tokens."""
-
-
-def preset_config(preset: str, layers: int | None = None) -> Any:
-    """The transformers config of a preset, with another number of decoder layers if given."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    sizes = PRESETS[preset]
-    vision = CLIPVisionConfig(**{"image_size": 336, "patch_size": 14, **sizes["vision"]})
-    text = LlamaConfig(
-        **{"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **sizes["text"]},
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    if layers is not None:
-        text.num_hidden_layers = layers
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=3,
-        image_seq_length=tokens,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        architectures=["LlavaForConditionalGeneration"],
-    )
 
 
 def write_checkpoint(
@@ -109,7 +41,7 @@ def write_checkpoint(
     shapes = _parameter_shapes(config)
     config.dtype = dtype
     config.save_pretrained(directory)
-    _write_processor(directory, config)
+    write_processor(directory, config)
     item = 4 if dtype == "float32" else 2
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
@@ -136,16 +68,16 @@ def write_checkpoint(
 def _parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Names as on the hub, and shapes, of all parameters that a checkpoint stores."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = getattr(transformers, config.architectures[0])(config)
     model.tie_weights()
-    shapes = {}
-    for name, parameter in model.named_parameters():
-        prefix = next(prefix for prefix in _HUB_NAMES if name.startswith(prefix))
-        shapes[_HUB_NAMES[prefix] + name.removeprefix(prefix)] = tuple(parameter.shape)
-    return shapes
+    named = revert_weight_conversion(model, dict(model.named_parameters()))
+    # What transformers renames by a prefix it does not turn back.
+    clip = ("vision_tower.", "vision_tower.vision_model.") if config.model_type == "llava" else ("", "")
+    return {name.replace(*clip): tuple(parameter.shape) for name, parameter in named.items()}
 
 
 def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, rng: np.random.Generator) -> int:
@@ -186,17 +118,6 @@ def _to_bytes(values: np.ndarray, dtype: str) -> bytes:
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
     return values.astype(dtype).tobytes()
-
-
-def _write_processor(directory: Path, config: Any) -> None:
-    from transformers import AutoProcessor
-
-    size = config.vision_config.image_size
-    processor = AutoProcessor.from_pretrained(TINY_LLAVA)
-    processor.image_processor.size = {"shortest_edge": size}
-    processor.image_processor.crop_size = {"height": size, "width": size}
-    processor.patch_size = config.vision_config.patch_size
-    processor.save_pretrained(directory)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

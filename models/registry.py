@@ -1,4 +1,4 @@
-"""Finds a checkpoint by alias, local directory or hub id, and the adapter for its architecture."""
+"""Finds a checkpoint by alias, local directory or hub id, and the family for its architecture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vkvx.errors import ModelError
-from vkvx.models.family import Adapter, Source
-from vkvx.models.llava import LlavaAdapter
+from vkvx.models.family import Family, Source
+from vkvx.models.idefics3 import Idefics3, SmolVLM
+from vkvx.models.internvl import InternVL
+from vkvx.models.llava import Llava
 from vkvx.packages import missing
 
 TINY_LLAVA = Path(__file__).resolve().parent / "tiny_llava"
@@ -18,7 +20,7 @@ ALIASES: dict[str, str | Path] = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
 }
-ADAPTERS: dict[str, Adapter] = {adapter.architecture: adapter for adapter in (LlavaAdapter(),)}
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (Llava(), InternVL(), Idefics3(), SmolVLM())}
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
@@ -36,7 +38,7 @@ def resolve(
     """Find the checkpoint, download it if it is on the hub, and read its config. Without ``weights`` only the config.
 
     An alias comes first (write ``./llava`` for a directory of that name), then a local directory, then a hub id.
-    Raises ModelError if there is no such model, it cannot be downloaded, or no adapter knows its architecture.
+    Raises ModelError if there is no such model, it cannot be downloaded, or no family knows its architecture.
     """
     name = str(name_or_path)
     target = ALIASES.get(name, name)
@@ -46,8 +48,8 @@ def resolve(
             raise ModelError(f"'{name}' is on this machine and has no revisions; leave out --revision")
         origin = name if name in ALIASES else str(directory.resolve())
         label = name if name in ALIASES else directory.resolve().name
-        config, adapter = _read_config(directory, trust_remote_code)
-        return Source(label, origin, directory.resolve(), config, adapter, None, trust_remote_code)
+        config, family = _read_config(directory, trust_remote_code)
+        return Source(label, origin, directory.resolve(), config, family, None, trust_remote_code)
     if not _is_hub_id(str(target)):
         if directory.exists() or _is_path(name):
             raise ModelError(f"'{name}' is not a directory; give a directory with config.json and *.safetensors")
@@ -57,20 +59,20 @@ def resolve(
     hub_id = str(target)
     # The architecture is checked before gigabytes of weights are fetched.
     directory = _download(hub_id, CONFIG_FILES, cache_dir, revision)
-    config, adapter = _read_config(directory, trust_remote_code)
+    config, family = _read_config(directory, trust_remote_code)
     if weights:
         directory = _download(hub_id, CONFIG_FILES + WEIGHT_FILES, cache_dir, revision)
     label = name if name in ALIASES else hub_id.split("/")[1]
-    return Source(label, hub_id, directory, config, adapter, directory.name, trust_remote_code)
+    return Source(label, hub_id, directory, config, family, directory.name, trust_remote_code)
 
 
-def adapter_for(model: Any) -> Adapter:
-    """The adapter of a loaded transformers model. Raises ModelError if its class is not supported."""
+def family_of(model: Any) -> Family:
+    """The family of a loaded transformers model. Raises ModelError if its class is not supported."""
     names = [base.__name__ for base in type(model).__mro__]
-    adapter = next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
-    if adapter is None:
-        raise ModelError(f"models of class {names[0]} are not supported; supported: {', '.join(ADAPTERS)}")
-    return adapter
+    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    if family is None:
+        raise ModelError(f"models of class {names[0]} are not supported; supported: {', '.join(FAMILIES)}")
+    return family
 
 
 def sample_pages() -> list[Path]:
@@ -107,7 +109,7 @@ def _download(hub_id: str, patterns: tuple[str, ...], cache_dir: str | Path | No
     return Path(path)
 
 
-def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Adapter]:
+def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]:
     path = directory / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -116,10 +118,10 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Adapter
         raise ModelError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint") from None
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"cannot read {path} ({error}); download the checkpoint again") from error
-    adapter = next((ADAPTERS[name] for name in architectures if name in ADAPTERS), None)
-    if adapter is None:
+    family = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
+    if family is None:
         given = ", ".join(map(str, architectures)) or f"none (model type {data.get('model_type')})"
-        raise ModelError(f"architecture {given} is not supported; supported: {', '.join(ADAPTERS)}")
+        raise ModelError(f"architecture {given} is not supported; supported: {', '.join(FAMILIES)}")
     try:
         from transformers import AutoConfig
     except ImportError as error:
@@ -129,5 +131,5 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Adapter
     except Exception as error:  # transformers raises whatever its validators of the day raise
         reason = " ".join(str(error).split())
         raise ModelError(f"transformers cannot read {path}: {reason}") from error
-    adapter.check(config)
-    return config, adapter
+    family.check(config)
+    return config, family

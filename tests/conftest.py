@@ -82,7 +82,8 @@ def tiny_bundle(bundle_factory: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA of two layers and 16 tokens per picture; float32 weights in three shards; not to be changed."""
-    from vkvx.models.random_checkpoint import preset_config, write_checkpoint
+    from vkvx.models.presets import preset_config
+    from vkvx.models.random_checkpoint import write_checkpoint
 
     directory = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
     write_checkpoint(directory, preset_config("tiny"), dtype="float32", shard_bytes=1_000_000)

@@ -16,7 +16,7 @@ _HOMES = {
     "CapacityError": "vkvx.errors",
     "Conversation": "vkvx.runtime.sessions.session",
     "DependencyError": "vkvx.errors",
-    "ExportOptions": "vkvx.export",
+    "ExportOptions": "vkvx.export.options",
     "Generation": "vkvx.runtime.sessions.session",
     "InputError": "vkvx.errors",
     "Manifest": "vkvx.manifest",
@@ -27,7 +27,7 @@ _HOMES = {
     "StorageError": "vkvx.errors",
     "VkvxError": "vkvx.errors",
     "evaluate": "vkvx.evaluation",
-    "export_model": "vkvx.export",
+    "export_model": "vkvx.export.bundle",
     "quantize_visual_cache": "vkvx.runtime.transformers.plug_in",
     "validate_bundle": "vkvx.runtime.checks.validate",
 }
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
         VkvxError,
     )
     from vkvx.evaluation import evaluate
-    from vkvx.export import ExportOptions, export_model
+    from vkvx.export.bundle import export_model
+    from vkvx.export.options import ExportOptions
     from vkvx.manifest import Manifest
     from vkvx.runtime.checks.validate import validate_bundle
     from vkvx.runtime.serving.server import Server

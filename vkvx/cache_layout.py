@@ -6,6 +6,7 @@ Standard library only. Symbols are those of ``docs/format.md``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -31,7 +32,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 class CacheLayout:
     """The cache tensors of a model. All bytes count every layer, keys and values.
 
-    ``tokens`` are those of one picture, by default the model's; where pictures vary in size, those of one group.
+    ``tokens`` are those of one picture, by default a usual one.
     """
 
     info: ModelInfo
@@ -93,12 +94,15 @@ class CacheLayout:
         """Key and value elements of a token."""
         return self.text_bytes_per_token // ITEM_BYTES[self.info.dtype]
 
-    def visual_bytes_per_picture(self, tokens: int | None = None) -> int:
-        """Bytes that a picture takes, with params and padding to groups."""
-        tokens = self._picture_tokens(tokens)
+    def visual_bytes(self, lengths: Iterable[int]) -> int:
+        """Bytes that pictures of these numbers of tokens take, with params and padding to groups."""
         if not self.is_packed:
-            return tokens * self.text_bytes_per_token
-        return math.ceil(tokens / self.quantization.group_size) * self.bytes_per_group
+            return sum(lengths) * self.text_bytes_per_token
+        return sum(math.ceil(length / self.quantization.group_size) for length in lengths) * self.bytes_per_group
+
+    def visual_bytes_per_picture(self, tokens: int | None = None) -> int:
+        """Bytes that a picture takes."""
+        return self.visual_bytes((self._picture_tokens(tokens),))
 
     def sixteen_bit_bytes_per_picture(self, tokens: int | None = None) -> int:
         """Bytes that the same picture takes at two bytes per element."""
@@ -112,4 +116,4 @@ class CacheLayout:
         return sum(tensor_bytes(*tensor) for tensor in self.tensors(1, visual_capacity, text_capacity).values())
 
     def _picture_tokens(self, tokens: int | None) -> int:
-        return tokens or self.info.tokens_per_picture or self.quantization.group_size
+        return tokens or self.info.usual_tokens

@@ -17,7 +17,7 @@ class OptionError(VkvxError):
 
 
 class ModelError(VkvxError):
-    """A model cannot be found, read, or is of a family that has no adapter."""
+    """A model cannot be found, read, or is of a family that has no family."""
 
 
 class BundleError(VkvxError):

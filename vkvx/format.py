@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vkvx.errors import OptionError
 
 OPERATOR_VERSION = 1
@@ -21,6 +23,10 @@ SCORE_CORRECTIONS = ("none", "affine", "expected")
 """Ordered likewise."""
 CACHE_NAMES = ("visual_key", "visual_key_params", "visual_value", "visual_value_params", "text_key", "text_value")
 """Cache tensors of a layer, in the order of the operator's outputs."""
+
+MAX_AUTO_GROUP = 1024
+_PARAMS = 40
+"""Bits of a group's parameters per channel, mean of keys (3 of FP16) and values (2)."""
 
 QUANTILE_ALPHA = {1: 0.2, 2: 0.07, 4: 0.005, 8: 0.0}
 """Default tail that ``quantile`` cuts off on each side, by bits."""
@@ -49,9 +55,21 @@ def check_group_size(group_size: int) -> None:
 
 
 def auto_group_size(tokens_per_picture: int | None) -> int:
-    """Group size with little padding and at most 1024 tokens; 256 for models whose pictures vary in size (``None``)."""
+    """Group size with little padding and at most 1024 tokens; 256 for pictures of any size (``None``)."""
     if tokens_per_picture is None:
         return 256
     tiles = -(-tokens_per_picture // TILE)
     groups = -(-tiles // 8)
     return TILE * -(-tiles // groups)
+
+
+def typical_group_size(typical_tokens: Sequence[int]) -> int:
+    """The same for pictures of several sizes: the least padding on average over these numbers of visual tokens."""
+    if len(typical_tokens) == 1:
+        return auto_group_size(typical_tokens[0])
+    # Bytes per token at 1 bit, averaged over the pictures; of equal sizes the larger.
+    costs = {
+        size: sum(-(-tokens // size) * (size + _PARAMS) / tokens for tokens in typical_tokens)
+        for size in range(MAX_AUTO_GROUP, 0, -TILE)
+    }
+    return min(costs, key=costs.__getitem__)

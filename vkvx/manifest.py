@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "vkvx.json"
 FORMAT = "vkvx-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 _SIZES = ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "max_positions")
@@ -36,8 +36,21 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class PictureInfo:
+    """How a picture becomes tokens: the arguments of one of ``vkvx.models.pictures.kinds.KINDS``."""
+
+    kind: str
+    numbers: dict[str, int]
+    marks: dict[str, str]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
-    """What the runtime must know of the model. ``tokens_per_picture`` is None where pictures vary in size."""
+    """What the runtime must know of the model.
+
+    ``tokens_per_picture`` is None where pictures vary in size; ``typical_tokens`` are those of usual pictures,
+    ascending: group sizes follow from them, and default capacities from the largest.
+    """
 
     name: str
     source: str
@@ -53,8 +66,15 @@ class ModelInfo:
     max_positions: int
     image_token_id: int
     tokens_per_picture: int | None
+    typical_tokens: tuple[int, ...]
+    pictures: PictureInfo
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+
+    @property
+    def usual_tokens(self) -> int:
+        """Visual tokens of a usual picture, a large one where they vary."""
+        return self.typical_tokens[-1]
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,12 @@ class Graph:
     opset: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def output_rows(self, inputs: Mapping[str, Sized]) -> int:
+        """Size of axis 0 of the first output, which may be a multiple of an input's (``"256*P"``), for these arrays."""
+        factor, _, symbol = str(self.outputs[0].shape[0]).rpartition("*")
+        sizes = {spec.shape[0]: len(inputs[spec.name]) for spec in self.inputs if spec.name in inputs}
+        return int(factor or 1) * sizes[symbol]
 
 
 @dataclass(frozen=True)
@@ -197,11 +223,16 @@ class ManifestFile:
         kind.require(version > 0, "format_version", "positive", version)
         if version > kind.version:
             raise kind.other_version(f"format version {version}", f"reads up to {kind.version}")
-        manifest = typed_json.read(cls, data, kind.failure)
+        manifest = typed_json.read(cls, cls._upgraded(data) if version < kind.version else data, kind.failure)
         if manifest.operator_version != OPERATOR_VERSION:
             raise kind.other_version(f"operator version {manifest.operator_version}", f"has {OPERATOR_VERSION}")
         manifest._check()
         return manifest
+
+    @classmethod
+    def _upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """An object of an older format version as one of the newest."""
+        return data
 
     def to_json(self) -> dict[str, Any]:
         """The object to write as the file."""
@@ -265,12 +296,26 @@ class Manifest(ManifestFile):
         """Shapes, dtypes and bytes of the cache."""
         return CacheLayout(self.model, self.quantization)
 
+    @classmethod
+    def _upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Version 1 knew pictures of one size only."""
+        try:
+            tokens, vision = data["model"]["tokens_per_picture"], data["graphs"]["vision"]
+            pictures = {"kind": "tiles", "numbers": {"tile_tokens": tokens}, "marks": {}}
+            model = {**data["model"], "typical_tokens": [tokens], "pictures": pictures}
+            outputs = [{**output, "shape": [f"{tokens}*P", *output["shape"][1:]]} for output in vision["outputs"]]
+            return {**data, "model": model, "graphs": {**data["graphs"], "vision": {**vision, "outputs": outputs}}}
+        except (KeyError, TypeError):
+            return data  # reading it says what is wrong
+
     def _check(self) -> None:
         model, quantization, require = self.model, self.quantization, self.kind.require
         require(model.dtype in FLOAT_DTYPES, "model.dtype", f"one of {', '.join(FLOAT_DTYPES)}", model.dtype)
         for name in (*_SIZES, "tokens_per_picture"):
             size = getattr(model, name)
             require(size is None or 0 < size < 2**31, f"model.{name}", "positive and less than 2**31", size)
+        typical = model.typical_tokens
+        require(bool(typical) and min(typical) > 0, "model.typical_tokens", "a list of positive numbers", typical)
         require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)
         shared = model.query_heads % model.kv_heads == 0
         require(shared, "model.query_heads", "a multiple of kv_heads", model.query_heads)

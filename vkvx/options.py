@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ from vkvx.format import (
     SCORE_CORRECTIONS,
     SHRINK_KEY,
     SHRINK_VALUE,
-    auto_group_size,
     check_group_size,
+    typical_group_size,
 )
 from vkvx.manifest import Quantization
 
@@ -115,8 +116,8 @@ class QuantizationOptions:
                 reasons[name] = f"{keyword(name)} has no effect with {chosen}; give {keyword(of)} {needed} as well"
         return reasons
 
-    def resolve(self, layers: int, tokens_per_picture: int | None) -> Quantization:
-        """The quantisation of a model with this many layers and tokens per picture; OptionError."""
+    def resolve(self, layers: int, typical_tokens: Sequence[int]) -> Quantization:
+        """The quantisation of a model with so many layers, whose usual pictures have these tokens; OptionError."""
         self.check()
         bits = [self._pair] * layers
         if self.bits_per_layer is not None:
@@ -127,7 +128,7 @@ class QuantizationOptions:
         # At 16 bits nothing is quantised; the numbers only fill the manifest.
         alphas = {**QUANTILE_ALPHA, BASELINE_BITS: 0.0} if alpha is None else dict.fromkeys(BITS, alpha)
         shrink_key, shrink_value = ({**table, BASELINE_BITS: 1.0} for table in (SHRINK_KEY, SHRINK_VALUE))
-        size = auto_group_size(tokens_per_picture) if self.group_size == "auto" else int(self.group_size)
+        size = typical_group_size(typical_tokens) if self.group_size == "auto" else int(self.group_size)
         return Quantization(
             key_bits=key_bits,
             value_bits=value_bits,

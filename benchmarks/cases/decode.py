@@ -59,7 +59,7 @@ def _models(layers: int) -> Any:
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from vkvx.models.random_checkpoint import preset_config
+    from vkvx.models.presets import preset_config
     from vkvx.models.registry import resolve
     from vkvx.runtime.backends.torch.loading import load_model
 
@@ -76,21 +76,21 @@ def _backend(model: Any, bits: int, batch: int) -> tuple[float, float, int]:
     """Milliseconds of an eager and of a captured step, and bytes of the cache in use."""
     from vkvx import ExportOptions
     from vkvx.manifest import Graph, Manifest
-    from vkvx.models.registry import adapter_for
+    from vkvx.models.registry import family_of
     from vkvx.runtime.backends.torch.backend import TorchBackend
     from vkvx.runtime.calls import Row, build_call
 
-    adapter = adapter_for(model)
-    info = adapter.info(model.config, "float16")
+    family = family_of(model)
+    info = family.info(model.config, "float16")
     # What a picture is quantised by makes no difference to later steps.
     options = ExportOptions(bits=bits, quantizer=None if bits == 16 else "lloyd")
-    quantization = options.resolve(info.layers, info.tokens_per_picture)
-    graphs = {"vision": Graph("", 18, adapter.pixel_inputs(model.config), ())}
+    quantization = options.resolve(info.layers, info.typical_tokens)
+    graphs = {"vision": Graph("", 18, family.pixel_inputs(model.config), ())}
     manifest = Manifest("", 1, info, quantization, graphs, ".", {})
     before = model.config.text_config._attn_implementation
-    picture, room = info.tokens_per_picture or 0, TEXT + 4 * (STEPS + WARM_UP)
+    picture, room = info.usual_tokens, TEXT + 4 * (STEPS + WARM_UP)
     backend = TorchBackend(
-        model, adapter, manifest, slots=batch, visual_tokens=quantization.group_size, text_tokens=room
+        model, family, manifest, slots=batch, visual_tokens=quantization.group_size, text_tokens=room
     )
     rng, size = np.random.default_rng(0), quantization.group_size
     ids = np.concatenate([np.full(picture, info.image_token_id), rng.integers(4, info.vocab_size, TEXT)]).astype(

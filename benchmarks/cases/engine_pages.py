@@ -101,7 +101,7 @@ def converse(backend: Backend, turns: Sequence[Sequence[Prepared]]) -> dict[str,
 def open_for(bundle: Path, backend: str, **options: Any) -> Backend:
     """A backend with room for ``BATCH`` conversations."""
     manifest = Manifest.load(bundle)
-    size, tokens = manifest.quantization.group_size, manifest.model.tokens_per_picture or 0
+    size, tokens = manifest.quantization.group_size, manifest.model.usual_tokens
     visual = 2 * (-(-tokens // size) * size if manifest.layout.is_packed else tokens)
     return open_backend(backend, bundle, manifest, slots=BATCH, visual_tokens=visual, text_tokens=192, **options)
 
@@ -148,7 +148,7 @@ def read_pages(path: Path, manifest: Manifest, nudge: bool = False) -> Iterator[
 
     With `nudge` pixels are off by up to 2^-11 of themselves, half the distance of FP16 numbers, the same each time.
     """
-    tokens = manifest.model.tokens_per_picture or 0
+    tokens = manifest.model.usual_tokens
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     count = sum(name.startswith("first.") for name in arrays)

@@ -77,7 +77,7 @@ class Study:
 
     def __init__(self, device: str = "cpu") -> None:
         self.simulation = Simulation(device)
-        self.product = model_metrics(self.simulation.adapter, self.simulation.model, self.simulation.info)
+        self.product = model_metrics(self.simulation.family, self.simulation.model, self.simulation.info)
         self._taus: dict[str, list[float]] = {}
 
     @cached_property
@@ -118,7 +118,7 @@ class Study:
 
         def metric(layer: Layer) -> Tensor:
             if layer.index not in remembered:
-                weights = self.simulation.adapter.attention_weights(self.simulation.model, layer.index)
+                weights = self.simulation.family.attention_weights(self.simulation.model, layer.index)
                 query = (weights.query * weights.norm).unflatten(0, (info.query_heads, info.head_dim))
                 moment = (query @ query.transpose(1, 2)).unflatten(0, (info.kv_heads, -1)).mean(1)
                 positions = layer.key.shape[2] - 1 - offset + torch.from_numpy(WINDOWS[window]).to(layer.key.device)
@@ -134,7 +134,7 @@ class Study:
         info = self.simulation.info
 
         def metric(layer: Layer) -> Tensor:
-            output = self.simulation.adapter.attention_weights(self.simulation.model, layer.index).output
+            output = self.simulation.family.attention_weights(self.simulation.model, layer.index).output
             heads = output.unflatten(1, (info.query_heads, info.head_dim)).transpose(0, 1)
             moment = (heads.transpose(1, 2) @ heads).unflatten(0, (info.kv_heads, -1)).mean(1)
             return regularised(moment, floor)[None]

@@ -153,10 +153,10 @@ class Simulation:
 
     def __init__(self, device: str = "cpu") -> None:
         source = resolve("tiny-llava")
-        self.adapter, self.device = source.adapter, device
+        self.family, self.device = source.family, device
         self.info = source.info("float32")
         self.model = load_model(source, torch.float32).to(device)
-        self.processor = Processor(source.directory, self.info, source.adapter.pixel_inputs(source.config))
+        self.processor = Processor.of_checkpoint(source, self.info)
         use_attention_function(self.model)
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class Simulation:
         is_picture = ids == self.info.image_token_id
         first, count = int(is_picture[0].nonzero()[0]), prepared[0].picture_lengths[0]
         embeds = self.model.get_input_embeddings()(ids).clone()
-        embeds[is_picture] = self.adapter.image_embeds(self.model, pixels.to(self.device))
+        embeds[is_picture] = self.family.image_embeds(self.model, pixels.to(self.device))
         prefill = _Prefill(self.info.layers, self.info.head_dim, slice(first, first + count))
         logits = self._forward(embeds, 0, prefill)[:, -1:]
         caches = [_exact(layer) for layer in prefill.layers]
@@ -192,7 +192,7 @@ class Simulation:
         last, answer = batch.layers[-1], batch.answered[-1]
         output = _attend(answer.query, caches[-1], *_with_text(last, answer.key, answer.value))
         pair = [x.transpose(1, 2).flatten(2) for x in (output, answer.output)]
-        weight = self.adapter.attention_weights(self.model, last.index).output
+        weight = self.family.attention_weights(self.model, last.index).output
         errors = _relative_error(*pair), _relative_error(*(x @ weight.T for x in pair))
         per_page = [(x * live).sum(1) / count for x in (divergence, equal, *errors)]
         columns = [[float(c.key_bits), float(c.value_bits), c.bits_per_element()] for c in caches]
@@ -219,10 +219,10 @@ class Simulation:
     def _forward(self, embeds: Tensor, start: int, attention: _Prefill | _Decode) -> Tensor:
         """Logits [B, S, V] of embeddings at positions from ``start`` on."""
         positions = torch.arange(start, start + embeds.shape[1], device=self.device)[None]
-        hidden = self.adapter.text_model(self.model)(
+        hidden = self.family.text_model(self.model)(
             inputs_embeds=embeds, position_ids=positions, use_cache=False, vkvx_attention=attention
         ).last_hidden_state
-        logits = self.adapter.head(self.model)(hidden)
+        logits = self.family.head(self.model)(hidden)
         logits[..., self.info.image_token_id] = NEVER  # as in vkvx.runtime
         return logits
 

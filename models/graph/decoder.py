@@ -16,12 +16,14 @@ from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.format import CACHE_NAMES
 from vkvx.manifest import TensorSpec
-from vkvx.models.family import Adapter
+from vkvx.models.family import Family
 from vkvx.models.graph.metric import rotation
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
 from vkvx.plugins.operator import OperatorAttributes
 
 IMPLEMENTATION = "vkvx"
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
+"""Keywords by which layers ask for other attention: a window, a bound of scores, attention sinks."""
 
 
 class LayerAttention(Protocol):
@@ -93,10 +95,11 @@ def _attention_function(
         raise ModelError("the decoder was called by itself; call the whole model, or remove() its packed cache first")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = attention.attributes[layer].scale
-    if kwargs["scaling"] != scale or kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
-        raise ModelError(
-            f"layer {layer} scales its scores by {kwargs['scaling']} or bounds them; expected {scale} alone"
-        )
+    if kwargs["scaling"] != scale:
+        raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {scale}")
+    for trait in UNSUPPORTED:
+        if kwargs.get(trait) is not None:
+            raise ModelError(f"layer {layer} attends with {trait}, which is not supported")
     return attention(layer, query, key, value).transpose(1, 2), None
 
 
@@ -111,7 +114,7 @@ class DecoderGraph(nn.Module):
     def __init__(
         self,
         model: Any,
-        adapter: Adapter,
+        family: Family,
         attributes: Sequence[OperatorAttributes],
         metrics: Sequence[tuple[Tensor, Tensor]] = (),
         *,
@@ -120,9 +123,9 @@ class DecoderGraph(nn.Module):
         super().__init__()
         use_attention_function(model)
         self.in_place = in_place
-        self.text_model = adapter.text_model(model)
-        self.rotary = adapter.rotary_embedding(model)
-        self.head = adapter.head(model)
+        self.text_model = family.text_model(model)
+        self.rotary = family.rotary_embedding(model)
+        self.head = family.head(model)
         self.attributes = tuple(attributes)
         # Parameters, so that the exporter takes them for weights.
         self.key_metrics, self.value_metrics = (

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vkvx.manifest import ModelInfo
-from vkvx.models.family import Adapter, AttentionWeights
+from vkvx.models.family import AttentionWeights, Family
 from vkvx.plugins.reference.shaping import rotate
 
 REACH = 4096
@@ -45,10 +45,10 @@ class Metrics:
         return rotation(self.rotary, positions)
 
 
-def model_metrics(adapter: Adapter, model: Any, info: ModelInfo) -> Metrics:
+def model_metrics(family: Family, model: Any, info: ModelInfo) -> Metrics:
     """Metrics from the weights of a loaded model, on the devices of its layers."""
-    rotary = adapter.rotary_embedding(model)
-    layers = (adapter.attention_weights(model, layer) for layer in range(info.layers))
+    rotary = family.rotary_embedding(model)
+    layers = (family.attention_weights(model, layer) for layer in range(info.layers))
     return Metrics(*compute_metrics(layers, rotary, info), rotary)
 
 
@@ -79,6 +79,10 @@ def _key_metric(weights: AttentionWeights, info: ModelInfo, turns: Tensor) -> Te
     if weights.query_bias is not None:
         bias = weights.query_bias.float().reshape(heads)
         moment = moment + bias @ bias.transpose(1, 2)
+    if weights.query_norm is not None:  # each query has the norm's length, whatever its size was before
+        size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        norm = weights.query_norm.float()
+        moment = moment / size * torch.outer(norm, norm)
     moment = moment.unflatten(0, (info.kv_heads, -1)).mean(1)
     mean = torch.zeros_like(moment)
     for cosine, sine in turns:

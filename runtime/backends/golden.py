@@ -14,6 +14,7 @@ import numpy as np
 
 from vkvx.errors import BundleError, EngineError
 from vkvx.manifest import Manifest
+from vkvx.models.pictures.kinds import open_pictures
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.calls import Row, build_call
 from vkvx.storage import new_file
@@ -31,20 +32,9 @@ TOLERANCES = {"float32": (0.01, 0.02), "float16": (0.01, 0.02), "bfloat16": (0.0
 (a code on the border of two levels may differ). Engines that are wrong are off by a multiple of this."""
 
 
-def pixels(manifest: Manifest, pictures: int) -> dict[str, np.ndarray]:
-    """Pixel inputs for so many pictures of a fixed pattern, values from -1 to 1.
-
-    Raises BundleError for a model whose pictures vary in size: there the processor decides about the inputs.
-    """
-    if manifest.model.tokens_per_picture is None:
-        raise BundleError("a model whose pictures vary in size has no fixed inputs; use prompts and pictures instead")
-    found = {}
-    for tensor in manifest.graphs["vision"].inputs:
-        shape = tuple(pictures if isinstance(size, str) else size for size in tensor.shape)
-        count = int(np.prod(shape))
-        wave = np.arange(count, dtype=np.int64) * 7919 % 509 / 254.0 - 1
-        found[tensor.name] = wave.astype(np.float32 if tensor.dtype == "bfloat16" else tensor.dtype).reshape(shape)
-    return found
+def picture(manifest: Manifest, tokens: int = 0) -> tuple[dict[str, np.ndarray], int]:
+    """Inputs of the vision graph for a made-up picture, and its tokens: about so many; 0 asks for the smallest."""
+    return open_pictures(manifest.model.pictures).example(manifest.graphs["vision"].inputs, tokens)
 
 
 def text(manifest: Manifest, count: int, start: int = 0) -> list[int]:
@@ -58,10 +48,10 @@ def text(manifest: Manifest, count: int, start: int = 0) -> list[int]:
 def run(backend: Backend, slot: int) -> np.ndarray:
     """Logits FP32 [1 + STEPS, V] of the sample's calls, in an empty slot."""
     manifest, cache = backend.manifest, backend.cache
-    tokens = manifest.model.tokens_per_picture or 0
+    inputs, tokens = picture(manifest)
     image = [manifest.model.image_token_id] * tokens
     prompt = [*text(manifest, BEFORE), *image, *text(manifest, AFTER, BEFORE)]
-    embeds = backend.encode(pixels(manifest, 1))
+    embeds = backend.encode(inputs)
     logits = []
     feeds: list[tuple[Sequence[int], tuple[int, ...]]] = [(prompt, (tokens,))]
     feeds += [([token], ()) for token in text(manifest, STEPS, BEFORE + AFTER)]
@@ -95,7 +85,7 @@ def check(backend: Backend, directories: Sequence[Path]) -> str:
     if path is None:
         return "not checked: the bundle has no golden sample"
     manifest, cache = backend.manifest, backend.cache
-    demand = cache.demand([manifest.model.tokens_per_picture or 0], TEXT_TOKENS)
+    demand = cache.demand([picture(manifest)[1]], TEXT_TOKENS)
     if demand[0] > cache.groups or demand[1] > cache.text_capacity:
         return "not checked: the cache is too small for the golden sample"
     try:

@@ -97,14 +97,13 @@ def bench_bundle(
 ) -> BenchResult:
     """Open a bundle in a backend ("auto" chooses one) with just the cache that the load needs, and time it.
 
-    Raises what opening raises; BundleError for pictures in a model whose pictures vary in size; CapacityError if a
-    sequence is longer than the model's positions.
+    Raises what opening raises, and CapacityError if a sequence is longer than the model's positions.
     """
     manifest = Manifest.load(bundle)
     if verify:
         manifest.verify(bundle, progress)
     found = choose_backend(backend, bundle, manifest, provider, threads)
-    tokens, size = manifest.model.tokens_per_picture or 0, manifest.quantization.group_size
+    tokens, size = golden.picture(manifest, manifest.model.usual_tokens)[1], manifest.quantization.group_size
     length = load.pictures * tokens + load.prompt_tokens + load.steps
     if length > manifest.model.max_positions:
         raise CapacityError(
@@ -153,8 +152,10 @@ def time_backend(
     """
     manifest, cache, limits = backend.manifest, backend.cache, backend.limits
     size, image_token = cache.group_size, manifest.model.image_token_id
-    tokens = manifest.model.tokens_per_picture or 0
-    pixels = golden.pixels(manifest, load.pictures) if load.pictures else None
+    example, tokens = golden.picture(manifest, manifest.model.usual_tokens)
+    pixels = (
+        {name: np.concatenate([array] * load.pictures) for name, array in example.items()} if load.pictures else None
+    )
     prompt = [image_token] * (tokens * load.pictures) + golden.text(manifest, load.prompt_tokens)
     rows = load.batch_size if limits is None else min(load.batch_size, limits.batch_size)
     vision, prefill, decode = list[float](), list[float](), list[float]()

@@ -92,7 +92,7 @@ def plan_model(
         dtype: of weights and text cache.
         options: group size and quantiser; its bits are replaced by each of ``bits``.
         pictures, text_tokens: of one sequence.
-        tokens_per_picture: where the model's pictures vary in size.
+        tokens_per_picture: where the model's pictures vary in size; by default those of a usual one.
         reserve: share of the memory that is kept free, 0 to less than 1.
         cache_dir, revision, trust_remote_code: as in transformers.
 
@@ -113,11 +113,9 @@ def plan_model(
         weights=False,
     )
     info = source.info(dtype)
-    tokens = tokens_per_picture or info.tokens_per_picture
+    tokens = tokens_per_picture or info.usual_tokens
     if tokens_per_picture is not None and info.tokens_per_picture not in (None, tokens_per_picture):
         raise OptionError(f"every picture of {info.name} has {info.tokens_per_picture} tokens; leave out {_TOKENS}")
-    if tokens is None:
-        raise OptionError(f"pictures of {info.name} vary in size; give those of one as {_TOKENS}")
     decoder, vision = (count * ITEM_BYTES[dtype] for count in count_parameters(source, dtype))
     kept = math.ceil(memory * reserve)
     free = memory - kept - decoder - vision
@@ -137,9 +135,9 @@ def count_parameters(source: Source, dtype: str) -> tuple[int, int]:
         from vkvx.models.graph.skeleton import build_model
     except ImportError as error:
         raise missing("torch", error) from error
-    adapter = source.adapter
-    model = build_model(adapter.model_class(), source.config, dtype)
-    decoder = {id(p): p.numel() for part in (adapter.text_model(model), adapter.head(model)) for p in part.parameters()}
+    family = source.family
+    model = build_model(family.model_class(), source.config, dtype)
+    decoder = {id(p): p.numel() for part in (family.text_model(model), family.head(model)) for p in part.parameters()}
     whole = {id(p): p.numel() for p in model.parameters()}
     return sum(decoder.values()), sum(count for key, count in whole.items() if key not in decoder)
 
@@ -162,7 +160,7 @@ def _check(
 def _row(
     info: ModelInfo, options: QuantizationOptions, free: int, decoder: int, tokens: int, pictures: int, text_tokens: int
 ) -> PlanRow:
-    quantization = options.resolve(info.layers, tokens)
+    quantization = options.resolve(info.layers, info.typical_tokens)
     layout = CacheLayout(info, quantization)
     picture, text = layout.visual_bytes_per_picture(tokens), layout.text_bytes_per_token
     slot = pictures * picture + text_tokens * text

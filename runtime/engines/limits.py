@@ -52,17 +52,19 @@ def resolve_limits(manifest: Manifest, given: GivenLimits, weight_bytes: int, gp
     picture, or that do not fit into the memory.
     """
     model, size = manifest.model, manifest.quantization.group_size
-    picture = model.tokens_per_picture or size
+    picture = model.usual_tokens
     entries = -(-picture // size) * size  # of one picture, padded to groups
+    tile = _smallest(manifest)
     input_len = given.input_len or min(model.max_positions, picture + _PROMPT_TOKENS)
     if input_len > model.max_positions:
         raise OptionError(
             f"--max-input-len {input_len} is more than the {model.max_positions} positions of {model.name}; give less"
         )
-    if input_len < min(picture, size):
+    least = min(tile, size)
+    if input_len < least:
         raise CapacityError(
-            f"--max-input-len {input_len} holds no {min(picture, size)} tokens of a picture, which go into one call; "
-            f"give at least {min(picture, size)}"
+            f"--max-input-len {input_len} holds no {least} tokens of a picture, which go into one call; "
+            f"give at least {least}"
         )
     pictures = max(1, min(_PICTURES, model.max_positions // picture))
     visual = pictures * entries if given.visual_tokens is None else -(-given.visual_tokens // size) * size
@@ -74,14 +76,20 @@ def resolve_limits(manifest: Manifest, given: GivenLimits, weight_bytes: int, gp
     if not manifest.layout.is_packed:  # pictures lie among the text rows
         text += (pictures * picture) if given.visual_tokens is None else given.visual_tokens
         visual = 0
-    calls = _call_groups(input_len, picture, size)
     slots, batch = _rows(manifest, given, visual, text, weight_bytes, gpu_memory)
+    calls = _call_groups(input_len, tile, size)
     per_call = calls * size if visual == 0 else min(calls * size, visual)
-    return Limits(batch, slots, input_len, visual, text, max(1, per_call // entries))
+    return Limits(batch, slots, input_len, visual, text, max(1, per_call // (-(-tile // size) * size)))
+
+
+def _smallest(manifest: Manifest) -> int:
+    """Visual tokens of the smallest picture: those of one row of the vision graph's inputs."""
+    vision = manifest.graphs["vision"]
+    return vision.output_rows({spec.name: (None,) for spec in vision.inputs})
 
 
 def _call_groups(input_len: int, picture: int, size: int) -> int:
-    """Groups that a call of ``input_len`` positions can hold: whole pictures, and groups of one that is cut."""
+    """Groups that a call of ``input_len`` positions can hold: whole small pictures, and groups of one that is cut."""
     return -(-picture // size) * (input_len // picture + 1)
 
 
@@ -123,9 +131,9 @@ def build_profiles(manifest: Manifest, limits: Limits, *, empty_indices: bool) -
     one entry. The caches' sizes may be chosen up to the limits when the engines are loaded.
     """
     size = manifest.quantization.group_size
-    picture = manifest.model.tokens_per_picture or size
+    picture = manifest.model.usual_tokens
     entries = -(-picture // size) * size
-    most = _call_groups(limits.input_len, picture, size) * size
+    most = _call_groups(limits.input_len, _smallest(manifest), size) * size
     if limits.visual_tokens:
         most = min(most, limits.visual_tokens)
     least_visual, least_text = (0, 0) if empty_indices else (size, 1)

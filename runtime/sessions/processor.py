@@ -5,18 +5,20 @@ Uses transformers for tokenizer and image processor, but not torch.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from vkvx.errors import BundleError, InputError
+from vkvx.errors import BundleError, InputError, VkvxError
 from vkvx.manifest import Manifest, ModelInfo, TensorSpec
+from vkvx.models.family import Source
+from vkvx.models.pictures.kinds import Encoded, open_pictures
+from vkvx.models.processor_files import ProcessorFiles
 from vkvx.packages import missing
 
 if TYPE_CHECKING:
@@ -48,36 +50,43 @@ def listed(pictures: Pictures) -> list[Picture]:
 
 
 class Processor:
-    """Tokenizer, image processor and chat template in a directory, for a model whose vision graph has these inputs.
+    """Tokenizer, image processor and chat template, for a model whose vision graph has these inputs.
 
     For any number of threads: the libraries' tokenizers and image processors are made for one thread at a time, so each
     has a lock here. The two are apart, so that decoding the next token need not wait until somebody's pictures are
     ready.
-
-    Raises BundleError if their files do not load.
     """
 
-    def __init__(self, directory: Path, info: ModelInfo, pixel_inputs: Sequence[TensorSpec]) -> None:
-        loader = _auto_processor()
-        try:
-            # The PIL variant gives the same pixels whether or not torchvision is installed.
-            self._processor: Any = loader.from_pretrained(str(directory), backend="pil", local_files_only=True)
-            self._tokenizer: Any = self._processor.tokenizer
-            self._images: Any = self._processor.image_processor
-        except Exception as error:  # transformers raises many kinds for damaged files
-            raise BundleError(
-                f"cannot load the processor in {directory} ({_first_line(error)}); export the model again"
-            ) from error
+    def __init__(self, files: ProcessorFiles, info: ModelInfo, pixel_inputs: Sequence[TensorSpec]) -> None:
+        """Raises BundleError for a way with pictures that is not known."""
+        self._tokenizer: Any = files.tokenizer
+        self._images: Any = files.images
+        self._template = files.chat_template
         self._tokenizer_lock = threading.Lock()
         self._images_lock = threading.Lock()
-        self._info = info
-        self._inputs = {tensor.name: tensor.dtype for tensor in pixel_inputs}
+        self._pictures = open_pictures(info.pictures)
+        self._inputs = tuple(pixel_inputs)
+        self._image_token_id = info.image_token_id
         self._token = str(self._tokenizer.convert_ids_to_tokens(info.image_token_id))
 
     @classmethod
     def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
-        """The processor of a bundle."""
-        return cls(bundle / manifest.processor, manifest.model, manifest.graphs["vision"].inputs)
+        """The processor of a bundle. Raises BundleError if its files do not load."""
+        directory = bundle / manifest.processor
+        try:
+            files = ProcessorFiles.load(directory)
+        except VkvxError:
+            raise
+        except Exception as error:  # transformers raises many kinds for damaged files
+            raise BundleError(
+                f"cannot load the processor in {directory} ({_first_line(error)}); export the model again"
+            ) from error
+        return cls(files, manifest.model, manifest.graphs["vision"].inputs)
+
+    @classmethod
+    def of_checkpoint(cls, source: Source, info: ModelInfo) -> Processor:
+        """The processor of a checkpoint. Raises ModelError if its files do not load or do not fit the model."""
+        return cls(source.processor(), info, source.family.pixel_inputs(source.config))
 
     def prepare(self, prompt: str, images: Sequence[Picture] = (), *, first: bool = True) -> Prepared:
         """Tokens and pixels of a prompt that has one ``<image>`` for each picture.
@@ -87,27 +96,27 @@ class Processor:
         """
         if not isinstance(prompt, str):
             raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
-        prompt = prompt.replace(PLACEHOLDER, self._token)
-        with self._tokenizer_lock:
-            begin = self._tokenizer.bos_token
-            special = first and not (begin and prompt.startswith(begin))
-            ids = np.asarray(self._tokenizer(prompt, add_special_tokens=special)["input_ids"], np.int32)
-        image_token = self._info.image_token_id
-        placeholders = int(np.count_nonzero(ids == image_token))
-        if placeholders != len(images):
+        pieces = prompt.replace(PLACEHOLDER, self._token).split(self._token)
+        if len(pieces) - 1 != len(images):
             raise InputError(
-                f"the prompt has {placeholders} {PLACEHOLDER} and comes with {len(images)} "
+                f"the prompt has {len(pieces) - 1} {PLACEHOLDER} and comes with {len(images)} "
                 f"{'picture' if len(images) == 1 else 'pictures'}; put one {PLACEHOLDER} into it for each picture"
             )
+        encoded = self._encode(images) if images else []
+        text = pieces[0] + "".join(one.text + piece for one, piece in zip(encoded, pieces[1:], strict=True))
+        with self._tokenizer_lock:
+            begin = self._tokenizer.bos_token
+            special = first and not (begin and text.startswith(begin))
+            ids = np.asarray(self._tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
         if not ids.size:
             raise InputError("the prompt is empty; give at least one character")
-        if not images:
+        lengths = tuple(one.tokens for one in encoded)
+        if np.count_nonzero(ids == self._image_token_id) != sum(lengths):
+            raise BundleError(f"the tokenizer does not keep '{self._token}' apart; export the model again")
+        if not encoded:
             return Prepared(ids, None, ())
-        with self._images_lock:  # it also guards the warnings filters, which load_picture changes for all threads
-            pixels, lengths = self._pixels([load_picture(image) for image in images])
-        repeats = np.ones(len(ids), np.int64)
-        repeats[ids == image_token] = lengths
-        return Prepared(np.repeat(ids, repeats), pixels, lengths)
+        names = [spec.name for spec in self._inputs]
+        return Prepared(ids, {name: np.concatenate([one.arrays[name] for one in encoded]) for name in names}, lengths)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -142,20 +151,27 @@ class Processor:
             raise InputError(f"the chat template refuses these messages: {_first_line(error)}") from error
         return text.replace(self._token, PLACEHOLDER)
 
-    @property
-    def _template(self) -> str | None:
-        return self._processor.chat_template or self._tokenizer.chat_template
+    def _encode(self, images: Sequence[Picture]) -> list[Encoded]:
+        """Pictures one by one: the image processor gets each alone, so that it is not padded to the size of others."""
+        with self._images_lock:  # it also guards the warnings filters, which load_picture changes for all threads
+            return [self._encode_one(load_picture(image)) for image in images]
 
-    def _pixels(self, images: list[Image]) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+    def _encode_one(self, image: Image) -> Encoded:
         try:
-            features = self._images(images=images, return_tensors="np")
-        except (ValueError, TypeError) as error:
-            raise InputError(f"the image processor refuses the pictures: {_first_line(error)}") from error
-        pixels = {name: np.ascontiguousarray(features[name], dtype) for name, dtype in self._inputs.items()}
-        tokens = self._info.tokens_per_picture
-        if tokens is None:
-            raise BundleError("the manifest does not tell tokens_per_picture, which this runtime needs")
-        return pixels, (tokens,) * len(images)
+            features = self._images(images=[image], return_tensors="np", **self._pictures.call_options)
+            encoded = self._pictures.encode(features, self._token)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"the image processor refuses the picture: {_first_line(error)}") from error
+        arrays = {}
+        for spec in self._inputs:
+            array = arrays[spec.name] = np.ascontiguousarray(encoded.arrays[spec.name], spec.dtype)
+            sizes = zip(array.shape, spec.shape, strict=True)
+            if any(isinstance(expected, int) and given != expected for given, expected in sizes):
+                raise InputError(
+                    f"the image processor gives {spec.name} of shape {list(array.shape)}, the vision graph takes "
+                    f"{list(spec.shape)}; export the model again with its own preprocessor_config.json"
+                )
+        return replace(encoded, arrays=arrays)
 
 
 def load_picture(source: Picture) -> Image:
@@ -190,21 +206,6 @@ def load_picture(source: Picture) -> Image:
         raise InputError(
             f"{name} cannot be read as a picture ({_first_line(error)}); give a PNG, JPEG or WebP file"
         ) from error
-
-
-def _auto_processor() -> Any:
-    # transformers advises to install torch where it is missing; here it is not needed.
-    advice = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    try:
-        from transformers import AutoProcessor
-    except ImportError as error:
-        raise missing("transformers", error) from error
-    finally:
-        del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
-        if advice is not None:
-            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = advice
-    return AutoProcessor
 
 
 def _first_line(error: BaseException) -> str:

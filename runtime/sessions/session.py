@@ -19,7 +19,6 @@ from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
 __all__ = ["Chunk", "Conversation", "Generation", "GenerationOptions", "Session"]
 
 DEFAULT_PICTURES = 4
-DEFAULT_VISUAL_TOKENS = 2048
 DEFAULT_TEXT_TOKENS = 1024
 
 
@@ -54,8 +53,8 @@ class Session:
     ) -> Session:
         """Open a bundle directory.
 
-        ``visual_tokens`` and ``text_tokens`` are the capacity of a slot: by default four pictures (2048 visual tokens
-        where pictures vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
+        ``visual_tokens`` and ``text_tokens`` are the capacity of a slot: by default four pictures (large ones
+        where they vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
         "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
         a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
@@ -77,9 +76,7 @@ class Session:
         found = choose_backend(backend, directory, manifest, provider, threads)
         limits = found.limits
         if visual_tokens is None:
-            picture = model.tokens_per_picture
-            groups = -(-picture // size) * DEFAULT_PICTURES if picture else -(-DEFAULT_VISUAL_TOKENS // size)
-            visual_tokens = groups * size
+            visual_tokens = -(-model.usual_tokens // size) * DEFAULT_PICTURES * size
             if limits is not None:  # at 16 bits pictures lie among the text rows
                 visual_tokens = min(visual_tokens, limits.visual_tokens or limits.text_tokens // 2)
         if text_tokens is None:

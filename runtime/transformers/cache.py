@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -20,8 +21,8 @@ from vkvx.models.graph.metric import Metrics
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
 from vkvx.plugins.operator import layer_attributes
 
-PADDING, TEXT, VISUAL = range(3)
-"""Kinds of positions."""
+PADDING, TEXT, VISUAL, PICTURE = range(4)
+"""Kinds of positions; ``PICTURE`` is the first visual token of a picture, ``VISUAL`` any other."""
 MIN_SPARE_ROWS = 64
 
 
@@ -56,8 +57,7 @@ class PackedVisualCache(Cache):
 
         ``positions``, [B or 1, S], are those of the rotary embedding; without them each row counts its own tokens.
 
-        Raises InputError for another number of rows than the cache has, or a row whose visual tokens are not whole
-        pictures.
+        Raises InputError for another number of rows than the cache has, or visual tokens without a first one.
         """
         if not self.get_seq_length():
             self._clear(len(kinds))
@@ -152,7 +152,7 @@ class PackedVisualCache(Cache):
     @property
     def visual_tokens(self) -> list[int]:
         """Visual tokens of each row."""
-        return (self._kinds == VISUAL).sum(1).tolist()
+        return (self._kinds >= VISUAL).sum(1).tolist()
 
     @property
     def text_tokens(self) -> list[int]:
@@ -220,7 +220,7 @@ class PackedVisualCache(Cache):
             )
         kept = self.get_seq_length() - removed
         kinds = self._kinds[:, kept:]
-        if self.layout.is_packed and (kinds == VISUAL).any():
+        if self.layout.is_packed and (kinds >= VISUAL).any():
             raise OptionError("crop cannot take back pictures, which are packed; reset() and feed the rest again")
         self._kinds = self._kinds[:, :kept]
         self._text_count = self._text_count - (kinds != PADDING).sum(1, dtype=torch.int32)
@@ -260,19 +260,9 @@ class CacheCall:
         self.kinds = kinds
         self.layers_done: set[int] = set()
         self.cache = cache
-        size, tokens = layout.quantization.group_size, layout.info.tokens_per_picture
-        assert tokens is not None
-        visual = kinds == VISUAL
+        size = layout.quantization.group_size
         self.text_index = _positions(kinds == TEXT)
-        self.visual_index = _positions(visual)
-        if ((pieces := visual.sum(1)) % tokens).any():
-            raise InputError(
-                f"rows with {pieces.tolist()} visual tokens are not made of whole pictures of {tokens}; "
-                "give each picture in one call"
-            )
-        if self.visual_index.shape[1]:  # every picture starts a group
-            pictures = self.visual_index.unflatten(1, (-1, tokens))
-            self.visual_index = pad(pictures, (0, -tokens % size), value=-1).flatten(1)
+        self.visual_index = _picture_groups(kinds, size)
         before, self.visual_count = cache._visual_count, cache._visual_count
         if layout.is_packed:
             self.text_count = cache._text_count + (kinds == TEXT).sum(1, dtype=torch.int32)
@@ -323,6 +313,21 @@ class CacheCall:
             tensors = (self.visual_index, self.text_index, slot, *counts)
             self._on_device[device] = tuple(tensor.to(device) for tensor in tensors)
         return self._on_device[device]
+
+
+def _picture_groups(kinds: Tensor, size: int) -> Tensor:
+    """Positions of the visual tokens in UINT8 [B, S]: INT32 [B, Nv], each picture filled up to whole groups with -1."""
+    rows = []
+    for row in kinds.numpy():
+        visual = np.flatnonzero(row >= VISUAL)
+        starts = np.flatnonzero(row[visual] == PICTURE)
+        if len(visual) and (not len(starts) or starts[0]):
+            raise InputError("a call goes on with a picture of the call before; give each picture in one call")
+        pictures = np.split(visual, starts)[1:]
+        filled = [np.pad(picture, (0, -len(picture) % size), constant_values=-1) for picture in pictures]
+        rows.append(np.concatenate(filled) if filled else visual)
+    width = max(map(len, rows))
+    return torch.from_numpy(np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows])).int()
 
 
 def _positions(chosen: Tensor) -> Tensor:

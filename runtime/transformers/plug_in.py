@@ -10,6 +10,7 @@ import inspect
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.manifest import FLOAT_DTYPES
 from vkvx.models.graph.decoder import IMPLEMENTATION, use_attention_function
 from vkvx.models.graph.metric import Metrics, model_metrics
-from vkvx.models.registry import adapter_for
+from vkvx.models.pictures.kinds import open_pictures
+from vkvx.models.registry import family_of
 from vkvx.options import QuantizationOptions
 from vkvx.plugins.operator import layer_attributes
-from vkvx.runtime.transformers.cache import PADDING, TEXT, VISUAL, PackedVisualCache
+from vkvx.runtime.transformers.cache import PADDING, PICTURE, TEXT, VISUAL, PackedVisualCache
 
 
 def quantize_visual_cache(
@@ -68,6 +70,7 @@ class VisualCacheHandle:
         self.model = model
         self.layout = layout
         self.metrics = metrics
+        self._pictures = open_pictures(layout.info.pictures)
         self._before_that = model.config.text_config._attn_implementation
         if self._before_that == IMPLEMENTATION:
             raise ModelError("the model has a packed cache already; remove() that first")
@@ -113,7 +116,7 @@ class VisualCacheHandle:
         kinds = torch.where(valid, TEXT, PADDING).to(torch.uint8)
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if given.get("pixel_values") is not None or encoded is not None:
-            kinds[valid & (ids.cpu() == self.layout.info.image_token_id)] = VISUAL
+            self._mark_pictures(kinds, ids.cpu())
         if given.get("position_ids") is None:  # count as generate() does
             given["position_ids"] = cache.positions(kinds).to(ids.device)
         call = cache.begin(kinds, given["position_ids"])
@@ -123,6 +126,16 @@ class VisualCacheHandle:
         given["past_key_values"] = cache if use_cache or past is not None else None
         given["vkvx_attention"] = call
         return (), given
+
+    def _mark_pictures(self, kinds: Tensor, ids: Tensor) -> None:
+        """Tell the visual tokens in kinds and tokens [B, S], and the first one of each picture, from text."""
+        for row, row_ids in zip(kinds, ids, strict=True):
+            valid = row_ids[row != PADDING].numpy()
+            found = np.where(valid == self.layout.info.image_token_id, VISUAL, TEXT)
+            lengths = self._pictures.split(valid, found == VISUAL)
+            first = np.cumsum((0, *lengths))[:-1]
+            found[np.flatnonzero(found == VISUAL)[first]] = PICTURE
+            row[row != PADDING] = torch.from_numpy(found.astype(np.uint8))
 
     def _finish(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = kwargs.get("vkvx_attention")
@@ -151,18 +164,16 @@ class VisualCacheHandle:
 
 def _prepare(model: Any, options: QuantizationOptions) -> tuple[CacheLayout, Metrics | None]:
     """The layout of the model's caches, and its metrics if the quantiser needs them."""
-    adapter = adapter_for(model)
+    family = family_of(model)
     config = model.config
-    adapter.check(config)
+    family.check(config)
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in FLOAT_DTYPES:
         raise ModelError(f"the model computes in {dtype}; load it with dtype {', '.join(FLOAT_DTYPES)}")
-    info = adapter.info(config, dtype)
-    if info.tokens_per_picture is None:
-        raise ModelError(f"pictures of varying size are not supported in torch; export {info.name} instead")
-    quantization = options.resolve(info.layers, info.tokens_per_picture)
+    info = family.info(config, dtype)
+    quantization = options.resolve(info.layers, info.typical_tokens)
     needed = layer_attributes(quantization, 1.0)[0].needs_metrics
-    return CacheLayout(info, quantization), model_metrics(adapter, model, info) if needed else None
+    return CacheLayout(info, quantization), model_metrics(family, model, info) if needed else None
 
 
 def _new_part_of_mask(mask: Tensor | None, ids: Tensor, cache: PackedVisualCache) -> Tensor:

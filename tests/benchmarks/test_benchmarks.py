@@ -259,7 +259,7 @@ def test_nudged_pages_are_off_by_rounding_and_the_same_each_time(tmp_path: Path)
         arrays |= {f"known.x.{page}": known, f"numbers.x.{page}": np.arange(64, dtype=np.uint8).reshape(8, 8) % 2}
     np.savez(tmp_path / "pages.npz", **arrays)  # type: ignore[arg-type]
     graph = SimpleNamespace(inputs=[SimpleNamespace(name="x")])
-    manifest = SimpleNamespace(model=SimpleNamespace(tokens_per_picture=9), graphs={"vision": graph})
+    manifest = SimpleNamespace(model=SimpleNamespace(usual_tokens=9), graphs={"vision": graph})
 
     def pixels(nudge: bool) -> np.ndarray:
         pages = list(engine_pages.read_pages(tmp_path / "pages.npz", manifest, nudge))  # type: ignore[arg-type]

@@ -14,10 +14,10 @@ from vkvx.cache_layout import CacheLayout, tensor_bytes
 from vkvx.format import CACHE_NAMES
 
 
-def layout(bits: int = 1, dtype: str = "float16", tokens: int | None = 576) -> CacheLayout:
+def layout(bits: int = 1, dtype: str = "float16", tokens: tuple[int, ...] = (576,)) -> CacheLayout:
     """Two layers, two KV heads of 64 channels, groups of 640."""
     facts = manifest(bits, dtype=dtype, group_size=640)
-    return CacheLayout(replace(facts.model, tokens_per_picture=tokens), facts.quantization)
+    return CacheLayout(replace(facts.model, typical_tokens=tokens), facts.quantization)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -68,10 +68,11 @@ def test_text_takes_the_dtype_of_the_model(dtype: str, size: int) -> None:
     assert found.visual_bytes_per_picture() == layout().visual_bytes_per_picture()
 
 
-def test_a_group_stands_for_pictures_that_vary_in_size() -> None:
-    found = layout(tokens=None)
-    assert found.visual_bytes_per_picture() == found.bytes_per_group
-    assert found.sixteen_bit_bytes_per_picture() == 640 * found.text_bytes_per_token
+def test_where_pictures_vary_a_large_one_stands_for_them() -> None:
+    found = layout(tokens=(100, 700))
+    assert found.visual_bytes_per_picture() == 2 * found.bytes_per_group
+    assert found.sixteen_bit_bytes_per_picture() == 700 * found.text_bytes_per_token
+    assert found.visual_bytes((100, 641, 640)) == 4 * found.bytes_per_group
 
 
 def test_needs_the_standard_library_only() -> None:

@@ -41,6 +41,8 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "max_positions": 4096,
             "image_token_id": 3,
             "tokens_per_picture": 576,
+            "typical_tokens": [576],
+            "pictures": {"kind": "tiles", "numbers": {"tile_tokens": 576}, "marks": {}},
             "eos_token_ids": [2],
             "pad_token_id": 0,
         },

@@ -188,7 +188,7 @@ def test_sensitivity(questions: Path, tmp_path: Path) -> None:
     assert found.bits_per_layer is not None
     chosen = parse_bits_per_layer(found.bits_per_layer, 4)
     assert set(chosen.values()) <= {2, 4}
-    quantization = ExportOptions(bits=found.bits, bits_per_layer=found.bits_per_layer).resolve(4, 576)
+    quantization = ExportOptions(bits=found.bits, bits_per_layer=found.bits_per_layer).resolve(4, (576,))
     overhead = 5 * 16 / 2 / 576  # five params a channel and group, for keys and values
     bits = sum(quantization.key_bits) / 4 * 640 / 576
     assert found.chosen_bits_per_element == pytest.approx(bits + overhead)

@@ -12,7 +12,7 @@ from vkvx.cli.eval import HELP
 from vkvx.evaluation import settings
 from vkvx.format import QUANTIZERS, SCORE_CORRECTIONS
 
-LAYERS, TOKENS = 4, 576
+LAYERS, TOKENS = 4, (576,)
 
 
 def names(options: list[ExportOptions]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import AutoProcessor, CLIPVisionConfig, LlavaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 
 from vkvx import ExportOptions, export_model
 from vkvx.errors import ModelError, OptionError, StorageError
@@ -24,6 +24,7 @@ from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.runtime.calls import Row, build_call, place_embeds
+from vkvx.runtime.sessions.processor import Processor
 
 OPTIONS = ExportOptions(dtype="float16", bits=16)
 
@@ -48,12 +49,13 @@ def test_manifest_tells_all(checkpoint: Path, mixed_bundle: Path) -> None:
 def test_processor_gives_as_many_tokens_as_the_tower(mixed_bundle: Path) -> None:
     from PIL import Image
 
-    processor = AutoProcessor.from_pretrained(mixed_bundle / "processor", backend="pil")
-    done = processor(images=Image.new("RGB", (70, 50)), text="<image> what?", return_tensors="np")
-    assert done["pixel_values"].shape == (1, 3, 56, 56)
-    assert (done["input_ids"] == 3).sum() == 16
-    config = json.loads((mixed_bundle / "processor" / "processor_config.json").read_text())
-    assert config["image_processor"]["image_processor_type"].startswith("CLIPImageProcessor")
+    processor = Processor.of_bundle(mixed_bundle, Manifest.load(mixed_bundle))
+    done = processor.prepare("<image> what?", [Image.new("RGB", (70, 50))])
+    assert done.pixel_inputs is not None
+    assert done.pixel_inputs["pixel_values"].shape == (1, 3, 56, 56)
+    assert (done.token_ids == 3).sum() == 16
+    config = json.loads((mixed_bundle / "processor" / "preprocessor_config.json").read_text())
+    assert config["image_processor_type"].startswith("CLIPImageProcessor")
     assert json.loads((mixed_bundle / "processor" / "tokenizer_config.json").read_text())["backend"] == "tokenizers"
 
 
@@ -175,13 +177,13 @@ def test_bad_options(checkpoint: Path, room: Path) -> None:
 
 
 def test_without_a_processor(copy: Path, room: Path) -> None:
-    (copy / "processor_config.json").unlink()
+    (copy / "preprocessor_config.json").unlink()
     (copy / "tokenizer.json").unlink()
     refused(copy, room, "cannot read the processor files")
 
 
 def test_pictures_of_the_wrong_size(copy: Path, room: Path) -> None:
-    change_processor(copy, lambda config: config["image_processor"].update(crop_size={"height": 70, "width": 70}))
+    change_processor(copy, lambda config: config.update(crop_size={"height": 70, "width": 70}))
     refused(copy, room, r"pictures of \[70\] pixels, the vision tower takes 56")
 
 
@@ -193,21 +195,10 @@ def test_wrong_image_token(copy: Path, room: Path) -> None:
 
 
 def change_processor(directory: Path, change: Any) -> None:
-    path = directory / "processor_config.json"
+    path = directory / "preprocessor_config.json"
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
-
-
-@pytest.mark.usefixtures("quick")
-def test_old_processors_are_completed(copy: Path, room: Path) -> None:
-    """Checkpoints of older transformers do not say how many tokens a picture takes."""
-    for name in ("num_additional_image_tokens", "patch_size", "vision_feature_select_strategy"):
-        change_processor(copy, lambda config, name=name: config.pop(name, None))
-    export_model(copy, room / "out", OPTIONS)
-    processor = AutoProcessor.from_pretrained(room / "out" / "processor", backend="pil")
-    assert (processor.num_additional_image_tokens, processor.patch_size) == (1, 14)
-    assert processor.vision_feature_select_strategy == "default"
 
 
 def test_missing_packages_are_named(checkpoint: Path, room: Path) -> None:
@@ -269,7 +260,7 @@ def test_relatives_of_llava(tmp_path: Path, text: Any, vision: Any, choice: dict
     assert manifest.model.tokens_per_picture == tokens
     pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype(np.float32)
     ids = [1, *[3] * tokens, 60, 61]
-    model = resolve(source).adapter.model_class().from_pretrained(source, dtype=torch.float32).eval()
+    model = resolve(source).family.model_class().from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids]), pixel_values=torch.from_numpy(pixels)).logits[:, -1].numpy()
     sessions = [ort.InferenceSession(tmp_path / "out" / f"{name}.onnx") for name in ("vision", "decoder")]

@@ -57,7 +57,7 @@ def test_grammar_is_checked_before_the_model_is_known() -> None:
         ExportOptions(bits_per_layer="0:16").check()
     ExportOptions(bits_per_layer="0-99:8,100-:1").check()
     with pytest.raises(OptionError, match="layers 0 to 3"):
-        ExportOptions(bits_per_layer="0-99:8").resolve(4, 576)
+        ExportOptions(bits_per_layer="0-99:8").resolve(4, (576,))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_refused(options: dict[str, Any]) -> None:
 
 
 def test_defaults() -> None:
-    q = ExportOptions().resolve(2, 576)
+    q = ExportOptions().resolve(2, (576,))
     assert asdict(q) == {
         "key_bits": (1, 1),
         "value_bits": (1, 1),
@@ -120,7 +120,7 @@ def test_defaults() -> None:
 
 def test_parameters_follow_the_bits_of_each_layer() -> None:
     options = ExportOptions(key_bits=2, value_bits=4, bits_per_layer="1:1", quantizer="quantile", group_size=256)
-    q = options.resolve(3, 576)
+    q = options.resolve(3, (576,))
     assert (q.key_bits, q.value_bits) == ((2, 1, 2), (4, 1, 4))
     assert q.quantile_alpha_key == (0.07, 0.2, 0.07)
     assert q.quantile_alpha_value == (0.005, 0.2, 0.005)
@@ -136,18 +136,18 @@ def test_parameters_follow_the_bits_of_each_layer() -> None:
 
 
 def test_quantile_alpha_holds_for_keys_and_values() -> None:
-    q = ExportOptions(quantizer="quantile", quantile_alpha=0.0, bits_per_layer="0:8").resolve(2, 576)
+    q = ExportOptions(quantizer="quantile", quantile_alpha=0.0, bits_per_layer="0:8").resolve(2, (576,))
     assert q.quantile_alpha_key == q.quantile_alpha_value == (0.0, 0.0)
 
 
 def test_baseline() -> None:
     for options in (ExportOptions(bits=16), ExportOptions(key_bits=16, value_bits=16)):
-        q = options.resolve(2, 576)
+        q = options.resolve(2, (576,))
         assert q.key_bits == q.value_bits == (16, 16)
         assert not any(a.is_packed for a in layer_attributes(q, 1.0))
 
 
 def test_corrections_take_their_numbers() -> None:
-    assert ExportOptions(score_correction="affine", tau=1).resolve(1, 576).tau == 1.0
-    assert ExportOptions(correction_limit=2).resolve(1, 576).correction_limit == 2.0
-    assert ExportOptions(score_correction="expected", correction_limit=2).resolve(1, None).group_size == 256
+    assert ExportOptions(score_correction="affine", tau=1).resolve(1, (576,)).tau == 1.0
+    assert ExportOptions(correction_limit=2).resolve(1, (576,)).correction_limit == 2.0
+    assert ExportOptions(score_correction="expected", correction_limit=2).resolve(1, (256,)).group_size == 256

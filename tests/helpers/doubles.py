@@ -12,7 +12,7 @@ import ctypes
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -346,7 +346,7 @@ class Context:
             binding.bind_ortvalue_input(name, self._value(name, shapes[name], addresses[name]))
         sizes = self._sizes(shapes)
         for name, dims in engine.data["outputs"].items():
-            shape = tuple(sizes.get(dim, dim) for dim in dims)
+            shape = tuple(_size(dim, sizes) for dim in dims)
             binding.bind_ortvalue_output(name, self._value(name, shape, addresses[name]))
         engine.session.run_with_iobinding(binding)
 
@@ -357,7 +357,6 @@ class Context:
             for dim, size in zip(dims, shapes[name], strict=True):
                 if isinstance(dim, str):
                     assert found.setdefault(dim, size) == size, f"{dim} is {found[dim]} and, of {name}, {size}"
-        found["Np"] = found.get("P", 0) * self.engine.data["tokens"]
         return found
 
     def _value(self, name: str, shape: tuple[int, ...], address: int) -> Any:
@@ -372,6 +371,14 @@ class Context:
         self.engine.library.cuda.check(address, size)
         raw = (ctypes.c_uint8 * size).from_address(address)
         return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(raw, np.uint8).view(kind).reshape(shape))
+
+
+def _size(dim: int | str, sizes: Mapping[Any, int]) -> int:
+    """Of a dimension such as 5, ``P`` or ``640*P``."""
+    if isinstance(dim, int):
+        return dim
+    factor, _, symbol = dim.rpartition("*")
+    return int(factor or 1) * sizes[symbol]
 
 
 def make_engines(
@@ -395,7 +402,6 @@ def make_engines(
             "inputs": {tensor.name: tensor.shape for tensor in graph.inputs},
             "outputs": {tensor.name: tensor.shape for tensor in graph.outputs},
             "profiles": [profile.shapes for profile in profiles if profile.engine == name],
-            "tokens": manifest.model.tokens_per_picture,
             "capability": capability,
         }
         (directory / f"{name}.engine").write_text(json.dumps(data))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vkvx.manifest import FileInfo, Graph, Manifest, ModelInfo, Quantization, TensorSpec
+from vkvx.manifest import FileInfo, Graph, Manifest, ModelInfo, PictureInfo, Quantization, TensorSpec
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call, place_embeds
 from vkvx.runtime.engines.manifest import Limits
@@ -16,6 +16,12 @@ from vkvx.runtime.sessions.processor import PLACEHOLDER, Prepared
 
 IMAGE, EOS, BOS = 3, 2, 1
 PICTURE_TOKENS, GROUP = 160, 128  # a picture pads to two groups
+VISION = Graph(
+    "vision.onnx",
+    18,
+    (TensorSpec("pixel_values", "float32", ("P", 1)),),
+    (TensorSpec("image_embeds", "float32", (f"{PICTURE_TOKENS}*P", 8)),),
+)
 
 
 def manifest(
@@ -40,6 +46,8 @@ def manifest(
             max_positions=max_positions,
             image_token_id=IMAGE,
             tokens_per_picture=PICTURE_TOKENS,
+            typical_tokens=(PICTURE_TOKENS,),
+            pictures=PictureInfo("tiles", {"tile_tokens": PICTURE_TOKENS}, {}),
             eos_token_ids=(EOS,),
             pad_token_id=0,
         ),
@@ -57,7 +65,7 @@ def manifest(
             correction_limit=3.0,
         ),
         graphs={
-            "vision": Graph("vision.onnx", 18, (TensorSpec("pixel_values", "float32", ("P", 1)),), ()),
+            "vision": VISION,
             "decoder": Graph("decoder.onnx", 18, (), ()),
         },
         processor="processor",

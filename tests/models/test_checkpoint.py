@@ -19,7 +19,8 @@ from vkvx.export import weights
 from vkvx.export.build import build_model
 from vkvx.export.weights import WeightPlan, match_parameters, place_weights, plan_weights
 from vkvx.models.checkpoint import INDEX_FILE, SINGLE_FILE, StoredTensor, read_checkpoint
-from vkvx.models.random_checkpoint import main, preset_config, write_checkpoint
+from vkvx.models.presets import preset_config
+from vkvx.models.random_checkpoint import main, write_checkpoint
 from vkvx.models.registry import resolve
 
 
@@ -140,7 +141,7 @@ def test_no_weights(tmp_path: Path) -> None:
 
 def fake_model(directory: Path) -> Any:
     source = resolve(directory)
-    return build_model(source.adapter.model_class(), source.config, "float32")
+    return build_model(source.family.model_class(), source.config, "float32")
 
 
 @pytest.mark.parametrize("naming", ["hub", "transformers", "saved"])
@@ -158,7 +159,7 @@ def test_names_of_all_times_are_understood(checkpoint: Path, naming: str, tmp_pa
         assert set(renamed) == set(dict(model.named_parameters()))
         stored = renamed
     elif naming == "saved":
-        resolve(checkpoint).adapter.model_class().from_pretrained(checkpoint).save_pretrained(tmp_path)
+        resolve(checkpoint).family.model_class().from_pretrained(checkpoint).save_pretrained(tmp_path)
         stored = read_checkpoint(tmp_path)
     found = match_parameters(model, stored)
     for name, parameter in model.named_parameters():
@@ -295,7 +296,7 @@ def test_random_checkpoint_loads_in_transformers(
     assert main([str(directory), "--dtype", dtype, "--layers", "1"]) == 0
     assert "GB of weights" in capsys.readouterr().out
     model, report = (
-        resolve(directory).adapter.model_class().from_pretrained(directory, dtype="auto", output_loading_info=True)
+        resolve(directory).family.model_class().from_pretrained(directory, dtype="auto", output_loading_info=True)
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

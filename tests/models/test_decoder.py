@@ -27,7 +27,7 @@ from vkvx.runtime.calls import place_embeds as gather_embeds
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> Any:
     source = resolve(checkpoint)
-    return source.adapter.model_class().from_pretrained(source.directory, dtype=torch.float32).eval()
+    return source.family.model_class().from_pretrained(source.directory, dtype=torch.float32).eval()
 
 
 class Decoder:
@@ -36,12 +36,12 @@ class Decoder:
     def __init__(self, checkpoint: Path, model: Any, slots: int, groups: int, rows: int, **options: Any) -> None:
         source = resolve(checkpoint)
         self.info = source.info("float32")
-        q = ExportOptions(**options).resolve(self.info.layers, self.info.tokens_per_picture)
+        q = ExportOptions(**options).resolve(self.info.layers, self.info.typical_tokens)
         attributes = layer_attributes(q, self.info.head_dim**-0.5)
-        adapter = source.adapter
-        metrics = model_metrics(adapter, model, self.info)
+        family = source.family
+        metrics = model_metrics(family, model, self.info)
         pairs = tuple(zip(metrics.key, metrics.value, strict=True)) if attributes[0].needs_metrics else ()
-        self.graph = DecoderGraph(model, adapter, attributes, pairs)
+        self.graph = DecoderGraph(model, family, attributes, pairs)
         packed = q.key_bits[0] != 16
         tiles = groups * q.group_size // 128 if packed else 0
         groups = groups if packed else 0
@@ -227,7 +227,7 @@ def test_a_layer_that_bypasses_the_attention_function_is_noticed(checkpoint: Pat
 def test_specs_name_all_tensors(checkpoint: Path) -> None:
     source = resolve(checkpoint)
     info = source.info("float16")
-    q = ExportOptions(bits_per_layer="1:8").resolve(info.layers, info.tokens_per_picture)
+    q = ExportOptions(bits_per_layer="1:8").resolve(info.layers, info.typical_tokens)
     layout = CacheLayout(info, q)
     inputs, outputs = decoder_inputs(layout), decoder_outputs(layout)
     names = ["input_ids", "position_ids", "visual_embeds", "visual_index", "text_index", "last_index", "slot"]

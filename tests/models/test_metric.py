@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vkvx.export import ExportOptions, export_model
+from vkvx import ExportOptions, export_model
 from vkvx.export.build import METRICS_FILE
 from vkvx.manifest import Manifest
 from vkvx.models.graph.metric import FLOOR, REACH, model_metrics
@@ -45,7 +45,7 @@ def rotation(position: int, d: int) -> np.ndarray:
 
 
 def test_metrics_are_what_the_format_says(source, model, info) -> None:
-    metrics = model_metrics(source.adapter, model, info)
+    metrics = model_metrics(source.family, model, info)
     d, share = info.head_dim, info.query_heads // info.kv_heads
     positions = np.unique(np.geomspace(1, REACH, 64).astype(int))
     for layer, block in enumerate(model.model.language_model.layers):
@@ -69,7 +69,7 @@ def test_metrics_are_what_the_format_says(source, model, info) -> None:
 
 
 def test_the_rotation_of_a_call_is_the_models(source, model, info) -> None:
-    metrics = model_metrics(source.adapter, model, info)
+    metrics = model_metrics(source.family, model, info)
     cosine, sine = metrics.rotation(torch.tensor([0, 7, 900])).double().unbind(1)
     d = info.head_dim
     for row, position in enumerate((0, 7, 900)):
@@ -81,7 +81,7 @@ def test_the_rotation_of_a_call_is_the_models(source, model, info) -> None:
 def test_bundle_holds_the_metrics_of_the_weights(source, model, info, tmp_path: Path) -> None:
     export_model("tiny-llava", tmp_path / "b", ExportOptions(dtype="float32"))
     stored = load_file(tmp_path / "b" / METRICS_FILE)
-    metrics = model_metrics(source.adapter, model, info)
+    metrics = model_metrics(source.family, model, info)
     for kind, tensors in (("key", metrics.key), ("value", metrics.value)):
         for layer, tensor in enumerate(tensors):
             assert torch.equal(stored.pop(f"{kind}.{layer}"), tensor)

@@ -15,7 +15,7 @@ from vkvx.format import BASELINE_BITS, QUANTIZERS, SCORE_CORRECTIONS
 
 if TYPE_CHECKING:
     from vkvx.evaluation.sensitivity import Sensitivity
-    from vkvx.export import ExportOptions
+    from vkvx.export.options import ExportOptions
 
 HELP = {
     "bits": f"bits of keys and values, such as 4,2,1 (default: 4,2,1; {BASELINE_BITS} always runs)",

@@ -12,7 +12,7 @@ from vkvx.errors import OptionError
 from vkvx.format import QUANTIZERS, SCORE_CORRECTIONS
 
 if TYPE_CHECKING:
-    from vkvx.export import ExportOptions
+    from vkvx.export.options import ExportOptions
     from vkvx.manifest import Manifest
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -74,7 +74,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Export, then say what was made."""
-    from vkvx.export import export_model
+    from vkvx.export.bundle import export_model
 
     options = _options(args)
     output = Path(args.output) if args.output else _default_output(args.model, options)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> ExportOptions:
     """What was given; everything else keeps the default of ExportOptions."""
-    from vkvx.export import ExportOptions
+    from vkvx.export.options import ExportOptions
 
     given = {name: getattr(args, name) for name in _PLAIN_OPTIONS if getattr(args, name) is not None}
     if args.group_size is not None:

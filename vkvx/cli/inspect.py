@@ -96,11 +96,16 @@ def parts(manifest: Manifest) -> dict[str, int]:
 
 def cache_costs(manifest: Manifest) -> dict[str, Any]:
     """What pictures and text take in the cache; padding to whole groups, scales, offsets and key RMS are counted."""
-    tokens = manifest.model.tokens_per_picture or manifest.quantization.group_size
+    tokens, size = manifest.model.usual_tokens, manifest.quantization.group_size
     layout = manifest.layout
+    typical = [
+        {"tokens": count, "bytes": layout.visual_bytes_per_picture(count), "padding": -count % size / count}
+        for count in manifest.model.typical_tokens
+    ]
     picture, plain = layout.visual_bytes_per_picture(tokens), layout.sixteen_bit_bytes_per_picture(tokens)
     return {
         "tokens_per_picture": tokens,
+        "typical_pictures": typical,
         "bytes_per_picture": picture,
         "sixteen_bit_bytes_per_picture": plain,
         "compression": plain / picture,
@@ -134,6 +139,11 @@ def graph_summary(path: Path) -> dict[str, Any]:
     }
 
 
+def _picture_row(picture: dict[str, Any]) -> str:
+    said = f"{picture['tokens']} tokens, all layers; padding to whole groups {100 * picture['padding']:.0f} %"
+    return _row("a picture", terminal.human_bytes(picture["bytes"]), said)
+
+
 def _lines(report: dict[str, Any]) -> list[str]:
     model, cache, size = report["model"], report["cache"], terminal.human_bytes
     state = ", every file matches its SHA-256" if report["verified"] else ""
@@ -150,7 +160,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "",
         "visual cache",
         *_quantization_lines(report["quantization"]),
-        _row("a picture", size(cache["bytes_per_picture"]), f"{cache['tokens_per_picture']} tokens, all layers"),
+        *(_picture_row(picture) for picture in cache["typical_pictures"]),
         _row(
             "the same in 16 bits",
             size(cache["sixteen_bit_bytes_per_picture"]),

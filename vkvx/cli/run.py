@@ -66,6 +66,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _visual_tokens(manifest: Manifest, pictures: int) -> int | None:
-    """Room for exactly these pictures; None, the session's own choice, where pictures vary in size."""
-    tokens, size = manifest.model.tokens_per_picture, manifest.quantization.group_size
-    return None if tokens is None else pictures * -(-tokens // size) * size
+    """Room for exactly these pictures, where they vary in size for so many large ones."""
+    size = manifest.quantization.group_size
+    return pictures * -(-manifest.model.usual_tokens // size) * size

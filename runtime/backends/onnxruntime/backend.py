@@ -137,9 +137,7 @@ class OnnxRuntimeBackend:
             self._run(self._vision, binding, graph.file)
             return binding.get_outputs()[0].numpy()
         # NumPy arrays of bfloat16 can be written to, but not had from onnxruntime.
-        pictures = len(next(iter(pixel_inputs.values())))
-        rows = pictures * (self.manifest.model.tokens_per_picture or 0)
-        embeds = np.empty((rows, self.manifest.model.hidden_size), numpy_dtype("bfloat16"))
+        embeds = np.empty((graph.output_rows(pixel_inputs), self.manifest.model.hidden_size), numpy_dtype("bfloat16"))
         binding.bind_ortvalue_output(output.name, _ort_value(self._ort, embeds))
         self._run(self._vision, binding, graph.file)
         return embeds

@@ -105,11 +105,10 @@ class TensorRTBackend:
         if set(dtypes) != set(pixel_inputs):
             raise OptionError(f"the vision engine takes {sorted(dtypes)}, got {sorted(pixel_inputs)}")
         (output,) = manifest.engine_tensors(VISION, "output")
-        tokens = self.manifest.model.tokens_per_picture
-        if tokens is None:
-            raise EngineError("engines for pictures of varying size are not supported yet; use --backend onnxruntime")
         pictures = len(next(iter(pixel_inputs.values())))
-        embeds = self.gpu.allocate(output.dtype, (pictures * tokens, self.manifest.model.hidden_size))
+        rows = self.manifest.graphs["vision"].output_rows(pixel_inputs)
+        tokens = rows // pictures
+        embeds = self.gpu.allocate(output.dtype, (rows, self.manifest.model.hidden_size))
         if self._vision is None:
             self._vision = self.engines.context(engine, profile.index, self.gpu)
         for first in range(0, pictures, self.limits.pictures):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vkvx.errors import CapacityError
 from vkvx.manifest import Manifest
-from vkvx.models.family import Adapter
+from vkvx.models.family import Family
 from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs
 from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
@@ -60,7 +60,7 @@ class TorchBackend:
     def __init__(
         self,
         model: Any,
-        adapter: Adapter,
+        family: Family,
         manifest: Manifest,
         metrics: Sequence[tuple[Tensor, Tensor]] = (),
         *,
@@ -86,8 +86,8 @@ class TorchBackend:
             self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
         self._buffers = [self._place(buffer) for buffer in self.cache.buffers.values()]
         attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
-        self._decoder: Any = DecoderGraph(model, adapter, attributes, metrics, in_place=True)
-        self._vision: Any = VisionGraph(model, adapter, self._dtype)
+        self._decoder: Any = DecoderGraph(model, family, attributes, metrics, in_place=True)
+        self._vision: Any = VisionGraph(model, family, self._dtype)
         self._steps: DecodeSteps | None = None
         if self._stream is not None and has_kernels(manifest):
             with self._running("the buffers of decode steps"):

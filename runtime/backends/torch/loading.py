@@ -57,7 +57,7 @@ def open_bundle(
         raise CapacityError(f"the GPU is too small for the weights of {bundle}; give --provider cpu") from error
     metrics = _read_metrics(bundle, manifest, device) if _needs_metrics(manifest) else ()
     capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
-    return TorchBackend(model, source.adapter, manifest, metrics, **capacity)
+    return TorchBackend(model, source.family, manifest, metrics, **capacity)
 
 
 def load_reference(
@@ -77,10 +77,10 @@ def load_reference(
     model = load_model(source, getattr(torch, manifest.model.dtype)).to(device)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()
     if _needs_metrics(manifest):
-        found = model_metrics(source.adapter, model, manifest.model)
+        found = model_metrics(source.family, model, manifest.model)
         metrics = tuple(zip(found.key, found.value, strict=True))
     capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
-    return TorchBackend(model, source.adapter, manifest, metrics, **capacity)
+    return TorchBackend(model, source.family, manifest, metrics, **capacity)
 
 
 def check_same_model(source: Source, manifest: Manifest) -> None:
@@ -103,7 +103,7 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = source.adapter.model_class().from_pretrained(source.directory, dtype=dtype)
+        model = source.family.model_class().from_pretrained(source.directory, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"transformers cannot load {source.directory}: {reason}") from error

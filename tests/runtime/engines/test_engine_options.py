@@ -314,14 +314,28 @@ def test_limits_that_cannot_be(manifest: Manifest, given: dict[str, int], error:
         resolve_limits(manifest, GivenLimits(**given), GIB)
 
 
+def with_pictures(manifest: Manifest, tile: int, typical: tuple[int, ...]) -> Manifest:
+    """The manifest with tiles of so many tokens, and usual pictures of these."""
+    vision = manifest.graphs["vision"]
+    outputs = tuple(replace(tensor, shape=(f"{tile}*P", *tensor.shape[1:])) for tensor in vision.outputs)
+    graphs = {**manifest.graphs, "vision": replace(vision, outputs=outputs)}
+    return replace(manifest, model=replace(manifest.model, typical_tokens=typical), graphs=graphs)
+
+
 def test_pictures_of_several_groups_and_of_any_size(manifest: Manifest) -> None:
-    large = replace(manifest, model=replace(manifest.model, tokens_per_picture=1500))
+    large = with_pictures(manifest, 1500, (1500,))
     limits = resolve_limits(large, GivenLimits(), 0)
     assert (limits.visual_tokens, limits.input_len, limits.pictures) == (2 * 3 * 640, 1948, 2)
     most = build_profiles(large, limits, empty_indices=True)[0].shapes["visual_index"][2]
     assert most == (4, 6 * 640)
-    anything = replace(manifest, model=replace(manifest.model, tokens_per_picture=None))
-    assert resolve_limits(anything, GivenLimits(), 0).visual_tokens == 4 * 640
+    tiles = with_pictures(manifest, 256, (1792, 3328))
+    limits = resolve_limits(tiles, GivenLimits(), 0)
+    assert (limits.visual_tokens, limits.input_len) == (1 * 6 * 640, 3776)
+    profiles = build_profiles(tiles, limits, empty_indices=True)
+    assert profiles[0].shapes["visual_index"][1:] == ((1, 6 * 640), (4, 6 * 640))
+    assert profiles[-1].shapes["pixel_values"][2][0] == limits.pictures == 6  # tiles in a call
+    prompt = resolve_limits(tiles, GivenLimits(input_len=600), 0)  # two small pictures and a beginning of a third
+    assert build_profiles(tiles, prompt, empty_indices=True)[0].shapes["visual_index"][2] == (4, 3 * 640)
 
 
 @pytest.mark.parametrize("empty", [True, False])

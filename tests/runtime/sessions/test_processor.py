@@ -20,7 +20,7 @@ from PIL import Image
 
 import vkvx.models.tiny_llava
 from vkvx.errors import BundleError, InputError
-from vkvx.manifest import Manifest
+from vkvx.manifest import Manifest, PictureInfo, TensorSpec
 from vkvx.runtime.sessions.processor import Processor, load_picture
 
 MODEL = Path(vkvx.models.tiny_llava.__file__).parent
@@ -30,7 +30,9 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 
 def manifest() -> Manifest:
     base = fake_manifest()
-    return replace(base, model=replace(base.model, tokens_per_picture=TOKENS))
+    vision = replace(base.graphs["vision"], inputs=(TensorSpec("pixel_values", "float32", ("P", 3, 336, 336)),))
+    pictures = PictureInfo("tiles", {"tile_tokens": TOKENS}, {})
+    return replace(base, model=replace(base.model, pictures=pictures), graphs={**base.graphs, "vision": vision})
 
 
 @pytest.fixture(scope="module")

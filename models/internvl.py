@@ -1,0 +1,52 @@
+"""InternVL 2.5, 3 and 3.5 in transformers' own format (repositories that end in ``-hf``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vkvx.errors import ModelError
+from vkvx.manifest import TensorSpec
+from vkvx.models.family import Family, check_image_size, square_pixels
+from vkvx.models.pictures.kinds import Tiles
+from vkvx.models.processor_files import ProcessorFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class InternVL(Family):
+    """``InternVLForConditionalGeneration``: up to 12 tiles a picture and a thumbnail, 256 tokens each."""
+
+    architecture = "InternVLForConditionalGeneration"
+    text_models = ("llama", "qwen2", "qwen3")
+
+    def check(self, config: Any) -> None:
+        """Refuse towers that do not take square tiles of whole patches."""
+        vision = config.vision_config
+        super().check(config)
+        if vision.image_size[0] != vision.image_size[1] or vision.image_size[0] % vision.patch_size[0]:
+            raise ModelError(f"tiles of {vision.image_size} pixels in patches of {vision.patch_size} are not supported")
+
+    def pictures(self, config: Any) -> Tiles:
+        """Tiles of as many tokens as pixel shuffle leaves, between ``<img>`` and ``</img>``."""
+        vision = config.vision_config
+        side = vision.image_size[0] // vision.patch_size[0]
+        return Tiles(int((side * config.downsample_ratio) ** 2), "<img>", "</img>")
+
+    def typical_tokens(self, config: Any) -> tuple[int, ...]:
+        """A banner, a square and a photograph of some megapixels: 7, 10 and 13 tiles."""
+        return tuple(tiles * self.pictures(config).tile_tokens for tiles in (7, 10, 13))
+
+    def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
+        """``pixel_values`` of P tiles."""
+        return square_pixels(config.vision_config, config.vision_config.image_size[0])
+
+    def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
+        """Tower, pixel shuffle, projector."""
+        return model.get_image_features(pixel_inputs[0]).pooler_output.flatten(0, 1)
+
+    def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
+        """Pictures are cut into tiles unless somebody asks otherwise: InternVLProcessor's default, not the file's."""
+        check_image_size(files.images.size, config.vision_config.image_size[0])
+        files.require_tokens("<img>", "</img>")
+        files.images.crop_to_patches = True

@@ -1,0 +1,250 @@
+"""Configs of known sizes and of tiny models, and processor files that suit them: for checkpoints of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vkvx.models.processor_files import ProcessorFiles
+from vkvx.models.registry import TINY_LLAVA
+
+_TINY_TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}
+_TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+_CLIP = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
+_LLAMA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_INTERNVIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llava-1.5-7b": {
+        "model_type": "llava",
+        "vision_config": {
+            **_CLIP,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+        "text_config": {
+            **_LLAMA,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+    },
+    "200m": {
+        "model_type": "llava",
+        "vision_config": {
+            **_CLIP,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+        },
+        "text_config": {
+            **_LLAMA,
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+        },
+    },
+    "tiny": {
+        "model_type": "llava",
+        "vision_config": {**_CLIP, **_TINY_VISION, "image_size": 56},
+        "text_config": {**_LLAMA, **_TINY_TEXT},
+    },
+    "internvl3-8b": {
+        "model_type": "internvl",
+        "vision_config": {**_INTERNVIT_300M, "image_size": [448, 448], "patch_size": [14, 14]},
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 151674,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    "internvl3-38b": {
+        "model_type": "internvl",
+        "vision_config": {
+            "hidden_size": 3200,
+            "intermediate_size": 12800,
+            "num_hidden_layers": 45,
+            "num_attention_heads": 25,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+            "use_qk_norm": True,
+            "norm_type": "rms_norm",
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 5120,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "vocab_size": 151674,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    "tiny-internvl": {
+        "model_type": "internvl",
+        "vision_config": {**_TINY_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
+        "text_config": {**_TINY_TEXT, "model_type": "qwen2"},
+    },
+    "tiny-internvl-qwen3": {
+        "model_type": "internvl",
+        "vision_config": {
+            **_TINY_VISION,
+            "image_size": [56, 56],
+            "patch_size": [14, 14],
+            "use_qk_norm": True,
+            "norm_type": "rms_norm",
+        },
+        "text_config": {**_TINY_TEXT, "model_type": "qwen3", "tie_word_embeddings": True},
+        "tie_word_embeddings": True,
+    },
+    "smolvlm2-2.2b": {
+        "model_type": "smolvlm",
+        "vision_config": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 49280,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 130000.0},
+        },
+        "scale_factor": 3,
+    },
+    "tiny-smolvlm": {
+        "model_type": "smolvlm",
+        "vision_config": {**_TINY_VISION, "image_size": 62, "patch_size": 10},
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "llama",
+            "hidden_size": 192,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 32,
+        },
+        "scale_factor": 3,
+    },
+    "tiny-idefics3": {
+        "model_type": "idefics3",
+        "vision_config": {**_TINY_VISION, "image_size": 56, "patch_size": 14},
+        "text_config": {**_TINY_TEXT, "model_type": "llama", "tie_word_embeddings": True},
+        "tie_word_embeddings": True,
+        "scale_factor": 2,
+    },
+}
+"""What differs from the defaults of transformers' config classes."""
+
+_BEGIN, _END, _PAD = "<|im_start|>", "<|im_end|>", "<pad>"
+_TURNS = (
+    "{%- for message in messages -%}{{- '" + _BEGIN + "' + message['role'] + '\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{{- 'IMAGE\n' if part['type'] == 'image' else part['text'] -}}"
+    "{%- endfor -%}{%- endif -%}{{- '" + _END + "\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '" + _BEGIN + "assistant\n' -}}{%- endif -%}"
+)
+"""A chat template; ``IMAGE`` is the family's image token."""
+
+
+def preset_config(preset: str, layers: int | None = None) -> Any:
+    """The transformers config of a preset, with another number of decoder layers if given."""
+    from transformers import CONFIG_MAPPING
+
+    sizes = PRESETS[preset]
+    text = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **sizes["text_config"]}
+    if layers is not None:
+        text["num_hidden_layers"] = layers
+    given = {key: value for key, value in sizes.items() if key not in ("model_type", "text_config")}
+    config = CONFIG_MAPPING[sizes["model_type"]](text_config=text, image_token_id=3, **given)
+    if sizes["model_type"] == "llava":
+        vision = config.vision_config
+        config.image_seq_length = (vision.image_size // vision.patch_size) ** 2
+        config.vision_feature_layer, config.vision_feature_select_strategy = -2, "default"
+    config.architectures = [_architecture(config)]
+    return config
+
+
+def write_processor(directory: Path, config: Any) -> None:
+    """Processor files for a config of a preset."""
+    if config.model_type == "llava":
+        files = ProcessorFiles.load(TINY_LLAVA)
+        size = config.vision_config.image_size
+        files.images.size = {"shortest_edge": size}
+        files.images.crop_size = {"height": size, "width": size}
+    elif config.model_type == "internvl":
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+        height, width = config.vision_config.image_size
+        marks = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
+        files = _files("<IMG_CONTEXT>", {"context_image_token": "<IMG_CONTEXT>", **marks})
+        files.images = GotOcr2ImageProcessorPil(size={"height": height, "width": width})
+    else:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+        from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+        size = config.vision_config.image_size
+        marks = {"fake_image_token": "<fake_token_around_image>", "image_token": "<image>", "whole": "<global-img>"}
+        places = {f"{r}{c}": f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)}
+        files = _files("<image>", {**marks, **places, "end_of_utterance_token": "<end_of_utterance>"})
+        kind = SmolVLMImageProcessorPil if config.model_type == "smolvlm" else Idefics3ImageProcessorPil
+        files.images = kind(size={"longest_edge": 4 * size}, max_image_size={"longest_edge": size})
+    files.save(directory)
+
+
+def _architecture(config: Any) -> str:
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    name: str = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__
+    return name
+
+
+def _files(image_token: str, marks: dict[str, str]) -> ProcessorFiles:
+    """A tokenizer of bytes, with the image token at 3 and these marks; the image processor is still missing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = dict.fromkeys((_PAD, _BEGIN, _END, image_token, *marks.values()))
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_END,
+        extra_special_tokens={"turn_token": _BEGIN, **marks},
+        padding_side="left",
+    )
+    return ProcessorFiles(wrapped, None, _TURNS.replace("IMAGE", image_token))

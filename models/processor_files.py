@@ -1,0 +1,78 @@
+"""Tokenizer, image processor and chat template of a directory: a checkpoint's, or the processor of a bundle.
+
+They are loaded apart: transformers' own processor of a family with videos asks for torch and torchvision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vkvx.errors import ModelError
+from vkvx.packages import missing
+
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
+"""Files that may hold the template of a processor, the newest kind first."""
+
+
+@dataclass
+class ProcessorFiles:
+    """``tokenizer`` and ``images`` (an image processor for Pillow) of transformers, and the chat template if any."""
+
+    tokenizer: Any
+    images: Any
+    chat_template: str | None
+
+    @classmethod
+    def load(cls, directory: Path, trust_remote_code: bool = False) -> ProcessorFiles:
+        """Load what the directory holds; whatever transformers and its libraries raise for damaged files comes out."""
+        tokenizers, images = _auto_classes()
+        given = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        tokenizer = tokenizers.from_pretrained(str(directory), **given)
+        # The PIL variant gives the same pixels whether or not torchvision is installed.
+        processor = images.from_pretrained(str(directory), backend="pil", **given)
+        return cls(tokenizer, processor, _read_template(directory) or tokenizer.chat_template)
+
+    def save(self, directory: Path) -> None:
+        """Write them into a new directory, from which :meth:`load` reads the same."""
+        self.tokenizer.chat_template = self.chat_template
+        self.tokenizer.save_pretrained(directory)
+        self.images.save_pretrained(directory)
+
+    def require_tokens(self, *marks: str) -> None:
+        """Raise ModelError unless each mark is one token of the tokenizer."""
+        for mark in marks:
+            if len(self.tokenizer(mark, add_special_tokens=False)["input_ids"]) != 1:
+                raise ModelError(f"the tokenizer has no token '{mark}'; download its files again")
+
+
+def _read_template(directory: Path) -> str | None:
+    for name in _TEMPLATES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8")
+        if name.endswith(".jinja"):
+            return text
+        template = json.loads(text).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _auto_classes() -> tuple[Any, Any]:
+    # transformers advises to install torch where it is missing; here it is not needed.
+    advice = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        from transformers import AutoImageProcessor, AutoTokenizer
+    except ImportError as error:
+        raise missing("transformers", error) from error
+    finally:
+        del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        if advice is not None:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = advice
+    return AutoTokenizer, AutoImageProcessor

@@ -1,0 +1,118 @@
+"""Every family against transformers' own processor and model, from pictures of different sizes to a second turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import Case
+from PIL import Image
+from reference import IMAGE_TOKEN, Reference, joined, picture
+
+from vkvx import quantize_visual_cache
+from vkvx.manifest import Manifest
+from vkvx.runtime.sessions.processor import PLACEHOLDER
+from vkvx.runtime.sessions.session import Session
+
+ATOL = 1e-4
+"""Of logits in FP32, whose range is about 10."""
+PACKED_SHARE = 0.05
+"""Of what 1 bit changes: a last bit of FP32 may tip a scale to the next FP16 number or a code over its border, of some
+thousands; all codes together make up the change."""
+WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)
+PROMPTS = (f"First {PLACEHOLDER} then{PLACEHOLDER}\nWhat differs?", f"{PLACEHOLDER}\nWhat is it?")
+PICTURES = ([WIDE, TALL], [TALL])
+ROOM = {"slots": 2, "visual_tokens": 1024, "text_tokens": 512, "verify": False, "backend": "onnxruntime"}
+
+
+class Recorded:
+    """A session's backend that keeps the logits of each slot."""
+
+    def __init__(self, session: Session) -> None:
+        self.logits: dict[int, list[np.ndarray]] = {}
+        step = session.backend.step
+
+        def record(call: Any, visual_embeds: Any) -> np.ndarray:
+            logits = step(call, visual_embeds)
+            for slot, row in zip(call.slot.tolist(), logits, strict=True):
+                self.logits.setdefault(slot, []).append(row.copy())
+            return logits
+
+        session.backend.step = record  # type: ignore[method-assign]
+
+
+def reference_prompts(reference: Reference, prompts: Any = PROMPTS) -> list[str]:
+    token = str(reference.tokenizer.convert_ids_to_tokens(IMAGE_TOKEN))
+    return [prompt.replace(PLACEHOLDER, token) for prompt in prompts]
+
+
+def prepared_alone(
+    reference: Reference, prompt: str, pictures: list[Image.Image], *, first: bool = True
+) -> dict[str, torch.Tensor]:
+    return reference.inputs(reference_prompts(reference, [prompt]), [pictures], first=first)
+
+
+@pytest.fixture(scope="module")
+def session(exact: Path) -> Any:
+    with Session.load(exact, **ROOM) as opened:
+        yield opened
+
+
+def test_prompts_and_pixels_are_those_of_transformers(case: Case, reference: Reference, session: Session) -> None:
+    for prompt, pictures in (*zip(PROMPTS, PICTURES, strict=True), ("No picture at all.", [])):
+        expected = prepared_alone(reference, prompt, pictures)
+        prepared = session.processor.prepare(prompt, pictures)
+        assert prepared.token_ids.tolist() == expected["input_ids"][0].tolist()
+        assert prepared.picture_lengths == tuple(case.tokens[one is TALL] for one in pictures)
+        if not pictures:
+            assert prepared.pixel_inputs is None
+            continue
+        assert prepared.pixel_inputs is not None
+        pixels = expected["pixel_values"]
+        np.testing.assert_array_equal(prepared.pixel_inputs["pixel_values"], pixels.flatten(0, -4).numpy())
+
+
+def test_greedy_answers_of_a_batch(reference: Reference, session: Session) -> None:
+    """Rows of different lengths: transformers pads them, a session does not."""
+    expected, logits = reference.generate(reference.inputs(reference_prompts(reference), PICTURES), 32)
+    recorded = Recorded(session)
+    answers = session.generate(list(PROMPTS), list(PICTURES), max_new_tokens=32, ignore_eos=True)
+    for row, answer in enumerate(answers):
+        assert list(answer.token_ids) == expected[row].tolist()
+        np.testing.assert_allclose(np.stack(recorded.logits[row]), logits[row], rtol=0, atol=ATOL)
+
+
+def test_second_turn_with_another_picture(reference: Reference, session: Session) -> None:
+    first = prepared_alone(reference, PROMPTS[1], [TALL])
+    second = prepared_alone(reference, PROMPTS[0], [TALL, WIDE], first=False)
+    answer, _ = reference.generate(first, 8)
+    expected, logits = reference.generate(joined(first, answer[0], second), 8)
+    with session.conversation() as conversation:
+        assert conversation.generate(PROMPTS[1], TALL, max_new_tokens=8, ignore_eos=True).token_ids == tuple(answer[0])
+        recorded = Recorded(session)
+        later = conversation.generate(PROMPTS[0], [TALL, WIDE], max_new_tokens=8, ignore_eos=True)
+        assert later.token_ids == tuple(expected[0])
+        np.testing.assert_allclose(np.stack(recorded.logits[conversation.slot]), logits[0], rtol=0, atol=ATOL)
+
+
+def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:
+    manifest = Manifest.load(packed)
+    assert set(manifest.quantization.key_bits) == {1}
+    inputs = reference.inputs(reference_prompts(reference), PICTURES)
+    with quantize_visual_cache(reference.model, bits=1) as handle:
+        assert handle.layout.quantization == manifest.quantization
+        expected, logits = reference.generate(inputs, 16)
+    _, exact = reference.generate(inputs, 16)
+    with Session.load(packed, **ROOM) as session:
+        recorded = Recorded(session)
+        answers = session.generate(list(PROMPTS), list(PICTURES), max_new_tokens=16, ignore_eos=True)
+        for row, answer in enumerate(answers):
+            assert answer.token_ids == tuple(expected[row])
+            found = np.stack(recorded.logits[row])
+            effect = np.abs(logits[row, 1:] - exact[row, 1:]).max()
+            assert effect > 100 * ATOL  # so that 16 bits would be noticed
+            np.testing.assert_allclose(found[0], logits[row, 0], rtol=0, atol=ATOL)
+            np.testing.assert_allclose(found, logits[row], rtol=0, atol=PACKED_SHARE * effect)

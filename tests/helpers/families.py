@@ -1,0 +1,22 @@
+"""The matrix of families: a checkpoint each, which all tests of ``tests/families`` go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """A preset of ``vkvx.models.presets``, and the visual tokens of two pictures, 150 x 90 and 60 x 130 pixels."""
+
+    preset: str
+    tokens: tuple[int, int]
+
+
+CASES = (
+    Case("tiny", (16, 16)),
+    Case("tiny-internvl", (28, 12)),
+    Case("tiny-internvl-qwen3", (28, 12)),
+    Case("tiny-idefics3", (52, 36)),
+    Case("tiny-smolvlm", (52, 36)),
+)

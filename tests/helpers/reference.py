@@ -1,0 +1,102 @@
+"""Transformers' own processor and model of a family, which bundles are compared with; nothing of vkvx runs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE_TOKEN = 3
+"""Of all checkpoints that ``vkvx.models.presets`` describes."""
+
+
+class Reference:
+    """A checkpoint in FP32 with eager attention, and the processor class of its architecture."""
+
+    def __init__(self, directory: Path) -> None:
+        config = AutoConfig.from_pretrained(directory)
+        self.kind: str = config.model_type
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self.images: Any = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True)
+        self.processor = self._processor(config)
+        self.model: Any = getattr(transformers, config.architectures[0]).from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        )
+        self.model.eval().generation_config.eos_token_id = None  # so that answers have their full lengths
+
+    def _processor(self, config: Any) -> Any:
+        vision, parts = config.vision_config, {"image_processor": self.images, "tokenizer": self.tokenizer}
+        # Processors with videos check for a video processor, which needs torchvision.
+        with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
+            if self.kind == "llava":
+                strategy = config.vision_feature_select_strategy
+                return transformers.LlavaProcessor(
+                    **parts,
+                    patch_size=vision.patch_size,
+                    vision_feature_select_strategy=strategy,
+                    num_additional_image_tokens=1,
+                )
+            if self.kind == "internvl":
+                tokens = int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
+                return transformers.InternVLProcessor(**parts, video_processor=None, image_seq_length=tokens)
+            # SmolVLMProcessor writes the same for pictures, and wants another package for videos.
+            tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+            return transformers.Idefics3Processor(**parts, image_seq_len=tokens)
+
+    def inputs(
+        self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], *, first: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs of prompts that have the image token once a picture, padded on the left.
+
+        Those that go on with a conversation, not ``first``, get no begin-of-sequence token.
+        """
+        given: Any = [list(row) for row in pictures]
+        if self.kind not in ("idefics3", "smolvlm"):
+            given = [picture for row in pictures for picture in row]
+        made = self.processor(
+            images=given if any(pictures) else None,
+            text=list(prompts),
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=first,
+        )
+        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+    def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy answers INT [B, tokens], and the logits FP32 [B, tokens, V] that each token was chosen from."""
+        with torch.no_grad():
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                suppress_tokens=[IMAGE_TOKEN],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+        return answers.numpy(), torch.stack(output.logits, 1).float().numpy()
+
+
+def joined(
+    first: dict[str, torch.Tensor], answer: np.ndarray, second: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Inputs of a conversation: those of its first prompt, the answer INT [tokens], those of its second prompt."""
+    ids = torch.cat([first["input_ids"], torch.tensor(answer)[None], second["input_ids"]], 1)
+    pixels = first["pixel_values"], second["pixel_values"]
+    # Idefics3 and SmolVLM have an axis for the rows of a batch in front of that for tiles.
+    whole = {"pixel_values": torch.cat(pixels, pixels[0].dim() - 4)}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **whole}
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """A picture of coarse noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
