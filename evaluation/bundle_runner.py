@@ -14,7 +14,7 @@ from vkvx.evaluation.records import Record
 from vkvx.evaluation.settings import Setting
 from vkvx.evaluation.tasks import Sample, prompt_of
 from vkvx.manifest import Manifest
-from vkvx.runtime.calls import Row, build_call, place_embeds
+from vkvx.runtime.calls import build_call
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.session import Session
 
@@ -129,16 +129,13 @@ def _follow(session: Session, prepared: Sequence[Prepared], answers: Sequence[li
     found: list[list[np.ndarray]] = [[] for _ in prepared]
     try:
         for row, (slot, entry) in enumerate(zip(slots, prepared, strict=True)):
-            assert entry.pixel_inputs is not None
-            feed = [Row(slot, entry.token_ids, entry.picture_lengths, 0)]
+            feed = [cache.row(slot, entry.token_ids, entry.picture_lengths, entry.positions)]
             call = build_call(feed, group_size=size, image_token_id=model.image_token_id)
-            embeds = place_embeds(call, backend.encode(entry.pixel_inputs))
+            embeds = backend.place(call, [backend.encode(inputs) for inputs in entry.vision_calls])
             found[row].append(backend.step(call, embeds)[0])
         for step in range(max(map(len, answers)) - 1):
             rows = [row for row, answer in enumerate(answers) if step < len(answer) - 1]
-            feed = [
-                Row(slots[row], np.array([answers[row][step]], np.int32), (), cache.length(slots[row])) for row in rows
-            ]
+            feed = [cache.row(slots[row], np.array([answers[row][step]], np.int32)) for row in rows]
             call = build_call(feed, group_size=size, image_token_id=model.image_token_id)
             for row, logits in zip(rows, backend.step(call, None), strict=True):
                 found[row].append(logits)

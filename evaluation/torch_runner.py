@@ -206,8 +206,9 @@ class TorchRunner:
         return prepared
 
     def _pixels(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
-        inputs = self._family.model_inputs([entry.pixel_inputs for entry in prepared if entry.pixel_inputs is not None])
-        return {name: torch.from_numpy(array).to(self.device, self.model.dtype) for name, array in inputs.items()}
+        inputs = self._family.model_inputs([entry.vision_calls for entry in prepared])
+        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
+        return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
     def _allowed(self, logits: Tensor) -> Tensor:
         """An image token without a picture means nothing, so it is never chosen; as in :mod:`vkvx.runtime`."""

@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 
 from vkvx import Session
-from vkvx.runtime.calls import Row, build_call, place_embeds
+from vkvx.runtime.calls import build_call, place_embeds
 
 
 def main() -> None:
@@ -25,15 +25,16 @@ def main() -> None:
         manifest = session.manifest
         prepared = session.processor.prepare(args.prompt, args.image)
         call = build_call(
-            [Row(0, prepared.token_ids, prepared.picture_lengths)],
+            [session.backend.cache.row(0, prepared.token_ids, prepared.picture_lengths, prepared.positions)],
             group_size=manifest.quantization.group_size,
             image_token_id=manifest.model.image_token_id,
         )
         rows, entries = call.visual_index.shape
         hidden = next(t.shape[-1] for t in manifest.graphs["decoder"].inputs if t.name == "visual_embeds")
         embeds = np.zeros((rows, entries, int(hidden)), np.float32)
-        if prepared.pixel_inputs is not None:
-            embeds = place_embeds(call, session.backend.encode(prepared.pixel_inputs).astype(np.float32))
+        if prepared.vision_calls:
+            pieces = [session.backend.encode(inputs).astype(np.float32) for inputs in prepared.vision_calls]
+            embeds = place_embeds(call, np.concatenate(pieces))
     names = ("input_ids", "position_ids", "visual_index", "text_index", "last_index", "slot")
     np.savez(args.output, visual_embeds=embeds, **{name: getattr(call, name) for name in names})
 

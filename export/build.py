@@ -90,7 +90,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     report("decoder", 1, 1)
     report("vision", 0, 1)
     pixels = family.pixel_inputs(source.config)
-    embeds = vision_outputs(info, family.vision_rows(source.config))
+    embeds = vision_outputs(info, family.pictures(source.config).rows)
     vision = trace(VisionGraph(model, family, DTYPES[options.dtype]), pixels, embeds, opset=options.opset)
     report("vision", 1, 1)
 

@@ -127,7 +127,7 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Proces
         from vkvx.runtime.backends import golden
         from vkvx.runtime.backends.registry import open_backend
 
-        tokens = golden.picture(manifest)[1]
+        tokens = golden.picture(manifest).tokens
         backend = open_backend(
             *("onnxruntime", directory, manifest),
             slots=1,
@@ -148,7 +148,7 @@ def _can_record(manifest: Manifest, directory: Path) -> bool:
 
     model = manifest.model
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    if golden.picture(manifest)[1] + golden.TEXT_TOKENS > model.max_positions:
+    if golden.picture(manifest).tokens + golden.TEXT_TOKENS > model.max_positions:
         return False
     return weights <= GOLDEN_WEIGHTS and find_spec("onnxruntime") is not None
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vkvx.errors import ModelError, VkvxError
-from vkvx.manifest import TensorSpec
+from vkvx.manifest import TensorSpec, parse_dim
 from vkvx.models.graph.skeleton import DTYPES
 from vkvx.opset import lower_opset
 from vkvx.plugins import (
@@ -103,9 +103,14 @@ def _emit_operator(*tensors: ir.Value, **attributes: int | float | str) -> Seque
 
 def _symbols(inputs: Sequence[TensorSpec], group_size: int) -> tuple[dict[str, int], dict[str, Any]]:
     """An example size and a torch dimension for each symbol. Sizes of 0 and 1 would be taken as fixed."""
-    names = sorted({dim for spec in inputs for dim in spec.shape if isinstance(dim, str)})
-    sizes = {name: 2 * i + 3 for i, name in enumerate(names)}
-    dims: dict[str, Any] = {name: torch.export.Dim(name) for name in names}
+    found = sorted({dim for spec in inputs for dim in spec.shape if isinstance(dim, str)})
+    symbols = sorted({parse_dim(dim)[1] for dim in found})
+    values = {symbol: 2 * i + 3 for i, symbol in enumerate(symbols)}
+    named = {symbol: torch.export.Dim(symbol) for symbol in symbols}
+    sizes, dims = dict[str, int](), dict[str, Any]()
+    for dim in found:
+        factor, symbol = parse_dim(dim)
+        sizes[dim], dims[dim] = factor * values[symbol], named[symbol] if factor == 1 else factor * named[symbol]
     if "Nv" in sizes:
         sizes["Nv"] *= group_size
         dims["Nv"] = group_size * torch.export.Dim("call_groups")
@@ -141,8 +146,9 @@ def _name_dims(graph: ir.Graph, inputs: Sequence[TensorSpec]) -> None:
     for value, spec in zip(graph.inputs, inputs, strict=True):
         for given, name in zip(value.shape or (), spec.shape, strict=True):
             if isinstance(given, ir.SymbolicDim) and isinstance(name, str) and given.value is not None:
-                factor, _, symbol = given.value.rpartition("*")
-                names[symbol] = f"({name}/{factor})" if factor else name
+                factor, symbol = parse_dim(given.value)
+                known, own = parse_dim(name)
+                names[symbol] = own if factor == known else f"({own}/{factor})"
     pattern = re.compile(r"\bs\d+\b")
     for node in graph:
         for value in node.outputs:

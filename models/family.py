@@ -14,7 +14,7 @@ import numpy as np
 from vkvx.errors import ModelError, VkvxError
 from vkvx.format import WORD_BITS
 from vkvx.manifest import ModelInfo, TensorSpec
-from vkvx.models.pictures.kinds import TileGrid, Tiles, describe
+from vkvx.models.pictures.kinds import Kind, describe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,6 +92,10 @@ class AttentionWeights:
     query_norm: Tensor | None = None
 
 
+VisionCalls = Sequence[Mapping[str, np.ndarray]]
+"""Inputs of the vision graph, call by call."""
+
+
 class Family(ABC):
     """One model family. ``config`` and ``model`` are the family's transformers objects.
 
@@ -102,6 +106,10 @@ class Family(ABC):
     """Entry of ``architectures`` in config.json, and name of the transformers class."""
     text_models: tuple[str, ...]
     """Model types of the decoders that are known to work."""
+    packed_vision = False
+    """Whether the tower takes lengths of segments; ``models.graph.vision`` has what is given in their place."""
+    position_rows = 1
+    """4 where the rotary embedding tells time, rows and columns of a picture apart."""
 
     def check(self, config: Any) -> None:
         """Raise ModelError if this checkpoint has a trait that the export cannot honour."""
@@ -156,6 +164,7 @@ class Family(ABC):
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
+            position_rows=self.position_rows,
             image_token_id=config.image_token_id,
             tokens_per_picture=self.tokens_per_picture(config),
             typical_tokens=self.typical_tokens(config),
@@ -165,7 +174,7 @@ class Family(ABC):
         )
 
     @abstractmethod
-    def pictures(self, config: Any) -> Tiles | TileGrid:
+    def pictures(self, config: Any) -> Kind:
         """How a picture becomes tokens."""
 
     def tokens_per_picture(self, config: Any) -> int | None:
@@ -179,10 +188,6 @@ class Family(ABC):
     @abstractmethod
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """Inputs of the vision graph, named as the image processor names them."""
-
-    def vision_rows(self, config: Any) -> str:
-        """Rows of the vision graph's output in terms of a symbol of its inputs."""
-        return f"{self.pictures(config).tile_tokens}*P"
 
     def text_model(self, model: Any) -> nn.Module:
         """The decoder without its head: takes ``inputs_embeds`` and ``position_ids``."""
@@ -228,9 +233,12 @@ class Family(ABC):
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """Set what transformers' processor of the family sets by itself; ModelError if it does not fit the model."""
 
-    def model_inputs(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Pixel arguments of transformers' model for a batch, from the vision graph's inputs of each row's pictures."""
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    def model_inputs(self, rows: Sequence[VisionCalls]) -> dict[str, np.ndarray]:
+        """Arguments of transformers' model for the pictures of a batch, from the calls of the vision graph of each row.
+
+        There is at least one picture.
+        """
+        return {"pixel_values": np.concatenate([call["pixel_values"] for row in rows for call in row])}
 
 
 def head_dim(text: Any) -> int:

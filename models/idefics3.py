@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from vkvx.errors import ModelError
 from vkvx.manifest import TensorSpec
-from vkvx.models.family import Family, check_image_size, square_pixels
-from vkvx.models.pictures.kinds import TileGrid
+from vkvx.models.family import Family, VisionCalls, check_image_size, square_pixels
+from vkvx.models.pictures.tiles import TileGrid
 from vkvx.models.processor_files import ProcessorFiles
 
 if TYPE_CHECKING:
@@ -87,12 +87,14 @@ class Idefics3(Family):
         check_image_size(files.images.max_image_size, config.vision_config.image_size)
         files.require_tokens("<fake_token_around_image>")
 
-    def model_inputs(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def model_inputs(self, rows: Sequence[VisionCalls]) -> dict[str, np.ndarray]:
         """``pixel_values`` [B, tiles, ...]: rows with fewer tiles are filled up with zeros, which the model drops."""
-        tiles = [row["pixel_values"] for row in rows]
-        filled = np.zeros((len(tiles), max(map(len, tiles)), *tiles[0].shape[1:]), tiles[0].dtype)
+        tiles = [[tile for call in row for tile in call["pixel_values"]] for row in rows]
+        (shape,) = {tile.shape for row in tiles for tile in row}
+        filled = np.zeros((len(tiles), max(map(len, tiles)), *shape), np.float32)
         for row, given in zip(filled, tiles, strict=True):
-            row[: len(given)] = given
+            for place, tile in zip(row, given, strict=False):
+                place[...] = tile
         return {"pixel_values": filled}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vkvx.errors import ModelError
 from vkvx.manifest import TensorSpec
 from vkvx.models.family import Family, check_image_size, square_pixels
-from vkvx.models.pictures.kinds import Tiles
+from vkvx.models.pictures.tiles import Tiles
 from vkvx.models.processor_files import ProcessorFiles
 
 if TYPE_CHECKING:

@@ -19,10 +19,14 @@ _TINY_TEXT = {
     "max_position_embeddings": 4096,
 }
 _TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+_TINY_QWEN = {
+    **{name: value for name, value in _TINY_TEXT.items() if name != "head_dim"},  # which Qwen's layers do not look at
+    "hidden_size": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+}
 _CLIP = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
 _LLAMA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _INTERNVIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-
 PRESETS: dict[str, dict[str, Any]] = {
     "llava-1.5-7b": {
         "model_type": "llava",
@@ -156,6 +160,53 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "scale_factor": 3,
     },
+    "tiny-qwen2-vl": {
+        "model_type": "qwen2_vl",
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 64,
+            "num_heads": 2,
+            "hidden_size": 256,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+        },
+        "text_config": {**_TINY_QWEN, "model_type": "qwen2_vl_text"},
+    },
+    "tiny-qwen2.5-vl": {
+        "model_type": "qwen2_5_vl",
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 96,
+            "out_hidden_size": 256,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        "text_config": {**_TINY_QWEN, "model_type": "qwen2_5_vl_text"},
+    },
+    "qwen2.5-vl-7b": {
+        "model_type": "qwen2_5_vl",
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "num_heads": 16,
+            "intermediate_size": 3420,
+            "out_hidden_size": 3584,
+        },
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+    },
     "tiny-idefics3": {
         "model_type": "idefics3",
         "vision_config": {**_TINY_VISION, "image_size": 56, "patch_size": 14},
@@ -210,6 +261,13 @@ def write_processor(directory: Path, config: Any) -> None:
         marks = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
         files = _files("<IMG_CONTEXT>", {"context_image_token": "<IMG_CONTEXT>", **marks})
         files.images = GotOcr2ImageProcessorPil(size={"height": height, "width": width})
+    elif config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        files = _files("<|image_pad|>", {}, before="<|vision_start|>", after="<|vision_end|>")
+        files.images = Qwen2VLImageProcessorPil(
+            patch_size=config.vision_config.patch_size, merge_size=config.vision_config.spatial_merge_size
+        )
     else:
         from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
         from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -230,12 +288,16 @@ def _architecture(config: Any) -> str:
     return name
 
 
-def _files(image_token: str, marks: dict[str, str]) -> ProcessorFiles:
-    """A tokenizer of bytes, with the image token at 3 and these marks; the image processor is still missing."""
+def _files(image_token: str, marks: dict[str, str], before: str = "", after: str = "") -> ProcessorFiles:
+    """A tokenizer of bytes, with the image token at 3 and these marks; the image processor is still missing.
+
+    ``before`` and ``after`` are tokens that the chat template writes around the image token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = dict.fromkeys((_PAD, _BEGIN, _END, image_token, *marks.values()))
+    special = [*dict.fromkeys((_PAD, _BEGIN, _END, image_token, *marks.values(), before, after))]
+    special = [token for token in special if token]
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -244,7 +306,8 @@ def _files(image_token: str, marks: dict[str, str]) -> ProcessorFiles:
         tokenizer_object=tokenizer,
         pad_token=_PAD,
         eos_token=_END,
-        extra_special_tokens={"turn_token": _BEGIN, **marks},
+        extra_special_tokens={"turn_token": _BEGIN, "image_token": image_token, **marks},
+        additional_special_tokens=[token for token in (before, after) if token],
         padding_side="left",
     )
-    return ProcessorFiles(wrapped, None, _TURNS.replace("IMAGE", image_token))
+    return ProcessorFiles(wrapped, None, _TURNS.replace("IMAGE", before + image_token + after))

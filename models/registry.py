@@ -12,6 +12,7 @@ from vkvx.models.family import Family, Source
 from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
 from vkvx.models.llava import Llava
+from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
 from vkvx.packages import missing
 
 TINY_LLAVA = Path(__file__).resolve().parent / "tiny_llava"
@@ -20,7 +21,9 @@ ALIASES: dict[str, str | Path] = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
 }
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (Llava(), InternVL(), Idefics3(), SmolVLM())}
+FAMILIES: dict[str, Family] = {
+    family.architecture: family for family in (Llava(), InternVL(), Idefics3(), SmolVLM(), Qwen2VL(), Qwen25VL())
+}
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)

@@ -15,6 +15,7 @@ import numpy as np
 from vkvx.cache_layout import CacheLayout, tensor_bytes
 from vkvx.errors import CapacityError
 from vkvx.format import CACHE_NAMES, TILE
+from vkvx.runtime.calls import Call, Row
 
 Shape = tuple[int, ...]
 
@@ -91,6 +92,7 @@ class PackedCache:
         self.buffers: dict[str, Any] = {name: self._storage.allocate(*tensor) for name, tensor in tensors.items()}
         self.visual_count = np.zeros((slots, self.groups), np.int32)
         self.text_count = np.zeros(slots, np.int32)
+        self.next_position = np.zeros(slots, np.int32)  # of the rotary embedding
         self._inline_visual = np.zeros(slots, np.int32)  # visual tokens among the text rows (16 bits)
         self._used: set[int] = set()
         counts = self.visual_count.nbytes + self.text_count.nbytes
@@ -124,6 +126,7 @@ class PackedCache:
         """Empty a slot. Only the counts change."""
         self.visual_count[slot] = 0
         self.text_count[slot] = 0
+        self.next_position[slot] = 0
         self._inline_visual[slot] = 0
 
     def fork(self, source: int, target: int) -> None:
@@ -137,7 +140,29 @@ class PackedCache:
                 self._storage.copy(buffer, source, target, used)
         self.visual_count[target] = self.visual_count[source]
         self.text_count[target] = self.text_count[source]
+        self.next_position[target] = self.next_position[source]
         self._inline_visual[target] = self._inline_visual[source]
+
+    def row(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        picture_lengths: tuple[int, ...] = (),
+        prompt_positions: np.ndarray | None = None,
+    ) -> Row:
+        """What a sequence feeds next: INT tokens [n] behind what the slot holds.
+
+        ``prompt_positions`` INT [3, m] are those of the rotary embedding for the last m tokens, from 0, where these
+        hold pictures of a model with ``position_rows`` of 4.
+        """
+        rotary = None
+        if self.layout.info.position_rows > 1:
+            start, count = int(self.next_position[slot]), len(token_ids)
+            rotary = np.tile(np.arange(start, start + count), (3, 1))
+            if prompt_positions is not None:
+                before = count - prompt_positions.shape[1]
+                rotary[:, before:] = prompt_positions + (start + before)
+        return Row(slot, token_ids, picture_lengths, self.length(slot), rotary)
 
     # Lengths
 
@@ -182,19 +207,15 @@ class PackedCache:
                 "or lower max_new_tokens= (--max-new-tokens)"
             )
 
-    def commit(
-        self, slots: np.ndarray, visual_count: np.ndarray, text_count: np.ndarray, inline_visual: np.ndarray
-    ) -> None:
-        """Take over the counts [slots, groups] and [slots] that a call returned.
-
-        ``inline_visual`` [B]: visual tokens that the call gave to row ``slots[b]``; they are told apart from text only
-        where visual tokens lie among the text rows.
-        """
+    def commit(self, call: Call, visual_count: np.ndarray, text_count: np.ndarray) -> None:
+        """Take over the counts [slots, groups] and [slots] that a call returned."""
         self.visual_count[...] = visual_count
         self.text_count[...] = text_count
-        if not self.layout.is_packed:
-            live = slots >= 0
-            self._inline_visual[slots[live]] += inline_visual[live].astype(np.int32)
+        live = call.slot >= 0
+        slots = call.slot[live]
+        self.next_position[slots] = call.next_position[live]
+        if not self.layout.is_packed:  # visual tokens lie among the text rows
+            self._inline_visual[slots] += np.count_nonzero(call.visual_index[live] >= 0, axis=1).astype(np.int32)
 
     # Bytes
 
@@ -226,7 +247,7 @@ class PackedCache:
             if contents.shape != own.shape:
                 raise CapacityError(f"{name} of a cache has shape {contents.shape}, expected {own.shape}")
             self._storage.write(buffer, contents.astype(own.dtype))
-        for counts in ("visual_count", "text_count", "_inline_visual"):
+        for counts in ("visual_count", "text_count", "next_position", "_inline_visual"):
             getattr(self, counts)[...] = getattr(other, counts)
 
 

@@ -22,22 +22,26 @@ class Row:
     """What one sequence feeds in a call.
 
     ``token_ids`` is INT [n] and holds the image token id once for each visual token. ``picture_lengths`` are the visual
-    tokens of each picture, in order. ``position`` is the number of tokens already in the slot.
+    tokens of each picture, in order. ``position`` is the number of tokens already in the slot. ``rotary`` INT [3, n]
+    are the positions of the rotary embedding where it tells time, rows and columns apart, else None.
     """
 
     slot: int
     token_ids: np.ndarray
     picture_lengths: tuple[int, ...] = ()
     position: int = 0
+    rotary: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Call:
     """The inputs of one decoder call but for embeddings and caches, all INT32.
 
-    ``input_ids`` and ``position_ids`` are [B, S], ``visual_index`` and ``visual_rows`` [B, Nv], ``text_index`` [B, Nt],
-    ``last_index`` and ``slot`` [B]. ``visual_rows`` says which row of the embeddings of all pictures (rows'
-    pictures one after another) belongs to which entry of ``visual_index``; both are -1 where there is none.
+    ``input_ids`` are [B, S], ``position_ids`` too, or [B, 4, S] with the plain index first; ``visual_index`` and
+    ``visual_rows`` [B, Nv], ``text_index`` [B, Nt], ``last_index`` and ``slot`` [B]. ``visual_rows`` says which row of
+    the embeddings of all pictures (rows' pictures one after another) belongs to which entry of ``visual_index``; both
+    are -1 where there is none.
+    ``next_position`` [B] is where the rotary embedding of each row's next token is.
     """
 
     input_ids: np.ndarray
@@ -47,6 +51,7 @@ class Call:
     last_index: np.ndarray
     slot: np.ndarray
     visual_rows: np.ndarray
+    next_position: np.ndarray
 
 
 def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> Call:
@@ -63,6 +68,8 @@ def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> 
     texts = max(len(row.token_ids) - sum(row.picture_lengths) for row in rows)
     input_ids = np.zeros((batch, length), np.int32)
     position_ids = np.zeros((batch, length), np.int32)
+    rotary = np.zeros((batch, 3, length), np.int32)
+    next_position = np.zeros(batch, np.int32)
     visual_index = np.full((batch, max(groups) * group_size), -1, np.int32)
     visual_rows = np.full_like(visual_index, -1)
     text_index = np.full((batch, texts), -1, np.int32)
@@ -71,8 +78,13 @@ def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> 
     for b, (row, mask) in enumerate(zip(rows, visual, strict=True)):
         count = len(row.token_ids)
         position_ids[b] = np.arange(row.position, row.position + length)
+        next_position[b] = row.position + count
         if count == 0:
             continue
+        if row.rotary is not None:
+            next_position[b] = row.rotary.max() + 1
+            rotary[b, :, :count] = row.rotary
+            rotary[b, :, count:] = next_position[b] + np.arange(length - count)
         input_ids[b, :count] = row.token_ids
         last_index[b] = count - 1
         if mask is None:
@@ -94,7 +106,9 @@ def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> 
             embedded += size
             entry += -(-size // group_size) * group_size
     slot = np.array([row.slot for row in rows], np.int32)
-    return Call(input_ids, position_ids, visual_index, text_index, last_index, slot, visual_rows)
+    if any(row.rotary is not None for row in rows):
+        position_ids = np.concatenate([position_ids[:, None], rotary], axis=1)
+    return Call(input_ids, position_ids, visual_index, text_index, last_index, slot, visual_rows, next_position)
 
 
 def place_embeds(call: Call, image_embeds: np.ndarray) -> np.ndarray:

@@ -49,7 +49,9 @@ class ModelInfo:
     """What the runtime must know of the model.
 
     ``tokens_per_picture`` is None where pictures vary in size; ``typical_tokens`` are those of usual pictures,
-    ascending: group sizes follow from them, and default capacities from the largest.
+    ascending: group sizes follow from them, and default capacities from the largest. ``position_rows`` is 4 where the
+    rotary embedding tells time, rows and columns of a picture apart (``position_ids`` [B, 4, S], the plain index first)
+    and 1 where it does not.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ModelInfo:
     hidden_size: int
     vocab_size: int
     max_positions: int
+    position_rows: int
     image_token_id: int
     tokens_per_picture: int | None
     typical_tokens: tuple[int, ...]
@@ -114,9 +117,20 @@ class Graph:
 
     def output_rows(self, inputs: Mapping[str, Sized]) -> int:
         """Size of axis 0 of the first output, which may be a multiple of an input's (``"256*P"``), for these arrays."""
-        factor, _, symbol = str(self.outputs[0].shape[0]).rpartition("*")
-        sizes = {spec.shape[0]: len(inputs[spec.name]) for spec in self.inputs if spec.name in inputs}
-        return int(factor or 1) * sizes[symbol]
+        sizes = {}
+        for spec in self.inputs:
+            factor, symbol = parse_dim(spec.shape[0])
+            sizes[symbol] = len(inputs[spec.name]) // factor
+        factor, symbol = parse_dim(self.outputs[0].shape[0])
+        return factor * sizes[symbol]
+
+
+def parse_dim(dim: int | str) -> tuple[int, str]:
+    """Factor and symbol of a dynamic dimension such as ``P`` or ``256*P``; of a size the size itself and no symbol."""
+    if isinstance(dim, int):
+        return dim, ""
+    factor, _, symbol = dim.rpartition("*")
+    return int(factor or 1), symbol
 
 
 @dataclass(frozen=True)
@@ -302,7 +316,7 @@ class Manifest(ManifestFile):
         try:
             tokens, vision = data["model"]["tokens_per_picture"], data["graphs"]["vision"]
             pictures = {"kind": "tiles", "numbers": {"tile_tokens": tokens}, "marks": {}}
-            model = {**data["model"], "typical_tokens": [tokens], "pictures": pictures}
+            model = {**data["model"], "position_rows": 1, "typical_tokens": [tokens], "pictures": pictures}
             outputs = [{**output, "shape": [f"{tokens}*P", *output["shape"][1:]]} for output in vision["outputs"]]
             return {**data, "model": model, "graphs": {**data["graphs"], "vision": {**vision, "outputs": outputs}}}
         except (KeyError, TypeError):
@@ -314,6 +328,7 @@ class Manifest(ManifestFile):
         for name in (*_SIZES, "tokens_per_picture"):
             size = getattr(model, name)
             require(size is None or 0 < size < 2**31, f"model.{name}", "positive and less than 2**31", size)
+        require(model.position_rows in (1, 4), "model.position_rows", "1 or 4", model.position_rows)
         typical = model.typical_tokens
         require(bool(typical) and min(typical) > 0, "model.typical_tokens", "a list of positive numbers", typical)
         require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)

@@ -122,11 +122,10 @@ def prepare(directory: Path, bundles: Sequence[Path], pages: int) -> None:
         for sample in task.samples(range(task.count)):
             pictures = [ImageOps.posterize(load_picture(one), LEVELS) for one in sample.pictures]
             prepared = processor.prepare(prompt_of(sample, processor), pictures)
-            assert prepared.pixel_inputs is not None
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SECOND}]}
             asked = processor.prepare(processor.format([message]), pictures, first=False)
             arrays |= {f"first.{sample.index}": prepared.token_ids, f"second.{sample.index}": asked.token_ids}
-            for name, values in prepared.pixel_inputs.items():
+            for name, values in prepared.vision_calls[0].items():
                 # There are few different values: they and their numbers compress well.
                 known, numbers = np.unique(values, return_inverse=True)
                 kind = np.min_scalar_type(len(known))
@@ -165,8 +164,8 @@ def read_pages(path: Path, manifest: Manifest, nudge: bool = False) -> Iterator[
                     page_pixels[name] = (x * (1 + rng.uniform(-1, 1, x.shape) * 2.0**-11)).astype(x.dtype)
     for page in range(count):
         yield [
-            Prepared(arrays[f"first.{page}"], pixels[page], (tokens,)),
-            Prepared(arrays[f"second.{page}"], pixels[(page + 1) % count], (tokens,)),
+            Prepared(arrays[f"first.{page}"], (pixels[page],), (tokens,)),
+            Prepared(arrays[f"second.{page}"], (pixels[(page + 1) % count],), (tokens,)),
         ]
 
 

@@ -65,9 +65,8 @@ def _plug_in_and_bundle(bits: int, task: Task, threads: int) -> tuple[list[list[
                 prompt = prompt_of(sample, session.processor)
                 pictures = [load_picture(picture) for picture in sample.pictures]
                 prepared = session.processor.prepare(prompt, pictures)
-                assert prepared.pixel_inputs is not None
                 ids = torch.from_numpy(prepared.token_ids).long()[None]
-                pixels = {name: torch.from_numpy(array) for name, array in prepared.pixel_inputs.items()}
+                pixels = {name: torch.from_numpy(array) for name, array in prepared.vision_calls[0].items()}
                 output = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False, **pixels)
                 plugged.append(output[0, ids.shape[1] :].tolist())
                 bundled.append(list(session.generate(prompt, pictures, max_new_tokens=TOKENS).token_ids))

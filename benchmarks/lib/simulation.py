@@ -167,7 +167,7 @@ class Simulation:
         samples = [Sample(i, DIGITS_PROMPT, (page.image,), ()) for i, page in enumerate(pages)]
         prepared = [self.processor.prepare(prompt_of(s, self.processor), s.pictures) for s in samples]
         ids = torch.stack([torch.from_numpy(p.token_ids).long() for p in prepared]).to(self.device)
-        pixels = torch.cat([torch.from_numpy(p.pixel_inputs["pixel_values"]) for p in prepared if p.pixel_inputs])
+        pixels = torch.cat([torch.from_numpy(call["pixel_values"]) for p in prepared for call in p.vision_calls])
         is_picture = ids == self.info.image_token_id
         first, count = int(is_picture[0].nonzero()[0]), prepared[0].picture_lengths[0]
         embeds = self.model.get_input_embeddings()(ids).clone()

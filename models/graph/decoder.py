@@ -152,8 +152,10 @@ class DecoderGraph(nn.Module):
         attention = Attention(
             self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place
         )
+        # transformers wants the rows of positions first.
+        rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
         hidden = self.text_model(
-            inputs_embeds=embeds, position_ids=position_ids, use_cache=False, vkvx_attention=attention
+            inputs_embeds=embeds, position_ids=rows, use_cache=False, vkvx_attention=attention
         ).last_hidden_state
         if not all(attention.presents):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
@@ -168,7 +170,9 @@ class DecoderGraph(nn.Module):
         """Metrics of each layer, and the rotation at the row's last position, which all share."""
         if not self.key_metrics:
             return [()] * len(self.attributes)
-        last = position_ids.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
+        # A call ends with text, which is at the same time, row and column.
+        plain = position_ids if position_ids.dim() == 2 else position_ids[:, 1]
+        last = plain.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
         turn = rotation(self.rotary, last)
         return [(key, value, turn) for key, value in zip(self.key_metrics, self.value_metrics, strict=True)]
 
@@ -218,9 +222,10 @@ def place_embeds(embeds: Tensor, visual_embeds: Tensor, visual_index: Tensor) ->
 
 def decoder_inputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
     """Inputs of the decoder graph in order. T counts tiles and G groups of the cache, N its text rows."""
+    rows = layout.info.position_rows
     calls = (
         TensorSpec("input_ids", "int32", ("B", "S")),
-        TensorSpec("position_ids", "int32", ("B", "S")),
+        TensorSpec("position_ids", "int32", ("B", "S") if rows == 1 else ("B", rows, "S")),
         TensorSpec("visual_embeds", layout.info.dtype, ("B", "Nv", layout.info.hidden_size)),
         TensorSpec("visual_index", "int32", ("B", "Nv")),
         TensorSpec("text_index", "int32", ("B", "Nt")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +11,71 @@ from torch import Tensor, nn
 from vkvx.manifest import ModelInfo, TensorSpec
 from vkvx.models.family import Family
 
+EAGER, PACKED = "eager", "vkvx_flash_vision"
+"""Attention implementations of towers: the plain formula, which in ONNX has the fewest nodes, and
+:func:`_packed_attention`. transformers gives what stands for the lengths of segments to names with "flash" in them."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """In place of the lengths of segments: all patches attend to each other."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """In place of the lengths of segments: patches attend within windows.
+
+    ``patches`` INT [W, K] are those of each window, -1 fills up; ``place`` INT [N] is where each patch stands in it.
+    """
+
+    patches: Tensor
+    place: Tensor
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let the tower of ``model`` attend as :class:`Whole` and :class:`Windows` say."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, _packed_attention)
+    model.set_attn_implementation({"vision_config": PACKED})
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Whole | Windows,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query, key and value [1, H, N, D]; returns [1, N, H, D]."""
+    if isinstance(cu_seq_lens_q, Whole):
+        weights = torch.softmax(query @ key.transpose(2, 3) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
+        return (weights @ value).transpose(1, 2), None
+    patches, place = cu_seq_lens_q.patches, cu_seq_lens_q.place
+    chosen = patches.clamp(min=0).flatten()
+    # [H, W, K, D]: a window is far smaller than the square of all patches.
+    parts = (x[0].index_select(1, chosen).unflatten(1, (-1, patches.shape[1])) for x in (query, key, value))
+    query, key, value = parts
+    missing = torch.where(patches < 0, torch.finfo(query.dtype).min, 0.0).to(query.dtype)
+    scores = query @ key.transpose(2, 3) * scaling + missing[:, None, :]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = (weights @ value).flatten(1, 2).index_select(1, place)
+    return output.transpose(0, 1).unsqueeze(0), None
+
 
 class VisionGraph(nn.Module):
     """Tower and projector. Pixels come in float32 and are cast to the model's dtype."""
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype):
         super().__init__()
-        # The plain formula: what other implementations become in ONNX is the same with more nodes.
-        model.set_attn_implementation({"vision_config": "eager"})
+        if family.packed_vision:
+            use_packed_attention(model)
+        else:
+            model.set_attn_implementation({"vision_config": EAGER})
         self.model, self.family, self.dtype = model, family, dtype
         self.constants = family.vision_constants(model)
         for name, tensor in self.constants.items():

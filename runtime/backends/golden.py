@@ -14,9 +14,10 @@ import numpy as np
 
 from vkvx.errors import BundleError, EngineError
 from vkvx.manifest import Manifest
+from vkvx.models.pictures.base import Encoded, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.runtime.backends.base import Backend
-from vkvx.runtime.calls import Row, build_call
+from vkvx.runtime.calls import build_call
 from vkvx.storage import new_file
 
 FILE_NAME = "golden.npz"
@@ -32,8 +33,8 @@ TOLERANCES = {"float32": (0.01, 0.02), "float16": (0.01, 0.02), "bfloat16": (0.0
 (a code on the border of two levels may differ). Engines that are wrong are off by a multiple of this."""
 
 
-def picture(manifest: Manifest, tokens: int = 0) -> tuple[dict[str, np.ndarray], int]:
-    """Inputs of the vision graph for a made-up picture, and its tokens: about so many; 0 asks for the smallest."""
+def picture(manifest: Manifest, tokens: int = 0) -> Encoded:
+    """A made-up picture of about so many tokens; 0 asks for a small one."""
     return open_pictures(manifest.model.pictures).example(manifest.graphs["vision"].inputs, tokens)
 
 
@@ -48,15 +49,17 @@ def text(manifest: Manifest, count: int, start: int = 0) -> list[int]:
 def run(backend: Backend, slot: int) -> np.ndarray:
     """Logits FP32 [1 + STEPS, V] of the sample's calls, in an empty slot."""
     manifest, cache = backend.manifest, backend.cache
-    inputs, tokens = picture(manifest)
-    image = [manifest.model.image_token_id] * tokens
+    example = picture(manifest)
+    image = [manifest.model.image_token_id] * example.tokens
     prompt = [*text(manifest, BEFORE), *image, *text(manifest, AFTER, BEFORE)]
-    embeds = backend.encode(inputs)
+    embeds = backend.encode(example.arrays)
     logits = []
-    feeds: list[tuple[Sequence[int], tuple[int, ...]]] = [(prompt, (tokens,))]
+    feeds: list[tuple[Sequence[int], tuple[int, ...]]] = [(prompt, (example.tokens,))]
     feeds += [([token], ()) for token in text(manifest, STEPS, BEFORE + AFTER)]
     for ids, pictures in feeds:
-        row = Row(slot, np.array(ids, np.int32), pictures, cache.length(slot))
+        fed = np.array(ids, np.int32)
+        positions = prompt_positions(fed == manifest.model.image_token_id, [example]) if pictures else None
+        row = cache.row(slot, fed, pictures, positions)
         call = build_call([row], group_size=cache.group_size, image_token_id=manifest.model.image_token_id)
         logits.append(backend.step(call, backend.place(call, [embeds]) if pictures else None)[0])
     return np.stack(logits)
@@ -85,7 +88,7 @@ def check(backend: Backend, directories: Sequence[Path]) -> str:
     if path is None:
         return "not checked: the bundle has no golden sample"
     manifest, cache = backend.manifest, backend.cache
-    demand = cache.demand([picture(manifest)[1]], TEXT_TOKENS)
+    demand = cache.demand([picture(manifest).tokens], TEXT_TOKENS)
     if demand[0] > cache.groups or demand[1] > cache.text_capacity:
         return "not checked: the cache is too small for the golden sample"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +13,13 @@ import numpy as np
 
 from vkvx.errors import CapacityError, DependencyError, OptionError
 from vkvx.manifest import Manifest, Progress
+from vkvx.models.pictures.base import prompt_positions
+from vkvx.models.pictures.kinds import open_pictures
 from vkvx.runtime.backends import golden
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
-from vkvx.runtime.calls import Row, build_call
+from vkvx.runtime.calls import build_call
 from vkvx.runtime.engines.gpus import load_cuda
 
 
@@ -103,7 +106,7 @@ def bench_bundle(
     if verify:
         manifest.verify(bundle, progress)
     found = choose_backend(backend, bundle, manifest, provider, threads)
-    tokens, size = golden.picture(manifest, manifest.model.usual_tokens)[1], manifest.quantization.group_size
+    tokens, size = golden.picture(manifest, manifest.model.usual_tokens).tokens, manifest.quantization.group_size
     length = load.pictures * tokens + load.prompt_tokens + load.steps
     if length > manifest.model.max_positions:
         raise CapacityError(
@@ -152,11 +155,11 @@ def time_backend(
     """
     manifest, cache, limits = backend.manifest, backend.cache, backend.limits
     size, image_token = cache.group_size, manifest.model.image_token_id
-    example, tokens = golden.picture(manifest, manifest.model.usual_tokens)
-    pixels = (
-        {name: np.concatenate([array] * load.pictures) for name, array in example.items()} if load.pictures else None
-    )
+    example = golden.picture(manifest, manifest.model.usual_tokens)
+    tokens = example.tokens
+    calls = open_pictures(manifest.model.pictures).join([example] * load.pictures) if load.pictures else ()
     prompt = [image_token] * (tokens * load.pictures) + golden.text(manifest, load.prompt_tokens)
+    positions = prompt_positions(np.array(prompt) == image_token, [example] * load.pictures)
     rows = load.batch_size if limits is None else min(load.batch_size, limits.batch_size)
     vision, prefill, decode = list[float](), list[float](), list[float]()
     total, used = (1 + load.repeats) * (load.steps + 1), 0
@@ -171,7 +174,7 @@ def time_backend(
     def feed(slots: Sequence[int], ids: Sequence[Sequence[int]], embeds: Sequence[Any]) -> np.ndarray:
         pictures = (tokens,) * load.pictures if embeds else ()
         fed = [
-            Row(slot, np.array(one, np.int32), pictures, cache.length(slot))
+            cache.row(slot, np.array(one, np.int32), pictures, positions if embeds else None)
             for slot, one in zip(slots, ids, strict=True)
         ]
         call = build_call(fed, group_size=size, image_token_id=image_token)
@@ -180,13 +183,15 @@ def time_backend(
     for round_ in range(1 + load.repeats):
         slots = [cache.acquire() for _ in range(load.batch_size)]
         started = time.perf_counter()
-        embeds = [backend.encode(pixels) for _ in slots] if pixels is not None else []
-        if embeds and isinstance(embeds[-1], DeviceArray):
-            embeds[-1].device.synchronize()
+        embeds = [[backend.encode(inputs) for inputs in calls] for _ in slots] if calls else []
+        if embeds and isinstance(embeds[-1][-1], DeviceArray):
+            embeds[-1][-1].device.synchronize()
         encoded = time.perf_counter()
         chosen = np.concatenate(
             [
-                feed(slots[i : i + rows], [prompt] * len(slots[i : i + rows]), embeds[i : i + rows])
+                feed(
+                    slots[i : i + rows], [prompt] * len(slots[i : i + rows]), [*itertools.chain(*embeds[i : i + rows])]
+                )
                 for i in range(0, len(slots), rows)
             ]
         )

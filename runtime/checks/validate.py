@@ -19,7 +19,7 @@ from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS
 from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, open_backend
-from vkvx.runtime.calls import Row, build_call, place_embeds
+from vkvx.runtime.calls import build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
 from vkvx.runtime.sessions.processor import Picture, Prepared, Processor
 
@@ -186,20 +186,18 @@ def validate_bundle(
         name = str(source.name)
     report = Report(str(directory), name, manifest.model.dtype, opened.provider, backend)
     comparison = _Comparison(report, reference, opened, atol, rtol)
-    position, done, token = 0, 1, None
+    done, token = 1, None
     for number, turn in enumerate(turns, start=1):
         phase = "" if number == 1 else f"turn {number} "
         embeds = comparison.vision(f"{phase}vision", turn)
         ids = turn.token_ids if token is None else np.concatenate([[np.int32(token)], turn.token_ids])
-        token = comparison.step(f"{phase}prefill", ids, turn.picture_lengths, position, embeds)
+        token = comparison.step(f"{phase}prefill", ids, turn, embeds)
         comparison.caches(f"{phase}prefill")
         opened.cache.load(reference.cache)
-        position += len(ids)
         done += 2
         report_progress("compare", done, total)
         for step in range(1, steps + 1):
-            token = comparison.step(f"{phase}decode {step}", np.array([token], np.int32), (), position, None)
-            position += 1
+            token = comparison.step(f"{phase}decode {step}", np.array([token], np.int32))
             done += 1
             report_progress("compare", done, total)
         comparison.caches(f"{phase}decode {steps}")
@@ -233,19 +231,17 @@ class _Comparison:
 
     def vision(self, phase: str, turn: Prepared) -> np.ndarray:
         """Compare the picture embeddings; returns those of the bundle."""
-        assert turn.pixel_inputs is not None
-        embeds = np.asarray(self.backend.encode(turn.pixel_inputs))
-        self._close(
-            "image_embeds", phase, None, embeds, self.reference.encode(turn.pixel_inputs), self.tolerances.vision
+        embeds, expected = (
+            np.concatenate([np.asarray(side.encode(inputs)) for inputs in turn.vision_calls])
+            for side in (self.backend, self.reference)
         )
+        self._close("image_embeds", phase, None, embeds, expected, self.tolerances.vision)
         return embeds
 
-    def step(
-        self, phase: str, ids: np.ndarray, pictures: tuple[int, ...], position: int, embeds: np.ndarray | None
-    ) -> int:
+    def step(self, phase: str, ids: np.ndarray, turn: Prepared | None = None, embeds: np.ndarray | None = None) -> int:
         """Run one call on both sides and compare the logits; returns the reference's likeliest token."""
         quantization, model = self.manifest.quantization, self.manifest.model
-        row = Row(self.SLOT, ids, pictures, position)
+        row = self.reference.cache.row(self.SLOT, ids, *((turn.picture_lengths, turn.positions) if turn else ()))
         call = build_call([row], group_size=quantization.group_size, image_token_id=model.image_token_id)
         visual = None if embeds is None else place_embeds(call, embeds)
         expected, actual = self.reference.step(call, visual), self.backend.step(call, visual)

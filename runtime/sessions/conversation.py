@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -195,5 +196,6 @@ class Conversation:
         eos = self._backend.manifest.model.eos_token_ids
         ids = prepared.token_ids
         if self._history and len(ids) > 1 and ids[0] == self._history[-1] and ids[0] in eos:
-            return Prepared(ids[1:], prepared.pixel_inputs, prepared.picture_lengths)
+            positions = None if prepared.positions is None else prepared.positions[:, 1:] - 1
+            return replace(prepared, token_ids=ids[1:], positions=positions)
         return prepared

@@ -132,9 +132,11 @@ class Request:
     def next_row(self) -> Row:
         """What the next call feeds of this request."""
         assert self.slot is not None
-        position = self._backend.cache.length(self.slot)
-        lengths = () if self._answer else self.prepared.picture_lengths
-        return Row(self.slot, np.array(self.history[position:], np.int32), lengths, position)
+        cache = self._backend.cache
+        fed = np.array(self.history[cache.length(self.slot) :], np.int32)
+        if self._answer:
+            return cache.row(self.slot, fed)
+        return cache.row(self.slot, fed, self.prepared.picture_lengths, self.prepared.positions)
 
     def accept(self, logits: np.ndarray, seconds: float) -> Chunk:
         """Choose the next token from logits [V] of a call that took so long."""
@@ -228,10 +230,8 @@ class Scheduler:
         results = list[Chunk | Failure]()
         embeds = list[Any]()
         for request in list(starting):
-            if (pixels := request.prepared.pixel_inputs) is None:
-                continue
             try:
-                embeds.append(backend.encode(pixels))
+                embeds += [backend.encode(inputs) for inputs in request.prepared.vision_calls]
             except Exception as error:
                 starting.remove(request)
                 results.append(self._fail(request, error))

@@ -17,7 +17,8 @@ import numpy as np
 from vkvx.errors import BundleError, InputError, VkvxError
 from vkvx.manifest import Manifest, ModelInfo, TensorSpec
 from vkvx.models.family import Source
-from vkvx.models.pictures.kinds import Encoded, open_pictures
+from vkvx.models.pictures.base import Encoded, prompt_positions
+from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.packages import missing
 
@@ -34,12 +35,17 @@ PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prompt ready to run: ``token_ids`` INT32 [n] with the image token once a visual token, ``pixel_inputs`` of the
-    vision graph (None without pictures), and the visual tokens of each picture."""
+    """A prompt ready to run.
+
+    ``token_ids`` INT32 [n] hold the image token once a visual token, ``picture_lengths`` the visual tokens of each
+    picture. ``vision_calls`` are the inputs of the vision graph, call by call. ``positions`` INT32 [3, n] are those of
+    the rotary embedding, from 0, in models that place pictures in time, rows and columns.
+    """
 
     token_ids: np.ndarray
-    pixel_inputs: dict[str, np.ndarray] | None
+    vision_calls: tuple[dict[str, np.ndarray], ...]
     picture_lengths: tuple[int, ...]
+    positions: np.ndarray | None = None
 
 
 def listed(pictures: Pictures) -> list[Picture]:
@@ -111,12 +117,11 @@ class Processor:
         if not ids.size:
             raise InputError("the prompt is empty; give at least one character")
         lengths = tuple(one.tokens for one in encoded)
-        if np.count_nonzero(ids == self._image_token_id) != sum(lengths):
+        visual = ids == self._image_token_id
+        if np.count_nonzero(visual) != sum(lengths):
             raise BundleError(f"the tokenizer does not keep '{self._token}' apart; export the model again")
-        if not encoded:
-            return Prepared(ids, None, ())
-        names = [spec.name for spec in self._inputs]
-        return Prepared(ids, {name: np.concatenate([one.arrays[name] for one in encoded]) for name in names}, lengths)
+        calls = self._pictures.join(encoded) if encoded else ()
+        return Prepared(ids, calls, lengths, prompt_positions(visual, encoded))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""

@@ -47,6 +47,7 @@ class PackedVisualCache(Cache):
         self._kinds = torch.zeros(rows, 0, dtype=torch.uint8)  # of every position fed so far
         self._visual_count = torch.zeros(rows, 0, dtype=torch.int32)  # [B, G]
         self._text_count = torch.zeros(rows, dtype=torch.int32)
+        self._next_position = torch.zeros(rows, dtype=torch.int64)  # of the rotary embedding
         self._text_capacity = 0
         self._buffers: list[dict[str, Tensor]] = [{} for _ in self.attributes]
 
@@ -55,7 +56,8 @@ class PackedVisualCache(Cache):
     def begin(self, kinds: Tensor, positions: Tensor | None = None) -> CacheCall:
         """Prepare a forward call that feeds tokens of these kinds, UINT8 [B, S] on the CPU; makes room for them.
 
-        ``positions``, [B or 1, S], are those of the rotary embedding; without them each row counts its own tokens.
+        ``positions``, [B or 1, S], are those of the rotary embedding, or [4, B, S]: the plain index, time, row and
+        column; without them each row counts its own tokens.
 
         Raises InputError for another number of rows than the cache has, or visual tokens without a first one.
         """
@@ -65,7 +67,8 @@ class PackedVisualCache(Cache):
             raise InputError(f"the cache holds {len(self._kinds)} rows, the call has {len(kinds)}; give as many")
         if positions is None:
             positions = self.positions(kinds)
-        last = positions.cpu().expand(len(kinds), -1).masked_fill(kinds == PADDING, 0).amax(1)
+        rotary = positions.cpu() if positions.dim() == 2 else positions[1:].cpu().amax(0)
+        last = rotary.expand(len(kinds), -1).masked_fill(kinds == PADDING, 0).amax(1)
         call = self._new_call(kinds, last)
         missing = call.visual_count.shape[1] - self._visual_count.shape[1]
         self._visual_count = pad(self._visual_count, (0, missing))
@@ -84,6 +87,10 @@ class PackedVisualCache(Cache):
         known = self.mask.sum(1, keepdim=True) if self.get_seq_length() else 0
         return (valid.cumsum(1) - 1 + known).clamp(min=0)
 
+    def next_position(self, row: int) -> int:
+        """Position of the rotary embedding for the row's next token."""
+        return int(self._next_position[row])
+
     def finish(self, call: CacheCall, *, succeeded: bool) -> None:
         """End a forward call; its tokens are in the cache if it succeeded, otherwise the cache is as before it.
 
@@ -98,6 +105,8 @@ class PackedVisualCache(Cache):
             )
         self._kinds = torch.cat([self._kinds, call.kinds], 1)
         self._visual_count, self._text_count = call.visual_count, call.text_count
+        fed = (call.kinds != PADDING).any(1)
+        self._next_position = torch.where(fed, call.last + 1, self._next_position)
 
     def buffers(self, layer: int, key: Tensor) -> dict[str, Tensor]:
         """The cache tensors of a layer, in the order of the operator's outputs, with room for the running call.
@@ -222,7 +231,10 @@ class PackedVisualCache(Cache):
         kinds = self._kinds[:, kept:]
         if self.layout.is_packed and (kinds >= VISUAL).any():
             raise OptionError("crop cannot take back pictures, which are packed; reset() and feed the rest again")
+        if self.layout.info.position_rows > 1 and (kinds >= VISUAL).any():
+            raise OptionError("crop cannot take back pictures of this model; reset() and feed the rest again")
         self._kinds = self._kinds[:, :kept]
+        self._next_position = self._next_position - (kinds != PADDING).sum(1)
         self._text_count = self._text_count - (kinds != PADDING).sum(1, dtype=torch.int32)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -239,7 +251,7 @@ class PackedVisualCache(Cache):
             return
         rows = indices.cpu()
         self._kinds, self._visual_count = self._kinds[rows], self._visual_count[rows]
-        self._text_count = self._text_count[rows]
+        self._text_count, self._next_position = self._text_count[rows], self._next_position[rows]
         self._buffers = [
             {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in layer.items()}
             for layer in self._buffers
@@ -255,7 +267,7 @@ class CacheCall:
     def __init__(self, cache: PackedVisualCache, kinds: Tensor, last: Tensor) -> None:
         """``last``, [B], is the position of each row's last token."""
         layout = cache.layout
-        self._last = last
+        self.last = last
         self.attributes = cache.attributes
         self.kinds = kinds
         self.layers_done: set[int] = set()
@@ -302,7 +314,7 @@ class CacheCall:
         if metrics is None:
             return ()
         if device not in self._rotations:
-            self._rotations[device] = metrics.rotation(self._last.to(device))
+            self._rotations[device] = metrics.rotation(self.last.to(device))
         return metrics.key[layer], metrics.value[layer], self._rotations[device]
 
     def _inputs(self, device: torch.device) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ forward pre-hook of the whole model tells pictures from text and hands the cache
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,7 @@ from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.manifest import FLOAT_DTYPES
 from vkvx.models.graph.decoder import IMPLEMENTATION, use_attention_function
 from vkvx.models.graph.metric import Metrics, model_metrics
+from vkvx.models.pictures.base import Encoded, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.registry import family_of
 from vkvx.options import QuantizationOptions
@@ -70,7 +72,7 @@ class VisualCacheHandle:
         self.model = model
         self.layout = layout
         self.metrics = metrics
-        self._pictures = open_pictures(layout.info.pictures)
+        self._pictures: Any = open_pictures(layout.info.pictures)
         self._before_that = model.config.text_config._attn_implementation
         if self._before_that == IMPLEMENTATION:
             raise ModelError("the model has a packed cache already; remove() that first")
@@ -115,9 +117,19 @@ class VisualCacheHandle:
         valid = _new_part_of_mask(given.get("attention_mask"), ids, cache)
         kinds = torch.where(valid, TEXT, PADDING).to(torch.uint8)
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        lengths: list[tuple[int, ...]] = [()] * len(ids)
         if given.get("pixel_values") is not None or encoded is not None:
-            self._mark_pictures(kinds, ids.cpu())
-        if given.get("position_ids") is None:  # count as generate() does
+            lengths = self._mark_pictures(kinds, ids.cpu())
+        if self.layout.info.position_rows > 1:
+            # What a forward call finds by itself depends on arguments that callers may leave out. generate() keeps the
+            # grids to itself, and gives the positions instead.
+            known, grids = given.get("position_ids"), given.get("image_grid_thw")
+            if not any(lengths) or grids is not None or known is None or known.dim() != 3:
+                known = self._positions(cache, kinds, lengths, grids).to(ids.device)
+            elif len(known) == 3:
+                known = torch.cat([cache.positions(kinds)[None].to(ids.device), known])
+            given["position_ids"] = known
+        elif given.get("position_ids") is None:  # count as generate() does
             given["position_ids"] = cache.positions(kinds).to(ids.device)
         call = cache.begin(kinds, given["position_ids"])
         use_cache = given.get("use_cache")
@@ -127,8 +139,35 @@ class VisualCacheHandle:
         given["vkvx_attention"] = call
         return (), given
 
-    def _mark_pictures(self, kinds: Tensor, ids: Tensor) -> None:
-        """Tell the visual tokens in kinds and tokens [B, S], and the first one of each picture, from text."""
+    def _positions(
+        self, cache: PackedVisualCache, kinds: Tensor, lengths: Sequence[tuple[int, ...]], grids: Tensor | None
+    ) -> Tensor:
+        """INT64 [4, B, S]: the plain index, time, row and column, for pictures of these tokens and grids [P, 3]."""
+        given = iter([] if grids is None else grids.tolist())
+        plain = cache.positions(kinds)
+        found = plain.expand(4, *plain.shape).clone()
+        for row, row_lengths in enumerate(lengths):
+            valid = (kinds[row] != PADDING).numpy()
+            pictures = []
+            for length in row_lengths:
+                time, height, width = next(given, (0, 0, 0))
+                positions = self._pictures.positions(height, width) if time == 1 else None
+                if positions is None or positions.shape[1] != length:
+                    raise InputError(f"a picture has {length} tokens in input_ids; image_grid_thw does not say so")
+                pictures.append(Encoded({}, length, "", positions))
+            visual = (kinds[row] >= VISUAL).numpy()[valid]
+            relative = prompt_positions(visual, pictures)
+            if relative is None:
+                relative = np.tile(np.arange(len(visual)), (3, 1))
+            found[1:, row, torch.from_numpy(valid)] = torch.from_numpy(relative).long() + cache.next_position(row)
+        return found
+
+    def _mark_pictures(self, kinds: Tensor, ids: Tensor) -> list[tuple[int, ...]]:
+        """Tell the visual tokens in kinds and tokens [B, S], and the first one of each picture, from text.
+
+        Returns the visual tokens of each row's pictures.
+        """
+        marked = []
         for row, row_ids in zip(kinds, ids, strict=True):
             valid = row_ids[row != PADDING].numpy()
             found = np.where(valid == self.layout.info.image_token_id, VISUAL, TEXT)
@@ -136,6 +175,8 @@ class VisualCacheHandle:
             first = np.cumsum((0, *lengths))[:-1]
             found[np.flatnonzero(found == VISUAL)[first]] = PICTURE
             row[row != PADDING] = torch.from_numpy(found.astype(np.uint8))
+            marked.append(lengths)
+        return marked
 
     def _finish(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = kwargs.get("vkvx_attention")

@@ -263,8 +263,8 @@ def test_nudged_pages_are_off_by_rounding_and_the_same_each_time(tmp_path: Path)
 
     def pixels(nudge: bool) -> np.ndarray:
         pages = list(engine_pages.read_pages(tmp_path / "pages.npz", manifest, nudge))  # type: ignore[arg-type]
-        assert pages[0][1].pixel_inputs is pages[1][0].pixel_inputs, "the second turn shows the next page"
-        return np.stack([turns[0].pixel_inputs["x"] for turns in pages])  # type: ignore[index]
+        assert pages[0][1].vision_calls[0] is pages[1][0].vision_calls[0], "the second turn shows the next page"
+        return np.stack([turns[0].vision_calls[0]["x"] for turns in pages])  # type: ignore[index]
 
     plain, nudged = pixels(False), pixels(True)
     assert plain.dtype == nudged.dtype == np.float32

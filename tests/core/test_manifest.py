@@ -39,6 +39,7 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "hidden_size": 256,
             "vocab_size": 128,
             "max_positions": 4096,
+            "position_rows": 1,
             "image_token_id": 3,
             "tokens_per_picture": 576,
             "typical_tokens": [576],

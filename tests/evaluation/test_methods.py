@@ -42,9 +42,8 @@ def product_tokens(study: Study, **options: str) -> torch.Tensor:
     for seed in SEEDS:
         sample = Sample(seed, DIGITS_PROMPT, (data.page(seed, "test").image,), ())
         prepared = processor.prepare(prompt_of(sample, processor), sample.pictures)
-        assert prepared.pixel_inputs is not None
         ids.append(torch.from_numpy(prepared.token_ids).long())
-        pixels.append(torch.from_numpy(prepared.pixel_inputs["pixel_values"]))
+        pixels.append(torch.from_numpy(prepared.vision_calls[0]["pixel_values"]))
     with quantize_visual_cache(model, 1, **options):
         output = model.generate(
             input_ids=torch.stack(ids), pixel_values=torch.cat(pixels), max_new_tokens=TOKENS, do_sample=False
@@ -70,10 +69,9 @@ def test_the_reference_is_the_model(study: Study, batch: PageBatch) -> None:
     processor = study.simulation.processor
     sample = Sample(0, DIGITS_PROMPT, (data.page(SEEDS[0], "test").image,), ())
     prepared = processor.prepare(prompt_of(sample, processor), sample.pictures)
-    assert prepared.pixel_inputs is not None
     ids = torch.cat([torch.from_numpy(prepared.token_ids).long(), batch.tokens[0, :-1]])[None]
     with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=torch.from_numpy(prepared.pixel_inputs["pixel_values"])).logits
+        logits = model(input_ids=ids, pixel_values=torch.from_numpy(prepared.vision_calls[0]["pixel_values"])).logits
     logits[..., study.simulation.info.image_token_id] = -1e30
     found = logits[0, len(prepared.token_ids) :].log_softmax(-1)
     torch.testing.assert_close(found.exp(), batch.expected[0].exp(), rtol=0, atol=1e-4)

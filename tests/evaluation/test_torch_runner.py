@@ -45,8 +45,7 @@ def inputs_of(session: Session, questions: Path, index: int) -> tuple[dict[str, 
     (sample,) = open_task(None, questions, None, None).samples([index])
     prompt, pictures = prompt_of(sample, session.processor), [load_picture(path) for path in sample.pictures]
     prepared = session.processor.prepare(prompt, pictures)
-    assert prepared.pixel_inputs is not None
-    pixels = {name: torch.from_numpy(array) for name, array in prepared.pixel_inputs.items()}
+    pixels = {name: torch.from_numpy(array) for name, array in prepared.vision_calls[0].items()}
     return {"input_ids": torch.from_numpy(prepared.token_ids).long()[None], **pixels}, prompt, pictures
 
 

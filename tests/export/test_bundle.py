@@ -51,8 +51,7 @@ def test_processor_gives_as_many_tokens_as_the_tower(mixed_bundle: Path) -> None
 
     processor = Processor.of_bundle(mixed_bundle, Manifest.load(mixed_bundle))
     done = processor.prepare("<image> what?", [Image.new("RGB", (70, 50))])
-    assert done.pixel_inputs is not None
-    assert done.pixel_inputs["pixel_values"].shape == (1, 3, 56, 56)
+    assert done.vision_calls[0]["pixel_values"].shape == (1, 3, 56, 56)
     assert (done.token_ids == 3).sum() == 16
     config = json.loads((mixed_bundle / "processor" / "preprocessor_config.json").read_text())
     assert config["image_processor_type"].startswith("CLIPImageProcessor")

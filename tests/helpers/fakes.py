@@ -44,6 +44,7 @@ def manifest(
             hidden_size=8,
             vocab_size=256,
             max_positions=max_positions,
+            position_rows=1,
             image_token_id=IMAGE,
             tokens_per_picture=PICTURE_TOKENS,
             typical_tokens=(PICTURE_TOKENS,),
@@ -170,7 +171,7 @@ class FakeBackend:
             else:
                 text_count[slot] += len(new)
             logits[b] = self._logits(held)
-        cache.commit(call.slot, visual_count, text_count, np.count_nonzero(call.visual_index >= 0, axis=1))
+        cache.commit(call, visual_count, text_count)
         return logits
 
     def _logits(self, held: list[float]) -> np.ndarray:

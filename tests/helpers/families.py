@@ -19,4 +19,6 @@ CASES = (
     Case("tiny-internvl-qwen3", (28, 12)),
     Case("tiny-idefics3", (52, 36)),
     Case("tiny-smolvlm", (52, 36)),
+    Case("tiny-qwen2-vl", (15, 10)),
+    Case("tiny-qwen2.5-vl", (15, 10)),
 )

@@ -47,6 +47,8 @@ class Reference:
             if self.kind == "internvl":
                 tokens = int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
                 return transformers.InternVLProcessor(**parts, video_processor=None, image_seq_length=tokens)
+            if self.kind in ("qwen2_vl", "qwen2_5_vl"):
+                return transformers.Qwen2VLProcessor(**parts, video_processor=None)
             # SmolVLMProcessor writes the same for pictures, and wants another package for videos.
             tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
             return transformers.Idefics3Processor(**parts, image_seq_len=tokens)
@@ -89,11 +91,15 @@ def joined(
     first: dict[str, torch.Tensor], answer: np.ndarray, second: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Inputs of a conversation: those of its first prompt, the answer INT [tokens], those of its second prompt."""
-    ids = torch.cat([first["input_ids"], torch.tensor(answer)[None], second["input_ids"]], 1)
-    pixels = first["pixel_values"], second["pixel_values"]
-    # Idefics3 and SmolVLM have an axis for the rows of a batch in front of that for tiles.
-    whole = {"pixel_values": torch.cat(pixels, pixels[0].dim() - 4)}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **whole}
+    whole = {}
+    for name in first:
+        between = [torch.tensor(answer)[None]] if name == "input_ids" else []
+        if name in ("attention_mask", "mm_token_type_ids"):
+            between = [torch.full((1, len(answer)), int(name == "attention_mask"))]
+        # Idefics3 and SmolVLM have an axis for the rows of a batch in front of that for tiles.
+        in_rows = first[name].dim() == 5 or first[name].shape[1] == first["input_ids"].shape[1]
+        whole[name] = torch.cat([first[name], *between, second[name]], int(in_rows))
+    return whole
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fakes import GROUP, manifest
+from fakes import GROUP, IMAGE, manifest
 
 from vkvx.errors import CapacityError
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape
+from vkvx.runtime.calls import Row, build_call
 
 
 def fill(cache: PackedCache, slot: int, counts: list[int], text: int, seed: int = 0) -> None:
@@ -75,7 +76,14 @@ def test_lengths_count_valid_tokens_only() -> None:
 def test_commit_tells_visual_from_text_at_sixteen_bits() -> None:
     cache = PackedCache(manifest(bits=16).layout, 3, 200, 50)
     none = np.zeros((3, 0), np.int32)
-    cache.commit(np.array([2, -1, 0]), none, np.array([4, 0, 164], np.int32), np.array([160, 9, 0]))
+    rows = [
+        Row(2, np.array([*[IMAGE] * 160, 7, 7, 7, 7]), (160,)),
+        Row(-1, np.zeros(0, int)),
+        Row(0, np.array([7, 7, 7, 7])),
+    ]
+    call = build_call(rows, group_size=GROUP, image_token_id=IMAGE)
+    cache.commit(call, none, np.array([4, 0, 164], np.int32))
+    assert cache.next_position.tolist() == [4, 0, 164]
     assert (cache.visual_tokens(2), cache.text_tokens(2), cache.length(2)) == (160, 4, 164)
     assert (cache.visual_tokens(0), cache.text_tokens(0)) == (0, 4)
     assert cache.visual_tokens(1) == 0

@@ -162,8 +162,7 @@ class OnnxRuntimeBackend:
         logits = np.empty((batch, self.manifest.model.vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", _ort_value(self._ort, logits))
         self._run(self._decoder, binding, self.manifest.graphs["decoder"].file)
-        inline = np.count_nonzero(call.visual_index >= 0, axis=1)
-        cache.commit(call.slot, self._visual_count_out, self._text_count_out, inline)
+        cache.commit(call, self._visual_count_out, self._text_count_out)
         return logits
 
     def _bind_caches(self) -> Any:

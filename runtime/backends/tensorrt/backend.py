@@ -148,7 +148,7 @@ class TensorRTBackend:
         self.gpu.synchronize()
         logits = np.array(lane.logits[: plan.rows])
         visual_count, text_count = (np.array(counts) for counts in lane.counts)
-        cache.commit(call.slot, visual_count, text_count, np.count_nonzero(call.visual_index >= 0, axis=1))
+        cache.commit(call, visual_count, text_count)
         self._known_counts = visual_count, text_count
         return logits
 

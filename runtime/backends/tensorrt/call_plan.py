@@ -128,6 +128,7 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, hidden_si
     call = Call(
         **{name: _pad(getattr(call, name), least[name], _PADDING.get(name, 0)) for name in CALL_INPUTS},
         visual_rows=_pad(call.visual_rows, least["visual_index"], -1),
+        next_position=_pad(call.next_position, least["slot"], 0),
     )
     shapes: dict[str, Shape] = {name: getattr(call, name).shape for name in CALL_INPUTS}
     for name in CALL_INPUTS:

@@ -121,8 +121,7 @@ class TorchBackend:
                 logits, visual_count, text_count = self._steps.run(call)
             else:
                 logits, visual_count, text_count = self._run(call, visual_embeds)
-        inline = np.count_nonzero(call.visual_index >= 0, axis=1)
-        self.cache.commit(call.slot, visual_count, text_count, inline)
+        self.cache.commit(call, visual_count, text_count)
         return logits
 
     def _run(self, call: Call, visual_embeds: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -37,7 +37,8 @@ class DecodeSteps:
     ) -> None:
         self._decoder, self._buffers, self._cache, self._stream = decoder, buffers, cache, stream
         slots, device = cache.slots, stream.device
-        shapes = ((3, slots), (slots, cache.groups), (slots,))
+        self._rows = model.position_rows
+        shapes = ((2 + self._rows, slots), (slots, cache.groups), (slots,))
         sizes = [math.prod(shape) for shape in shapes]
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
         self._ints = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
@@ -63,7 +64,8 @@ class DecodeSteps:
         """Logits FP32 [B, V], and the counts INT32 [slots, groups] and [slots] after the call; waits for them."""
         rows = len(call.slot)
         inputs, visual_count, text_count = self._host_parts
-        inputs[:, :rows] = call.input_ids[:, 0], call.position_ids[:, 0], call.slot
+        inputs[0, :rows], inputs[1, :rows] = call.input_ids[:, 0], call.slot
+        inputs[2:, :rows] = call.position_ids.reshape(rows, -1).T
         visual_count[...], text_count[...] = self._cache.visual_count, self._cache.text_count
         self._ints.copy_(self._host, non_blocking=True)
         if rows not in self.graphs:
@@ -89,9 +91,10 @@ class DecodeSteps:
 
     def _forward(self, rows: int) -> tuple[Tensor, ...]:
         inputs, visual_count, text_count = self._parts
-        ids, positions, slot = inputs[:, :rows]
+        ids, slot, *positions = inputs[:, :rows]
+        position_ids = positions[0] if self._rows == 1 else torch.stack(positions, 1)
         results = self._decoder(
-            *(ids.unsqueeze(1), positions.unsqueeze(1)),
+            *(ids.unsqueeze(1), position_ids.unsqueeze(-1)),
             *(self._no_embeds[:rows], self._no_picture[:rows], self._zeros[:rows], self._zeros[:rows, 0], slot),
             *(visual_count, text_count, *self._buffers),
         )

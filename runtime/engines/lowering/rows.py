@@ -24,8 +24,8 @@ class PlaceByProduct(InPlacePass):
         inputs = {value.name: value for value in graph.inputs}
         if not {"visual_embeds", "visual_index", "last_index", "position_ids"} <= set(inputs):
             return PassResult(model, False)
-        if inputs["position_ids"].shape is None or len(inputs["position_ids"].shape) != 2:
-            raise PassError("position_ids are not [B, S]")
+        if inputs["position_ids"].shape is None or len(inputs["position_ids"].shape) not in (2, 3):
+            raise PassError("position_ids are neither [B, S] nor [B, rows, S]")
         scatter = _only(graph, "ScatterND")
         cut = _user(_user(scatter, "Reshape"), "Slice")
         texts = _producer(_producer(scatter.inputs[0], "Reshape").inputs[0], "Concat").inputs[0]
@@ -67,6 +67,8 @@ class _Builder:
 
     def places(self, position_ids: ir.Value) -> ir.Value:
         """0, 1, 2, ... in each row, FP32 [B, S]."""
+        if position_ids.shape is not None and len(position_ids.shape) == 3:  # the plain index comes first
+            position_ids = self("Gather", position_ids, self.constant(0, np.int64), axis=1)
         first = self("Gather", position_ids, self.constant([0], np.int64), axis=1)
         return self.cast(self("Sub", position_ids, first), ir.DataType.FLOAT)
 

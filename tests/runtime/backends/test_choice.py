@@ -80,7 +80,7 @@ def test_threads_use_the_gpu_of_the_session(own_bundle: Path, monkeypatch: pytes
             logits = golden.run(session.backend, 0)
             session.backend.cache.fork(0, 1)
             results.append((logits, session.backend.cache.read("0.text_key")))
-            embeds = session.backend.encode(golden.picture(session.manifest)[0])
+            embeds = session.backend.encode(golden.picture(session.manifest).arrays)
             results.append(embeds)
         except BaseException as error:
             results.append(error)

@@ -57,9 +57,10 @@ def test_a_cache_that_loses_something_fails(bundle: Path, backend: Backend, lost
 
 def test_inputs_follow_from_the_manifest(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
-    pixels, count = golden.picture(manifest)
+    picture = golden.picture(manifest)
+    pixels = picture.arrays
     assert pixels["pixel_values"].shape == (1, 3, 336, 336)
-    assert count == manifest.model.tokens_per_picture
+    assert picture.tokens == manifest.model.tokens_per_picture
     assert np.abs(pixels["pixel_values"]).max() <= 1.01
     tokens = golden.text(manifest, 900)
     assert manifest.model.image_token_id not in tokens

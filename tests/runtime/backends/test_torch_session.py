@@ -176,7 +176,7 @@ def test_needs_nothing_but_the_bundle(checkpoint: Path, tmp_path: Path) -> None:
     for backend in ("torch", "onnxruntime"):
         with load(bundle, backend) as session:
             image = PAGES[0]
-            embeds = session.backend.encode(session.processor.prepare("<image>", [image]).pixel_inputs or {})
+            embeds = session.backend.encode(session.processor.prepare("<image>", [image]).vision_calls[0])
             found.append(embeds.astype(np.float32))
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=2e-2 * np.ptp(found[1]))
 

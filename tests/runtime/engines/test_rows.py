@@ -35,7 +35,7 @@ def calls(bundle: Path, manifest: Manifest) -> list[np.ndarray]:
     """Logits of live rows: of different length, with none to two pictures; a step with an idle row; a second turn."""
     capacity = {"slots": 4, "visual_tokens": 2 * GROUP, "text_tokens": 64}
     backend = OnnxRuntimeBackend(bundle, manifest, provider="cpu", threads=1, **capacity)
-    embeds, found = backend.encode(golden.picture(manifest)[0]), []
+    embeds, found = backend.encode(golden.picture(manifest).arrays), []
 
     def step(*rows: tuple[int, int, int]) -> None:
         fed = []

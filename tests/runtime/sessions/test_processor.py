@@ -68,8 +68,7 @@ def test_agrees_with_the_processor_of_transformers(bundle: Path, processor: Proc
         np.testing.assert_array_equal(prepared.token_ids, expected["input_ids"][0])
         assert prepared.token_ids.dtype == np.int32
         assert prepared.picture_lengths == (TOKENS,) * count
-        assert prepared.pixel_inputs is not None
-        np.testing.assert_array_equal(prepared.pixel_inputs["pixel_values"], expected["pixel_values"])
+        np.testing.assert_array_equal(prepared.vision_calls[0]["pixel_values"], expected["pixel_values"])
 
 
 def test_the_sequence_begins_once(processor: Processor) -> None:
@@ -78,7 +77,7 @@ def test_the_sequence_begins_once(processor: Processor) -> None:
     assert first[0] == tokenizer.bos_token_id
     assert processor.prepare("USER: 1", first=False).token_ids.tolist() == first[1:]
     assert processor.prepare(tokenizer.bos_token + "USER: 1").token_ids.tolist() == first
-    assert processor.prepare("USER: 1").pixel_inputs is None
+    assert processor.prepare("USER: 1").vision_calls == ()
 
 
 def test_the_chat_template(processor: Processor) -> None:

@@ -116,8 +116,8 @@ class Feeder:
                 inputs.append(Row(slot, np.array(answer[-1:], np.int32), (), cache.length(slot)))
                 continue
             inputs.append(Row(slot, prepared.token_ids, prepared.picture_lengths, 0))
-            if prepared.pixel_inputs is not None:
-                embeds.append(self.backend.encode(prepared.pixel_inputs))
+            if prepared.vision_calls:
+                embeds.append(self.backend.encode(prepared.vision_calls[0]))
         size = self.backend.manifest.quantization.group_size
         call = build_call(inputs, group_size=size, image_token_id=model.image_token_id)
         logits = self.backend.step(call, place_embeds(call, np.concatenate(embeds)) if embeds else None)
@@ -207,7 +207,7 @@ def test_later_turns_stand_on_the_packed_history(bundle: Path) -> None:
             whole, last = talk.token_ids, talk.last
             assert last is not None
             prompt = np.array(whole[: -len(last.token_ids)], np.int32)
-            pixels = [session.processor.prepare("<image>", [page]).pixel_inputs for page in PAGES[:2]]
+            pixels = [session.processor.prepare("<image>", [page]).vision_calls[0] for page in PAGES[:2]]
             embeds = np.concatenate([session.backend.encode(one) for one in pixels if one is not None])
             call = build_call([Row(1, prompt, (576, 576))], group_size=640, image_token_id=3)
             logits = session.backend.step(call, place_embeds(call, embeds))

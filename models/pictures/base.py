@@ -1,0 +1,98 @@
+"""What all ways to turn pictures into tokens have in common.
+
+A picture stands in a prompt as one placeholder. What takes its place is text: the model's image token once for each
+visual token, and whatever marks the family puts around and between them. The whole prompt is tokenised afterwards, as
+transformers' processors do it, so that the tokens are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from vkvx.errors import InputError
+from vkvx.manifest import TensorSpec
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture, ready: inputs of the vision graph, its number of visual tokens, and its ``text`` in a prompt.
+
+    ``positions`` INT32 [3, tokens] are where each visual token is in time, rows and columns, from 0: for models whose
+    rotary embedding tells these apart.
+    """
+
+    arrays: dict[str, np.ndarray]
+    tokens: int
+    text: str
+    positions: np.ndarray | None = None
+
+
+class Pictures(Protocol):
+    """One way to turn pictures into tokens; made by ``kinds.open_pictures``."""
+
+    @property
+    def call_options(self) -> Mapping[str, Any]:
+        """What the image processor is to be called with, besides the picture."""
+
+    def encode(self, features: Mapping[str, Any], image_token: str) -> Encoded:
+        """One picture, from what the image processor gives for it alone (NumPy arrays and lists).
+
+        Raises InputError for features that the model's vision graph cannot take.
+        """
+
+    def join(self, pictures: Sequence[Encoded]) -> tuple[dict[str, np.ndarray], ...]:
+        """Inputs of the vision graph for each of its calls that pictures take, in order."""
+
+    def split(self, token_ids: np.ndarray, visual: np.ndarray) -> tuple[int, ...]:
+        """Visual tokens of each picture in a row of INT tokens [n], of which BOOL ``visual`` [n] are visual.
+
+        Raises InputError if they are not made of whole pictures.
+        """
+
+    def example(self, inputs: Sequence[TensorSpec], tokens: int) -> Encoded:
+        """A made-up picture of about so many tokens, without a text; pixels are a fixed pattern from -1 to 1."""
+
+
+def prompt_positions(visual: np.ndarray, pictures: Sequence[Encoded]) -> np.ndarray | None:
+    """Positions INT32 [3, n] of a prompt whose BOOL ``visual`` [n] tokens are those of the pictures, from 0.
+
+    A picture has the positions of its tokens behind those before it; what follows goes on behind the largest of them.
+    None where the pictures have none.
+    """
+    if not pictures or pictures[0].positions is None:
+        return None
+    pieces, start, done, places = [], 0, 0, np.flatnonzero(visual)
+    taken = 0
+    for picture in pictures:
+        assert picture.positions is not None
+        first = int(places[taken])
+        pieces += [np.tile(np.arange(start, start + first - done), (3, 1)), picture.positions + (start + first - done)]
+        start = int(pieces[-1].max()) + 1
+        taken, done = taken + picture.tokens, first + picture.tokens
+    pieces.append(np.tile(np.arange(start, start + len(visual) - done), (3, 1)))
+    return np.concatenate(pieces, axis=1).astype(np.int32)
+
+
+def pattern(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """A fixed wave from -1 to 1, FP32 where ``dtype`` is bfloat16."""
+    count = int(np.prod(shape))
+    wave = np.arange(count, dtype=np.int64) * 7919 % 509 / 254.0 - 1
+    return wave.astype(np.float32 if dtype == "bfloat16" else dtype).reshape(shape)
+
+
+def runs(visual: np.ndarray) -> list[tuple[int, int]]:
+    """First and past-the-last index of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], visual, [False]]).astype(np.int8)))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+def check_whole(lengths: Sequence[int], tokens: int, tile_tokens: int) -> None:
+    if sum(lengths) != tokens or any(length % tile_tokens for length in lengths):
+        raise InputError(
+            f"{tokens} visual tokens in a row are not made of whole pictures of {tile_tokens} tokens a tile; "
+            "give each picture in one call"
+        )
