@@ -25,7 +25,7 @@ from vkvx.models.graph.metric import METRICS_FILE, compute_metrics
 from vkvx.models.graph.skeleton import DTYPES, build_model, fake_weight
 from vkvx.models.graph.vision import VisionGraph, vision_outputs
 from vkvx.plugins.function import attention_function
-from vkvx.plugins.operator import DOMAIN, VERSION, OperatorAttributes, layer_attributes
+from vkvx.plugins.operator import DOMAIN, VERSION, OperatorAttributes, model_attributes
 
 IR_VERSION = 10
 """The first that tells functions of one name apart by overload."""
@@ -63,7 +63,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     family = source.family
     info = source.info(options.dtype)
     quantization = options.resolve(info.layers, info.typical_tokens)
-    attributes = layer_attributes(quantization, info.head_dim**-0.5)
+    attributes = model_attributes(CacheLayout(info, quantization))
     model = build_model(family.model_class(), source.config, options.dtype)
     found = match_parameters(model, stored)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()

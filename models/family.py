@@ -108,6 +108,8 @@ class Family(ABC):
     """Model types of the decoders that are known to work."""
     packed_vision = False
     """Whether the tower takes lengths of segments; ``models.graph.vision`` has what is given in their place."""
+    rotary_interleaved = False
+    """Whether the rotary embedding turns neighbouring channels, not halves of a head."""
     position_rows = 1
     """4 where the rotary embedding tells time, rows and columns of a picture apart."""
 
@@ -165,6 +167,8 @@ class Family(ABC):
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
             position_rows=self.position_rows,
+            rotary_dim=rotary_dim(text),
+            rotary_interleaved=self.rotary_interleaved,
             image_token_id=config.image_token_id,
             tokens_per_picture=self.tokens_per_picture(config),
             typical_tokens=self.typical_tokens(config),
@@ -244,6 +248,12 @@ class Family(ABC):
 def head_dim(text: Any) -> int:
     """Elements of a head of a text config."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def rotary_dim(text: Any) -> int:
+    """Channels that the rotary embedding of a text config turns; 0 stands for all."""
+    share = (getattr(text, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
+    return 0 if share == 1.0 else int(head_dim(text) * share)
 
 
 def one_of(names: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import OptionError
 from vkvx.format import (
     BASELINE_BITS,
@@ -155,6 +156,8 @@ class OperatorAttributes:
     tau: float = attribute(3.0, "of VKVX_CORRECTION_AFFINE", within=Range(least=0.0))
     correction_limit: float = attribute(3.0, "of VKVX_CORRECTION_EXPECTED", within=Range(least=0.0, above=True))
     scale: float = attribute(1.0, "of the scores")
+    rotary_dim: int = attribute(0, "channels that RoPE turns, for VKVX_SHAPED; 0: all", within=Range(least=0.0))
+    rotary_interleaved: int = attribute(0, "1: RoPE turns neighbours, 0: halves", within=Range(0.0, 1.0))
     softcap: float = attribute(0.0, within=RESERVED, field_name="")
     sliding_window: int = attribute(0, within=RESERVED, field_name="")
 
@@ -196,10 +199,19 @@ class OperatorAttributes:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def layer_attributes(quantization: Quantization, scale: float) -> tuple[OperatorAttributes, ...]:
-    """The operator's attributes in each layer; ``scale`` multiplies the scores."""
+def model_attributes(layout: CacheLayout) -> tuple[OperatorAttributes, ...]:
+    """The operator's attributes in each layer of a model."""
+    info = layout.info
+    rotary = {"rotary_dim": info.rotary_dim, "rotary_interleaved": int(info.rotary_interleaved)}
+    return layer_attributes(layout.quantization, info.head_dim**-0.5, **rotary)
+
+
+def layer_attributes(quantization: Quantization, scale: float, **others: Any) -> tuple[OperatorAttributes, ...]:
+    """Those of a quantisation; ``scale`` multiplies the scores, ``others`` are the same in all layers."""
     named = {f.name: getattr(quantization, f.name) for f in fields(quantization)}
     return tuple(
-        OperatorAttributes(**{n: x[layer] if isinstance(x, tuple) else x for n, x in named.items()}, scale=scale)
+        OperatorAttributes(
+            **{n: x[layer] if isinstance(x, tuple) else x for n, x in named.items()}, scale=scale, **others
+        )
         for layer in range(len(quantization.key_bits))
     )

@@ -155,10 +155,11 @@ def _take(x: Tensor, position: Tensor) -> Tensor:
     return x.gather(2, index)
 
 
-def _read_metrics(named: dict[str, Tensor]) -> MetricInputs:
+def _read_metrics(named: dict[str, Tensor], attributes: OperatorAttributes) -> MetricInputs:
     """The metric of keys as the queries that follow the call's last position see it, and that of values."""
     cosine, sine = named["rotation"].unsqueeze(2).unbind(1)  # [B, 1, D]
-    key = shaping.rotate(named["key_metric"].unsqueeze(0), cosine, sine)
+    layout = (attributes.rotary_dim, bool(attributes.rotary_interleaved))
+    key = shaping.rotate(named["key_metric"].unsqueeze(0), cosine, sine, *layout)
     return MetricInputs(key.unsqueeze(2), named["value_metric"].float().unsqueeze(1))
 
 
@@ -273,7 +274,7 @@ def _run(tensors: tuple[Tensor | None, ...], attributes: OperatorAttributes, in_
         output = output.clamp(-quantization.FP16_MAX, quantization.FP16_MAX)
     output = output.to(query.dtype)
     caches = {name: named[name] if in_place else named[name].clone() for name in CACHE_NAMES}
-    metrics = _read_metrics(named) if call.visual_valid.shape[1] and attributes.needs_metrics else None
+    metrics = _read_metrics(named, attributes) if call.visual_valid.shape[1] and attributes.needs_metrics else None
     _append(caches, key, value, call, cache, attributes, metrics)
     return output, *caches.values()
 

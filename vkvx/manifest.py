@@ -28,6 +28,8 @@ FILE_NAME = "vkvx.json"
 FORMAT = "vkvx-bundle"
 FORMAT_VERSION = 2
 
+_VERSION_1: dict[str, object] = {"position_rows": 1, "rotary_dim": 0, "rotary_interleaved": False}
+"""Facts of every model that version 1 could describe."""
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 _SIZES = ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "max_positions")
 
@@ -51,7 +53,8 @@ class ModelInfo:
     ``tokens_per_picture`` is None where pictures vary in size; ``typical_tokens`` are those of usual pictures,
     ascending: group sizes follow from them, and default capacities from the largest. ``position_rows`` is 4 where the
     rotary embedding tells time, rows and columns of a picture apart (``position_ids`` [B, 4, S], the plain index first)
-    and 1 where it does not.
+    and 1 where it does not. It turns the first ``rotary_dim`` channels of a head (0: all), pairs of halves, or of
+    neighbours with ``rotary_interleaved``.
     """
 
     name: str
@@ -67,6 +70,8 @@ class ModelInfo:
     vocab_size: int
     max_positions: int
     position_rows: int
+    rotary_dim: int
+    rotary_interleaved: bool
     image_token_id: int
     tokens_per_picture: int | None
     typical_tokens: tuple[int, ...]
@@ -316,7 +321,7 @@ class Manifest(ManifestFile):
         try:
             tokens, vision = data["model"]["tokens_per_picture"], data["graphs"]["vision"]
             pictures = {"kind": "tiles", "numbers": {"tile_tokens": tokens}, "marks": {}}
-            model = {**data["model"], "position_rows": 1, "typical_tokens": [tokens], "pictures": pictures}
+            model = {**data["model"], **_VERSION_1, "typical_tokens": [tokens], "pictures": pictures}
             outputs = [{**output, "shape": [f"{tokens}*P", *output["shape"][1:]]} for output in vision["outputs"]]
             return {**data, "model": model, "graphs": {**data["graphs"], "vision": {**vision, "outputs": outputs}}}
         except (KeyError, TypeError):
@@ -329,6 +334,8 @@ class Manifest(ManifestFile):
             size = getattr(model, name)
             require(size is None or 0 < size < 2**31, f"model.{name}", "positive and less than 2**31", size)
         require(model.position_rows in (1, 4), "model.position_rows", "1 or 4", model.position_rows)
+        turned = 0 <= model.rotary_dim <= model.head_dim and model.rotary_dim % 2 == 0
+        require(turned, "model.rotary_dim", "an even number up to head_dim", model.rotary_dim)
         typical = model.typical_tokens
         require(bool(typical) and min(typical) > 0, "model.typical_tokens", "a list of positive numbers", typical)
         require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)

@@ -122,7 +122,7 @@ class Study:
                 query = (weights.query * weights.norm).unflatten(0, (info.query_heads, info.head_dim))
                 moment = (query @ query.transpose(1, 2)).unflatten(0, (info.kv_heads, -1)).mean(1)
                 positions = layer.key.shape[2] - 1 - offset + torch.from_numpy(WINDOWS[window]).to(layer.key.device)
-                turns = rotation(rotary, positions)
+                turns = rotation(rotary, positions, layer.key.shape[-1])
                 mean = torch.stack([shaping.rotate(moment, cosine, sine) for cosine, sine in turns]).mean(0)
                 remembered[layer.index] = regularised(mean, floor)[None]
             return remembered[layer.index]

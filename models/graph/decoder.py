@@ -173,7 +173,7 @@ class DecoderGraph(nn.Module):
         # A call ends with text, which is at the same time, row and column.
         plain = position_ids if position_ids.dim() == 2 else position_ids[:, 1]
         last = plain.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
-        turn = rotation(self.rotary, last)
+        turn = rotation(self.rotary, last, self.key_metrics[0].shape[-1])
         return [(key, value, turn) for key, value in zip(self.key_metrics, self.value_metrics, strict=True)]
 
     def _updated_counts(

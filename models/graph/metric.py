@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vkvx.manifest import ModelInfo
 from vkvx.models.family import AttentionWeights, Family
@@ -42,7 +43,7 @@ class Metrics:
 
     def rotation(self, positions: Tensor) -> Tensor:
         """Cosine and sine at a position of each row, positions [B]: FP32 [B, 2, D]."""
-        return rotation(self.rotary, positions)
+        return rotation(self.rotary, positions, self.key[0].shape[-1])
 
 
 def model_metrics(family: Family, model: Any, info: ModelInfo) -> Metrics:
@@ -59,17 +60,18 @@ def compute_metrics(
     window = torch.from_numpy(np.unique(np.geomspace(1, REACH, 64).astype(np.int64)))
     pairs = []
     for weights in layers:
-        turns = rotation(rotary, window.to(weights.query.device))
+        turns = rotation(rotary, window.to(weights.query.device), info.head_dim)
         pairs.append((_key_metric(weights, info, turns), _value_metric(weights, info)))
     keys, values = zip(*pairs, strict=True)
     return keys, values
 
 
-def rotation(rotary: Any, positions: Tensor) -> Tensor:
-    """Cosine and sine of a rotary embedding at positions [B]: FP32 [B, 2, D]."""
+def rotation(rotary: Any, positions: Tensor, head_dim: int) -> Tensor:
+    """Cosine and sine of a rotary embedding at positions [B]: FP32 [B, 2, D], 1 and 0 for channels it does not turn."""
     like = torch.zeros(1, dtype=torch.float32, device=positions.device)
     cosine, sine = rotary(like, positions.unsqueeze(1))
-    return torch.cat([cosine, sine], 1)
+    missing = (0, head_dim - cosine.shape[-1])
+    return torch.cat([pad(cosine, missing, value=1.0), pad(sine, missing)], 1)
 
 
 def _key_metric(weights: AttentionWeights, info: ModelInfo, turns: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def _key_metric(weights: AttentionWeights, info: ModelInfo, turns: Tensor) -> Te
     moment = moment.unflatten(0, (info.kv_heads, -1)).mean(1)
     mean = torch.zeros_like(moment)
     for cosine, sine in turns:
-        mean += rotate(moment, cosine, sine)
+        mean += rotate(moment, cosine, sine, info.rotary_dim, info.rotary_interleaved)
     return _normalised(mean)
 
 

@@ -110,6 +110,8 @@ struct Attributes {
   float tau = 3.0f;
   float correction_limit = 3.0f;
   float scale = 1.0f;
+  int32_t rotary_dim = 0;
+  int32_t rotary_interleaved = 0;
   float softcap = 0.0f;
   int32_t sliding_window = 0;
 
@@ -128,6 +130,8 @@ struct Attributes {
     visit("tau", self.tau);
     visit("correction_limit", self.correction_limit);
     visit("scale", self.scale);
+    visit("rotary_dim", self.rotary_dim);
+    visit("rotary_interleaved", self.rotary_interleaved);
     visit("softcap", self.softcap);
     visit("sliding_window", self.sliding_window);
   }
@@ -140,6 +144,8 @@ struct Attributes {
     if (!(shrink_value > 0.0f && shrink_value <= 1.0f)) return "shrink_value is " + std::to_string(shrink_value) + "; give more than 0 and at most 1";
     if (!(tau >= 0.0f)) return "tau is " + std::to_string(tau) + "; give at least 0";
     if (!(correction_limit > 0.0f)) return "correction_limit is " + std::to_string(correction_limit) + "; give more than 0";
+    if (!(rotary_dim >= 0.0f)) return "rotary_dim is " + std::to_string(rotary_dim) + "; give at least 0";
+    if (!(rotary_interleaved >= 0.0f && rotary_interleaved <= 1.0f)) return "rotary_interleaved is " + std::to_string(rotary_interleaved) + "; give at least 0 and at most 1";
     if (!(softcap >= 0.0f && softcap <= 0.0f)) return "softcap is " + std::to_string(softcap) + "; give 0, it is reserved";
     if (!(sliding_window >= 0.0f && sliding_window <= 0.0f)) return "sliding_window is " + std::to_string(sliding_window) + "; give 0, it is reserved";
     return {};
@@ -156,6 +162,8 @@ VkvxParams params_of(const Attributes& a, NumberOf&& number_of) {
   p.value_bits = a.value_bits;
   p.quantizer = number_of("quantizer", a.quantizer, kQuantizerNames);
   p.correction = number_of("score_correction", a.score_correction, kCorrectionNames);
+  p.rotary_dim = a.rotary_dim;
+  p.rotary_interleaved = a.rotary_interleaved;
   p.quantile_alpha_key = a.quantile_alpha_key;
   p.quantile_alpha_value = a.quantile_alpha_value;
   p.shrink_key = a.shrink_key;

@@ -47,6 +47,8 @@ typedef struct VkvxParams {
   int32_t value_bits;
   int32_t quantizer;                 /* VKVX_MINMAX to VKVX_SHAPED */
   int32_t correction;                /* VKVX_CORRECTION_NONE to VKVX_CORRECTION_EXPECTED */
+  int32_t rotary_dim;                /* channels that RoPE turns, for VKVX_SHAPED; 0: all */
+  int32_t rotary_interleaved;        /* 1: RoPE turns neighbours, 0: halves */
   int32_t kernel;                    /* VKVX_AUTO, or one of the kernels */
   int32_t splits;                    /* parts of the sequence that run side by side in decode; 0: chosen by shape */
   float quantile_alpha_key;          /* of VKVX_QUANTILE */

@@ -126,7 +126,7 @@ def _quantized_updates(
             x = b.op("GatherND", name, tokens)
             pair.append((center(b, x if dtype == FLOAT else b.cast(x, FLOAT), weight, size), quantizer))
     if a.needs_metrics:
-        metrics = read_metrics(b, shape.head_dim, placement.batch)
+        metrics = read_metrics(b, shape.head_dim, attributes, placement.batch)
         key, value = shape_pair(b, shape.head_dim, pair, metrics)
         rms = shaped_rms(b, pair[0][0], key, metrics[0])
     else:

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT64, Builder, Typed, Value
 from vkvx.plugins.function.quantize import FP16_MAX, NO_STEP, Encoded, Groups, Quantizer, levels, nearest, residual
+from vkvx.plugins.operator import OperatorAttributes
+from vkvx.plugins.rotary import rotary_pairs
 
 FITS = 2
 """Sweeps that choose codes and levels; one more chooses the codes for the rounded levels."""
@@ -29,15 +29,14 @@ BLOCK = 16
 _TINY = 1e-30
 
 
-def read_metrics(b: Builder, head_dim: int, batch: Value) -> tuple[Value, Value]:
+def read_metrics(b: Builder, head_dim: int, attributes: OperatorAttributes, batch: Value) -> tuple[Value, Value]:
     """Metrics of keys [B, Hkv, 1, D, D], rotated for the rows ``batch`` [B] of the call, and of values (B: 1); FP32."""
     with b.scope("metrics"):
         key, value = (b.unsqueeze(b.cast(f"{name}_metric", FLOAT), 0, 2) for name in ("key", "value"))
         rotation = b.op("Gather", "rotation", batch, axis=0)
         cosine, sine = (b.op("Gather", rotation, i, axis=1) for i in (0, 1))
-        half = head_dim // 2
-        other = np.roll(np.arange(head_dim), half)
-        sine = b.op("Mul", sine, np.repeat(np.array([-1.0, 1.0], np.float32), half))
+        other, sign = rotary_pairs(head_dim, attributes.rotary_dim, bool(attributes.rotary_interleaved))
+        sine = b.op("Mul", sine, sign)
         for axis, around in ((3, (1, 2, 4)), (4, (1, 2, 3))):
             turned = b.op("Mul", b.op("Gather", key, other, axis=axis), b.unsqueeze(sine, *around))
             key = b.op("Add", b.op("Mul", key, b.unsqueeze(cosine, *around)), turned)

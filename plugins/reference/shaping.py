@@ -16,17 +16,25 @@ from torch import Tensor
 
 from vkvx.format import WORD_BITS
 from vkvx.plugins.reference.quantization import FP16_MAX, Quantized, decode, encode, levels, sanitize
+from vkvx.plugins.rotary import rotary_pairs
 
 FITS = 2
 """Sweeps over the channels that choose codes and levels; one more chooses the codes for the rounded levels."""
 
 
-def rotate(metric: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """R H R^T, with R the rotary embedding of one position: metric [..., D, D], cosine and sine [..., D], FP32."""
+def rotate(
+    metric: Tensor, cosine: Tensor, sine: Tensor, rotary_dim: int = 0, rotary_interleaved: bool = False
+) -> Tensor:
+    """R H R^T, with R the rotary embedding of one position: metric [..., D, D], cosine and sine [..., D], FP32.
+
+    ``rotary_dim`` and ``rotary_interleaved`` as in :func:`vkvx.plugins.rotary.rotary_pairs`.
+    """
+    pairs = rotary_pairs(metric.shape[-1], rotary_dim, rotary_interleaved)
+    partner, sign = (torch.from_numpy(x).to(metric.device) for x in pairs)
+    sine = sine * sign
 
     def rows(matrix: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        first, second = matrix.chunk(2, -2)
-        return matrix * c.unsqueeze(-1) + torch.cat([-second, first], -2) * s.unsqueeze(-1)
+        return matrix * c.unsqueeze(-1) + matrix.index_select(-2, partner) * s.unsqueeze(-1)
 
     half = rows(metric.float(), cosine, sine)
     return rows(half.transpose(-1, -2), cosine, sine).transpose(-1, -2)

@@ -19,7 +19,7 @@ from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.format import TILE
 from vkvx.models.graph.metric import Metrics
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
-from vkvx.plugins.operator import layer_attributes
+from vkvx.plugins.operator import model_attributes
 
 PADDING, TEXT, VISUAL, PICTURE = range(4)
 """Kinds of positions; ``PICTURE`` is the first visual token of a picture, ``VISUAL`` any other."""
@@ -39,7 +39,7 @@ class PackedVisualCache(Cache):
         super().__init__(layers=[])
         self.layout = layout
         self.metrics = metrics
-        self.attributes = layer_attributes(layout.quantization, layout.info.head_dim**-0.5)
+        self.attributes = model_attributes(layout)
         self._running: CacheCall | None = None
         self._clear(0)
 

@@ -40,6 +40,8 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "vocab_size": 128,
             "max_positions": 4096,
             "position_rows": 1,
+            "rotary_dim": 0,
+            "rotary_interleaved": False,
             "image_token_id": 3,
             "tokens_per_picture": 576,
             "typical_tokens": [576],

@@ -37,6 +37,7 @@ class Append:
     groups: int = 4
     shift: float = 2.0
     positions_first: bool = True
+    rotary: tuple[int, int] = (0, 0)
     seed: int = field(default_factory=lambda: random.randrange(2**31))
 
     @property
@@ -51,6 +52,8 @@ class Append:
             shrink_key=0.5,
             shrink_value=0.7,
             scale=self.head_dim**-0.5,
+            rotary_dim=self.rotary[0],
+            rotary_interleaved=self.rotary[1],
         )
 
 
@@ -108,7 +111,8 @@ def make(case: Append, device: str = "cuda") -> dict[str, Tensor]:
             metric = metric / metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
             t[name] = (metric + 0.1 * torch.eye(d, device=device)).half()
         angle = normal(rows, d // 2).repeat(1, 2) * 3
-        t["rotation"] = torch.stack([angle.cos(), angle.sin()], 1)
+        turned = torch.arange(d, device=device) < (case.rotary[0] or d)
+        t["rotation"] = torch.stack([angle.cos().where(turned, 1.0), angle.sin().where(turned, 0.0)], 1)
     return {definition.name: t[definition.name] for definition in case.attributes.inputs}
 
 

@@ -45,6 +45,8 @@ def manifest(
             vocab_size=256,
             max_positions=max_positions,
             position_rows=1,
+            rotary_dim=0,
+            rotary_interleaved=False,
             image_token_id=IMAGE,
             tokens_per_picture=PICTURE_TOKENS,
             typical_tokens=(PICTURE_TOKENS,),

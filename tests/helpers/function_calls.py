@@ -174,7 +174,7 @@ def compare(inputs: Arrays, results: Arrays, expected: Arrays, attributes: Attri
         for g, positions in enumerate(new.groups):
             for name in ("key", "value"):
                 x = inputs[name][new.row][:, positions]
-                metric = metric_of(inputs, name, new.row)
+                metric = metric_of(inputs, name, new.row, attributes)
                 compare_group(name, x, new.slot, new.first_group + g, results, expected, attributes, metric)
     return {name: results[name] for name in CACHES} | counts
 

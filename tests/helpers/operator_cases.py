@@ -169,7 +169,7 @@ def new_metrics(rows: int, dims: Dims, rng: np.random.Generator) -> Arrays:
     return metrics | {"rotation": np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)}
 
 
-def metric_of(inputs: Arrays, name: str, row: int) -> np.ndarray | None:
+def metric_of(inputs: Arrays, name: str, row: int, attributes: Attributes) -> np.ndarray | None:
     """The metric [Hkv, D, D] of the `key` or `value` of a row, FP64; None if the call has none."""
     if "rotation" not in inputs:
         return None
@@ -177,9 +177,10 @@ def metric_of(inputs: Arrays, name: str, row: int) -> np.ndarray | None:
     if name == "value":
         return metric
     cosine, sine = inputs["rotation"][row].astype(np.float64)
-    half = len(cosine) // 2
-    rotate_half = np.roll(np.eye(2 * half), half, axis=1) * np.repeat([-1.0, 1.0], half)[:, None]
-    rotation = np.diag(cosine) + sine[:, None] * rotate_half
+    turned, rotation = attributes.rotary_dim or len(cosine), np.diag(cosine)
+    for first in range(turned // 2):
+        i, j = (2 * first, 2 * first + 1) if attributes.rotary_interleaved else (first, first + turned // 2)
+        rotation[i, j], rotation[j, i] = -sine[i], sine[j]
     return rotation @ metric @ rotation.T
 
 

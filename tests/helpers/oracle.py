@@ -250,6 +250,8 @@ class Attributes:
     tau: float = 3.0
     correction_limit: float = 3.0
     scale: float = 0.125
+    rotary_dim: int = 0
+    rotary_interleaved: int = 0
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,12 @@ def test_odd_numbers_shaped(change: object, monkeypatch: pytest.MonkeyPatch) -> 
         check(Append("shaped", bits, bits, 64), monkeypatch, change)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rotary", [(0, 1), (32, 0), (48, 1), (2, 1)])
+def test_layouts_of_the_rotary_embedding(rotary: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for bits in (1, 4):
+        check(Append("shaped", bits, bits, 64, rotary=rotary), monkeypatch)
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("bits", [1, 4])
 def test_rows_and_slots_change_nothing(quantizer: str, bits: int) -> None:

@@ -107,14 +107,20 @@ def test_long_decode_and_a_second_picture(bits: int, quantizer: str) -> None:
     assert state["text_count"][1] == 84 + (0 if bits == 1 else 1152)
 
 
-@pytest.mark.parametrize("bits", [1, 4])
-def test_shaped_groups_of_three_tiles(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "rotary_dim", "rotary_interleaved"), [(1, 0, 0), (4, 0, 0), (1, 0, 1), (2, 32, 0), (1, 48, 1)]
+)
+def test_shaped_groups_of_three_tiles(bits: int, rotary_dim: int, rotary_interleaved: int) -> None:
     """Up to three groups per row beside none, with a smaller error in the metric than Lloyd's levels and codes have."""
-    shaped, lloyd = (attributes_for(bits, bits, quantizer=name, group_size=384) for name in ("shaped", "lloyd"))
+    rotary = {"rotary_dim": rotary_dim, "rotary_interleaved": rotary_interleaved}
+    shaped = attributes_for(bits, bits, quantizer="shaped", group_size=384, **rotary)
+    lloyd = attributes_for(bits, bits, quantizer="lloyd", group_size=384)
     dims = Dims(query_heads=2, head_dim=64, float_type="float16")
     rng = np.random.default_rng(4)
     state = empty_state(dims, shaped, rng)
     inputs = new_call([(1, "t2 p384 p500 t1"), (0, "t3"), (4, "p30")], state, dims, shaped, rng, garbage=np.nan)
+    if rotary_dim:
+        inputs["rotation"][:, 0, rotary_dim:], inputs["rotation"][:, 1, rotary_dim:] = 1, 0
     call_and_compare(inputs, shaped, dims)
     errors = metric_errors(inputs, run(inputs, shaped, dims), shaped)
     plain = metric_errors(inputs, run({name: inputs[name] for name in INPUTS}, lloyd, dims), lloyd)
@@ -127,7 +133,7 @@ def metric_errors(inputs: Arrays, results: Arrays, attributes: Attributes) -> di
     for new in appended_by(inputs, attributes):
         for g, positions in enumerate(new.groups):
             for name in sums:
-                group, metric = new.first_group + g, metric_of(inputs, name, new.row)
+                group, metric = new.first_group + g, metric_of(inputs, name, new.row, attributes)
                 levels = results[f"visual_{name}_params"][new.slot, :, group, :2].astype(np.float64)
                 codes = codes_of(name, results, new.slot, group, attributes)[:, : len(positions)]
                 residual = inputs[name][new.row][:, positions] - (levels[:, 1:] + levels[:, :1] * codes)
@@ -180,7 +186,7 @@ def test_constant_and_non_finite_channels(bits: int, quantizer: str) -> None:
         for group, positions in enumerate(new.groups):
             for name in ("key", "value"):
                 x = inputs[name][new.row][:, positions]
-                metric = metric_of(inputs, name, new.row)
+                metric = metric_of(inputs, name, new.row, attributes)
                 compare_group(name, x, new.slot, group, results, expected, attributes, metric)
                 levels = results[f"visual_{name}_params"][new.slot, :, group]
                 assert np.array_equal(levels[:, 0, :3], np.zeros_like(levels[:, 0, :3]))

@@ -30,17 +30,32 @@ inline int shape_shared(int head_dim, int channels, int threads) {
   return (head_dim * (3 + channels + std::max(4, threads / 32)) + channels * channels) * 4;
 }
 
+// The channel that RoPE turns together with one, and the sign of its part. Channels that are not
+// turned are alone: their sine is 0.
+struct RotaryPair {
+  int other;
+  float sign;
+};
+
+__device__ __forceinline__ RotaryPair rotary_pair(const VkvxParams& p, int channel) {
+  const int turned = p.rotary_dim ? p.rotary_dim : p.head_dim, half = turned / 2;
+  if (channel >= turned) return {channel, 0.0f};
+  if (p.rotary_interleaved) return {channel ^ 1, channel % 2 ? 1.0f : -1.0f};
+  return channel < half ? RotaryPair{channel + half, -1.0f} : RotaryPair{channel - half, 1.0f};
+}
+
 // Element (i, j) of a head's metric; that of keys is turned to the row's last position, R H R^T.
 __device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int head, int b, int i,
                                            int j) {
-  const int D = p.head_dim, half = D / 2;
+  const int D = p.head_dim;
   const __half* metric = static_cast<const __half*>(is_key ? p.key_metric : p.value_metric) +
                          static_cast<int64_t>(head) * D * D;
   if (!is_key) return __half2float(metric[i * D + j]);
   const float* cosine = p.rotation + static_cast<int64_t>(b) * 2 * D;
   const float* sine = cosine + D;
-  const int other_i = i < half ? i + half : i - half, other_j = j < half ? j + half : j - half;
-  const float sine_i = i < half ? -sine[i] : sine[i], sine_j = j < half ? -sine[j] : sine[j];
+  const RotaryPair pair_i = rotary_pair(p, i), pair_j = rotary_pair(p, j);
+  const int other_i = pair_i.other, other_j = pair_j.other;
+  const float sine_i = pair_i.sign * sine[i], sine_j = pair_j.sign * sine[j];
   auto row = [&](int column) {
     return __half2float(metric[i * D + column]) * cosine[i] +
            __half2float(metric[other_i * D + column]) * sine_i;

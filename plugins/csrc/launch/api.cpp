@@ -54,6 +54,10 @@ int check(const VkvxParams* given) {
       p.group_size > kMostShapedGroup)
     return bad("group_size", p.group_size,
                "at most " + std::to_string(kMostShapedGroup) + " with VKVX_SHAPED");
+  if (p.rotary_dim < 0 || p.rotary_dim > p.head_dim || p.rotary_dim % 2)
+    return bad("rotary_dim", p.rotary_dim, "an even number up to head_dim");
+  if (p.rotary_interleaved != 0 && p.rotary_interleaved != 1)
+    return bad("rotary_interleaved", p.rotary_interleaved, "0 or 1");
   if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f))
     return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
   if (!std::isfinite(p.scale)) return fail(VKVX_BAD_ARGUMENT, "scale must be finite");

@@ -21,7 +21,7 @@ from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs
 from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import MAX_HEAD_DIM
-from vkvx.plugins.operator import layer_attributes
+from vkvx.plugins.operator import model_attributes
 from vkvx.runtime.backends.torch.capture import DecodeSteps
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
 from vkvx.runtime.calls import Call, place_embeds
@@ -85,7 +85,7 @@ class TorchBackend:
         with self._in_memory("a cache of this size"):
             self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
         self._buffers = [self._place(buffer) for buffer in self.cache.buffers.values()]
-        attributes = layer_attributes(manifest.quantization, info.head_dim**-0.5)
+        attributes = model_attributes(manifest.layout)
         self._decoder: Any = DecoderGraph(model, family, attributes, metrics, in_place=True)
         self._vision: Any = VisionGraph(model, family, self._dtype)
         self._steps: DecodeSteps | None = None
