@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class Idefics3(Family):
     """``Idefics3ForConditionalGeneration``: rows and columns of tiles, and the whole picture as one more."""
 
+    title = "Idefics3, SmolVLM"
     architecture = "Idefics3ForConditionalGeneration"
     text_models = ("llama", "mistral", "qwen2")
+    tested_models = ("llama",)
 
     def check(self, config: Any) -> None:
         """Refuse patches that pixel shuffle cannot merge."""
@@ -99,4 +101,5 @@ class Idefics3(Family):
 class SmolVLM(Idefics3):
     """``SmolVLMForConditionalGeneration``: SmolVLM2."""
 
+    title = "SmolVLM2"
     architecture = "SmolVLMForConditionalGeneration"

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 class InternVL(Family):
     """``InternVLForConditionalGeneration``: up to 12 tiles a picture and a thumbnail, 256 tokens each."""
 
+    title = "InternVL 2.5, 3, 3.5"
     architecture = "InternVLForConditionalGeneration"
     text_models = ("llama", "qwen2", "qwen3")
+    tested_models = ("qwen2", "qwen3")
 
     def check(self, config: Any) -> None:
         """Refuse towers that do not take square tiles of whole patches."""

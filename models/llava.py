@@ -20,8 +20,9 @@ CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 class Llava(Family):
     """``LlavaForConditionalGeneration``: every picture has the same size and so the same number of tokens."""
 
+    title = "LLaVA-1.5"
     architecture = "LlavaForConditionalGeneration"
-    text_models = ("llama", "mistral", "qwen2")
+    text_models = tested_models = ("llama", "mistral", "qwen2")
 
     def check(self, config: Any) -> None:
         """Refuse other towers and decoders, and pictures that are not made of whole patches."""
