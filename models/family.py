@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that depend on nothing but the position."""
+PROCESSOR_FILES = {
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
+"""Of each part of a processor the files that it may come in."""
+QUANTISED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
+"""Names for people of some values of ``quant_method``; the others are written as they are."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Source:
         except VkvxError:
             raise
         except Exception as error:  # transformers and tokenizers raise whatever they come across
+            for part, names in PROCESSOR_FILES.items():
+                if not any((self.directory / name).is_file() for name in names):
+                    raise ModelError(
+                        f"{self.directory} holds no {part}: no {one_of(names)}; download the checkpoint again"
+                    ) from error
             reason = " ".join(str(error).split())
             raise ModelError(f"transformers cannot read the processor files in {self.directory}: {reason}") from error
         token = files.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
@@ -102,10 +114,16 @@ class Family(ABC):
     What is written here is that of a plain family: a vision tower and a projector, then a decoder built like Llama.
     """
 
+    title: str
+    """What people call the models."""
     architecture: str
     """Entry of ``architectures`` in config.json, and name of the transformers class."""
     text_models: tuple[str, ...]
-    """Model types of the decoders that are known to work."""
+    """Model types of the decoders that are let through: they are built alike."""
+    tested_models: tuple[str, ...]
+    """Those of them that tests compare with transformers."""
+    aliases: Mapping[str, str | Path] = {}
+    """Hub ids or directories of checkpoints by the short names that people may give."""
     packed_vision = False
     """Whether the tower takes lengths of segments; ``models.graph.vision`` has what is given in their place."""
     rotary_interleaved = False
@@ -116,13 +134,11 @@ class Family(ABC):
     def check(self, config: Any) -> None:
         """Raise ModelError if this checkpoint has a trait that the export cannot honour."""
         text = config.text_config
-        quantised = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-        if quantised:
-            method = dict(quantised).get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
-            method = getattr(method, "quant_method", method)
+        method = _quantization_method(config) or _quantization_method(text)
+        if method:
             raise ModelError(
-                f"the checkpoint's weights are quantised ({getattr(method, 'value', method)}); "
-                "give the original 16-bit or 32-bit checkpoint"
+                f"the checkpoint's weights are quantised ({method}); "
+                "give the one that it was made from, with weights in FP16, BF16 or FP32"
             )
         if text.model_type not in self.text_models:
             raise ModelError(
@@ -276,6 +292,16 @@ def check_image_size(given: Mapping[str, int], size: int) -> None:
             f"the image processor gives pictures of {sorted(found, key=str)} pixels, the vision tower takes {size}; "
             "fix preprocessor_config.json"
         )
+
+
+def _quantization_method(config: Any) -> str | None:
+    """How weights are quantised, None if they are not. A config file gives a mapping, a loaded model an object."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return None
+    method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", None)
+    name = str(getattr(method, "value", method or "by an unnamed method"))
+    return QUANTISED.get(name, name)
 
 
 def _first(*candidates: Any) -> Any:

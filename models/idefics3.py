@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 class Idefics3(Family):
     """``Idefics3ForConditionalGeneration``: rows and columns of tiles, and the whole picture as one more."""
 
+    title = "Idefics3, SmolVLM"
+    aliases = {"idefics3": "HuggingFaceM4/Idefics3-8B-Llama3"}
     architecture = "Idefics3ForConditionalGeneration"
     text_models = ("llama", "mistral", "qwen2")
+    tested_models = ("llama",)
 
     def check(self, config: Any) -> None:
         """Refuse patches that pixel shuffle cannot merge."""
@@ -101,4 +104,9 @@ class Idefics3(Family):
 class SmolVLM(Idefics3):
     """``SmolVLMForConditionalGeneration``: SmolVLM2."""
 
+    title = "SmolVLM2"
+    aliases = {
+        "smolvlm2": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        **{f"smolvlm2-{size}m": f"HuggingFaceTB/SmolVLM2-{size}M-Video-Instruct" for size in (256, 500)},
+    }
     architecture = "SmolVLMForConditionalGeneration"

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 class InternVL(Family):
     """``InternVLForConditionalGeneration``: up to 12 tiles a picture and a thumbnail, 256 tokens each."""
 
+    title = "InternVL 2.5, 3, 3.5"
     architecture = "InternVLForConditionalGeneration"
     text_models = ("llama", "qwen2", "qwen3")
+    tested_models = ("qwen2", "qwen3")
+    aliases = {
+        **{f"internvl3-{size}b": f"OpenGVLab/InternVL3-{size}B-hf" for size in (1, 2, 8, 14, 38)},
+        **{f"internvl3.5-{size}b": f"OpenGVLab/InternVL3_5-{size}B-HF" for size in (1, 2, 4, 8)},
+    }
 
     def check(self, config: Any) -> None:
         """Refuse towers that do not take square tiles of whole patches."""

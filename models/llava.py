@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.errors import ModelError
@@ -13,6 +14,8 @@ from vkvx.models.processor_files import ProcessorFiles
 if TYPE_CHECKING:
     from torch import Tensor
 
+TINY_LLAVA = Path(__file__).resolve().parent / "tiny_llava"
+"""The checkpoint that comes with the package."""
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Vision towers, and how many tokens each puts before those of the patches."""
 
@@ -20,8 +23,14 @@ CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 class Llava(Family):
     """``LlavaForConditionalGeneration``: every picture has the same size and so the same number of tokens."""
 
+    title = "LLaVA-1.5"
     architecture = "LlavaForConditionalGeneration"
-    text_models = ("llama", "mistral", "qwen2")
+    text_models = tested_models = ("llama", "mistral", "qwen2")
+    aliases = {
+        "tiny-llava": TINY_LLAVA,
+        "llava": "llava-hf/llava-1.5-7b-hf",
+        "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    }
 
     def check(self, config: Any) -> None:
         """Refuse other towers and decoders, and pictures that are not made of whole patches."""

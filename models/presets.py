@@ -24,6 +24,12 @@ _TINY_QWEN = {
     "hidden_size": 256,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
 }
+_TINY_GLM_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [4, 6, 6],
+    "partial_rotary_factor": 0.5,
+}
 _CLIP = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
 _LLAMA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _INTERNVIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -207,6 +213,47 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         },
     },
+    "tiny-glm-4.1v": {
+        "model_type": "glm4v",
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 256,
+            "intermediate_size": 96,
+            "image_size": 112,
+        },
+        "text_config": {**_TINY_QWEN, "model_type": "glm4v_text", "rope_parameters": _TINY_GLM_ROPE},
+    },
+    "tiny-glm-4.6v": {
+        "model_type": "glm46v",
+        "vision_config": {
+            "model_type": "glm4v_vision",
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 256,
+            "intermediate_size": 96,
+            "image_size": 112,
+        },
+        "text_config": {**_TINY_QWEN, "model_type": "glm4v_text", "rope_parameters": _TINY_GLM_ROPE},
+    },
+    "tiny-glm-ocr": {
+        "model_type": "glm_ocr",
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 256,
+            "intermediate_size": 96,
+        },
+        "text_config": {**_TINY_QWEN, "model_type": "glm_ocr_text"},
+    },
+    "tiny-paddleocr-vl": {
+        "model_type": "paddleocr_vl",
+        "vision_config": {**_TINY_VISION, "image_size": 70, "patch_size": 14},
+        "text_config": {**_TINY_QWEN, "model_type": "paddleocr_vl_text", "head_dim": 64},
+    },
     "tiny-idefics3": {
         "model_type": "idefics3",
         "vision_config": {**_TINY_VISION, "image_size": 56, "patch_size": 14},
@@ -268,6 +315,18 @@ def write_processor(directory: Path, config: Any) -> None:
         files.images = Qwen2VLImageProcessorPil(
             patch_size=config.vision_config.patch_size, merge_size=config.vision_config.spatial_merge_size
         )
+    elif config.model_type in ("glm4v", "glm46v", "glm_ocr"):
+        from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+        from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
+
+        marks = {"video_token": "<|video|>", "end_of_video_token": "<|end_of_video|>"}
+        files = _files("<|image|>", marks, before="<|begin_of_image|>", after="<|end_of_image|>")
+        files.images = (Glm4vImageProcessorPil if config.model_type == "glm4v" else Glm46VImageProcessorPil)()
+    elif config.model_type == "paddleocr_vl":
+        from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
+
+        files = _files("<|IMAGE_PLACEHOLDER|>", {}, before="<|IMAGE_START|>", after="<|IMAGE_END|>")
+        files.images = PaddleOCRVLImageProcessorPil()
     else:
         from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
         from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil

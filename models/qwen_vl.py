@@ -65,8 +65,10 @@ class GridFamily(Family):
 class Qwen2VL(GridFamily):
     """``Qwen2VLForConditionalGeneration``."""
 
+    title = "Qwen2-VL"
+    aliases = {f"qwen2-vl-{size}b": f"Qwen/Qwen2-VL-{size}B-Instruct" for size in (2, 7)}
     architecture = "Qwen2VLForConditionalGeneration"
-    text_models = ("qwen2_vl_text",)
+    text_models = tested_models = ("qwen2_vl_text",)
 
     def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """The tower merges patches itself."""
@@ -79,8 +81,10 @@ class Qwen2VL(GridFamily):
 class Qwen25VL(GridFamily):
     """``Qwen2_5_VLForConditionalGeneration``: most layers of the tower attend within windows."""
 
+    title = "Qwen2.5-VL"
+    aliases = {f"qwen2.5-vl-{size}b": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32)}
     architecture = "Qwen2_5_VLForConditionalGeneration"
-    text_models = ("qwen2_5_vl_text",)
+    text_models = tested_models = ("qwen2_5_vl_text",)
 
     def pictures(self, config: Any) -> Grid:
         """The side of a window counts tokens."""

@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vkvx.errors import ModelError
+from vkvx.manifest import FILE_NAME as BUNDLE_FILE
+from vkvx.models.checkpoint import CONFIG_FILE
 from vkvx.models.family import Family, Source
+from vkvx.models.glm_v import Glm4V, Glm46V, GlmOcr
 from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
-from vkvx.models.llava import Llava
+from vkvx.models.llava import TINY_LLAVA, Llava
+from vkvx.models.paddleocr_vl import PaddleOcrVL
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
 from vkvx.packages import missing
 
-TINY_LLAVA = Path(__file__).resolve().parent / "tiny_llava"
-ALIASES: dict[str, str | Path] = {
-    "tiny-llava": TINY_LLAVA,
-    "llava": "llava-hf/llava-1.5-7b-hf",
-    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+_KNOWN = (Llava, InternVL, Idefics3, SmolVLM, Qwen2VL, Qwen25VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL)
+FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
+ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}
+"""Directories and hub ids by the short names that people may give."""
+
+NATIVE_FORMS = {
+    "InternVLChatModel": "give the same model in transformers' own format, whose repository ends in -hf or -HF, "
+    "such as OpenGVLab/InternVL3-8B-hf",
+    "LlavaLlamaForCausalLM": "give LLaVA-1.5 in transformers' own format: llava-hf/llava-1.5-7b-hf "
+    "or llava-hf/llava-1.5-13b-hf",
+    "LlavaQwenForCausalLM": "LLaVA-OneVision in transformers' own format, the repositories llava-hf/llava-onevision-*, "
+    "is not supported yet",
 }
-FAMILIES: dict[str, Family] = {
-    family.architecture: family for family in (Llava(), InternVL(), Idefics3(), SmolVLM(), Qwen2VL(), Qwen25VL())
-}
+"""Architectures that are code outside transformers, and what there is in their place."""
+REMOTE_CODE = ("KimiVLForConditionalGeneration", "MiniCPMV", "MolmoForCausalLM", "Ovis", "Phi3VForCausalLM")
+"""Architectures that have no other form."""
+ADAPTER_FILE = "adapter_config.json"
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint, its config files at least, lies on this machine. The fields are those of :class:`Source`."""
+
+    name: str
+    origin: str
+    directory: Path
+    revision: str | None
 
 
 def resolve(
@@ -40,8 +63,22 @@ def resolve(
 ) -> Source:
     """Find the checkpoint, download it if it is on the hub, and read its config. Without ``weights`` only the config.
 
+    Raises ModelError if :func:`locate` does not find it or :func:`read_source` cannot use it.
+    """
+    place = locate(name_or_path, cache_dir=cache_dir, revision=revision)
+    # The architecture is checked before gigabytes of weights are fetched.
+    source = read_source(place, trust_remote_code)
+    if weights and place.revision is not None:
+        directory = _download(place.origin, CONFIG_FILES + WEIGHT_FILES, cache_dir, revision)
+        source = replace(source, directory=directory, revision=directory.name)
+    return source
+
+
+def locate(name_or_path: str | Path, *, cache_dir: str | Path | None = None, revision: str | None = None) -> Location:
+    """Find a checkpoint, and download its config files if it is on the hub.
+
     An alias comes first (write ``./llava`` for a directory of that name), then a local directory, then a hub id.
-    Raises ModelError if there is no such model, it cannot be downloaded, or no family knows its architecture.
+    Raises ModelError if there is no such checkpoint, or it cannot be downloaded.
     """
     name = str(name_or_path)
     target = ALIASES.get(name, name)
@@ -49,10 +86,9 @@ def resolve(
     if directory.is_dir():
         if revision is not None:
             raise ModelError(f"'{name}' is on this machine and has no revisions; leave out --revision")
-        origin = name if name in ALIASES else str(directory.resolve())
-        label = name if name in ALIASES else directory.resolve().name
-        config, family = _read_config(directory, trust_remote_code)
-        return Source(label, origin, directory.resolve(), config, family, None, trust_remote_code)
+        directory = directory.resolve()
+        label, origin = (name, name) if name in ALIASES else (directory.name, str(directory))
+        return Location(label, origin, _with_config(directory), None)
     if not _is_hub_id(str(target)):
         if directory.exists() or _is_path(name):
             raise ModelError(f"'{name}' is not a directory; give a directory with config.json and *.safetensors")
@@ -60,13 +96,18 @@ def resolve(
             f"unknown model '{name}'; give one of {', '.join(ALIASES)}, a local directory, or a hub id (owner/name)"
         )
     hub_id = str(target)
-    # The architecture is checked before gigabytes of weights are fetched.
-    directory = _download(hub_id, CONFIG_FILES, cache_dir, revision)
-    config, family = _read_config(directory, trust_remote_code)
-    if weights:
-        directory = _download(hub_id, CONFIG_FILES + WEIGHT_FILES, cache_dir, revision)
-    label = name if name in ALIASES else hub_id.split("/")[1]
-    return Source(label, hub_id, directory, config, family, directory.name, trust_remote_code)
+    directory = _with_config(_download(hub_id, CONFIG_FILES, cache_dir, revision))
+    return Location(name if name in ALIASES else hub_id.split("/")[1], hub_id, directory, directory.name)
+
+
+def read_source(place: Location, trust_remote_code: bool = False) -> Source:
+    """Read the config of a checkpoint.
+
+    Raises ModelError if it cannot be read, or the checkpoint is an adapter, of an architecture that no family knows,
+    or one that its family refuses.
+    """
+    config, family = _read_config(place.directory, trust_remote_code)
+    return Source(place.name, place.origin, place.directory, config, family, place.revision, trust_remote_code)
 
 
 def family_of(model: Any) -> Family:
@@ -112,19 +153,30 @@ def _download(hub_id: str, patterns: tuple[str, ...], cache_dir: str | Path | No
     return Path(path)
 
 
+def _with_config(directory: Path) -> Path:
+    if (directory / BUNDLE_FILE).is_file():
+        raise ModelError(f"{directory} is a bundle, not a checkpoint; give the checkpoint that it was exported from")
+    if not any((directory / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE)):
+        raise ModelError(f"{directory} holds no {CONFIG_FILE}; give the directory of a Hugging Face checkpoint")
+    return directory
+
+
 def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]:
-    path = directory / "config.json"
+    if (directory / ADAPTER_FILE).is_file():
+        raise ModelError(
+            f"{directory} holds a LoRA or another PEFT adapter ({ADAPTER_FILE}), which an export would leave out; "
+            "merge it with merge_and_unload of peft, save model and processor with save_pretrained, and give that "
+            "directory"
+        )
+    path = directory / CONFIG_FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        architectures = data.get("architectures") or []
-    except FileNotFoundError:
-        raise ModelError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint") from None
-    except (OSError, ValueError, AttributeError) as error:
+        architectures = [str(name) for name in data.get("architectures") or ()]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"cannot read {path} ({error}); download the checkpoint again") from error
     family = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
     if family is None:
-        given = ", ".join(map(str, architectures)) or f"none (model type {data.get('model_type')})"
-        raise ModelError(f"architecture {given} is not supported; supported: {', '.join(FAMILIES)}")
+        raise _unsupported(architectures, data.get("model_type"))
     try:
         from transformers import AutoConfig
     except ImportError as error:
@@ -136,3 +188,18 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]
         raise ModelError(f"transformers cannot read {path}: {reason}") from error
     family.check(config)
     return config, family
+
+
+def _unsupported(architectures: list[str], model_type: object) -> ModelError:
+    for name in architectures:
+        if name in NATIVE_FORMS:
+            return ModelError(
+                f"architecture {name} is code outside transformers, which cannot be exported; {NATIVE_FORMS[name]}"
+            )
+        if name in REMOTE_CODE:
+            return ModelError(
+                f"architecture {name} exists only as remote code, which cannot be exported; "
+                f"supported: {', '.join(FAMILIES)}"
+            )
+    given = ", ".join(architectures) or f"none (model type {model_type})"
+    return ModelError(f"architecture {given} is not supported; supported: {', '.join(FAMILIES)}")

@@ -13,8 +13,11 @@ import tomllib
 
 from vkvx import cli
 from vkvx.cli import terminal
+from vkvx.cli.models import describe_families
 from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
 from vkvx.manifest import FORMAT, FORMAT_VERSION, Manifest, ModelInfo, Quantization
+from vkvx.models.presets import preset_config, write_processor
+from vkvx.models.registry import NATIVE_FORMS, REMOTE_CODE
 from vkvx.plugins import operator
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +104,36 @@ def test_bytes_of_a_picture_in_the_readme() -> None:
         packed = [groups * layers * heads * dim * (640 * 2 * bits // 8 + 10) for bits in (8, 4, 2, 1)]
         assert cells == [terminal.human_bytes(count) for count in (int(tokens) * layers * heads * dim * 4, *packed)]
     assert not shapes
+
+
+def test_families_and_aliases() -> None:
+    families = describe_families()
+    expected = [
+        [
+            *(family["name"], f"`{family['architecture']}`", ", ".join(family["decoders"]), family["verified"]),
+            ", ".join(f"`{alias}`" for alias in family["aliases"]),
+        ]
+        for family in families
+    ]
+    assert table("docs/models.md", "family") == expected
+    named = [pair for family in families for pair in family["aliases"].items()]
+    documented = [tuple(cell.strip("`") for cell in row) for row in table("docs/models.md", "alias")]
+    assert documented == named
+
+
+def test_refused_architectures() -> None:
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert {name for name in (*NATIVE_FORMS, *REMOTE_CODE) if f"`{name}`" not in text} == set()
+
+
+def test_example_of_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = preset_config("internvl3-8b")
+    directory = tmp_path / "internvl3-8b"
+    config.save_pretrained(directory)
+    write_processor(directory, config)
+    assert cli.main(["check", str(directory)]) == 0
+    example = f"$ vkvx check ./internvl3-8b\n{capsys.readouterr().out}```"
+    assert example in (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
 
 def test_links() -> None:

@@ -67,6 +67,18 @@ def _packed_attention(
     return output.transpose(0, 1).unsqueeze(0), None
 
 
+def resampled(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Rows [N, hidden] of a table [entries, hidden]: sums of rows ``index`` [N, taps] times ``weight`` [N, taps].
+
+    In FP32, tap by tap: all taps at once would take the memory of as many pictures.
+    """
+    rows = [
+        table.index_select(0, i).float() * w.unsqueeze(1)
+        for i, w in zip(index.unbind(1), weight.unbind(1), strict=True)
+    ]
+    return sum(rows[1:], rows[0]).to(table.dtype)
+
+
 class VisionGraph(nn.Module):
     """Tower and projector. Pixels come in float32 and are cast to the model's dtype."""
 

@@ -178,7 +178,7 @@ def test_bad_options(checkpoint: Path, room: Path) -> None:
 def test_without_a_processor(copy: Path, room: Path) -> None:
     (copy / "preprocessor_config.json").unlink()
     (copy / "tokenizer.json").unlink()
-    refused(copy, room, "cannot read the processor files")
+    refused(copy, room, "holds no tokenizer")
 
 
 def test_pictures_of_the_wrong_size(copy: Path, room: Path) -> None:

@@ -49,6 +49,11 @@ class Reference:
                 return transformers.InternVLProcessor(**parts, video_processor=None, image_seq_length=tokens)
             if self.kind in ("qwen2_vl", "qwen2_5_vl"):
                 return transformers.Qwen2VLProcessor(**parts, video_processor=None)
+            if self.kind in ("glm4v", "glm46v", "glm_ocr"):
+                kind = transformers.Glm4vProcessor if self.kind == "glm4v" else transformers.Glm46VProcessor
+                return kind(**parts, video_processor=None)
+            if self.kind == "paddleocr_vl":
+                return transformers.PaddleOCRVLProcessor(**parts)
             # SmolVLMProcessor writes the same for pictures, and wants another package for videos.
             tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
             return transformers.Idefics3Processor(**parts, image_seq_len=tokens)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import CASES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -207,6 +208,24 @@ def test_tied_embeddings(tmp_path: Path, names: tuple[str, ...]) -> None:
         save_file(tensors, path, {"format": "pt"})
         with pytest.raises(ModelError, match="tie_word_embeddings"):
             match_parameters(model, read_checkpoint(tmp_path / "tied"))
+
+
+@pytest.mark.parametrize("preset", [case.preset for case in CASES])
+def test_head_of_each_family(tmp_path: Path, preset: str) -> None:
+    """A tied head is the tensor of the embeddings, any other has its own."""
+    config = preset_config(preset)
+    write_checkpoint(tmp_path / "source", config, dtype="float32")
+    model, stored = fake_model(tmp_path / "source"), read_checkpoint(tmp_path / "source")
+    found = match_parameters(model, stored)
+    head, embeddings = (found[id(part.weight)] for part in (model.lm_head, model.get_input_embeddings()))
+    assert ("lm_head.weight" in {name.removeprefix("language_model.") for name in stored}) != config.tie_word_embeddings
+    assert (head is embeddings) == config.tie_word_embeddings
+    assert len(set(found.values())) == len(stored)
+
+
+def test_other_families_than_llava_have_both_kinds_of_heads() -> None:
+    configs = [preset_config(case.preset) for case in CASES]
+    assert {config.tie_word_embeddings for config in configs if config.model_type != "llava"} == {True, False}
 
 
 def place(stored: dict[str, StoredTensor], dtype: str, directory: Path) -> tuple[WeightPlan, dict[str, torch.Tensor]]:

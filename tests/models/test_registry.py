@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import CASES
 
 from vkvx.errors import ModelError
-from vkvx.models.registry import ALIASES, resolve, sample_pages
+from vkvx.models.presets import preset_config
+from vkvx.models.registry import ALIASES, FAMILIES, HUB_ID, REMOTE_CODE, resolve, sample_pages
 
 Edit = Callable[[dict[str, Any]], None]
+LLAVA = "LlavaForConditionalGeneration"
+RELATIVES = {(LLAVA, "mistral"), (LLAVA, "qwen2")}
+"""Decoders that tests/export/test_bundle.py compares with transformers, besides the matrix of families."""
 
 
 def edited(checkpoint: Path, directory: Path, edit: Edit) -> Path:
@@ -59,6 +65,23 @@ def test_generation_config_may_list_ends(checkpoint: Path, tmp_path: Path) -> No
     info = source.info("float16")
     assert info.eos_token_ids == (2, 7)
     assert info.pad_token_id == 0
+
+
+def test_aliases_name_checkpoints_of_known_families() -> None:
+    assert len(ALIASES) == sum(len(family.aliases) for family in FAMILIES.values())
+    for alias, target in ALIASES.items():
+        assert re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", alias)
+        assert target.is_dir() if isinstance(target, Path) else HUB_ID.fullmatch(target)
+    assert len(set(map(str, ALIASES.values()))) == len(ALIASES)
+
+
+def test_decoders_said_to_be_tested_are() -> None:
+    configs = [preset_config(case.preset) for case in CASES]
+    cases = {(config.architectures[0], config.text_config.model_type) for config in configs}
+    assert {architecture for architecture, _ in cases} == set(FAMILIES)
+    said = {(name, decoder) for name, family in FAMILIES.items() for decoder in family.tested_models}
+    assert said == cases | RELATIVES
+    assert all(set(family.tested_models) <= set(family.text_models) for family in FAMILIES.values())
 
 
 def test_sample_pages() -> None:
@@ -127,7 +150,74 @@ def test_refused_configs(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\xff"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapters_are_not_ignored(checkpoint: Path, tmp_path: Path, whole: bool) -> None:
+    if whole:
+        edited(checkpoint, tmp_path, lambda config: None)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"adapter .*merge it with merge_and_unload"):
+        resolve(tmp_path)
+
+
+def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "vkvx.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is a bundle.*give the checkpoint"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("InternVLChatModel", "give the same model in transformers' own format, .*OpenGVLab/InternVL3-8B-hf"),
+        ("LlavaLlamaForCausalLM", "llava-hf/llava-1.5-7b-hf"),
+        ("LlavaQwenForCausalLM", r"llava-hf/llava-onevision-\*, is not supported yet"),
+        *((name, "exists only as remote code, which cannot be exported; supported: Llava") for name in REMOTE_CODE),
+    ],
+)
+def test_remote_code_is_refused_with_what_there_is_instead(
+    checkpoint: Path, tmp_path: Path, architecture: str, words: str
+) -> None:
+    edited(checkpoint, tmp_path, lambda config: config.update(architectures=[architecture]))
+    for trust in (False, True):
+        with pytest.raises(ModelError, match=f"architecture {architecture} .*{words}"):
+            resolve(tmp_path, trust_remote_code=trust)
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("awq", "AWQ"),
+        ("gptq", "GPTQ"),
+        ("fp8", "FP8"),
+        ("bitsandbytes", "bitsandbytes"),
+        ("compressed-tensors", "compressed-tensors"),
+    ],
+)
+def test_quantised_weights_are_refused_by_method(
+    checkpoint: Path, tmp_path: Path, part: str | None, method: str, name: str
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        (config if part is None else config[part]).update(quantization_config={"quant_method": method, "bits": 4})
+
+    with pytest.raises(ModelError, match=rf"quantised \({name}\); give the one that it was made from"):
+        resolve(edited(checkpoint, tmp_path, change))
+
+
+def test_quantised_weights_of_a_loaded_model() -> None:
+    """There transformers has made an object of ``quantization_config``."""
+    from transformers import FineGrainedFP8Config, GPTQConfig
+
+    for given, name in ((FineGrainedFP8Config(), "FP8"), (GPTQConfig(bits=4), "GPTQ")):
+        config = preset_config("tiny")
+        for part in (config, config.text_config):
+            part.quantization_config = given
+            with pytest.raises(ModelError, match=rf"quantised \({name}\)"):
+                FAMILIES[LLAVA].check(config)
+            del part.quantization_config
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\xff", '{"architectures": 5}'])
 def test_unreadable_config(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ModelError, match=r"cannot read .*config\.json"):

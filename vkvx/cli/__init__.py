@@ -12,13 +12,29 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vkvx import __version__, packages
-from vkvx.cli import bench, build, chat, deploy, doctor, eval, export, inspect, plan, plugin, run, terminal, validate
+from vkvx.cli import (
+    bench,
+    build,
+    chat,
+    check,
+    deploy,
+    doctor,
+    eval,
+    export,
+    inspect,
+    models,
+    plan,
+    plugin,
+    run,
+    terminal,
+    validate,
+)
 from vkvx.errors import OptionError, StorageError, VkvxError
 
 EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141
 """Done; a check failed; the user can fix it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
 
-VERBS = (export, build, run, chat, validate, bench, eval, inspect, plan, plugin, deploy, doctor)
+VERBS = (models, check, export, build, run, chat, validate, bench, eval, inspect, plan, plugin, deploy, doctor)
 
 _EPILOG = """\
 example:

@@ -41,7 +41,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         description="Turn a multimodal LLM into a bundle: ONNX graphs, weights, tokenizer, one manifest.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="tiny-llava (bundled), llava, llava-13b, a local directory, or a hub id"
+        "model", metavar="MODEL", help="an alias of `vkvx models` such as tiny-llava, a local directory, or a hub id"
     )
     parser.add_argument("-o", "--output", metavar="DIR", help="the bundle's directory (default: MODEL-BITSbit here)")
     parser.add_argument("--force", action="store_true", help="replace the output if it is a bundle")

@@ -106,7 +106,6 @@ def _lines(plan: Plan) -> list[str]:
                 f"{row.max_pictures:,} ({row.limited_by})",
             )
         )
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     return [
         f"model        {model.name}: {model.architecture}, {model.dtype}, {model.layers} layers,"
         f" {model.query_heads} query heads, {model.kv_heads} KV heads, head dim {model.head_dim}",
@@ -115,7 +114,7 @@ def _lines(plan: Plan) -> list[str]:
         f"GPU          {size(plan.memory)}: {size(plan.reserve)} in reserve, {size(plan.cache)} for the cache",
         f"a sequence   {plan.pictures} x {plan.tokens_per_picture} visual tokens, {plan.text_tokens} text tokens",
         "",
-        *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
+        *terminal.columns(table),
         "",
         "sequences: how many fit side by side.",
         "break-even: from this many sequences on, a decode step reads more cache than decoder weights.",

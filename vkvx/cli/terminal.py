@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vkvx.errors import OptionError, StorageError
@@ -85,6 +85,12 @@ def ranges(values: Iterable[Any]) -> list[tuple[str, Any]]:
         else:
             runs.append([index, index, value])
     return [(str(first) if first == last else f"{first}-{last}", value) for first, last, value in runs]
+
+
+def columns(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.rjust) -> list[str]:
+    """The lines of a table, its columns as wide as their widest cell."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return ["  ".join(map(justify, row, widths)).rstrip() for row in rows]
 
 
 class ProgressBar:

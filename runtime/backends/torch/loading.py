@@ -13,7 +13,7 @@ from vkvx.manifest import Manifest
 from vkvx.models.checkpoint import CONFIG_FILE, read_checkpoint
 from vkvx.models.family import Source
 from vkvx.models.graph.metric import METRICS_FILE, model_metrics
-from vkvx.models.registry import resolve
+from vkvx.models.registry import Location, read_source
 from vkvx.plugins.operator import layer_attributes
 from vkvx.runtime.backends.base import check_machine
 from vkvx.runtime.backends.torch.backend import TorchBackend
@@ -46,7 +46,8 @@ def open_bundle(
             "or give --backend onnxruntime"
         )
     try:
-        source = resolve(bundle.absolute())
+        directory = bundle.resolve()
+        source = read_source(Location(directory.name, str(directory), directory, None))
         check_same_model(source, manifest)
         model = load_model(source, getattr(torch, manifest.model.dtype))
     except ModelError as error:
