@@ -180,6 +180,7 @@ class Family(ABC):
             kv_heads=text.num_key_value_heads,
             head_dim=head_dim(text),
             hidden_size=text.hidden_size,
+            embed_width=text.hidden_size * (1 + self.deepstack(config)),
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
             position_rows=self.position_rows,
@@ -208,6 +209,10 @@ class Family(ABC):
     @abstractmethod
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """Inputs of the vision graph, named as the image processor names them."""
+
+    def deepstack(self, config: Any) -> int:
+        """How many of the first decoder layers add features of the picture, which stand behind its embeddings."""
+        return 0
 
     def text_model(self, model: Any) -> nn.Module:
         """The decoder without its head: takes ``inputs_embeds`` and ``position_ids``."""

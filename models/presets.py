@@ -213,6 +213,57 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         },
     },
+    "qwen3-vl-8b": {
+        "model_type": "qwen3_vl",
+        "vision_config": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "num_heads": 16,
+            "intermediate_size": 4304,
+            "out_hidden_size": 4096,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+    },
+    "tiny-qwen3-vl": {
+        "model_type": "qwen3_vl",
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 96,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "qwen3_vl_text",
+            "num_hidden_layers": 3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+            },
+        },
+    },
     "tiny-glm-4.1v": {
         "model_type": "glm4v",
         "vision_config": {
@@ -308,7 +359,7 @@ def write_processor(directory: Path, config: Any) -> None:
         marks = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
         files = _files("<IMG_CONTEXT>", {"context_image_token": "<IMG_CONTEXT>", **marks})
         files.images = GotOcr2ImageProcessorPil(size={"height": height, "width": width})
-    elif config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+    elif config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         files = _files("<|image_pad|>", {}, before="<|vision_start|>", after="<|vision_end|>")

@@ -17,10 +17,11 @@ from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
 from vkvx.models.llava import TINY_LLAVA, Llava
 from vkvx.models.paddleocr_vl import PaddleOcrVL
+from vkvx.models.qwen3_vl import Qwen3VL
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
 from vkvx.packages import missing
 
-_KNOWN = (Llava, InternVL, Idefics3, SmolVLM, Qwen2VL, Qwen25VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL)
+_KNOWN = (Llava, InternVL, Idefics3, SmolVLM, Qwen2VL, Qwen25VL, Qwen3VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL)
 FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}
 """Directories and hub ids by the short names that people may give."""

@@ -31,7 +31,7 @@ FORMAT_VERSION = 2
 _VERSION_1: dict[str, object] = {"position_rows": 1, "rotary_dim": 0, "rotary_interleaved": False}
 """Facts of every model that version 1 could describe."""
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-_SIZES = ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "max_positions")
+_SIZES = ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "embed_width", "vocab_size", "max_positions")
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``, in bytes or steps."""
@@ -50,6 +50,9 @@ class PictureInfo:
 class ModelInfo:
     """What the runtime must know of the model.
 
+    A picture's embeddings are ``embed_width`` wide: ``hidden_size``, or a multiple of it where the first decoder layers
+    add features of the picture, too.
+
     ``tokens_per_picture`` is None where pictures vary in size; ``typical_tokens`` are those of usual pictures,
     ascending: group sizes follow from them, and default capacities from the largest. ``position_rows`` is 4 where the
     rotary embedding tells time, rows and columns of a picture apart (``position_ids`` [B, 4, S], the plain index first)
@@ -67,6 +70,7 @@ class ModelInfo:
     kv_heads: int
     head_dim: int
     hidden_size: int
+    embed_width: int
     vocab_size: int
     max_positions: int
     position_rows: int
@@ -321,7 +325,13 @@ class Manifest(ManifestFile):
         try:
             tokens, vision = data["model"]["tokens_per_picture"], data["graphs"]["vision"]
             pictures = {"kind": "tiles", "numbers": {"tile_tokens": tokens}, "marks": {}}
-            model = {**data["model"], **_VERSION_1, "typical_tokens": [tokens], "pictures": pictures}
+            model = {
+                **data["model"],
+                "embed_width": data["model"]["hidden_size"],
+                **_VERSION_1,
+                "typical_tokens": [tokens],
+                "pictures": pictures,
+            }
             outputs = [{**output, "shape": [f"{tokens}*P", *output["shape"][1:]]} for output in vision["outputs"]]
             return {**data, "model": model, "graphs": {**data["graphs"], "vision": {**vision, "outputs": outputs}}}
         except (KeyError, TypeError):
@@ -334,6 +344,8 @@ class Manifest(ManifestFile):
             size = getattr(model, name)
             require(size is None or 0 < size < 2**31, f"model.{name}", "positive and less than 2**31", size)
         require(model.position_rows in (1, 4), "model.position_rows", "1 or 4", model.position_rows)
+        whole = model.embed_width % model.hidden_size == 0
+        require(whole, "model.embed_width", "a multiple of hidden_size", model.embed_width)
         turned = 0 <= model.rotary_dim <= model.head_dim and model.rotary_dim % 2 == 0
         require(turned, "model.rotary_dim", "an even number up to head_dim", model.rotary_dim)
         typical = model.typical_tokens

@@ -98,7 +98,7 @@ def _backend(model: Any, bits: int, batch: int) -> tuple[float, float, int]:
     )
     for row in range(batch):
         call = build_call([Row(row, ids, (picture,), 0)], group_size=size, image_token_id=info.image_token_id)
-        embeds = rng.standard_normal((1, call.visual_index.shape[1], info.hidden_size), np.float32)
+        embeds = rng.standard_normal((1, call.visual_index.shape[1], info.embed_width), np.float32)
         backend.step(call, embeds.astype(np.float16))
 
     def step(token: int = 9) -> np.ndarray:

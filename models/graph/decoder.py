@@ -6,7 +6,8 @@ operator through :class:`Attention`, passed along as a keyword argument of the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -147,16 +148,21 @@ class DecoderGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches."""
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
-        embeds = place_embeds(embeds, visual_embeds, visual_index)
+        width = embeds.shape[-1]
+        # Positions of text have no features for the first layers: zeros.
+        features = embeds.new_zeros(*embeds.shape[:2], visual_embeds.shape[-1] - width)
+        placed = place_embeds(torch.cat([embeds, features], -1), visual_embeds, visual_index)
+        embeds, *features = placed.split(width, -1)
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
         attention = Attention(
             self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place
         )
         # transformers wants the rows of positions first.
         rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
-        hidden = self.text_model(
-            inputs_embeds=embeds, position_ids=rows, use_cache=False, vkvx_attention=attention
-        ).last_hidden_state
+        with self._adding(features):
+            hidden = self.text_model(
+                inputs_embeds=embeds, position_ids=rows, use_cache=False, vkvx_attention=attention
+            ).last_hidden_state
         if not all(attention.presents):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
         batch, positions, width = hidden.shape
@@ -165,6 +171,20 @@ class DecoderGraph(nn.Module):
         logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last)).float()
         counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, caches[4].shape[2])
         return logits, *counts, *(tensor for present in attention.presents for tensor in present)
+
+    @contextmanager
+    def _adding(self, features: Sequence[Tensor]) -> Iterator[None]:
+        """Add features [B, S, hidden] to what the first layers give: as transformers does, but without a mask."""
+        layers: Any = self.text_model.layers
+        hooks = [
+            layer.register_forward_hook(lambda module, args, output, more=more: output + more)
+            for layer, more in zip(layers, features, strict=False)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _metrics(self, position_ids: Tensor, last_index: Tensor) -> list[tuple[Tensor, ...]]:
         """Metrics of each layer, and the rotation at the row's last position, which all share."""
@@ -226,7 +246,7 @@ def decoder_inputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
     calls = (
         TensorSpec("input_ids", "int32", ("B", "S")),
         TensorSpec("position_ids", "int32", ("B", "S") if rows == 1 else ("B", rows, "S")),
-        TensorSpec("visual_embeds", layout.info.dtype, ("B", "Nv", layout.info.hidden_size)),
+        TensorSpec("visual_embeds", layout.info.dtype, ("B", "Nv", layout.info.embed_width)),
         TensorSpec("visual_index", "int32", ("B", "Nv")),
         TensorSpec("text_index", "int32", ("B", "Nt")),
         TensorSpec("last_index", "int32", ("B",)),

@@ -101,4 +101,4 @@ class VisionGraph(nn.Module):
 
 def vision_outputs(model: ModelInfo, rows: str) -> tuple[TensorSpec, ...]:
     """Output of the vision graph; ``rows`` says how many tokens all pictures have, such as ``"256*P"``."""
-    return (TensorSpec("image_embeds", model.dtype, (rows, model.hidden_size)),)
+    return (TensorSpec("image_embeds", model.dtype, (rows, model.embed_width)),)

@@ -23,8 +23,8 @@ class Grid:
     """A picture of h x w patches, of which ``merge`` x ``merge`` make a visual token; patches come block by block.
 
     ``window`` is the side in tokens of the windows that some layers of the tower attend within (0: there are none).
-    ``table`` is the side of a learnt table of positions that is resampled by ``kernel`` (0: there is none). With
-    ``raster`` patches come row by row.
+    ``table`` is the side of a learnt table of positions that is resampled by ``kernel`` (0: there is none); with
+    ``corners`` its corner entries are those of the corner patches. With ``raster`` patches come row by row.
     """
 
     merge: int
@@ -32,6 +32,7 @@ class Grid:
     table: int = 0
     raster: int = 0
     kernel: str = ""
+    corners: int = 0
     call_options: ClassVar[Mapping[str, Any]] = {}
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
@@ -129,11 +130,13 @@ class Grid:
         }
 
     def _taps(self, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of the table on an axis for patches ``index`` of ``size``, and their weights: half-pixel centres."""
+        """Entries of the table on an axis for patches ``index`` of ``size``, and their weights."""
         count = KERNELS[self.kernel]
-        source = (index.astype(np.float32) + np.float32(0.5)) * np.float32(self.table) / np.float32(size) - np.float32(
-            0.5
-        )
+        place = index.astype(np.float32)
+        if self.corners:
+            source = place * np.float32(self.table - 1) / np.float32(max(size - 1, 1))
+        else:
+            source = (place + np.float32(0.5)) * np.float32(self.table) / np.float32(size) - np.float32(0.5)
         floor = np.floor(source)
         offsets = np.arange(count) - (count // 2 - 1)
         taps = floor.astype(np.int64)[:, None] + offsets

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from vkvx.errors import CapacityError, OptionError
 from vkvx.format import TILE
-from vkvx.manifest import Manifest
+from vkvx.manifest import Manifest, parse_dim
 from vkvx.runtime.engines.manifest import DECODE, DECODER, PREFILL, VISION, Limits, Profile
 
 GIB = 1 << 30
+TILES = "P"
+"""Symbol of the vision graph's inputs that counts tiles, or pictures of one size."""
 DEFAULT_MEMORY = 8 * GIB
 """GPU memory that is reckoned with where no GPU is seen and none is given."""
 _MAX_SLOTS, _MAX_BATCH = 16, 4
@@ -68,9 +70,10 @@ def resolve_limits(manifest: Manifest, given: GivenLimits, weight_bytes: int, gp
         )
     pictures = max(1, min(_PICTURES, model.max_positions // picture))
     visual = pictures * entries if given.visual_tokens is None else -(-given.visual_tokens // size) * size
-    if visual < entries:
+    smallest = -(-tile // size) * size
+    if visual < smallest:
         raise CapacityError(
-            f"--max-visual-tokens {given.visual_tokens} holds no picture of {picture} tokens; give at least {entries}"
+            f"--max-visual-tokens {given.visual_tokens} holds no picture of {tile} tokens; give at least {smallest}"
         )
     text = given.text_tokens or min(model.max_positions, _TEXT_TOKENS)
     if not manifest.layout.is_packed:  # pictures lie among the text rows
@@ -79,13 +82,15 @@ def resolve_limits(manifest: Manifest, given: GivenLimits, weight_bytes: int, gp
     slots, batch = _rows(manifest, given, visual, text, weight_bytes, gpu_memory)
     calls = _call_groups(input_len, tile, size)
     per_call = calls * size if visual == 0 else min(calls * size, visual)
-    return Limits(batch, slots, input_len, visual, text, max(1, per_call // (-(-tile // size) * size)))
+    # Tiles of all pictures share a call; a picture that is a grid of patches has its own, and may fill a prompt.
+    in_tiles = manifest.graphs["vision"].inputs[0].shape[0] == TILES
+    pictures = per_call // (-(-tile // size) * size) if in_tiles else min(input_len, per_call)
+    return Limits(batch, slots, input_len, visual, text, max(1, pictures))
 
 
 def _smallest(manifest: Manifest) -> int:
-    """Visual tokens of the smallest picture: those of one row of the vision graph's inputs."""
-    vision = manifest.graphs["vision"]
-    return vision.output_rows({spec.name: (None,) for spec in vision.inputs})
+    """Visual tokens of the smallest picture: those of one tile, or one."""
+    return parse_dim(manifest.graphs["vision"].outputs[0].shape[0])[0]
 
 
 def _call_groups(input_len: int, picture: int, size: int) -> int:
@@ -165,10 +170,13 @@ def build_profiles(manifest: Manifest, limits: Limits, *, empty_indices: bool) -
         Profile(DECODER, index, name, {spec.name: _shapes(spec.shape, {**cache, **ranges}) for spec in specs})
         for index, (name, ranges) in enumerate(sizes.items())
     ]
-    pictures = {"P": (1, 1, limits.pictures)}
+    usual = min(picture, limits.pictures)
+    # A window holds at least one token.
+    pictures = {TILES: (1, 1, limits.pictures), **dict.fromkeys(("M", "W"), (1, usual, limits.pictures))}
     vision = {spec.name: _shapes(spec.shape, pictures) for spec in manifest.graphs["vision"].inputs}
     return (*decoder, Profile(VISION, 0, VISION, vision))
 
 
 def _shapes(shape: tuple[int | str, ...], ranges: dict[str, tuple[int, int, int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(ranges[dim][i] if isinstance(dim, str) else dim for dim in shape) for i in range(3))
+    dims = [parse_dim(dim) for dim in shape]
+    return tuple(tuple(factor * (ranges[name][i] if name else 1) for factor, name in dims) for i in range(3))

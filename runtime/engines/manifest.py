@@ -43,7 +43,8 @@ class Limits:
 
     ``batch_size``: rows of a call; ``slots``: rows of the cache; ``input_len``: positions of a row in a call;
     ``visual_tokens`` and ``text_tokens``: capacity of a slot, the first a multiple of the group size, and 0 in a
-    bundle of 16 bits, whose pictures lie among the text rows; ``pictures``: pictures in a call of the vision engine.
+    bundle of 16 bits, whose pictures lie among the text rows; ``pictures``: tiles in a call of the vision engine, or
+    visual tokens of a picture where pictures are grids of patches.
     """
 
     batch_size: int

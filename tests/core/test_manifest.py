@@ -37,6 +37,7 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "kv_heads": 2,
             "head_dim": 64,
             "hidden_size": 256,
+            "embed_width": 256,
             "vocab_size": 128,
             "max_positions": 4096,
             "position_rows": 1,

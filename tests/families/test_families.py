@@ -1,19 +1,26 @@
-"""Every family against transformers' own processor and model, from pictures of different sizes to a second turn."""
+"""Every family against transformers' own processor and model, and engines of it.
+
+Pictures of different sizes, a batch, a second turn, 1 bit; TensorRT for RTX builds vision and decoder.
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine_calls import build
 from families import Case
 from PIL import Image
 from reference import IMAGE_TOKEN, Reference, joined, picture
 
 from vkvx import quantize_visual_cache
 from vkvx.manifest import Manifest
+from vkvx.runtime.backends import golden
+from vkvx.runtime.engines.manifest import VISION, EngineManifest
 from vkvx.runtime.sessions.processor import PLACEHOLDER
 from vkvx.runtime.sessions.session import Session
 
@@ -116,3 +123,17 @@ def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> N
             assert effect > 100 * ATOL  # so that 16 bits would be noticed
             np.testing.assert_allclose(found[0], logits[row, 0], rtol=0, atol=ATOL)
             np.testing.assert_allclose(found, logits[row], rtol=0, atol=PACKED_SHARE * effect)
+
+
+@pytest.mark.parametrize("capability", ["8.9", "12.0"])
+def test_engines_are_built(case: Case, packed: Path, plugin_file: Path, capability: str, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(packed, tmp_path / "bundle"))
+    pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx-cu13")
+    result = build(bundle, plugin_file, compute_capabilities=(capability,))
+    manifest, model = EngineManifest.load(result.directory), Manifest.load(bundle)
+    manifest.check_bundle(bundle)
+    assert manifest.engines["decoder"].plugin_layers == model.model.layers
+    (profile,) = (one for one in manifest.profiles if one.engine == VISION)
+    for tokens in (0, min(model.model.usual_tokens, manifest.limits.pictures)):
+        picture = golden.picture(model, tokens)
+        assert all(profile.takes(name, np.shape(array)) for name, array in picture.arrays.items())

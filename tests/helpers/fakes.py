@@ -42,6 +42,7 @@ def manifest(
             kv_heads=2,
             head_dim=64,
             hidden_size=8,
+            embed_width=8,
             vocab_size=256,
             max_positions=max_positions,
             position_rows=1,

@@ -137,7 +137,7 @@ class OnnxRuntimeBackend:
             self._run(self._vision, binding, graph.file)
             return binding.get_outputs()[0].numpy()
         # NumPy arrays of bfloat16 can be written to, but not had from onnxruntime.
-        embeds = np.empty((graph.output_rows(pixel_inputs), self.manifest.model.hidden_size), numpy_dtype("bfloat16"))
+        embeds = np.empty((graph.output_rows(pixel_inputs), self.manifest.model.embed_width), numpy_dtype("bfloat16"))
         binding.bind_ortvalue_output(output.name, _ort_value(self._ort, embeds))
         self._run(self._vision, binding, graph.file)
         return embeds
@@ -152,7 +152,7 @@ class OnnxRuntimeBackend:
             call = replace(call, visual_index=group)
         batch, entries = call.visual_index.shape
         if visual_embeds is None:
-            visual_embeds = np.zeros((batch, entries, self.manifest.model.hidden_size), self._dtype)
+            visual_embeds = np.zeros((batch, entries, self.manifest.model.embed_width), self._dtype)
         visual_embeds = np.ascontiguousarray(visual_embeds, self._dtype)
         inputs = {name: getattr(call, name) for name in CALL_INPUTS}
         # Binding copies to the device, so the counts are bound anew each time.

@@ -31,6 +31,7 @@ from vkvx.runtime.backends.tensorrt.engine import Engines
 from vkvx.runtime.cache import PackedCache, Shape, numpy_dtype
 from vkvx.runtime.calls import CALL_INPUTS, Call
 from vkvx.runtime.engines.gpus import use_gpu
+from vkvx.runtime.engines.limits import TILES
 from vkvx.runtime.engines.manifest import DECODE, DECODER, VISION, Limits
 
 
@@ -105,29 +106,35 @@ class TensorRTBackend:
         if set(dtypes) != set(pixel_inputs):
             raise OptionError(f"the vision engine takes {sorted(dtypes)}, got {sorted(pixel_inputs)}")
         (output,) = manifest.engine_tensors(VISION, "output")
-        pictures = len(next(iter(pixel_inputs.values())))
-        rows = self.manifest.graphs["vision"].output_rows(pixel_inputs)
-        tokens = rows // pictures
-        embeds = self.gpu.allocate(output.dtype, (rows, self.manifest.model.hidden_size))
+        graph = self.manifest.graphs["vision"]
+        rows, count = graph.output_rows(pixel_inputs), len(next(iter(pixel_inputs.values())))
+        # Tiles do not know of each other, patches of a picture do.
+        step = self.limits.pictures if graph.inputs[0].shape[0] == TILES else count
+        embeds = self.gpu.allocate(output.dtype, (rows, self.manifest.model.embed_width))
         if self._vision is None:
             self._vision = self.engines.context(engine, profile.index, self.gpu)
-        for first in range(0, pictures, self.limits.pictures):
-            part = {name: np.asarray(a)[first : first + self.limits.pictures] for name, a in pixel_inputs.items()}
+        for first in range(0, count, step):
+            part = {
+                name: np.asarray(a)[first : first + step] if step < count else a for name, a in pixel_inputs.items()
+            }
             for name, array in part.items():
                 if not profile.takes(name, array.shape):
                     least, _, most = profile.shapes[name]
-                    raise CapacityError(f"the vision engine takes {name} of {least} to {most}, got {array.shape}")
+                    raise CapacityError(
+                        f"the vision engine takes {name} of {least} to {most}, got {array.shape}; "
+                        "give a smaller picture, or build with a larger --max-input-len"
+                    )
                 held = self._reserve(name, dtypes[name], array.shape)
                 self.gpu.upload(held, array.astype(numpy_dtype(dtypes[name]), copy=False))
                 self._bind(self._vision, {name: held}, inputs=True)
-            row = tensor_bytes(output.dtype, (first * tokens, self.manifest.model.hidden_size))
+            row = tensor_bytes(output.dtype, (first * rows // count, self.manifest.model.embed_width))
             self._vision.set_tensor_address(output.name, embeds.address + row)
             self._enqueue(self._vision)
         return embeds
 
     def place(self, call: Call, embeds: Sequence[DeviceArray]) -> DeviceArray:
         """See :meth:`vkvx.runtime.backends.base.Backend.place`: copies on the device, zeros without a picture."""
-        dtype, hidden = self.manifest.model.dtype, self.manifest.model.hidden_size
+        dtype, hidden = self.manifest.model.dtype, self.manifest.model.embed_width
         placed = self._reserve("visual_embeds", dtype, (*call.visual_index.shape, hidden))
         self.gpu.clear(placed)
         size = tensor_bytes(dtype, (hidden,))
@@ -139,7 +146,7 @@ class TensorRTBackend:
         """See :meth:`vkvx.runtime.backends.base.Backend.step`."""
         use_gpu(self.gpu.gpu)  # TensorRT and its plugins take the thread's GPU for theirs
         model, cache = self.manifest.model, self.cache
-        plan = plan_call(self.engines.manifest, call, cache, model.hidden_size)
+        plan = plan_call(self.engines.manifest, call, cache, model.embed_width)
         lane = self._lane(plan)
         embeds = self._embeds(plan, visual_embeds)
         known, self._known_counts = self._known_counts, None  # until the step is done

@@ -105,7 +105,7 @@ class CallPlan:
     shapes: dict[str, Shape]
 
 
-def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, hidden_size: int) -> CallPlan:
+def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, embed_width: int) -> CallPlan:
     """Choose the profile of a call and pad the call to it.
 
     One new token per row and no picture is a decode step; its rows are padded to :func:`decode_rows`, so that there are
@@ -133,7 +133,7 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, hidden_si
     shapes: dict[str, Shape] = {name: getattr(call, name).shape for name in CALL_INPUTS}
     for name in CALL_INPUTS:
         _check(profile, name, shapes[name])
-    shapes["visual_embeds"] = (*call.visual_index.shape, hidden_size)
+    shapes["visual_embeds"] = (*call.visual_index.shape, embed_width)
     return CallPlan(profile, call, rows, shapes)
 
 

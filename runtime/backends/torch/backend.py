@@ -126,7 +126,7 @@ class TorchBackend:
 
     def _run(self, call: Call, visual_embeds: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         info, cache = self.manifest.model, self.cache
-        shape = (*call.visual_index.shape, info.hidden_size)
+        shape = (*call.visual_index.shape, info.embed_width)
         given = {"visual_count": cache.visual_count, "text_count": cache.text_count}
         inputs = []
         for spec in decoder_inputs(cache.layout)[: -len(self._buffers)]:

@@ -49,7 +49,7 @@ class DecodeSteps:
         self._counts = self._ints[sizes[0] :]
         self._zeros = torch.zeros(slots, 1, dtype=torch.int32, device=device)
         self._no_picture = torch.zeros(slots, 0, dtype=torch.int32, device=device)
-        self._no_embeds = torch.zeros(slots, 0, model.hidden_size, dtype=getattr(torch, model.dtype), device=device)
+        self._no_embeds = torch.zeros(slots, 0, model.embed_width, dtype=getattr(torch, model.dtype), device=device)
         self._logits = torch.zeros(slots, model.vocab_size, dtype=torch.float32, device=device)
         self._pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
