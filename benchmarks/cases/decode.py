@@ -1,6 +1,6 @@
 """Decode steps of whole models in the torch backend: eager and as CUDA graphs, and in transformers on a 16-bit cache.
 
-Models: tiny-llava, and one with the shapes of LLaVA-1.5-7B and random weights. Each row of a batch has a picture and
+Models: tiny-llava, and some with random weights and the shapes of known ones. Each row of a batch has a picture and
 some text in the cache. First the logits of an eager and of a captured step are compared: they must be equal to the bit.
 Times are medians of single steps, logits on the host included.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,16 @@ import numpy as np
 TEXT = 64
 """Text tokens in each row."""
 STEPS, WARM_UP = 30, 5
+SHAPES = ("llava-1.5-7b", "internvl3-8b", "qwen2.5-vl-7b", "qwen3-vl-8b")
+"""Presets of ``vkvx.models.presets``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--bits", type=int, nargs="+", default=[1, 16], help="bits of the visual cache")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="rows")
-    parser.add_argument("--layers", type=int, default=32, help="decoder layers of the random model")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="presets to give random weights")
+    parser.add_argument("--layers", type=int, help="decoder layers in place of a preset's")
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -32,7 +35,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     rows = []
-    for name, model in _models(arguments.layers):
+    for name, model in _models(arguments.shapes, arguments.layers):
         for batch in arguments.batch:
             plain = _transformers(model, batch)
             for bits in arguments.bits:
@@ -54,31 +57,34 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _models(layers: int) -> Any:
+def _models(shapes: Sequence[str], layers: int | None) -> Any:
     """Names and models on the GPU, FP16."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
     from vkvx.models.presets import preset_config
     from vkvx.models.registry import resolve
     from vkvx.runtime.backends.torch.loading import load_model
 
     yield "tiny-llava", load_model(resolve("tiny-llava"), torch.float16).to("cuda")
-    config = preset_config("llava-1.5-7b", layers)
-    torch.set_default_dtype(torch.float16)
-    with torch.device("cuda"):
-        model = LlavaForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    yield f"7B shape, {layers} layers", model.eval().requires_grad_(False)
+    for preset in shapes:
+        config = preset_config(preset, layers)
+        torch.set_default_dtype(torch.float16)
+        with torch.device("cuda"):
+            model = getattr(transformers, config.architectures[0])(config)
+        torch.set_default_dtype(torch.float32)
+        yield f"shape of {preset}", model.eval().requires_grad_(False)
 
 
 def _backend(model: Any, bits: int, batch: int) -> tuple[float, float, int]:
     """Milliseconds of an eager and of a captured step, and bytes of the cache in use."""
     from vkvx import ExportOptions
     from vkvx.manifest import Graph, Manifest
+    from vkvx.models.pictures.base import prompt_positions
+    from vkvx.models.pictures.kinds import open_pictures
     from vkvx.models.registry import family_of
     from vkvx.runtime.backends.torch.backend import TorchBackend
-    from vkvx.runtime.calls import Row, build_call
+    from vkvx.runtime.calls import build_call
 
     family = family_of(model)
     info = family.info(model.config, "float16")
@@ -88,28 +94,34 @@ def _backend(model: Any, bits: int, batch: int) -> tuple[float, float, int]:
     graphs = {"vision": Graph("", 18, family.pixel_inputs(model.config), ())}
     manifest = Manifest("", 1, info, quantization, graphs, ".", {})
     before = model.config.text_config._attn_implementation
-    picture, room = info.usual_tokens, TEXT + 4 * (STEPS + WARM_UP)
-    backend = TorchBackend(
-        model, family, manifest, slots=batch, visual_tokens=quantization.group_size, text_tokens=room
+    size, example = (
+        quantization.group_size,
+        open_pictures(info.pictures).example(graphs["vision"].inputs, info.usual_tokens),
     )
-    rng, size = np.random.default_rng(0), quantization.group_size
+    picture, room = example.tokens, TEXT + 4 * (STEPS + WARM_UP)
+    backend = TorchBackend(
+        model, family, manifest, slots=batch, visual_tokens=-(-picture // size) * size, text_tokens=room
+    )
+    rng = np.random.default_rng(0)
+    positions = prompt_positions(np.arange(picture + TEXT) < picture, [example])
     ids = np.concatenate([np.full(picture, info.image_token_id), rng.integers(4, info.vocab_size, TEXT)]).astype(
         np.int32
     )
     for row in range(batch):
-        call = build_call([Row(row, ids, (picture,), 0)], group_size=size, image_token_id=info.image_token_id)
+        fed = backend.cache.row(row, ids, (picture,), positions)
+        call = build_call([fed], group_size=size, image_token_id=info.image_token_id)
         embeds = rng.standard_normal((1, call.visual_index.shape[1], info.embed_width), np.float32)
         backend.step(call, embeds.astype(np.float16))
 
     def step(token: int = 9) -> np.ndarray:
-        length = backend.cache.length(0)
-        feed = [Row(row, np.array([token], np.int32), (), length) for row in range(batch)]
+        feed = [backend.cache.row(row, np.array([token], np.int32)) for row in range(batch)]
         return backend.step(build_call(feed, group_size=size, image_token_id=info.image_token_id), None)
 
     held = sum(backend.cache.bytes_used(row) for row in range(batch))
     captured_logits = step()
     captured = _milliseconds(step)
     backend.cache.text_count -= 1 + STEPS + WARM_UP
+    backend.cache.next_position -= 1 + STEPS + WARM_UP
     backend._steps = None
     if not np.array_equal(step(), captured_logits):
         raise SystemExit("an eager and a captured step have different logits")
@@ -127,7 +139,10 @@ def _transformers(model: Any, batch: int) -> float:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import DynamicCache
 
-    text, positions = model.model.language_model, 576 + TEXT
+    from vkvx.models.registry import family_of
+
+    family = family_of(model)
+    text, positions = family.text_model(model), family.info(model.config, "float16").usual_tokens + TEXT
     cache = DynamicCache(config=model.config.text_config)
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with torch.no_grad(), sdpa_kernel(backends):

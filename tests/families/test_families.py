@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from engine_calls import build
-from families import Case
+from families import PICTURES, PROMPTS, ROOM, TALL, WIDE, Case, Recorded
 from PIL import Image
-from reference import IMAGE_TOKEN, Reference, joined, picture
+from reference import IMAGE_TOKEN, Reference, joined
 
 from vkvx import quantize_visual_cache
 from vkvx.manifest import Manifest
@@ -29,26 +29,6 @@ ATOL = 1e-4
 PACKED_SHARE = 0.05
 """Of what 1 bit changes: a last bit of FP32 may tip a scale to the next FP16 number or a code over its border, of some
 thousands; all codes together make up the change."""
-WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)
-PROMPTS = (f"First {PLACEHOLDER} then{PLACEHOLDER}\nWhat differs?", f"{PLACEHOLDER}\nWhat is it?")
-PICTURES = ([WIDE, TALL], [TALL])
-ROOM = {"slots": 2, "visual_tokens": 1024, "text_tokens": 512, "verify": False, "backend": "onnxruntime"}
-
-
-class Recorded:
-    """A session's backend that keeps the logits of each slot."""
-
-    def __init__(self, session: Session) -> None:
-        self.logits: dict[int, list[np.ndarray]] = {}
-        step = session.backend.step
-
-        def record(call: Any, visual_embeds: Any) -> np.ndarray:
-            logits = step(call, visual_embeds)
-            for slot, row in zip(call.slot.tolist(), logits, strict=True):
-                self.logits.setdefault(slot, []).append(row.copy())
-            return logits
-
-        session.backend.step = record  # type: ignore[method-assign]
 
 
 def reference_prompts(reference: Reference, prompts: Any = PROMPTS) -> list[str]:
@@ -64,7 +44,7 @@ def prepared_alone(
 
 @pytest.fixture(scope="module")
 def session(exact: Path) -> Any:
-    with Session.load(exact, **ROOM) as opened:
+    with Session.load(exact, **ROOM, backend="onnxruntime") as opened:
         yield opened
 
 
@@ -113,7 +93,7 @@ def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> N
         assert handle.layout.quantization == manifest.quantization
         expected, logits = reference.generate(inputs, 16)
     _, exact = reference.generate(inputs, 16)
-    with Session.load(packed, **ROOM) as session:
+    with Session.load(packed, **ROOM, backend="onnxruntime") as session:
         recorded = Recorded(session)
         answers = session.generate(list(PROMPTS), list(PICTURES), max_new_tokens=16, ignore_eos=True)
         for row, answer in enumerate(answers):

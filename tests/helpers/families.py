@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from reference import picture
+
+from vkvx.runtime.sessions.processor import PLACEHOLDER
+from vkvx.runtime.sessions.session import Session
 
 
 @dataclass(frozen=True)
@@ -27,3 +34,24 @@ CASES = (
     Case("tiny-glm-ocr", (15, 10)),
     Case("tiny-paddleocr-vl", (198, 210)),
 )
+
+WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)
+PROMPTS = (f"First {PLACEHOLDER} then{PLACEHOLDER}\nWhat differs?", f"{PLACEHOLDER}\nWhat is it?")
+PICTURES = ([WIDE, TALL], [TALL])
+ROOM = {"slots": 2, "visual_tokens": 1024, "text_tokens": 512, "verify": False}
+
+
+class Recorded:
+    """A session's backend that keeps the logits of each slot."""
+
+    def __init__(self, session: Session) -> None:
+        self.logits: dict[int, list[np.ndarray]] = {}
+        step = session.backend.step
+
+        def record(call: Any, visual_embeds: Any) -> np.ndarray:
+            logits = step(call, visual_embeds)
+            for slot, row in zip(call.slot.tolist(), logits, strict=True):
+                self.logits.setdefault(slot, []).append(row.copy())
+            return logits
+
+        session.backend.step = record  # type: ignore[method-assign]

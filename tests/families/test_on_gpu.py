@@ -1,0 +1,36 @@
+"""Every family in torch on a GPU: captured steps are the eager ones, and tokens are those of onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import PICTURES, PROMPTS, ROOM, Recorded
+
+from vkvx.runtime.sessions.session import Session
+
+pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
+
+
+def answers(session: Session) -> tuple[list[tuple[int, ...]], list[np.ndarray]]:
+    """Tokens of both prompts, and the logits of each step."""
+    recorded = Recorded(session)
+    given = session.generate(list(PROMPTS), list(PICTURES), max_new_tokens=16, ignore_eos=True)
+    return [one.token_ids for one in given], [np.stack(recorded.logits[row]) for row in range(len(given))]
+
+
+def test_captured_steps(packed: Path) -> None:
+    with Session.load(packed, **ROOM, backend="onnxruntime", provider="cpu") as session:
+        expected, _ = answers(session)
+    found: list[Any] = []
+    for captured in (True, False):
+        with Session.load(packed, **ROOM, backend="torch", provider="cuda") as session:
+            backend: Any = session.backend
+            assert backend.captures
+            if not captured:
+                backend._steps = None
+            found.append(answers(session))
+    assert found[0][0] == found[1][0] == expected
+    assert all(np.array_equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
