@@ -1,4 +1,4 @@
-"""Every family in torch on a GPU: captured steps are the eager ones, and tokens are those of onnxruntime."""
+"""Every family in torch on a GPU: captured steps are the eager ones, and choose what onnxruntime chooses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from families import PICTURES, PROMPTS, ROOM, Recorded
 
+from vkvx.runtime.backends import golden
 from vkvx.runtime.sessions.session import Session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
@@ -23,7 +24,7 @@ def answers(session: Session) -> tuple[list[tuple[int, ...]], list[np.ndarray]]:
 
 def test_captured_steps(packed: Path) -> None:
     with Session.load(packed, **ROOM, backend="onnxruntime", provider="cpu") as session:
-        expected, _ = answers(session)
+        expected, wanted = answers(session)
     found: list[Any] = []
     for captured in (True, False):
         with Session.load(packed, **ROOM, backend="torch", provider="cuda") as session:
@@ -32,5 +33,16 @@ def test_captured_steps(packed: Path) -> None:
             if not captured:
                 backend._steps = None
             found.append(answers(session))
-    assert found[0][0] == found[1][0] == expected
-    assert all(np.array_equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    tokens, logits = found[0]
+    assert tokens == found[1][0]
+    assert all(np.array_equal(a, b) for a, b in zip(logits, found[1][1], strict=True))
+    prefill, later = golden.TOLERANCES["float32"]
+    for row, (ours, theirs) in enumerate(zip(tokens, expected, strict=True)):
+        # Behind a token that differs nothing is comparable. It may differ where the two likeliest are that close.
+        same = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours) - 1)
+        off = golden.difference(logits[row][: same + 1], wanted[row][: same + 1])
+        print(f"row {row}: {same + 1} tokens, logits off by {off.max():.2g} of their range")
+        assert off[0] <= prefill
+        assert off.max() <= later
+        best, other = wanted[row][same][theirs[same]], wanted[row][same][ours[same]]
+        assert best - other <= 2 * later * np.ptp(wanted[row][same])

@@ -166,7 +166,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def compare(case: Append, tensors: dict[str, Tensor], results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Groups and text rows that the call appends, and that nothing else was written."""
     untouched = {name: torch.ones(x.shape, dtype=torch.bool, device=x.device) for name, x in results.items()}
-    metrics = torch_op._read_metrics(tensors) if case.attributes.needs_metrics else None
+    metrics = torch_op._read_metrics(tensors, case.attributes) if case.attributes.needs_metrics else None
     tiles = case.group_size // 128
     for row, counts in enumerate(case.counts):
         slot = int(tensors["slot"][row])

@@ -7,7 +7,7 @@ graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,8 @@ class TorchBackend:
         names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
         with self._running(f"{len(pixel_inputs[names[0]])} pictures"):
             pixels = (self._place(np.asarray(pixel_inputs[name])) for name in names)
-            return to_numpy(self._vision(*pixels).cpu())
+            with _exact_convolutions():
+                return to_numpy(self._vision(*pixels).cpu())
 
     def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
         return place_embeds(call, np.concatenate(embeds))
@@ -167,6 +168,16 @@ class TorchBackend:
                 f"the GPU has no memory left for {what}; lower slots=, visual_tokens= (--max-visual-tokens) or "
                 "text_tokens= (--max-text-tokens), or give --backend onnxruntime --provider cpu"
             ) from error
+
+
+def _exact_convolutions() -> AbstractContextManager[None]:
+    """Convolutions of FP32 in FP32, as matrix products are: by default cuDNN rounds their inputs to TF32.
+
+    What a picture's embeddings are off by decides on which side of a border codes of 1 bit fall.
+    """
+    cudnn = torch.backends.cudnn
+    given = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    return cudnn.flags(**given, allow_tf32=False)
 
 
 def has_kernels(manifest: Manifest) -> bool:

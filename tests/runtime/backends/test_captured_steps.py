@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import CHECKPOINT, Page
+from samples import Page
 
 from vkvx import ExportOptions
 from vkvx.errors import CapacityError
@@ -50,7 +50,7 @@ def opened(
     assert backend.captures == (device == "cuda")
     if not captured:
         backend._steps = None
-    with Session(manifest, backend, Processor(CHECKPOINT, info, graphs["vision"].inputs)) as session:
+    with Session(manifest, backend, Processor.of_checkpoint(source, info)) as session:
         yield session, backend
 
 
