@@ -253,10 +253,12 @@ class Family(ABC):
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """Set what transformers' processor of the family sets by itself; ModelError if it does not fit the model."""
 
-    def model_inputs(self, rows: Sequence[VisionCalls]) -> dict[str, np.ndarray]:
+    def model_inputs(
+        self, rows: Sequence[VisionCalls], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> dict[str, np.ndarray]:
         """Arguments of transformers' model for the pictures of a batch, from the calls of the vision graph of each row.
 
-        There is at least one picture.
+        ``sizes`` are height and width of each row's pictures, before they were resized. There is at least one picture.
         """
         return {"pixel_values": np.concatenate([call["pixel_values"] for row in rows for call in row])}
 

@@ -61,18 +61,23 @@ class Llava(Family):
 
     def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """Tower, choice of features, projector: as ``get_image_features``, which cannot be traced for any P."""
-        import torch
-
-        config = model.config
-        states = model.model.vision_tower(pixel_inputs[0], output_hidden_states=True).hidden_states
-        layers = config.vision_feature_layer
-        chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-        if config.vision_feature_select_strategy == "default":
-            chosen = [state[:, 1:] for state in chosen]
-        return model.model.multi_modal_projector(torch.cat(chosen, dim=-1)).flatten(0, 1)
+        return projected_features(model, pixel_inputs[0]).flatten(0, 1)
 
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """The tower takes pictures of one size."""
         images = files.images
         size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
         check_image_size(size, config.vision_config.image_size)
+
+
+def projected_features(model: Any, pixels: Tensor) -> Tensor:
+    """Features [P, tokens, hidden] that the projector makes of the layers that the config names."""
+    import torch
+
+    config = model.config
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [state[:, 1:] for state in chosen]
+    return model.model.multi_modal_projector(torch.cat(chosen, dim=-1))

@@ -74,6 +74,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_config": {**_CLIP, **_TINY_VISION, "image_size": 56},
         "text_config": {**_LLAMA, **_TINY_TEXT},
     },
+    "tiny-llava-next": {
+        "model_type": "llava_next",
+        "vision_config": {**_CLIP, **_TINY_VISION, "image_size": 56},
+        "text_config": {**_LLAMA, **_TINY_TEXT},
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+    "tiny-llava-next-mistral": {
+        "model_type": "llava_next",
+        "vision_config": {**_CLIP, **_TINY_VISION, "image_size": 56},
+        "text_config": {**_TINY_TEXT, "model_type": "mistral", "sliding_window": None},
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+    "tiny-llava-onevision": {
+        "model_type": "llava_onevision",
+        "vision_config": {
+            **_TINY_VISION,
+            "model_type": "siglip_vision_model",
+            "image_size": 60,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {**_TINY_TEXT, "model_type": "qwen2"},
+        "image_grid_pinpoints": [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)],
+        "vision_aspect_ratio": "anyres_max_2",
+    },
     "internvl3-8b": {
         "model_type": "internvl",
         "vision_config": {**_INTERNVIT_300M, "image_size": [448, 448], "patch_size": [14, 14]},
@@ -301,6 +326,19 @@ def write_processor(directory: Path, config: Any) -> None:
         size = config.vision_config.image_size
         files.images.size = {"shortest_edge": size}
         files.images.crop_size = {"height": size, "width": size}
+    elif config.model_type in ("llava_next", "llava_onevision"):
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        size = dict.fromkeys(("height", "width"), config.vision_config.image_size)
+        files = _files("<image>", {"video_token": "<video>"})
+        if config.model_type == "llava_next":
+            crop = {"size": {"shortest_edge": size["height"]}, "crop_size": size}
+            files.images = LlavaNextImageProcessorPil(**crop, image_grid_pinpoints=config.image_grid_pinpoints)
+        else:
+            files.images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
     elif config.model_type == "internvl":
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 

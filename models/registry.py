@@ -16,11 +16,15 @@ from vkvx.models.glm_v import Glm4V, Glm46V, GlmOcr
 from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
 from vkvx.models.llava import TINY_LLAVA, Llava
+from vkvx.models.llava_next import LlavaNext, LlavaOneVision
 from vkvx.models.paddleocr_vl import PaddleOcrVL
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
 from vkvx.packages import missing
 
-_KNOWN = (Llava, InternVL, Idefics3, SmolVLM, Qwen2VL, Qwen25VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL)
+_KNOWN = (
+    *(Llava, LlavaNext, LlavaOneVision, InternVL, Idefics3, SmolVLM),
+    *(Qwen2VL, Qwen25VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL),
+)
 FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}
 """Directories and hub ids by the short names that people may give."""
@@ -30,8 +34,8 @@ NATIVE_FORMS = {
     "such as OpenGVLab/InternVL3-8B-hf",
     "LlavaLlamaForCausalLM": "give LLaVA-1.5 in transformers' own format: llava-hf/llava-1.5-7b-hf "
     "or llava-hf/llava-1.5-13b-hf",
-    "LlavaQwenForCausalLM": "LLaVA-OneVision in transformers' own format, the repositories llava-hf/llava-onevision-*, "
-    "is not supported yet",
+    "LlavaQwenForCausalLM": "give LLaVA-OneVision in transformers' own format: "
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf or llava-hf/llava-onevision-qwen2-7b-ov-hf",
 }
 """Architectures that are code outside transformers, and what there is in their place."""
 REMOTE_CODE = ("KimiVLForConditionalGeneration", "MiniCPMV", "MolmoForCausalLM", "Ovis", "Phi3VForCausalLM")

@@ -15,6 +15,9 @@ class Case:
 
 CASES = (
     Case("tiny", (16, 16)),
+    Case("tiny-llava-next", (52, 56)),
+    Case("tiny-llava-next-mistral", (52, 56)),
+    Case("tiny-llava-onevision", (44, 56)),
     Case("tiny-internvl", (28, 12)),
     Case("tiny-internvl-qwen3", (28, 12)),
     Case("tiny-idefics3", (52, 36)),

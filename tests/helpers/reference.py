@@ -12,6 +12,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.processing_utils import ProcessorMixin
 
 IMAGE_TOKEN = 3
@@ -22,7 +23,7 @@ class Reference:
     """A checkpoint in FP32 with eager attention, and the processor class of its architecture."""
 
     def __init__(self, directory: Path) -> None:
-        config = AutoConfig.from_pretrained(directory)
+        config = self.config = AutoConfig.from_pretrained(directory)
         self.kind: str = config.model_type
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self.images: Any = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True)
@@ -43,6 +44,21 @@ class Reference:
                     patch_size=vision.patch_size,
                     vision_feature_select_strategy=strategy,
                     num_additional_image_tokens=1,
+                )
+            if self.kind == "llava_next":
+                return transformers.LlavaNextProcessor(
+                    **parts,
+                    patch_size=vision.patch_size,
+                    vision_feature_select_strategy=config.vision_feature_select_strategy,
+                    num_additional_image_tokens=1,
+                )
+            if self.kind == "llava_onevision":
+                return transformers.LlavaOnevisionProcessor(
+                    **parts,
+                    video_processor=None,
+                    num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+                    vision_feature_select_strategy=config.vision_feature_select_strategy,
+                    vision_aspect_ratio=config.vision_aspect_ratio,
                 )
             if self.kind == "internvl":
                 tokens = int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
@@ -77,6 +93,15 @@ class Reference:
         )
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
+    def pixels(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+        """The pixels in model inputs, without what fills pictures up to the size of others."""
+        pixels = inputs["pixel_values"]
+        if self.kind not in ("llava_next", "llava_onevision"):
+            return pixels.numpy()
+        grids, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        counts = [image_size_to_num_patches(size, grids, side) for size in inputs["image_sizes"]]
+        return np.concatenate([tiles[:count] for tiles, count in zip(pixels.numpy(), counts, strict=True)])
+
     def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Greedy answers INT [B, tokens], and the logits FP32 [B, tokens, V] that each token was chosen from."""
         with torch.no_grad():
@@ -101,10 +126,28 @@ def joined(
         between = [torch.tensor(answer)[None]] if name == "input_ids" else []
         if name in ("attention_mask", "mm_token_type_ids"):
             between = [torch.full((1, len(answer)), int(name == "attention_mask"))]
+        parts = [first[name], *between, second[name]]
+        if name == "pixel_values" and "image_sizes" in first:  # a picture is filled up to the size of the largest
+            parts = _filled(parts)
         # Idefics3 and SmolVLM have an axis for the rows of a batch in front of that for tiles.
-        in_rows = first[name].dim() == 5 or first[name].shape[1] == first["input_ids"].shape[1]
-        whole[name] = torch.cat([first[name], *between, second[name]], int(in_rows))
+        in_rows = (
+            "image_sizes" not in first
+            if first[name].dim() == 5
+            else first[name].shape[1:2] == first["input_ids"].shape[1:]
+        )
+        whole[name] = torch.cat(parts, int(in_rows))
     return whole
+
+
+def _filled(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors with zeros behind what they have, so that they differ in their first axis alone."""
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
+    filled = []
+    for part in parts:
+        whole = part.new_zeros(part.shape[0], *sizes)
+        whole[tuple(slice(size) for size in part.shape)] = part
+        filled.append(whole)
+    return filled
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

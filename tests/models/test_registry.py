@@ -170,7 +170,7 @@ def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
     [
         ("InternVLChatModel", "give the same model in transformers' own format, .*OpenGVLab/InternVL3-8B-hf"),
         ("LlavaLlamaForCausalLM", "llava-hf/llava-1.5-7b-hf"),
-        ("LlavaQwenForCausalLM", r"llava-hf/llava-onevision-\*, is not supported yet"),
+        ("LlavaQwenForCausalLM", "give LLaVA-OneVision in transformers' own format"),
         *((name, "exists only as remote code, which cannot be exported; supported: Llava") for name in REMOTE_CODE),
     ],
 )

@@ -1,0 +1,61 @@
+"""Ways from pictures to tokens against the arithmetic of transformers' models, for many sizes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+from vkvx.models.pictures.anyres import AnyRes
+from vkvx.models.pictures.kinds import describe, open_pictures
+from vkvx.models.registry import FAMILIES
+
+SIZES = [
+    (1, 1),
+    (7, 500),
+    (90, 150),
+    (130, 60),
+    (336, 336),
+    (480, 640),
+    (768, 1152),
+    (1080, 1920),
+    (1754, 1240),
+    (3000, 4001),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "options"),
+    [
+        (transformers.LlavaNextConfig(), LlavaNextModel, {"vision_feature_select_strategy": "default"}),
+        (transformers.LlavaOnevisionConfig(), LlavaOnevisionModel, {"vision_aspect_ratio": "anyres_max_9"}),
+    ],
+    ids=["next", "onevision"],
+)
+def test_packing_of_any_resolution(config: Any, model: Any, options: dict[str, Any]) -> None:
+    architecture = model.__name__.replace("Model", "ForConditionalGeneration")
+    pictures = open_pictures(describe(FAMILIES[architecture].pictures(config)))
+    assert isinstance(pictures, AnyRes)
+    rng, scaled = np.random.default_rng(0), 0
+    for height, width in [*SIZES, *rng.integers(1, 2500, (40, 2)).tolist()]:
+        rows, columns = pictures.grid(height, width)
+        features = torch.from_numpy(rng.standard_normal((1 + rows * columns, pictures.side**2, 2), np.float32))
+        mark = torch.tensor([5.0, -5.0])
+        (expected,), (length,) = model.pack_image_features(
+            SimpleNamespace(config=config), [features], torch.tensor([[height, width]]), image_newline=mark, **options
+        )
+        packing = pictures.packing(height, width)
+        table = np.concatenate([features.flatten(0, 1).numpy(), mark[None].numpy()])
+        weight = packing.get("pack_weight", np.ones((1, 1), np.float32))
+        found = (table[packing["pack_index"]] * weight[:, :, None]).sum(1)
+        # Places between cells round in FP32, where cells are counted to some hundreds.
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
+        assert pictures.tokens(height, width) == int(length)
+        scaled += bool((weight[:, 0] < 1).any())
+    assert (scaled > 5) == bool(pictures.most_tiles)
