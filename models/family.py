@@ -131,6 +131,10 @@ class Family(ABC):
     position_rows = 1
     """4 where the rotary embedding tells time, rows and columns of a picture apart."""
 
+    def variant(self, config: Any) -> Family:
+        """The family of a checkpoint, where its architecture alone does not tell; most have one."""
+        return self
+
     def check(self, config: Any) -> None:
         """Raise ModelError if this checkpoint has a trait that the export cannot honour."""
         text = config.text_config
@@ -283,6 +287,12 @@ def one_of(names: Any) -> str:
 def square_pixels(vision: Any, size: int) -> tuple[TensorSpec, ...]:
     """``pixel_values`` [P, channels, size, size] for P pictures or tiles."""
     return (TensorSpec("pixel_values", "float32", ("P", getattr(vision, "num_channels", 3), size, size)),)
+
+
+def filled(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of one rank in one, with zeros behind each up to the largest size on every axis."""
+    sizes = np.max([array.shape for array in arrays], axis=0)
+    return np.stack([np.pad(array, [(0, most) for most in sizes - array.shape]) for array in arrays])
 
 
 def check_image_size(given: Mapping[str, int], size: int) -> None:

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and LLaVA-OneVision: LLaVA with pictures of any resolution, cut into tiles whose padding is dropped."""
+"""LLaVA-NeXT: LLaVA with pictures of any resolution, cut into tiles whose padding is dropped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from vkvx.errors import ModelError
 from vkvx.manifest import TensorSpec
-from vkvx.models.family import Family, VisionCalls, check_image_size, one_of, square_pixels
+from vkvx.models.family import Family, VisionCalls, check_image_size, filled, one_of, square_pixels
 from vkvx.models.llava import CLASS_TOKENS, projected_features
 from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.processor_files import ProcessorFiles
@@ -98,27 +98,5 @@ class LlavaNext(Family):
         self, rows: Sequence[VisionCalls], sizes: Sequence[Sequence[tuple[int, int]]]
     ) -> dict[str, np.ndarray]:
         """``pixel_values`` [P, tiles, ...], filled up with zeros, and ``image_sizes`` [P, 2]."""
-        tiles = [call["pixel_values"] for row in rows for call in row]
-        filled = np.zeros((len(tiles), max(map(len, tiles)), *tiles[0].shape[1:]), np.float32)
-        for place, given in zip(filled, tiles, strict=True):
-            place[: len(given)] = given
-        return {"pixel_values": filled, "image_sizes": np.array([size for row in sizes for size in row], np.int64)}
-
-
-class LlavaOneVision(LlavaNext):
-    """``LlavaOnevisionForConditionalGeneration``: features of large grids are scaled down."""
-
-    title = "LLaVA-OneVision"
-    architecture = "LlavaOnevisionForConditionalGeneration"
-    text_models = tested_models = ("qwen2",)
-    aliases = {
-        "llava-onevision-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
-        "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
-    }
-
-    def most_tiles(self, config: Any) -> int:
-        """The number in ``vision_aspect_ratio``, such as "anyres_max_9"."""
-        name, _, number = config.vision_aspect_ratio.rpartition("_")
-        if name != "anyres_max" or not number.isdecimal() or number == "0":
-            raise ModelError(f"vision_aspect_ratio '{config.vision_aspect_ratio}' is not supported; 'anyres_max_9' is")
-        return int(number)
+        pixels = filled([call["pixel_values"] for row in rows for call in row])
+        return {"pixel_values": pixels, "image_sizes": np.array([size for row in sizes for size in row], np.int64)}

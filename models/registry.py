@@ -15,15 +15,18 @@ from vkvx.models.family import Family, Source
 from vkvx.models.glm_v import Glm4V, Glm46V, GlmOcr
 from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
+from vkvx.models.lighton_ocr import LightOnOcr
 from vkvx.models.llava import TINY_LLAVA, Llava
-from vkvx.models.llava_next import LlavaNext, LlavaOneVision
+from vkvx.models.llava_next import LlavaNext
+from vkvx.models.llava_onevision import LlavaOneVision
 from vkvx.models.paddleocr_vl import PaddleOcrVL
+from vkvx.models.pixtral import Mistral3
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
 from vkvx.packages import missing
 
 _KNOWN = (
     *(Llava, LlavaNext, LlavaOneVision, InternVL, Idefics3, SmolVLM),
-    *(Qwen2VL, Qwen25VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL),
+    *(Qwen2VL, Qwen25VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL, Mistral3, LightOnOcr),
 )
 FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}
@@ -120,7 +123,7 @@ def family_of(model: Any) -> Family:
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         raise ModelError(f"models of class {names[0]} are not supported; supported: {', '.join(FAMILIES)}")
-    return family
+    return family.variant(model.config)
 
 
 def sample_pages() -> list[Path]:
@@ -190,6 +193,7 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]
     except Exception as error:  # transformers raises whatever its validators of the day raise
         reason = " ".join(str(error).split())
         raise ModelError(f"transformers cannot read {path}: {reason}") from error
+    family = family.variant(config)
     family.check(config)
     return config, family
 

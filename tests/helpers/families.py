@@ -28,4 +28,8 @@ CASES = (
     Case("tiny-glm-4.6v", (15, 10)),
     Case("tiny-glm-ocr", (15, 10)),
     Case("tiny-paddleocr-vl", (198, 210)),
+    Case("tiny-pixtral", (40, 32)),
+    Case("tiny-mistral3", (12, 8)),
+    Case("tiny-ministral3", (12, 8)),
+    Case("tiny-lightonocr", (8, 8)),
 )

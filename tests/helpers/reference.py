@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ class Reference:
         vision, parts = config.vision_config, {"image_processor": self.images, "tokenizer": self.tokenizer}
         # Processors with videos check for a video processor, which needs torchvision.
         with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
+            if vision.model_type == "pixtral" and self.kind != "lighton_ocr":
+                merge = getattr(config, "spatial_merge_size", 1)
+                return _pixtral_processor()(**parts, patch_size=vision.patch_size, spatial_merge_size=merge)
+            if self.kind == "lighton_ocr":
+                return transformers.LightOnOcrProcessor(
+                    **parts, patch_size=vision.patch_size, spatial_merge_size=config.spatial_merge_size
+                )
             if self.kind == "llava":
                 strategy = config.vision_feature_select_strategy
                 return transformers.LlavaProcessor(
@@ -94,13 +102,19 @@ class Reference:
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
     def pixels(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-        """The pixels in model inputs, without what fills pictures up to the size of others."""
-        pixels = inputs["pixel_values"]
-        if self.kind not in ("llava_next", "llava_onevision"):
-            return pixels.numpy()
-        grids, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        counts = [image_size_to_num_patches(size, grids, side) for size in inputs["image_sizes"]]
-        return np.concatenate([tiles[:count] for tiles, count in zip(pixels.numpy(), counts, strict=True)])
+        """The pixels in model inputs, without what fills pictures up to the size of others; Pixtral's as patches."""
+        pixels, vision = inputs["pixel_values"], self.config.vision_config
+        if vision.model_type == "pixtral":
+            side, patches = vision.patch_size, []
+            for one, (height, width) in zip(pixels, inputs["image_sizes"].tolist(), strict=True):
+                cut = one[:, :height, :width].unfold(1, side, side).unfold(2, side, side)
+                patches.append(cut.permute(1, 2, 0, 3, 4).flatten(0, 1))
+            return torch.cat(patches).numpy()
+        if self.kind in ("llava_next", "llava_onevision"):
+            grids, sizes = self.config.image_grid_pinpoints, inputs["image_sizes"]
+            counts = [image_size_to_num_patches(size, grids, vision.image_size) for size in sizes]
+            return np.concatenate([tiles[:count] for tiles, count in zip(pixels.numpy(), counts, strict=True)])
+        return pixels.numpy()
 
     def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Greedy answers INT [B, tokens], and the logits FP32 [B, tokens, V] that each token was chosen from."""
@@ -115,6 +129,16 @@ class Reference:
             )
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
         return answers.numpy(), torch.stack(output.logits, 1).float().numpy()
+
+
+def _pixtral_processor() -> Any:
+    """Its module asks for torchvision, for a function that comes with the image processor for Pillow, too."""
+    from transformers.models.pixtral import image_processing_pil_pixtral
+
+    own = "transformers.models.pixtral.image_processing_pixtral"
+    with mock.patch.dict(sys.modules, {own: image_processing_pil_pixtral}):
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+    return PixtralProcessor
 
 
 def joined(

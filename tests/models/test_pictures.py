@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from reference import picture
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.kinds import describe, open_pictures
+from vkvx.models.presets import preset_config, write_processor
+from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.registry import FAMILIES
 
 SIZES = [
@@ -59,3 +63,20 @@ def test_packing_of_any_resolution(config: Any, model: Any, options: dict[str, A
         assert pictures.tokens(height, width) == int(length)
         scaled += bool((weight[:, 0] < 1).any())
     assert (scaled > 5) == bool(pictures.most_tiles)
+
+
+@pytest.mark.parametrize("preset", ["tiny-llava-next", "tiny-llava-onevision", "tiny-pixtral", "tiny-mistral3"])
+def test_inputs_of_the_model_are_those_of_its_processor(preset: str, tmp_path: Path) -> None:
+    """Pictures are prepared one by one; transformers fills them up to the size of the largest."""
+    config = preset_config(preset)
+    write_processor(tmp_path, config)
+    files, family = ProcessorFiles.load(tmp_path), FAMILIES[config.architectures[0]].variant(config)
+    family.prepare_processor(files, config)
+    pictures, given = open_pictures(describe(family.pictures(config))), [picture(150, 90, 1), picture(60, 130, 2)]
+    encoded = [pictures.encode(files.images(images=[one], return_tensors="np"), "") for one in given]
+    calls = [pictures.join([one]) for one in encoded]
+    inputs = family.model_inputs(calls, [[(one.height, one.width)] for one in given])
+    expected = files.images(images=given, return_tensors="np")
+    assert set(inputs) == {"pixel_values", "image_sizes"}
+    for name, array in inputs.items():
+        np.testing.assert_array_equal(array, expected[name])

@@ -132,7 +132,11 @@ def test_no_architecture(checkpoint: Path, tmp_path: Path) -> None:
         ("text_config", {"model_type": "gemma"}, r"'gemma' decoder is not supported; llama, mistral or qwen2"),
         ("text_config", {"model_type": "mistral", "sliding_window": 4096}, "sliding window of 4096"),
         ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-        ("vision_config", {"model_type": "dinov2"}, r"'dinov2' tower is not supported; clip_vision_model or siglip"),
+        (
+            "vision_config",
+            {"model_type": "dinov2"},
+            r"'dinov2' tower is not supported; clip_vision_model, siglip_vision_model or",
+        ),
         ("vision_config", {"image_size": 57}, "57 pixels"),
         (None, {"image_token_index": 512}, "image token 512 is not among the decoder's 512 tokens"),
         (None, {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
