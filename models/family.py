@@ -189,6 +189,7 @@ class Family(ABC):
             position_rows=self.position_rows,
             rotary_dim=rotary_dim(text),
             rotary_interleaved=self.rotary_interleaved,
+            attention_scale=float(getattr(text, "attention_multiplier", 0.0)),  # Granite's, others have none
             image_token_id=config.image_token_id,
             tokens_per_picture=self.tokens_per_picture(config),
             typical_tokens=self.typical_tokens(config),

@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 class LlavaNext(Family):
     """``LlavaNextForConditionalGeneration``: LLaVA-1.6."""
 
-    title = "LLaVA-NeXT"
+    title = "LLaVA-NeXT, Granite Vision"
     architecture = "LlavaNextForConditionalGeneration"
-    text_models: tuple[str, ...] = ("llama", "mistral", "qwen2")
-    tested_models: tuple[str, ...] = ("llama", "mistral")
+    text_models: tuple[str, ...] = ("llama", "mistral", "qwen2", "granite")
+    tested_models: tuple[str, ...] = ("llama", "mistral", "granite")
     aliases = {
         **{f"llava-next-vicuna-{size}b": f"llava-hf/llava-v1.6-vicuna-{size}b-hf" for size in (7, 13)},
         "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
         "llava-next-llama3-8b": "llava-hf/llama3-llava-next-8b-hf",
+        "granite-vision-3.3-2b": "ibm-granite/granite-vision-3.3-2b",
     }
 
     def check(self, config: Any) -> None:

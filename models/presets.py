@@ -87,6 +87,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_config": {**_TINY_TEXT, "model_type": "mistral", "sliding_window": None},
         "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
     },
+    "tiny-granite-vision": {
+        "model_type": "llava_next",
+        "vision_config": {
+            **_TINY_VISION,
+            "model_type": "siglip_vision_model",
+            "image_size": 60,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "granite",
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+        "tie_word_embeddings": True,
+        "vision_feature_layer": [-3, -1],
+        "vision_feature_select_strategy": "full",
+        "image_grid_pinpoints": [[60, 120], [120, 60], [120, 120]],
+    },
     "tiny-llava-onevision": {
         "model_type": "llava_onevision",
         "vision_config": {

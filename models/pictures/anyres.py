@@ -39,7 +39,7 @@ class AnyRes:
     """Of the vision graph's output, which are visual tokens."""
 
     def __post_init__(self) -> None:
-        if min(self.side, self.tile_pixels, *(min(grid) for grid in self._grids)) < 1:
+        if min(self.side, self.tile_pixels, *(min(grid) for grid in self._grids or [(0, 0)])) < 1:
             raise ValueError("side, tile_pixels and grids must be positive")
 
     def inputs(self) -> tuple[TensorSpec, ...]:

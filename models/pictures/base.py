@@ -55,7 +55,6 @@ class Pictures(Protocol):
         """A made-up picture of about so many tokens, without a text; pixels are a fixed pattern from -1 to 1."""
 
 
-@runtime_checkable
 class Marked(Protocol):
     """Pictures that the tokens of a prompt tell apart."""
 

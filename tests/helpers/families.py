@@ -17,6 +17,7 @@ CASES = (
     Case("tiny", (16, 16)),
     Case("tiny-llava-next", (52, 56)),
     Case("tiny-llava-next-mistral", (52, 56)),
+    Case("tiny-granite-vision", (52, 56)),
     Case("tiny-llava-onevision", (44, 56)),
     Case("tiny-internvl", (28, 12)),
     Case("tiny-internvl-qwen3", (28, 12)),

@@ -14,8 +14,12 @@ from reference import picture
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
+from vkvx.errors import BundleError, InputError
+from vkvx.manifest import PictureInfo
+from vkvx.models.family import square_pixels
 from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.kinds import describe, open_pictures
+from vkvx.models.pictures.rows import PatchRows
 from vkvx.models.presets import preset_config, write_processor
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.registry import FAMILIES
@@ -80,3 +84,29 @@ def test_inputs_of_the_model_are_those_of_its_processor(preset: str, tmp_path: P
     assert set(inputs) == {"pixel_values", "image_sizes"}
     for name, array in inputs.items():
         np.testing.assert_array_equal(array, expected[name])
+
+
+def test_pictures_that_the_model_cannot_take() -> None:
+    pixels = np.zeros((1, 5, 3, 56, 56), np.float32)
+    with pytest.raises(InputError, match="into 5 tiles, the model wants 3; fix image_grid_pinpoints"):
+        AnyRes(4, 56, "1x2").encode({"pixel_values": pixels, "image_sizes": [[50, 100]]}, "")
+    with pytest.raises(InputError, match="1 x 4 patches, of which 2 x 2 make a token; give a larger picture"):
+        PatchRows(2, 14).encode({"pixel_values": pixels[:, 0], "image_sizes": [[14, 56]]}, "")
+
+
+@pytest.mark.parametrize("grids", ["", "0x1", "2x", "1x2x3", "two"])
+def test_grids_that_a_manifest_must_not_have(grids: str) -> None:
+    with pytest.raises(BundleError, match="export the model again"):
+        open_pictures(PictureInfo("anyres", {"side": 4, "tile_pixels": 56, "most_tiles": 0}, {"grids": grids}))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300, 5000])
+def test_made_up_pictures(tokens: int) -> None:
+    """Not all numbers can be had; pictures are whole, and near what is asked for where they come in small steps."""
+    tiles, rows = AnyRes(4, 56, "1x2 2x2 3x3"), PatchRows(2, 14)
+    square = square_pixels(transformers.CLIPVisionConfig(), 56)
+    for pictures, inputs in ((tiles, (*square, *tiles.inputs())), (rows, rows.inputs(3))):
+        found = pictures.example(inputs, tokens)
+        assert set(found.arrays) == {spec.name for spec in inputs}
+        assert found.tokens == len(found.arrays["pack_index" if pictures is tiles else "merge_index"])
+    assert max(1, tokens - tokens**0.5) <= found.tokens <= max(1, tokens)
