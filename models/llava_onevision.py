@@ -19,6 +19,11 @@ class LlavaOneVision(LlavaNext):
         "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     }
 
+    def check(self, config: Any) -> None:
+        """Refuse other ways with large grids."""
+        super().check(config)
+        self.most_tiles(config)
+
     def most_tiles(self, config: Any) -> int:
         """The number in ``vision_aspect_ratio``, such as "anyres_max_9"."""
         name, _, number = config.vision_aspect_ratio.rpartition("_")

@@ -35,15 +35,16 @@ class Pixtral(Family):
     """Names of tower and projector."""
 
     def check(self, config: Any) -> None:
-        """Refuse other towers, and features of other layers than the last."""
+        """Refuse other towers, and other features than those of all patches in the last layer."""
         super().check(config)
         if config.vision_config.model_type != "pixtral":
             raise ModelError(
                 f"a {self.title} with a '{config.vision_config.model_type}' tower is not supported; pixtral is"
             )
-        layer = getattr(config, "vision_feature_layer", -1)
-        if layer != -1:
-            raise ModelError(f"a {self.title} with vision_feature_layer {layer} is not supported; -1 is")
+        known = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        for name, value in known.items():
+            if (found := getattr(config, name, value)) != value:
+                raise ModelError(f"a {self.title} with {name} '{found}' is not supported; '{value}' is")
 
     def merge(self, config: Any) -> int:
         """Side in patches of what makes a visual token."""

@@ -171,7 +171,7 @@ class VisualCacheHandle:
             return iter([len(features) for features in encoded.pooler_output])
         if sizes is None:
             raise InputError("pictures of this model vary in size; give image_sizes as its processor does")
-        return iter([self._pictures.tokens(height, width) for height, width in sizes.tolist()])
+        return iter([self._pictures.tokens(height, width) for height, width in torch.as_tensor(sizes).tolist()])
 
     def _mark_pictures(self, kinds: Tensor, ids: Tensor, known: Iterator[int] | None) -> list[tuple[int, ...]]:
         """Tell the visual tokens in kinds and tokens [B, S], and the first one of each picture, from text.

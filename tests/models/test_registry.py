@@ -221,6 +221,27 @@ def test_quantised_weights_of_a_loaded_model() -> None:
             del part.quantization_config
 
 
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        ("tiny-llava-next", {"vision_feature_select_strategy": "full"}, "'full' does not suit a 'clip_vision_model'"),
+        ("tiny-llava-next", {"image_grid_pinpoints": [[56, 100]]}, r"\[56, 100\], which is not made of tiles of 56"),
+        ("tiny-llava-onevision", {"vision_aspect_ratio": "pad"}, "'pad' is not supported; 'anyres_max_9' is"),
+        ("tiny-pixtral", {"vision_feature_select_strategy": "default"}, "'default' is not supported; 'full' is"),
+        ("tiny-mistral3", {"vision_feature_layer": -2}, "vision_feature_layer '-2' is not supported; '-1' is"),
+        ("tiny-mistral3", {"spatial_merge_size": 1}, "spatial_merge_size 1 is not supported"),
+    ],
+)
+def test_refused_traits_of_pictures(preset: str, changes: dict[str, Any], message: str) -> None:
+    config = preset_config(preset)
+    family = FAMILIES[config.architectures[0]].variant(config)
+    family.check(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ModelError, match=message):
+        family.check(config)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\xff", '{"architectures": 5}'])
 def test_unreadable_config(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
