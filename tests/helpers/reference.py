@@ -154,11 +154,8 @@ def joined(
         if name == "pixel_values" and "image_sizes" in first:  # a picture is filled up to the size of the largest
             parts = _filled(parts)
         # Idefics3 and SmolVLM have an axis for the rows of a batch in front of that for tiles.
-        in_rows = (
-            "image_sizes" not in first
-            if first[name].dim() == 5
-            else first[name].shape[1:2] == first["input_ids"].shape[1:]
-        )
+        tiled = "pixel_attention_mask" in first and name.startswith("pixel")
+        in_rows = tiled or first[name].shape[1:2] == first["input_ids"].shape[1:]
         whole[name] = torch.cat(parts, int(in_rows))
     return whole
 
