@@ -206,7 +206,9 @@ class TorchRunner:
         return prepared
 
     def _pixels(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
-        inputs = self._family.model_inputs([entry.vision_calls for entry in prepared])
+        inputs = self._family.model_inputs(
+            [entry.vision_calls for entry in prepared], [entry.picture_sizes for entry in prepared]
+        )
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
         return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 

@@ -131,6 +131,10 @@ class Family(ABC):
     position_rows = 1
     """4 where the rotary embedding tells time, rows and columns of a picture apart."""
 
+    def variant(self, config: Any) -> Family:
+        """The family of a checkpoint, where its architecture alone does not tell; most have one."""
+        return self
+
     def check(self, config: Any) -> None:
         """Raise ModelError if this checkpoint has a trait that the export cannot honour."""
         text = config.text_config
@@ -186,6 +190,7 @@ class Family(ABC):
             position_rows=self.position_rows,
             rotary_dim=rotary_dim(text),
             rotary_interleaved=self.rotary_interleaved,
+            attention_scale=float(getattr(text, "attention_multiplier", 0.0)),  # Granite's, others have none
             image_token_id=config.image_token_id,
             tokens_per_picture=self.tokens_per_picture(config),
             typical_tokens=self.typical_tokens(config),
@@ -258,10 +263,12 @@ class Family(ABC):
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """Set what transformers' processor of the family sets by itself; ModelError if it does not fit the model."""
 
-    def model_inputs(self, rows: Sequence[VisionCalls]) -> dict[str, np.ndarray]:
+    def model_inputs(
+        self, rows: Sequence[VisionCalls], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> dict[str, np.ndarray]:
         """Arguments of transformers' model for the pictures of a batch, from the calls of the vision graph of each row.
 
-        There is at least one picture.
+        ``sizes`` are height and width of each row's pictures, before they were resized. There is at least one picture.
         """
         return {"pixel_values": np.concatenate([call["pixel_values"] for row in rows for call in row])}
 
@@ -286,6 +293,12 @@ def one_of(names: Any) -> str:
 def square_pixels(vision: Any, size: int) -> tuple[TensorSpec, ...]:
     """``pixel_values`` [P, channels, size, size] for P pictures or tiles."""
     return (TensorSpec("pixel_values", "float32", ("P", getattr(vision, "num_channels", 3), size, size)),)
+
+
+def filled(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of one rank in one, with zeros behind each up to the largest size on every axis."""
+    sizes = np.max([array.shape for array in arrays], axis=0)
+    return np.stack([np.pad(array, [(0, most) for most in sizes - array.shape]) for array in arrays])
 
 
 def check_image_size(given: Mapping[str, int], size: int) -> None:

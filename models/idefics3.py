@@ -90,7 +90,9 @@ class Idefics3(Family):
         check_image_size(files.images.max_image_size, config.vision_config.image_size)
         files.require_tokens("<fake_token_around_image>")
 
-    def model_inputs(self, rows: Sequence[VisionCalls]) -> dict[str, np.ndarray]:
+    def model_inputs(
+        self, rows: Sequence[VisionCalls], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> dict[str, np.ndarray]:
         """``pixel_values`` [B, tiles, ...]: rows with fewer tiles are filled up with zeros, which the model drops."""
         tiles = [[tile for call in row for tile in call["pixel_values"]] for row in rows]
         (shape,) = {tile.shape for row in tiles for tile in row}

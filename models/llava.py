@@ -9,6 +9,7 @@ from vkvx.errors import ModelError
 from vkvx.manifest import TensorSpec
 from vkvx.models.family import Family, check_image_size, one_of, square_pixels
 from vkvx.models.pictures.tiles import Tiles
+from vkvx.models.pixtral import Pixtral
 from vkvx.models.processor_files import ProcessorFiles
 
 if TYPE_CHECKING:
@@ -23,21 +24,28 @@ CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 class Llava(Family):
     """``LlavaForConditionalGeneration``: every picture has the same size and so the same number of tokens."""
 
-    title = "LLaVA-1.5"
+    title = "LLaVA-1.5, Pixtral"
     architecture = "LlavaForConditionalGeneration"
     text_models = tested_models = ("llama", "mistral", "qwen2")
     aliases = {
         "tiny-llava": TINY_LLAVA,
         "llava": "llava-hf/llava-1.5-7b-hf",
         "llava-13b": "llava-hf/llava-1.5-13b-hf",
+        "pixtral-12b": "mistral-community/pixtral-12b",
     }
+
+    def variant(self, config: Any) -> Family:
+        """Pixtral, which has the same architecture, is told by its tower."""
+        return Pixtral() if config.vision_config.model_type == "pixtral" else self
 
     def check(self, config: Any) -> None:
         """Refuse other towers and decoders, and pictures that are not made of whole patches."""
         vision = config.vision_config
         super().check(config)
         if vision.model_type not in CLASS_TOKENS:
-            raise ModelError(f"a LLaVA with a '{vision.model_type}' tower is not supported; {one_of(CLASS_TOKENS)} is")
+            raise ModelError(
+                f"a LLaVA with a '{vision.model_type}' tower is not supported; {one_of((*CLASS_TOKENS, 'pixtral'))} is"
+            )
         if vision.image_size % vision.patch_size:
             raise ModelError(f"pictures of {vision.image_size} pixels are not made of patches of {vision.patch_size}")
 
@@ -61,18 +69,23 @@ class Llava(Family):
 
     def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """Tower, choice of features, projector: as ``get_image_features``, which cannot be traced for any P."""
-        import torch
-
-        config = model.config
-        states = model.model.vision_tower(pixel_inputs[0], output_hidden_states=True).hidden_states
-        layers = config.vision_feature_layer
-        chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-        if config.vision_feature_select_strategy == "default":
-            chosen = [state[:, 1:] for state in chosen]
-        return model.model.multi_modal_projector(torch.cat(chosen, dim=-1)).flatten(0, 1)
+        return projected_features(model, pixel_inputs[0]).flatten(0, 1)
 
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """The tower takes pictures of one size."""
         images = files.images
         size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
         check_image_size(size, config.vision_config.image_size)
+
+
+def projected_features(model: Any, pixels: Tensor) -> Tensor:
+    """Features [P, tokens, hidden] that the projector makes of the layers that the config names."""
+    import torch
+
+    config = model.config
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [state[:, 1:] for state in chosen]
+    return model.model.multi_modal_projector(torch.cat(chosen, dim=-1))

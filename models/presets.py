@@ -30,6 +30,7 @@ _TINY_GLM_ROPE = {
     "mrope_section": [4, 6, 6],
     "partial_rotary_factor": 0.5,
 }
+_TINY_PIXTRAL = {**_TINY_VISION, "model_type": "pixtral", "image_size": 112, "patch_size": 14}
 _CLIP = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
 _LLAMA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _INTERNVIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -73,6 +74,54 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_type": "llava",
         "vision_config": {**_CLIP, **_TINY_VISION, "image_size": 56},
         "text_config": {**_LLAMA, **_TINY_TEXT},
+    },
+    "tiny-llava-next": {
+        "model_type": "llava_next",
+        "vision_config": {**_CLIP, **_TINY_VISION, "image_size": 56},
+        "text_config": {**_LLAMA, **_TINY_TEXT},
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+    "tiny-llava-next-mistral": {
+        "model_type": "llava_next",
+        "vision_config": {**_CLIP, **_TINY_VISION, "image_size": 56},
+        "text_config": {**_TINY_TEXT, "model_type": "mistral", "sliding_window": None},
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+    "tiny-granite-vision": {
+        "model_type": "llava_next",
+        "vision_config": {
+            **_TINY_VISION,
+            "model_type": "siglip_vision_model",
+            "image_size": 60,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "granite",
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+        "tie_word_embeddings": True,
+        "vision_feature_layer": [-3, -1],
+        "vision_feature_select_strategy": "full",
+        "image_grid_pinpoints": [[60, 120], [120, 60], [120, 120]],
+    },
+    "tiny-llava-onevision": {
+        "model_type": "llava_onevision",
+        "vision_config": {
+            **_TINY_VISION,
+            "model_type": "siglip_vision_model",
+            "image_size": 60,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {**_TINY_TEXT, "model_type": "qwen2"},
+        "image_grid_pinpoints": [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)],
+        "vision_aspect_ratio": "anyres_max_2",
     },
     "internvl3-8b": {
         "model_type": "internvl",
@@ -305,6 +354,44 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_config": {**_TINY_VISION, "image_size": 70, "patch_size": 14},
         "text_config": {**_TINY_QWEN, "model_type": "paddleocr_vl_text", "head_dim": 64},
     },
+    "tiny-pixtral": {
+        "model_type": "llava",
+        "vision_config": _TINY_PIXTRAL,
+        "text_config": {**_TINY_TEXT, "model_type": "mistral", "sliding_window": None},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+    "tiny-mistral3": {
+        "model_type": "mistral3",
+        "vision_config": _TINY_PIXTRAL,
+        "text_config": {**_TINY_TEXT, "model_type": "mistral", "sliding_window": None},
+        "tie_word_embeddings": False,
+    },
+    "tiny-ministral3": {
+        "model_type": "mistral3",
+        "vision_config": _TINY_PIXTRAL,
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "ministral3",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 64,  # so that prompts of tests are longer
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "tie_word_embeddings": True,
+        },
+    },
+    "tiny-lightonocr": {
+        "model_type": "lighton_ocr",
+        "vision_config": _TINY_PIXTRAL,
+        "text_config": {**_TINY_TEXT, "model_type": "qwen3", "tie_word_embeddings": True},
+    },
     "tiny-idefics3": {
         "model_type": "idefics3",
         "vision_config": {**_TINY_VISION, "image_size": 56, "patch_size": 14},
@@ -337,7 +424,7 @@ def preset_config(preset: str, layers: int | None = None) -> Any:
         text["num_hidden_layers"] = layers
     given = {key: value for key, value in sizes.items() if key not in ("model_type", "text_config")}
     config = CONFIG_MAPPING[sizes["model_type"]](text_config=text, image_token_id=3, **given)
-    if sizes["model_type"] == "llava":
+    if config.vision_config.model_type == "clip_vision_model" and sizes["model_type"] == "llava":
         vision = config.vision_config
         config.image_seq_length = (vision.image_size // vision.patch_size) ** 2
         config.vision_feature_layer, config.vision_feature_select_strategy = -2, "default"
@@ -347,11 +434,30 @@ def preset_config(preset: str, layers: int | None = None) -> Any:
 
 def write_processor(directory: Path, config: Any) -> None:
     """Processor files for a config of a preset."""
-    if config.model_type == "llava":
+    if config.vision_config.model_type == "pixtral":
+        from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+        files = _files("[IMG]", {"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"})
+        vision = config.vision_config
+        files.images = PixtralImageProcessorPil(patch_size=vision.patch_size, size={"longest_edge": vision.image_size})
+    elif config.model_type == "llava":
         files = ProcessorFiles.load(TINY_LLAVA)
         size = config.vision_config.image_size
         files.images.size = {"shortest_edge": size}
         files.images.crop_size = {"height": size, "width": size}
+    elif config.model_type in ("llava_next", "llava_onevision"):
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        size = dict.fromkeys(("height", "width"), config.vision_config.image_size)
+        files = _files("<image>", {"video_token": "<video>"})
+        if config.model_type == "llava_next":
+            crop = {"size": {"shortest_edge": size["height"]}, "crop_size": size}
+            files.images = LlavaNextImageProcessorPil(**crop, image_grid_pinpoints=config.image_grid_pinpoints)
+        else:
+            files.images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
     elif config.model_type == "internvl":
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 

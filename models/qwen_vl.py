@@ -55,11 +55,13 @@ class GridFamily(Family):
                 f"{vision.patch_size} and {vision.spatial_merge_size}; fix preprocessor_config.json"
             )
 
-    def model_inputs(self, rows: Sequence[VisionCalls]) -> dict[str, np.ndarray]:
+    def model_inputs(
+        self, rows: Sequence[VisionCalls], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> dict[str, np.ndarray]:
         """``pixel_values`` of all pictures one after another, and ``image_grid_thw`` [P, 3]."""
         sizes = [call["position_ids"].max(0) + 1 for row in rows for call in row]
         grids = np.array([[1, *size] for size in sizes], np.int64)
-        return {**super().model_inputs(rows), "image_grid_thw": grids}
+        return {**super().model_inputs(rows, sizes), "image_grid_thw": grids}
 
 
 class Qwen2VL(GridFamily):

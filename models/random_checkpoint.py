@@ -76,7 +76,8 @@ def _parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     model.tie_weights()
     named = revert_weight_conversion(model, dict(model.named_parameters()))
     # What transformers renames by a prefix it does not turn back.
-    clip = ("vision_tower.", "vision_tower.vision_model.") if config.model_type == "llava" else ("", "")
+    prefixed = config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model"
+    clip = ("vision_tower.", "vision_tower.vision_model.") if prefixed else ("", "")
     return {name.replace(*clip): tuple(parameter.shape) for name, parameter in named.items()}
 
 

@@ -15,13 +15,20 @@ from vkvx.models.family import Family, Source
 from vkvx.models.glm_v import Glm4V, Glm46V, GlmOcr
 from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
+from vkvx.models.lighton_ocr import LightOnOcr
 from vkvx.models.llava import TINY_LLAVA, Llava
+from vkvx.models.llava_next import LlavaNext
+from vkvx.models.llava_onevision import LlavaOneVision
 from vkvx.models.paddleocr_vl import PaddleOcrVL
+from vkvx.models.pixtral import Mistral3
 from vkvx.models.qwen3_vl import Qwen3VL
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
 from vkvx.packages import missing
 
-_KNOWN = (Llava, InternVL, Idefics3, SmolVLM, Qwen2VL, Qwen25VL, Qwen3VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL)
+_KNOWN = (
+    *(Llava, LlavaNext, LlavaOneVision, InternVL, Idefics3, SmolVLM),
+    *(Qwen2VL, Qwen25VL, Qwen3VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL, Mistral3, LightOnOcr),
+)
 FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}
 """Directories and hub ids by the short names that people may give."""
@@ -31,8 +38,8 @@ NATIVE_FORMS = {
     "such as OpenGVLab/InternVL3-8B-hf",
     "LlavaLlamaForCausalLM": "give LLaVA-1.5 in transformers' own format: llava-hf/llava-1.5-7b-hf "
     "or llava-hf/llava-1.5-13b-hf",
-    "LlavaQwenForCausalLM": "LLaVA-OneVision in transformers' own format, the repositories llava-hf/llava-onevision-*, "
-    "is not supported yet",
+    "LlavaQwenForCausalLM": "give LLaVA-OneVision in transformers' own format: "
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf or llava-hf/llava-onevision-qwen2-7b-ov-hf",
 }
 """Architectures that are code outside transformers, and what there is in their place."""
 REMOTE_CODE = ("KimiVLForConditionalGeneration", "MiniCPMV", "MolmoForCausalLM", "Ovis", "Phi3VForCausalLM")
@@ -117,7 +124,7 @@ def family_of(model: Any) -> Family:
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         raise ModelError(f"models of class {names[0]} are not supported; supported: {', '.join(FAMILIES)}")
-    return family
+    return family.variant(model.config)
 
 
 def sample_pages() -> list[Path]:
@@ -187,6 +194,7 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]
     except Exception as error:  # transformers raises whatever its validators of the day raise
         reason = " ".join(str(error).split())
         raise ModelError(f"transformers cannot read {path}: {reason}") from error
+    family = family.variant(config)
     family.check(config)
     return config, family
 

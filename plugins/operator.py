@@ -203,7 +203,7 @@ def model_attributes(layout: CacheLayout) -> tuple[OperatorAttributes, ...]:
     """The operator's attributes in each layer of a model."""
     info = layout.info
     rotary = {"rotary_dim": info.rotary_dim, "rotary_interleaved": int(info.rotary_interleaved)}
-    return layer_attributes(layout.quantization, info.head_dim**-0.5, **rotary)
+    return layer_attributes(layout.quantization, info.attention_scale or info.head_dim**-0.5, **rotary)
 
 
 def layer_attributes(quantization: Quantization, scale: float, **others: Any) -> tuple[OperatorAttributes, ...]:

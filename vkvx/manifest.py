@@ -28,7 +28,12 @@ FILE_NAME = "vkvx.json"
 FORMAT = "vkvx-bundle"
 FORMAT_VERSION = 2
 
-_VERSION_1: dict[str, object] = {"position_rows": 1, "rotary_dim": 0, "rotary_interleaved": False}
+_VERSION_1: dict[str, object] = {
+    "position_rows": 1,
+    "rotary_dim": 0,
+    "rotary_interleaved": False,
+    "attention_scale": 0.0,
+}
 """Facts of every model that version 1 could describe."""
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 _SIZES = ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "embed_width", "vocab_size", "max_positions")
@@ -57,7 +62,8 @@ class ModelInfo:
     ascending: group sizes follow from them, and default capacities from the largest. ``position_rows`` is 4 where the
     rotary embedding tells time, rows and columns of a picture apart (``position_ids`` [B, 4, S], the plain index first)
     and 1 where it does not. It turns the first ``rotary_dim`` channels of a head (0: all), pairs of halves, or of
-    neighbours with ``rotary_interleaved``.
+    neighbours with ``rotary_interleaved``. ``attention_scale`` is the factor of scores; 0 is one over the root of
+    ``head_dim``.
     """
 
     name: str
@@ -76,6 +82,7 @@ class ModelInfo:
     position_rows: int
     rotary_dim: int
     rotary_interleaved: bool
+    attention_scale: float
     image_token_id: int
     tokens_per_picture: int | None
     typical_tokens: tuple[int, ...]
@@ -348,6 +355,7 @@ class Manifest(ManifestFile):
         require(whole, "model.embed_width", "a multiple of hidden_size", model.embed_width)
         turned = 0 <= model.rotary_dim <= model.head_dim and model.rotary_dim % 2 == 0
         require(turned, "model.rotary_dim", "an even number up to head_dim", model.rotary_dim)
+        require(model.attention_scale >= 0, "model.attention_scale", "0 or positive", model.attention_scale)
         typical = model.typical_tokens
         require(bool(typical) and min(typical) > 0, "model.typical_tokens", "a list of positive numbers", typical)
         require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)

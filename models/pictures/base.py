@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from vkvx.errors import InputError
 from vkvx.manifest import TensorSpec
+
+KERNELS = {"bilinear": 2, "bicubic": 4}
+"""Kernels that resample a grid of positions or features, and the taps that each takes on an axis."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,14 @@ class Encoded:
     """A picture, ready: inputs of the vision graph, its number of visual tokens, and its ``text`` in a prompt.
 
     ``positions`` INT32 [3, tokens] are where each visual token is in time, rows and columns, from 0: for models whose
-    rotary embedding tells these apart.
+    rotary embedding tells these apart. ``size`` is the picture's height and width in pixels, before it was resized.
     """
 
     arrays: dict[str, np.ndarray]
     tokens: int
     text: str
     positions: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)
 
 
 class Pictures(Protocol):
@@ -47,14 +51,29 @@ class Pictures(Protocol):
     def join(self, pictures: Sequence[Encoded]) -> tuple[dict[str, np.ndarray], ...]:
         """Inputs of the vision graph for each of its calls that pictures take, in order."""
 
+    def largest(self, tokens: int) -> dict[str, int]:
+        """The most of each symbol in the vision graph's inputs, in a call for pictures of so many tokens."""
+
+    def example(self, inputs: Sequence[TensorSpec], tokens: int) -> Encoded:
+        """A made-up picture of about so many tokens, without a text; pixels are a fixed pattern from -1 to 1."""
+
+
+class Marked(Protocol):
+    """Pictures that the tokens of a prompt tell apart."""
+
     def split(self, token_ids: np.ndarray, visual: np.ndarray) -> tuple[int, ...]:
         """Visual tokens of each picture in a row of INT tokens [n], of which BOOL ``visual`` [n] are visual.
 
         Raises InputError if they are not made of whole pictures.
         """
 
-    def example(self, inputs: Sequence[TensorSpec], tokens: int) -> Encoded:
-        """A made-up picture of about so many tokens, without a text; pixels are a fixed pattern from -1 to 1."""
+
+@runtime_checkable
+class Sized(Protocol):
+    """Pictures that may follow each other without a mark; their sizes, ``image_sizes``, tell them apart."""
+
+    def tokens(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of so many pixels, as ``image_sizes`` of transformers have them."""
 
 
 def prompt_positions(visual: np.ndarray, pictures: Sequence[Encoded]) -> np.ndarray | None:
@@ -82,6 +101,33 @@ def pattern(shape: Sequence[int], dtype: str) -> np.ndarray:
     count = int(np.prod(shape))
     wave = np.arange(count, dtype=np.int64) * 7919 % 509 / 254.0 - 1
     return wave.astype(np.float32 if dtype == "bfloat16" else dtype).reshape(shape)
+
+
+def taps(
+    index: np.ndarray, size: int, entries: int, kernel: str, *, corners: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the ``entries`` of an axis make places ``index`` INT [n] once they are resampled to ``size``.
+
+    Returns INT64 [n, taps] and their FP32 weights. The centre of the first is at one half, as in images; with
+    ``corners`` the first and last places are the first and last entries.
+    """
+    count, place = KERNELS[kernel], index.astype(np.float32)
+    if corners:
+        source = place * np.float32(entries - 1) / np.float32(max(size - 1, 1))
+    else:
+        source = (place + np.float32(0.5)) * np.float32(entries) / np.float32(size) - np.float32(0.5)
+    floor = np.floor(source)
+    offsets = np.arange(count) - (count // 2 - 1)
+    chosen = floor.astype(np.int64)[:, None] + offsets
+    distance = np.abs(source[:, None] - floor[:, None] - offsets.astype(np.float32))
+    if kernel == "bilinear":
+        weights = np.maximum(1 - distance, 0)
+    else:  # Keys' kernel with a = -0.75, as torch has it
+        a = np.float32(-0.75)
+        near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        weights = np.where(distance <= 1, near, far)
+    return np.clip(chosen, 0, entries - 1), weights
 
 
 def runs(visual: np.ndarray) -> list[tuple[int, int]]:

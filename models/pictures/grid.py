@@ -12,10 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vkvx.manifest import TensorSpec
-from vkvx.models.pictures.base import Encoded, pattern, runs
-
-KERNELS = {"bilinear": 2, "bicubic": 4}
-"""Kernels that resample a learnt table of positions, and the taps that each takes on an axis."""
+from vkvx.models.pictures.base import KERNELS, Encoded, pattern, runs, taps
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ class Grid:
             specs.append(TensorSpec("window_patches", "int32", ("W", self.window**2 * unit)))
             specs.append(TensorSpec("window_place", "int32", (f"{unit}*M",)))
         if self.table:
-            taps = KERNELS[self.kernel] ** 2
-            specs.append(TensorSpec("table_index", "int32", (f"{unit}*M", taps)))
-            specs.append(TensorSpec("table_weight", "float32", (f"{unit}*M", taps)))
+            count = KERNELS[self.kernel] ** 2
+            specs.append(TensorSpec("table_index", "int32", (f"{unit}*M", count)))
+            specs.append(TensorSpec("table_weight", "float32", (f"{unit}*M", count)))
         if self.raster:
             specs.append(TensorSpec("merge_index", "int32", ("M", unit)))
         return tuple(specs)
@@ -79,8 +76,12 @@ class Grid:
         if self.window:
             arrays |= self._windows(height // self.merge, width // self.merge)
         if self.table:
-            taps = self._taps(row, height), self._taps(column, width)
-            (row_taps, row_weight), (column_taps, column_weight) = taps
+            corners = bool(self.corners)
+            pairs = (
+                taps(row, height, self.table, self.kernel, corners=corners),
+                taps(column, width, self.table, self.kernel, corners=corners),
+            )
+            (row_taps, row_weight), (column_taps, column_weight) = pairs
             index = row_taps[:, :, None] * self.table + column_taps[:, None, :]
             weight = row_weight[:, :, None] * column_weight[:, None, :]
             arrays["table_index"] = index.reshape(len(order), -1).astype(np.int32)
@@ -93,6 +94,10 @@ class Grid:
     def join(self, pictures: Sequence[Encoded]) -> tuple[dict[str, np.ndarray], ...]:
         """A call each: patches of different pictures never meet, and attention takes the square of their number."""
         return tuple(picture.arrays for picture in pictures)
+
+    def largest(self, tokens: int) -> dict[str, int]:
+        """A window holds at least one token."""
+        return {"M": tokens, "W": tokens} if self.window else {"M": tokens}
 
     def split(self, token_ids: np.ndarray, visual: np.ndarray) -> tuple[int, ...]:
         """Each run of visual tokens is a picture: these models put a mark before and after each."""
@@ -128,27 +133,6 @@ class Grid:
             "window_patches": patches.astype(np.int32),
             "window_place": np.flatnonzero(patches >= 0).astype(np.int32),
         }
-
-    def _taps(self, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of the table on an axis for patches ``index`` of ``size``, and their weights."""
-        count = KERNELS[self.kernel]
-        place = index.astype(np.float32)
-        if self.corners:
-            source = place * np.float32(self.table - 1) / np.float32(max(size - 1, 1))
-        else:
-            source = (place + np.float32(0.5)) * np.float32(self.table) / np.float32(size) - np.float32(0.5)
-        floor = np.floor(source)
-        offsets = np.arange(count) - (count // 2 - 1)
-        taps = floor.astype(np.int64)[:, None] + offsets
-        distance = np.abs(source[:, None] - floor[:, None] - offsets.astype(np.float32))
-        if self.kernel == "bilinear":
-            weights = np.maximum(1 - distance, 0)
-        else:  # Keys' kernel with a = -0.75, as torch has it
-            a = np.float32(-0.75)
-            near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
-            far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-            weights = np.where(distance <= 1, near, far)
-        return np.clip(taps, 0, self.table - 1), weights
 
 
 def _blocks(height: int, width: int, merge: int) -> np.ndarray:

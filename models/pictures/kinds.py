@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from vkvx.errors import BundleError
 from vkvx.manifest import PictureInfo
+from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.base import Pictures
 from vkvx.models.pictures.grid import Grid
+from vkvx.models.pictures.rows import PatchRows
 from vkvx.models.pictures.tiles import TileGrid, Tiles
 
-Kind = Tiles | TileGrid | Grid
-KINDS: dict[str, type[Kind]] = {"tiles": Tiles, "tile grid": TileGrid, "grid": Grid}
+Kind = Tiles | TileGrid | Grid | AnyRes | PatchRows
+KINDS: dict[str, type[Kind]] = {
+    "tiles": Tiles,
+    "tile grid": TileGrid,
+    "grid": Grid,
+    "anyres": AnyRes,
+    "patch rows": PatchRows,
+}
 
 
 def describe(pictures: Kind) -> PictureInfo:

@@ -34,6 +34,10 @@ class Tiles:
         """Rows of the vision graph's output for P tiles."""
         return f"{self.tile_tokens}*P"
 
+    def largest(self, tokens: int) -> dict[str, int]:
+        """Whole tiles."""
+        return {"P": max(1, tokens // self.tile_tokens)}
+
     def encode(self, features: Mapping[str, Any], image_token: str) -> Encoded:
         """``pixel_values`` [tiles, channels, height, width]."""
         pixels = np.asarray(features["pixel_values"])
@@ -80,6 +84,10 @@ class TileGrid:
     def rows(self) -> str:
         """Rows of the vision graph's output for P tiles."""
         return f"{self.tile_tokens}*P"
+
+    def largest(self, tokens: int) -> dict[str, int]:
+        """Whole tiles."""
+        return {"P": max(1, tokens // self.tile_tokens)}
 
     def encode(self, features: Mapping[str, Any], image_token: str) -> Encoded:
         """``pixel_values`` [1, tiles, channels, height, width], and ``rows``, ``cols`` [1][1]: 0 if nothing is cut."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vkvx.errors import CapacityError, OptionError
 from vkvx.format import TILE
 from vkvx.manifest import Manifest, parse_dim
+from vkvx.models.pictures.kinds import open_pictures
 from vkvx.runtime.engines.manifest import DECODE, DECODER, PREFILL, VISION, Limits, Profile
 
 GIB = 1 << 30
@@ -83,9 +84,14 @@ def resolve_limits(manifest: Manifest, given: GivenLimits, weight_bytes: int, gp
     calls = _call_groups(input_len, tile, size)
     per_call = calls * size if visual == 0 else min(calls * size, visual)
     # Tiles of all pictures share a call; a picture that is a grid of patches has its own, and may fill a prompt.
-    in_tiles = manifest.graphs["vision"].inputs[0].shape[0] == TILES
+    in_tiles = has_tiles(manifest)
     pictures = per_call // (-(-tile // size) * size) if in_tiles else min(input_len, per_call)
     return Limits(batch, slots, input_len, visual, text, max(1, pictures))
+
+
+def has_tiles(manifest: Manifest) -> bool:
+    """Whether a call of the vision graph is for any number of tiles that do not know of each other."""
+    return parse_dim(manifest.graphs["vision"].outputs[0].shape[0])[1] == TILES
 
 
 def _smallest(manifest: Manifest) -> int:
@@ -170,9 +176,12 @@ def build_profiles(manifest: Manifest, limits: Limits, *, empty_indices: bool) -
         Profile(DECODER, index, name, {spec.name: _shapes(spec.shape, {**cache, **ranges}) for spec in specs})
         for index, (name, ranges) in enumerate(sizes.items())
     ]
-    usual = min(picture, limits.pictures)
-    # A window holds at least one token.
-    pictures = {TILES: (1, 1, limits.pictures), **dict.fromkeys(("M", "W"), (1, usual, limits.pictures))}
+    if has_tiles(manifest):
+        pictures = {TILES: (1, 1, limits.pictures)}
+    else:
+        kind = open_pictures(manifest.model.pictures)
+        usual, largest = kind.largest(min(picture, limits.pictures)), kind.largest(limits.pictures)
+        pictures = {symbol: (1, usual[symbol], size) for symbol, size in largest.items()}
     vision = {spec.name: _shapes(spec.shape, pictures) for spec in manifest.graphs["vision"].inputs}
     return (*decoder, Profile(VISION, 0, VISION, vision))
 

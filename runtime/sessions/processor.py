@@ -39,13 +39,15 @@ class Prepared:
 
     ``token_ids`` INT32 [n] hold the image token once a visual token, ``picture_lengths`` the visual tokens of each
     picture. ``vision_calls`` are the inputs of the vision graph, call by call. ``positions`` INT32 [3, n] are those of
-    the rotary embedding, from 0, in models that place pictures in time, rows and columns.
+    the rotary embedding, from 0, in models that place pictures in time, rows and columns. ``picture_sizes`` are height
+    and width of each picture in pixels, before the image processor resized it.
     """
 
     token_ids: np.ndarray
     vision_calls: tuple[dict[str, np.ndarray], ...]
     picture_lengths: tuple[int, ...]
     positions: np.ndarray | None = None
+    picture_sizes: tuple[tuple[int, int], ...] = ()
 
 
 def listed(pictures: Pictures) -> list[Picture]:
@@ -121,7 +123,8 @@ class Processor:
         if np.count_nonzero(visual) != sum(lengths):
             raise BundleError(f"the tokenizer does not keep '{self._token}' apart; export the model again")
         calls = self._pictures.join(encoded) if encoded else ()
-        return Prepared(ids, calls, lengths, prompt_positions(visual, encoded))
+        sizes = tuple(one.size for one in encoded)
+        return Prepared(ids, calls, lengths, prompt_positions(visual, encoded), sizes)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -176,7 +179,7 @@ class Processor:
                     f"the image processor gives {spec.name} of shape {list(array.shape)}, the vision graph takes "
                     f"{list(spec.shape)}; export the model again with its own preprocessor_config.json"
                 )
-        return replace(encoded, arrays=arrays)
+        return replace(encoded, arrays=arrays, size=(image.height, image.width))
 
 
 def load_picture(source: Picture) -> Image:

@@ -7,7 +7,7 @@ forward pre-hook of the whole model tells pictures from text and hands the cache
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,7 @@ from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.manifest import FLOAT_DTYPES
 from vkvx.models.graph.decoder import IMPLEMENTATION, use_attention_function
 from vkvx.models.graph.metric import Metrics, model_metrics
-from vkvx.models.pictures.base import Encoded, prompt_positions
+from vkvx.models.pictures.base import Encoded, Sized, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.registry import family_of
 from vkvx.options import QuantizationOptions
@@ -119,7 +119,7 @@ class VisualCacheHandle:
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         lengths: list[tuple[int, ...]] = [()] * len(ids)
         if given.get("pixel_values") is not None or encoded is not None:
-            lengths = self._mark_pictures(kinds, ids.cpu())
+            lengths = self._mark_pictures(kinds, ids.cpu(), self._known_lengths(given.get("image_sizes"), encoded))
         if self.layout.info.position_rows > 1:
             # What a forward call finds by itself depends on arguments that callers may leave out. generate() keeps the
             # grids to itself, and gives the positions instead.
@@ -162,16 +162,30 @@ class VisualCacheHandle:
             found[1:, row, torch.from_numpy(valid)] = torch.from_numpy(relative).long() + cache.next_position(row)
         return found
 
-    def _mark_pictures(self, kinds: Tensor, ids: Tensor) -> list[tuple[int, ...]]:
+    def _known_lengths(self, sizes: Tensor | None, encoded: Any) -> Iterator[int] | None:
+        """Visual tokens of each picture of a call where its tokens do not tell: from ``image_sizes`` [P, 2], or from
+        the features of the pictures, which ``generate()`` gives in place of pixels and sizes."""
+        if not isinstance(self._pictures, Sized):
+            return None
+        if encoded is not None:
+            return iter([len(features) for features in encoded.pooler_output])
+        if sizes is None:
+            raise InputError("pictures of this model vary in size; give image_sizes as its processor does")
+        return iter([self._pictures.tokens(height, width) for height, width in torch.as_tensor(sizes).tolist()])
+
+    def _mark_pictures(self, kinds: Tensor, ids: Tensor, known: Iterator[int] | None) -> list[tuple[int, ...]]:
         """Tell the visual tokens in kinds and tokens [B, S], and the first one of each picture, from text.
 
-        Returns the visual tokens of each row's pictures.
+        ``known`` are the lengths of all pictures, if the tokens do not tell. Returns those of each row's pictures.
         """
         marked = []
         for row, row_ids in zip(kinds, ids, strict=True):
             valid = row_ids[row != PADDING].numpy()
             found = np.where(valid == self.layout.info.image_token_id, VISUAL, TEXT)
-            lengths = self._pictures.split(valid, found == VISUAL)
+            if known is None:
+                lengths = self._pictures.split(valid, found == VISUAL)
+            else:
+                lengths = _taken(known, int(np.count_nonzero(found == VISUAL)))
             first = np.cumsum((0, *lengths))[:-1]
             found[np.flatnonzero(found == VISUAL)[first]] = PICTURE
             row[row != PADDING] = torch.from_numpy(found.astype(np.uint8))
@@ -215,6 +229,16 @@ def _prepare(model: Any, options: QuantizationOptions) -> tuple[CacheLayout, Met
     quantization = options.resolve(info.layers, info.typical_tokens)
     needed = layer_attributes(quantization, 1.0)[0].needs_metrics
     return CacheLayout(info, quantization), model_metrics(family, model, info) if needed else None
+
+
+def _taken(lengths: Iterator[int], tokens: int) -> tuple[int, ...]:
+    """The next pictures that have so many visual tokens together. Raises InputError if no pictures do."""
+    taken: list[int] = []
+    while (missing := tokens - sum(taken)) > 0:
+        taken.append(next(lengths, missing + 1))
+    if missing:
+        raise InputError(f"{tokens} visual tokens in a row of input_ids are not those of whole pictures in image_sizes")
+    return tuple(taken)
 
 
 def _new_part_of_mask(mask: Tensor | None, ids: Tensor, cache: PackedVisualCache) -> Tensor:

@@ -16,7 +16,9 @@ from vkvx.models.registry import ALIASES, FAMILIES
 def test_check_prints_a_table_or_json(cli: Callable) -> None:
     result = cli("check", "tiny-llava", "--picture", "640x480", "--picture", "100x2000")
     assert (result.code, result.err) == (0, "")
-    assert result.out.startswith("tiny-llava can be exported\nfamily       LLaVA-1.5: LlavaForConditionalGeneration\n")
+    assert result.out.startswith(
+        "tiny-llava can be exported\nfamily       LLaVA-1.5, Pixtral: LlavaForConditionalGeneration\n"
+    )
     rows = [line.split() for line in result.out.splitlines()]
     assert ["640x480", "576", "640", "85.0", "KiB"] in [row[:5] for row in rows]
     data = json.loads(cli("check", "tiny-llava", "--json").out)

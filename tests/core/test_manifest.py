@@ -43,6 +43,7 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "position_rows": 1,
             "rotary_dim": 0,
             "rotary_interleaved": False,
+            "attention_scale": 0.0,
             "image_token_id": 3,
             "tokens_per_picture": 576,
             "typical_tokens": [576],

@@ -48,6 +48,7 @@ def manifest(
             position_rows=1,
             rotary_dim=0,
             rotary_interleaved=False,
+            attention_scale=0.0,
             image_token_id=IMAGE,
             tokens_per_picture=PICTURE_TOKENS,
             typical_tokens=(PICTURE_TOKENS,),

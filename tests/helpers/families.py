@@ -22,6 +22,10 @@ class Case:
 
 CASES = (
     Case("tiny", (16, 16)),
+    Case("tiny-llava-next", (52, 56)),
+    Case("tiny-llava-next-mistral", (52, 56)),
+    Case("tiny-granite-vision", (52, 56)),
+    Case("tiny-llava-onevision", (44, 56)),
     Case("tiny-internvl", (28, 12)),
     Case("tiny-internvl-qwen3", (28, 12)),
     Case("tiny-idefics3", (52, 36)),
@@ -33,6 +37,10 @@ CASES = (
     Case("tiny-glm-4.6v", (15, 10)),
     Case("tiny-glm-ocr", (15, 10)),
     Case("tiny-paddleocr-vl", (198, 210)),
+    Case("tiny-pixtral", (40, 32)),
+    Case("tiny-mistral3", (12, 8)),
+    Case("tiny-ministral3", (12, 8)),
+    Case("tiny-lightonocr", (8, 8)),
 )
 
 WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.processing_utils import ProcessorMixin
 
 IMAGE_TOKEN = 3
@@ -22,7 +24,7 @@ class Reference:
     """A checkpoint in FP32 with eager attention, and the processor class of its architecture."""
 
     def __init__(self, directory: Path) -> None:
-        config = AutoConfig.from_pretrained(directory)
+        config = self.config = AutoConfig.from_pretrained(directory)
         self.kind: str = config.model_type
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self.images: Any = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True)
@@ -36,6 +38,13 @@ class Reference:
         vision, parts = config.vision_config, {"image_processor": self.images, "tokenizer": self.tokenizer}
         # Processors with videos check for a video processor, which needs torchvision.
         with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
+            if vision.model_type == "pixtral" and self.kind != "lighton_ocr":
+                merge = getattr(config, "spatial_merge_size", 1)
+                return _pixtral_processor()(**parts, patch_size=vision.patch_size, spatial_merge_size=merge)
+            if self.kind == "lighton_ocr":
+                return transformers.LightOnOcrProcessor(
+                    **parts, patch_size=vision.patch_size, spatial_merge_size=config.spatial_merge_size
+                )
             if self.kind == "llava":
                 strategy = config.vision_feature_select_strategy
                 return transformers.LlavaProcessor(
@@ -43,6 +52,21 @@ class Reference:
                     patch_size=vision.patch_size,
                     vision_feature_select_strategy=strategy,
                     num_additional_image_tokens=1,
+                )
+            if self.kind == "llava_next":
+                return transformers.LlavaNextProcessor(
+                    **parts,
+                    patch_size=vision.patch_size,
+                    vision_feature_select_strategy=config.vision_feature_select_strategy,
+                    num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
+                )
+            if self.kind == "llava_onevision":
+                return transformers.LlavaOnevisionProcessor(
+                    **parts,
+                    video_processor=None,
+                    num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+                    vision_feature_select_strategy=config.vision_feature_select_strategy,
+                    vision_aspect_ratio=config.vision_aspect_ratio,
                 )
             if self.kind == "internvl":
                 tokens = int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
@@ -79,6 +103,21 @@ class Reference:
         )
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
+    def pixels(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+        """The pixels in model inputs, without what fills pictures up to the size of others; Pixtral's as patches."""
+        pixels, vision = inputs["pixel_values"], self.config.vision_config
+        if vision.model_type == "pixtral":
+            side, patches = vision.patch_size, []
+            for one, (height, width) in zip(pixels, inputs["image_sizes"].tolist(), strict=True):
+                cut = one[:, :height, :width].unfold(1, side, side).unfold(2, side, side)
+                patches.append(cut.permute(1, 2, 0, 3, 4).flatten(0, 1))
+            return torch.cat(patches).numpy()
+        if self.kind in ("llava_next", "llava_onevision"):
+            grids, sizes = self.config.image_grid_pinpoints, inputs["image_sizes"]
+            counts = [image_size_to_num_patches(size, grids, vision.image_size) for size in sizes]
+            return np.concatenate([tiles[:count] for tiles, count in zip(pixels.numpy(), counts, strict=True)])
+        return pixels.numpy()
+
     def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Greedy answers INT [B, tokens], and the logits FP32 [B, tokens, V] that each token was chosen from."""
         with torch.no_grad():
@@ -94,6 +133,16 @@ class Reference:
         return answers.numpy(), torch.stack(output.logits, 1).float().numpy()
 
 
+def _pixtral_processor() -> Any:
+    """Its module asks for torchvision, for a function that comes with the image processor for Pillow, too."""
+    from transformers.models.pixtral import image_processing_pil_pixtral
+
+    own = "transformers.models.pixtral.image_processing_pixtral"
+    with mock.patch.dict(sys.modules, {own: image_processing_pil_pixtral}):
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+    return PixtralProcessor
+
+
 def joined(
     first: dict[str, torch.Tensor], answer: np.ndarray, second: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -103,10 +152,25 @@ def joined(
         between = [torch.tensor(answer)[None]] if name == "input_ids" else []
         if name in ("attention_mask", "mm_token_type_ids"):
             between = [torch.full((1, len(answer)), int(name == "attention_mask"))]
+        parts = [first[name], *between, second[name]]
+        if name == "pixel_values" and "image_sizes" in first:  # a picture is filled up to the size of the largest
+            parts = _filled(parts)
         # Idefics3 and SmolVLM have an axis for the rows of a batch in front of that for tiles.
-        in_rows = first[name].dim() == 5 or first[name].shape[1] == first["input_ids"].shape[1]
-        whole[name] = torch.cat([first[name], *between, second[name]], int(in_rows))
+        tiled = "pixel_attention_mask" in first and name.startswith("pixel")
+        in_rows = tiled or first[name].shape[1:2] == first["input_ids"].shape[1:]
+        whole[name] = torch.cat(parts, int(in_rows))
     return whole
+
+
+def _filled(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors with zeros behind what they have, so that they differ in their first axis alone."""
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
+    filled = []
+    for part in parts:
+        whole = part.new_zeros(part.shape[0], *sizes)
+        whole[tuple(slice(size) for size in part.shape)] = part
+        filled.append(whole)
+    return filled
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

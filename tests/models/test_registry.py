@@ -132,7 +132,11 @@ def test_no_architecture(checkpoint: Path, tmp_path: Path) -> None:
         ("text_config", {"model_type": "gemma"}, r"'gemma' decoder is not supported; llama, mistral or qwen2"),
         ("text_config", {"model_type": "mistral", "sliding_window": 4096}, "sliding window of 4096"),
         ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-        ("vision_config", {"model_type": "dinov2"}, r"'dinov2' tower is not supported; clip_vision_model or siglip"),
+        (
+            "vision_config",
+            {"model_type": "dinov2"},
+            r"'dinov2' tower is not supported; clip_vision_model, siglip_vision_model or",
+        ),
         ("vision_config", {"image_size": 57}, "57 pixels"),
         (None, {"image_token_index": 512}, "image token 512 is not among the decoder's 512 tokens"),
         (None, {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
@@ -170,7 +174,7 @@ def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
     [
         ("InternVLChatModel", "give the same model in transformers' own format, .*OpenGVLab/InternVL3-8B-hf"),
         ("LlavaLlamaForCausalLM", "llava-hf/llava-1.5-7b-hf"),
-        ("LlavaQwenForCausalLM", r"llava-hf/llava-onevision-\*, is not supported yet"),
+        ("LlavaQwenForCausalLM", "give LLaVA-OneVision in transformers' own format"),
         *((name, "exists only as remote code, which cannot be exported; supported: Llava") for name in REMOTE_CODE),
     ],
 )
@@ -215,6 +219,27 @@ def test_quantised_weights_of_a_loaded_model() -> None:
             with pytest.raises(ModelError, match=rf"quantised \({name}\)"):
                 FAMILIES[LLAVA].check(config)
             del part.quantization_config
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        ("tiny-llava-next", {"vision_feature_select_strategy": "full"}, "'full' does not suit a 'clip_vision_model'"),
+        ("tiny-llava-next", {"image_grid_pinpoints": [[56, 100]]}, r"\[56, 100\], which is not made of tiles of 56"),
+        ("tiny-llava-onevision", {"vision_aspect_ratio": "pad"}, "'pad' is not supported; 'anyres_max_9' is"),
+        ("tiny-pixtral", {"vision_feature_select_strategy": "default"}, "'default' is not supported; 'full' is"),
+        ("tiny-mistral3", {"vision_feature_layer": -2}, "vision_feature_layer '-2' is not supported; '-1' is"),
+        ("tiny-mistral3", {"spatial_merge_size": 1}, "spatial_merge_size 1 is not supported"),
+    ],
+)
+def test_refused_traits_of_pictures(preset: str, changes: dict[str, Any], message: str) -> None:
+    config = preset_config(preset)
+    family = FAMILIES[config.architectures[0]].variant(config)
+    family.check(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ModelError, match=message):
+        family.check(config)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\xff", '{"architectures": 5}'])

@@ -31,7 +31,7 @@ from vkvx.runtime.backends.tensorrt.engine import Engines
 from vkvx.runtime.cache import PackedCache, Shape, numpy_dtype
 from vkvx.runtime.calls import CALL_INPUTS, Call
 from vkvx.runtime.engines.gpus import use_gpu
-from vkvx.runtime.engines.limits import TILES
+from vkvx.runtime.engines.limits import has_tiles
 from vkvx.runtime.engines.manifest import DECODE, DECODER, VISION, Limits
 
 
@@ -109,7 +109,7 @@ class TensorRTBackend:
         graph = self.manifest.graphs["vision"]
         rows, count = graph.output_rows(pixel_inputs), len(next(iter(pixel_inputs.values())))
         # Tiles do not know of each other, patches of a picture do.
-        step = self.limits.pictures if graph.inputs[0].shape[0] == TILES else count
+        step = self.limits.pictures if has_tiles(self.manifest) else count
         embeds = self.gpu.allocate(output.dtype, (rows, self.manifest.model.embed_width))
         if self._vision is None:
             self._vision = self.engines.context(engine, profile.index, self.gpu)

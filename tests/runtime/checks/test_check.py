@@ -29,7 +29,8 @@ def test_tokens_and_bytes_of_each_family(case: Case, tmp_path: Path) -> None:
     assert (found.name, found.decoder) == (tmp_path.name, config.text_config.model_type)
     assert tuple(picture.tokens for picture in found.pictures) == case.tokens
     text, size = config.text_config, found.group_size
-    assert size == typical_group_size(FAMILIES[config.architectures[0]].typical_tokens(config))
+    family = FAMILIES[config.architectures[0]].variant(config)
+    assert size == typical_group_size(family.typical_tokens(config))
     heads_dim = text.num_hidden_layers * text.num_key_value_heads * head_dim(text)
     for picture in found.pictures:
         assert picture.padded_tokens == size
