@@ -169,7 +169,8 @@ class Family(ABC):
         """The facts that config.json tells, and ``generation``, the contents of generation_config.json."""
         text = config.text_config
         eos, pad = (
-            _first((generation or {}).get(name), getattr(config, name, None), getattr(text, name, None))
+            # Idefics3 computes one of the whole config, with a default that other vocabularies lack.
+            _first((generation or {}).get(name), vars(config).get(name), getattr(text, name, None))
             for name in ("eos_token_id", "pad_token_id")
         )
         eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -28,11 +28,20 @@ def lower_opset(model: ir.Model) -> None:
         elif node.op_type in _EXTENDED:
             name = _EXTENDED[node.op_type]
             value = node.attributes.get_string(name, "none") if name == "reduction" else node.attributes.get(name)
-            if value not in ("none", None) or (node.op_type == "Pad" and len(node.inputs) > 3):
+            if node.op_type == "Split" and value is not None and _splits_evenly(node):
+                node.attributes.pop(name)  # what opset 17 does by itself
+            elif value not in ("none", None) or (node.op_type == "Pad" and len(node.inputs) > 3):
                 raise _refusal(node)
         else:
             raise _refusal(node)
     model.opset_imports[""] = OLD
+
+
+def _splits_evenly(node: ir.Node) -> bool:
+    """Whether a Split into a number of outputs makes parts of one size."""
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    size = None if shape is None else shape[node.attributes.get_int("axis", 0)]
+    return isinstance(size, int) and size % len(node.outputs) == 0
 
 
 def _axes_to_attribute(node: ir.Node) -> None:

@@ -149,10 +149,12 @@ class DecoderGraph(nn.Module):
         """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches."""
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         width = embeds.shape[-1]
-        # Positions of text have no features for the first layers: zeros.
-        features = embeds.new_zeros(*embeds.shape[:2], visual_embeds.shape[-1] - width)
-        placed = place_embeds(torch.cat([embeds, features], -1), visual_embeds, visual_index)
-        embeds, *features = placed.split(width, -1)
+        more = visual_embeds.shape[-1] - width
+        if more:  # positions of text have no features for the first layers: zeros
+            embeds = torch.cat([embeds, embeds.new_zeros(*embeds.shape[:2], more)], -1)
+        embeds = place_embeds(embeds, visual_embeds, visual_index)
+        features = [embeds[..., start : start + width] for start in range(width, width + more, width)]
+        embeds = embeds[..., :width] if more else embeds
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
         attention = Attention(
             self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place

@@ -40,6 +40,13 @@ def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
     assert set(loaded) <= ({"numpy", "PIL"} if "/nowhere" in arguments else set())
 
 
+def test_pictures_come_first_unless_the_prompt_says_where() -> None:
+    picture, text = {"type": "image"}, {"type": "text", "text": "What differs?"}
+    assert generation.message("What differs?", 2) == {"role": "user", "content": [picture, picture, text]}
+    told = "This <image> or that <image>?"
+    assert generation.message(told, 2) == {"role": "user", "content": told}
+
+
 def test_help_of_every_verb_loads_nothing_heavy() -> None:
     program = "from vkvx.cli import main\nfor verb in sys.argv[1:]: assert main([verb, '--help']) == 0"
     assert loaded_by(program, *VERBS) == []

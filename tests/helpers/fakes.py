@@ -89,8 +89,8 @@ class FakeProcessor:
             ids += [IMAGE] * PICTURE_TOKENS if number else []
             for number_, piece in enumerate(part.split("</s>")):
                 ids += ([EOS] if number_ else []) + list(piece.encode())
-        pixels = {"pixel_values": np.array(images, np.float32)[:, None]} if images else None
-        return Prepared(np.array(ids, np.int32), pixels, (PICTURE_TOKENS,) * len(images))
+        calls = ({"pixel_values": np.array(images, np.float32)[:, None]},) if images else ()
+        return Prepared(np.array(ids, np.int32), calls, (PICTURE_TOKENS,) * len(images))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token for token in token_ids if token > 3).decode(errors="replace")

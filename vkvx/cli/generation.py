@@ -79,7 +79,9 @@ def load_session(args: argparse.Namespace, visual_tokens: int | None = None, tex
 
 
 def message(prompt: str, pictures: int) -> dict[str, Any]:
-    """A user's message for the chat template, pictures first."""
+    """A user's message for the chat template: pictures first, unless the prompt says where by ``<image>``."""
+    if "<image>" in prompt:
+        return {"role": "user", "content": prompt}
     content: list[dict[str, str]] = [{"type": "image"}] * pictures
     return {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
 
