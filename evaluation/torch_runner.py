@@ -59,9 +59,10 @@ class _ObservedCall(CacheCall):
 class Batch:
     """Prompts of some samples, and what the 16-bit model makes of them.
 
-    ``ids`` and ``mask`` are INT64 [B, S], padded on the left. ``first`` FP32 [B, V] are the logits after the prompt,
-    ``prompt`` the keys and values of each layer, [B, Hkv, S, D]. ``answers`` are the reference's tokens, and
-    ``expected`` its log-probabilities for each of them, FP32 [tokens, V] a row. ``exact`` holds the prompt unquantised.
+    ``ids`` and ``mask`` are INT64 [B, S], padded on the left; ``kinds`` and ``positions`` are what a cache takes.
+    ``first`` FP32 [B, V] are the logits after the prompt, ``prompt`` the keys and values of each layer,
+    [B, Hkv, S, D]. ``answers`` are the reference's tokens, and ``expected`` its log-probabilities for each of them,
+    FP32 [tokens, V] a row. ``exact`` holds the prompt unquantised.
     """
 
     samples: Sequence[Sample]
@@ -70,6 +71,7 @@ class Batch:
     mask: Tensor
     first: Tensor
     kinds: Tensor
+    positions: Tensor
     prompt: list[tuple[Tensor, Tensor]]
     exact: ObservedCache
     prefill_seconds: float
@@ -108,11 +110,11 @@ class TorchRunner:
             ids[row, width - len(entry.token_ids) :] = torch.from_numpy(entry.token_ids)
             mask[row, width - len(entry.token_ids) :] = 1
         prompt: list[tuple[Tensor, Tensor]] = []
-        kinds: list[Tensor] = []
+        begun_by: list[CacheCall] = []
 
         def keep(call: CacheCall, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
             prompt.append((key, value))
-            kinds[:] = [call.kinds]
+            begun_by[:] = [call]
 
         ids, mask = ids.to(self.device), mask.to(self.device)
         begun = self._clock()
@@ -128,7 +130,12 @@ class TorchRunner:
             )
             cache.observer = None
             first = self._allowed(output.logits[:, -1].float())
-            batch = Batch(samples, prepared, ids, mask, first, kinds[0], prompt, cache, self._clock() - begun)
+            call = begun_by[0]
+            assert call.positions is not None
+            batch = Batch(
+                *(samples, prepared, ids, mask, first, call.kinds, call.positions, prompt, cache),
+                prefill_seconds=self._clock() - begun,
+            )
             known = [answer for answer in answers if answer is not None]
             new = known if len(known) == len(answers) else self._generate(batch, cache)
             batch.reference_seconds = self._clock() - begun
@@ -304,7 +311,7 @@ def fill(cache: ObservedCache, batch: Batch) -> Tensor:
 
     Returns the positions of the visual tokens, INT32 [B, Nv], in whole groups that -1 fills up.
     """
-    call = cache.begin(batch.kinds)
+    call = cache.begin(batch.kinds, batch.positions)
     for layer, (key, value) in enumerate(batch.prompt):
         heads = cache.layout.info.query_heads
         query = key.new_zeros(1).expand(key.shape[0], heads, *key.shape[2:])  # what it would attend to is known

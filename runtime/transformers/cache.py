@@ -70,6 +70,7 @@ class PackedVisualCache(Cache):
         rotary = positions.cpu() if positions.dim() == 2 else positions[1:].cpu().amax(0)
         last = rotary.expand(len(kinds), -1).masked_fill(kinds == PADDING, 0).amax(1)
         call = self._new_call(kinds, last)
+        call.positions = positions
         missing = call.visual_count.shape[1] - self._visual_count.shape[1]
         self._visual_count = pad(self._visual_count, (0, missing))
         needed = int(call.text_count.max())
@@ -89,7 +90,7 @@ class PackedVisualCache(Cache):
 
     def next_position(self, row: int) -> int:
         """Position of the rotary embedding for the row's next token."""
-        return int(self._next_position[row])
+        return int(self._next_position[row]) if self.is_initialized else 0
 
     def finish(self, call: CacheCall, *, succeeded: bool) -> None:
         """End a forward call; its tokens are in the cache if it succeeded, otherwise the cache is as before it.
@@ -268,6 +269,8 @@ class CacheCall:
         """``last``, [B], is the position of each row's last token."""
         layout = cache.layout
         self.last = last
+        self.positions: Tensor | None = None
+        """Those of the rotary embedding that the call was begun with."""
         self.attributes = cache.attributes
         self.kinds = kinds
         self.layers_done: set[int] = set()

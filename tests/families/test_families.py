@@ -5,6 +5,7 @@ Pictures of different sizes, a batch, a second turn, 1 bit; TensorRT for RTX bui
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from families import PICTURES, PROMPTS, ROOM, TALL, WIDE, Case, Recorded
 from PIL import Image
 from reference import IMAGE_TOKEN, Reference, joined
 
-from vkvx import quantize_visual_cache
+from vkvx import ExportOptions, evaluate, quantize_visual_cache
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends import golden
 from vkvx.runtime.engines.manifest import VISION, EngineManifest
@@ -103,6 +104,24 @@ def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> N
             assert effect > 100 * ATOL  # so that 16 bits would be noticed
             np.testing.assert_allclose(found[0], logits[row, 0], rtol=0, atol=ATOL)
             np.testing.assert_allclose(found, logits[row], rtol=0, atol=PACKED_SHARE * effect)
+
+
+def test_evaluation_of_bundle_and_checkpoint(packed: Path, family_checkpoint: Path, tmp_path: Path) -> None:
+    """`vkvx eval` measures the same by onnxruntime and by the plug-in: pictures in a batch, positions, padding."""
+    questions = tmp_path / "questions.jsonl"
+    with questions.open("w") as file:
+        for number, picture in enumerate((WIDE, TALL, WIDE)):
+            picture.save(tmp_path / f"{number}.png")
+            prompt = "Say what it is." if number else "What?"
+            line = {"image": f"{number}.png", "prompt": prompt, "answers": ["no"]}
+            file.write(json.dumps(line) + "\n")
+    options: dict[str, Any] = {"data": questions, "device": "cpu", "max_new_tokens": 6, "batch": 2}
+    ours = evaluate(packed, model=str(family_checkpoint), **options).to_json()["settings"][1]
+    settings = [ExportOptions()]
+    theirs = evaluate(family_checkpoint, settings=settings, dtype="float32", **options).to_json()["settings"][1]
+    for name in ("token_agreement", "equal_answers", "bits_per_element", "visual_bytes"):
+        assert ours[name] == theirs[name], name
+    assert ours["kl"] == pytest.approx(theirs["kl"], rel=0.05, abs=1e-6)
 
 
 @pytest.mark.parametrize("capability", ["8.9", "12.0"])
