@@ -263,3 +263,21 @@ def test_needs_the_standard_library_only() -> None:
     code = "import sys, vkvx.manifest; print(*{'numpy', 'torch', 'onnx', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_version_one_knew_pictures_of_one_size() -> None:
+    data = example()
+    data["format_version"] = 1
+    for name in ("typical_tokens", "pictures", "position_rows", "embed_width", "rotary_dim", "rotary_interleaved"):
+        del data["model"][name]
+    del data["model"]["attention_scale"]
+    data["graphs"]["vision"] |= {
+        "inputs": [{"name": "pixel_values", "dtype": "float32", "shape": ["P", 3, 336, 336]}],
+        "outputs": [{"name": "image_embeds", "dtype": "float16", "shape": ["Np", 256]}],
+    }
+    manifest = Manifest.from_json(data)
+    model = manifest.model
+    assert (model.typical_tokens, model.usual_tokens, model.embed_width) == ((576,), 576, 256)
+    assert (model.position_rows, model.rotary_dim, model.rotary_interleaved, model.attention_scale) == (1, 0, False, 0)
+    assert (model.pictures.kind, model.pictures.numbers) == ("tiles", {"tile_tokens": 576})
+    assert manifest.graphs["vision"].output_rows({"pixel_values": range(3)}) == 3 * 576
