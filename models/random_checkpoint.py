@@ -20,7 +20,8 @@ import numpy as np
 
 from vkvx.errors import StorageError, VkvxError
 from vkvx.models.checkpoint import INDEX_FILE, SINGLE_FILE
-from vkvx.models.presets import PRESETS, preset_config, write_processor
+from vkvx.models.preset_processors import write_processor
+from vkvx.models.presets import PRESETS, preset_config
 
 STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _BLOCK = 1 << 22

@@ -16,7 +16,8 @@ from vkvx.cli import terminal
 from vkvx.cli.models import describe_families
 from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
 from vkvx.manifest import FORMAT, FORMAT_VERSION, Manifest, ModelInfo, Quantization
-from vkvx.models.presets import preset_config, write_processor
+from vkvx.models.preset_processors import write_processor
+from vkvx.models.presets import preset_config
 from vkvx.models.registry import NATIVE_FORMS, REMOTE_CODE
 from vkvx.plugins import operator
 

@@ -20,7 +20,8 @@ from vkvx.models.family import square_pixels
 from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.kinds import describe, open_pictures
 from vkvx.models.pictures.rows import PatchRows
-from vkvx.models.presets import preset_config, write_processor
+from vkvx.models.preset_processors import write_processor
+from vkvx.models.presets import preset_config
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.registry import FAMILIES
 

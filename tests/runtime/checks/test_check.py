@@ -13,7 +13,8 @@ from vkvx.errors import ModelError, OptionError
 from vkvx.format import typical_group_size
 from vkvx.manifest import Manifest
 from vkvx.models.family import head_dim
-from vkvx.models.presets import preset_config, write_processor
+from vkvx.models.preset_processors import write_processor
+from vkvx.models.presets import preset_config
 from vkvx.models.registry import FAMILIES, TINY_LLAVA
 from vkvx.runtime.checks.check import DEFAULT_PICTURES, check_model
 
