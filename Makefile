@@ -20,7 +20,7 @@ demo: .venv/demo-ready
 	@$(BIN)/python examples/demo.py
 
 test: lint
-	@echo "tests: 7 to 10 minutes on 2 cores"
+	@echo "tests: 13 to 19 minutes on 2 cores"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: types
