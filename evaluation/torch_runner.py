@@ -154,7 +154,7 @@ class TorchRunner:
         self, batch: Batch, setting: Setting, *, generate: bool = True, histograms: bool = False
     ) -> list[Record]:
         """Run the batch under a packed setting: a record a sample. Without ``generate`` the answers stay empty."""
-        layers, heads = self.info.layers, self.info.query_heads
+        layers, heads = len(self.info.layers), self.info.query_heads
         errors = torch.zeros(len(batch.samples), layers, heads, 2, device=self.device)
         with self._handle(setting) as handle, torch.no_grad():
             begun = self._clock()

@@ -13,7 +13,7 @@ import numpy as np
 
 from vkvx.errors import ModelError, VkvxError
 from vkvx.format import WORD_BITS
-from vkvx.manifest import ModelInfo, TensorSpec
+from vkvx.manifest import LayerInfo, ModelInfo, TensorSpec
 from vkvx.models.pictures.kinds import Kind, describe
 
 if TYPE_CHECKING:
@@ -180,18 +180,13 @@ class Family(ABC):
             revision=None,
             architecture=self.architecture,
             dtype=dtype,
-            layers=text.num_hidden_layers,
+            layers=self.layers(config),
             query_heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=head_dim(text),
             hidden_size=text.hidden_size,
             embed_width=text.hidden_size * (1 + self.deepstack(config)),
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
             position_rows=self.position_rows,
-            rotary_dim=rotary_dim(text),
-            rotary_interleaved=self.rotary_interleaved,
-            attention_scale=float(getattr(text, "attention_multiplier", 0.0)),  # Granite's, others have none
             image_token_id=config.image_token_id,
             tokens_per_picture=self.tokens_per_picture(config),
             typical_tokens=self.typical_tokens(config),
@@ -199,6 +194,18 @@ class Family(ABC):
             eos_token_ids=eos_ids,
             pad_token_id=_first(pad, *eos_ids, 0),
         )
+
+    def layers(self, config: Any) -> tuple[LayerInfo, ...]:
+        """Attention of each decoder layer; those of a plain family are alike."""
+        text = config.text_config
+        layer = LayerInfo(
+            kv_heads=text.num_key_value_heads,
+            head_dim=head_dim(text),
+            scale=float(getattr(text, "attention_multiplier", head_dim(text) ** -0.5)),  # Granite's, others have none
+            rotary_dim=rotary_dim(text),
+            rotary_interleaved=self.rotary_interleaved,
+        )
+        return (layer,) * text.num_hidden_layers
 
     @abstractmethod
     def pictures(self, config: Any) -> Kind:
@@ -249,6 +256,10 @@ class Family(ABC):
     def rotary_embedding(self, model: Any) -> nn.Module:
         """The decoder's rotary embedding: from a tensor and positions [B, S] to cosine and sine [B, S, D]."""
         return self.text_model(model).rotary_emb  # type: ignore[return-value]
+
+    def rotary_options(self, config: Any, layer: int) -> dict[str, Any]:
+        """What the rotary embedding is to be told besides, to give the cosine and sine of this layer."""
+        return {}
 
     def model_class(self) -> Any:
         """The transformers class of the model."""

@@ -7,7 +7,7 @@ from it, the table in ``docs/operator.md`` is checked against it. Names of quant
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from vkvx.cache_layout import CacheLayout
@@ -200,14 +200,21 @@ class OperatorAttributes:
 
 
 def model_attributes(layout: CacheLayout) -> tuple[OperatorAttributes, ...]:
-    """The operator's attributes in each layer of a model."""
-    info = layout.info
-    rotary = {"rotary_dim": info.rotary_dim, "rotary_interleaved": int(info.rotary_interleaved)}
-    return layer_attributes(layout.quantization, info.attention_scale or info.head_dim**-0.5, **rotary)
+    """The operator's attributes in each layer of a model; layers that read another one's cache have its bits."""
+    packing = layer_attributes(layout.quantization, 1.0)
+    return tuple(
+        replace(
+            packing[i if layer.keys_of is None else layer.keys_of],
+            scale=layer.scale,
+            rotary_dim=layer.rotary_dim,
+            rotary_interleaved=int(layer.rotary_interleaved),
+        )
+        for i, layer in enumerate(layout.info.layers)
+    )
 
 
 def layer_attributes(quantization: Quantization, scale: float, **others: Any) -> tuple[OperatorAttributes, ...]:
-    """Those of a quantisation; ``scale`` multiplies the scores, ``others`` are the same in all layers."""
+    """Those of each cache of a quantisation; ``scale`` multiplies the scores, ``others`` are the same in all."""
     named = {f.name: getattr(quantization, f.name) for f in fields(quantization)}
     return tuple(
         OperatorAttributes(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.format import CACHE_NAMES
-from vkvx.manifest import TensorSpec
+from vkvx.manifest import LayerInfo, TensorSpec
 from vkvx.models.family import Family
-from vkvx.models.graph.metric import rotation
+from vkvx.models.graph.metric import layer_rotary, rotations
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
 from vkvx.plugins.operator import OperatorAttributes
 
@@ -47,15 +47,17 @@ class Attention:
         text_count: Tensor,
         caches: Sequence[Tensor],
         metrics: Sequence[Sequence[Tensor]],
+        cache_of: Sequence[int],
         in_place: bool = False,
     ) -> None:
-        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none.
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``cache_of`` its cache.
 
         With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
         """
         self.attributes = attributes
         self.in_place = in_place
         self.metrics = metrics
+        self.cache_of = cache_of
         self.indices = indices
         self.visual_count, self.text_count = visual_count, text_count
         self.caches = [caches[i : i + len(CACHE_NAMES)] for i in range(0, len(caches), len(CACHE_NAMES))]
@@ -63,7 +65,8 @@ class Attention:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
-        visual, text = self.caches[layer][:4], self.caches[layer][4:]
+        cache = self.cache_of[layer]
+        visual, text = self.caches[cache][:4], self.caches[cache][4:]
         inputs = (
             *(query, key, value),
             *self.indices,
@@ -72,10 +75,16 @@ class Attention:
         )
         attributes = self.attributes[layer].to_dict()
         if self.in_place:
-            self.presents[layer] = self.caches[layer]
+            self.presents[cache] = self.caches[cache]
             return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
-        output, *self.presents[layer] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
+        # A layer that reads another one's cache is given its keys and values again: it makes the same of the cache.
+        output, *self.presents[cache] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
         return output
+
+
+def cache_of(layers: Sequence[LayerInfo]) -> tuple[int, ...]:
+    """The cache that each layer reads: its own, or that of the layer whose keys it takes."""
+    return tuple(i if layer.keys_of is None else layer.keys_of for i, layer in enumerate(layers))
 
 
 def use_attention_function(model: Any) -> None:
@@ -125,7 +134,8 @@ class DecoderGraph(nn.Module):
         use_attention_function(model)
         self.in_place = in_place
         self.text_model = family.text_model(model)
-        self.rotary = family.rotary_embedding(model)
+        self.rotary = layer_rotary(family, model)
+        self.cache_of = cache_of(family.layers(model.config))
         self.head = family.head(model)
         self.attributes = tuple(attributes)
         # Parameters, so that the exporter takes them for weights.
@@ -157,7 +167,8 @@ class DecoderGraph(nn.Module):
         embeds = embeds[..., :width] if more else embeds
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
         attention = Attention(
-            self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place
+            *(self.attributes, indices, visual_count, text_count, caches, metrics, self.cache_of),
+            in_place=self.in_place,
         )
         # transformers wants the rows of positions first.
         rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
@@ -189,14 +200,16 @@ class DecoderGraph(nn.Module):
                 hook.remove()
 
     def _metrics(self, position_ids: Tensor, last_index: Tensor) -> list[tuple[Tensor, ...]]:
-        """Metrics of each layer, and the rotation at the row's last position, which all share."""
+        """Metrics of each layer's cache, and the layer's rotation at each row's last position."""
         if not self.key_metrics:
             return [()] * len(self.attributes)
         # A call ends with text, which is at the same time, row and column.
         plain = position_ids if position_ids.dim() == 2 else position_ids[:, 1]
         last = plain.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
-        turn = rotation(self.rotary, last, self.key_metrics[0].shape[-1])
-        return [(key, value, turn) for key, value in zip(self.key_metrics, self.value_metrics, strict=True)]
+        turns = rotations(self.rotary, last)
+        return [
+            (self.key_metrics[i], self.value_metrics[i], turn) for i, turn in zip(self.cache_of, turns, strict=True)
+        ]
 
     def _updated_counts(
         self,
@@ -273,7 +286,7 @@ def _counts(suffix: str) -> tuple[TensorSpec, ...]:
 def _caches(prefix: str, layout: CacheLayout) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(f"{prefix}.{layer}.{name}", dtype, shape)
-        for layer in range(layout.info.layers)
+        for layer in range(layout.info.cached_layers)
         for name, (dtype, shape) in layout.layer_tensors(layer, "Bc", "T", "G", "N").items()
     )
 

@@ -296,7 +296,7 @@ class CacheCall:
         else:
             self.text_count = cache._text_count + (kinds != PADDING).sum(1, dtype=torch.int32)
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
-        self._rotations: dict[torch.device, Tensor] = {}
+        self._rotations: dict[torch.device, list[Tensor]] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of a layer and storage of its new tokens: query [B, Hq, S, D], key, value [B, Hkv, S, D]."""
@@ -317,8 +317,8 @@ class CacheCall:
         if metrics is None:
             return ()
         if device not in self._rotations:
-            self._rotations[device] = metrics.rotation(self.last.to(device))
-        return metrics.key[layer], metrics.value[layer], self._rotations[device]
+            self._rotations[device] = metrics.rotations(self.last.to(device))
+        return metrics.key[layer], metrics.value[layer], self._rotations[device][layer]
 
     def _inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """Indices, slots and the counts before the call, on a layer's device."""

@@ -226,7 +226,7 @@ def _prepare(model: Any, options: QuantizationOptions) -> tuple[CacheLayout, Met
     if dtype not in FLOAT_DTYPES:
         raise ModelError(f"the model computes in {dtype}; load it with dtype {', '.join(FLOAT_DTYPES)}")
     info = family.info(config, dtype)
-    quantization = options.resolve(info.layers, info.typical_tokens)
+    quantization = options.resolve(info.cached_layers, info.typical_tokens)
     needed = layer_attributes(quantization, 1.0)[0].needs_metrics
     return CacheLayout(info, quantization), model_metrics(family, model, info) if needed else None
 
