@@ -166,7 +166,11 @@ def write_graph(model: ir.Model, path: Path, functions: Sequence[onnx.FunctionPr
 def operator_functions(built: Built, model: BuiltModel) -> list[onnx.FunctionProto]:
     """One function of standard ops for each distinct set of attributes; points the decoder's nodes to them."""
     attributes, info = model.attributes, model.info
-    overloads = {entry: f"k{entry.key_bits}v{entry.value_bits}" for entry in attributes}
+    overloads: dict[OperatorAttributes, str] = {}
+    for entry in attributes:
+        name = f"k{entry.key_bits}v{entry.value_bits}"
+        more = sum(other.partition("_")[0] == name for other in overloads.values())
+        overloads.setdefault(entry, f"{name}_{more}" if more else name)
     nodes = [node for node in built.traced.model.graph if node.domain == DOMAIN]
     if len(nodes) != len(attributes):
         raise ModelError(f"the decoder has {len(nodes)} attention nodes in {len(attributes)} layers, expected one each")

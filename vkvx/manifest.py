@@ -91,6 +91,11 @@ class ModelInfo:
     pad_token_id: int
 
     @property
+    def sliding_window(self) -> int:
+        """Positions that a token sees in layers with a window, itself included; 0 where no layer has one."""
+        return 0
+
+    @property
     def usual_tokens(self) -> int:
         """Visual tokens of a usual picture, a large one where they vary."""
         return self.typical_tokens[-1]

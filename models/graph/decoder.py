@@ -20,7 +20,7 @@ from vkvx.manifest import TensorSpec
 from vkvx.models.family import Family
 from vkvx.models.graph.metric import rotation
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
-from vkvx.plugins.operator import OperatorAttributes
+from vkvx.plugins.operator import METRIC_INPUTS, OperatorAttributes
 
 IMPLEMENTATION = "vkvx"
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
@@ -47,15 +47,18 @@ class Attention:
         text_count: Tensor,
         caches: Sequence[Tensor],
         metrics: Sequence[Sequence[Tensor]],
+        window_start: Tensor | None = None,
         in_place: bool = False,
     ) -> None:
-        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none.
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``window_start`` is that of
+        layers with a sliding window.
 
         With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
         """
         self.attributes = attributes
         self.in_place = in_place
         self.metrics = metrics
+        self.window_start = window_start
         self.indices = indices
         self.visual_count, self.text_count = visual_count, text_count
         self.caches = [caches[i : i + len(CACHE_NAMES)] for i in range(0, len(caches), len(CACHE_NAMES))]
@@ -64,13 +67,14 @@ class Attention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
         visual, text = self.caches[layer][:4], self.caches[layer][4:]
+        attributes = self.attributes[layer].to_dict()
         inputs = (
             *(query, key, value),
             *self.indices,
             *(*visual, self.visual_count, *text, self.text_count),
-            *self.metrics[layer],
+            *(self.metrics[layer] or (None,) * len(METRIC_INPUTS)),
+            self.window_start if attributes["sliding_window"] else None,
         )
-        attributes = self.attributes[layer].to_dict()
         if self.in_place:
             self.presents[layer] = self.caches[layer]
             return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
@@ -146,7 +150,13 @@ class DecoderGraph(nn.Module):
         text_count: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches."""
+        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches.
+
+        Where layers have a sliding window, ``window_start`` comes before the caches.
+        """
+        window_start = None
+        if any(entry.sliding_window for entry in self.attributes):
+            window_start, *caches = caches  # type: ignore[assignment]
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         width = embeds.shape[-1]
         more = visual_embeds.shape[-1] - width
@@ -157,7 +167,7 @@ class DecoderGraph(nn.Module):
         embeds = embeds[..., :width] if more else embeds
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
         attention = Attention(
-            self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place
+            self.attributes, indices, visual_count, text_count, caches, metrics, window_start, in_place=self.in_place
         )
         # transformers wants the rows of positions first.
         rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
@@ -254,7 +264,8 @@ def decoder_inputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
         TensorSpec("last_index", "int32", ("B",)),
         TensorSpec("slot", "int32", ("B",)),
     )
-    return (*calls, *_counts(""), *_caches("past", layout))
+    window = (TensorSpec("window_start", "int32", ("B", 2, "S")),) if layout.info.sliding_window else ()
+    return (*calls, *_counts(""), *window, *_caches("past", layout))
 
 
 def decoder_outputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
