@@ -168,10 +168,10 @@ def operator_functions(built: Built, model: BuiltModel) -> list[onnx.FunctionPro
     attributes, info = model.attributes, model.info
     kinds = [(entry, layer.kv_heads, layer.head_dim) for entry, layer in zip(attributes, info.layers, strict=True)]
     overloads: dict[tuple[OperatorAttributes, int, int], str] = {}
-    for entry, *sizes in dict.fromkeys(kinds):
-        name = f"k{entry.key_bits}v{entry.value_bits}"
-        alike = sum(known == name or known.startswith(f"{name}_") for known in overloads.values())
-        overloads[entry, sizes[0], sizes[1]] = f"{name}_{alike + 1}" if alike else name
+    for kind in dict.fromkeys(kinds):
+        name = f"k{kind[0].key_bits}v{kind[0].value_bits}"
+        more = sum(other.partition("_")[0] == name for other in overloads.values())
+        overloads[kind] = f"{name}_{more}" if more else name
     nodes = [node for node in built.traced.model.graph if node.domain == DOMAIN]
     if len(nodes) != len(attributes):
         raise ModelError(f"the decoder has {len(nodes)} attention nodes in {len(attributes)} layers, expected one each")

@@ -22,7 +22,7 @@ LLOYD_ITERATIONS = 8
 SCORE_CORRECTIONS = ("none", "affine", "expected")
 """Ordered likewise."""
 VISUAL_MASKS = ("causal", "run", "prefix")
-"""Which later tokens of a call a token sees, ordered likewise; see ``docs/operator.md``."""
+"""Which tokens of its own call a position sees; see ``docs/operator.md``. Ordered likewise."""
 CACHE_NAMES = ("visual_key", "visual_key_params", "visual_value", "visual_value_params", "text_key", "text_value")
 """Cache tensors of a layer, in the order of the operator's outputs."""
 

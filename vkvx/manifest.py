@@ -115,6 +115,11 @@ class ModelInfo:
     pad_token_id: int
 
     @property
+    def sliding_window(self) -> int:
+        """Positions that a token sees in layers with a window, itself included; 0 where no layer has one."""
+        return max((layer.sliding_window for layer in self.layers), default=0)
+
+    @property
     def usual_tokens(self) -> int:
         """Visual tokens of a usual picture, a large one where they vary."""
         return self.typical_tokens[-1]
@@ -123,11 +128,6 @@ class ModelInfo:
     def cached_layers(self) -> int:
         """The number of layers that have a cache of their own, which come first."""
         return sum(layer.keys_of is None for layer in self.layers)
-
-    @property
-    def sliding_window(self) -> int:
-        """The window of the layers that have one; 0 if none has."""
-        return max(layer.sliding_window for layer in self.layers)
 
 
 @dataclass(frozen=True)

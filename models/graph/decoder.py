@@ -20,7 +20,7 @@ from vkvx.manifest import LayerInfo, TensorSpec
 from vkvx.models.family import Family
 from vkvx.models.graph.metric import layer_rotary, rotations
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
-from vkvx.plugins.operator import OperatorAttributes
+from vkvx.plugins.operator import METRIC_INPUTS, OperatorAttributes
 
 IMPLEMENTATION = "vkvx"
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
@@ -48,9 +48,11 @@ class Attention:
         caches: Sequence[Tensor],
         metrics: Sequence[Sequence[Tensor]],
         cache_of: Sequence[int],
+        window_start: Tensor | None = None,
         in_place: bool = False,
     ) -> None:
-        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``cache_of`` its cache.
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``cache_of`` is the cache that
+        each layer reads; ``window_start`` is that of layers with a sliding window.
 
         With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
         """
@@ -58,6 +60,7 @@ class Attention:
         self.in_place = in_place
         self.metrics = metrics
         self.cache_of = cache_of
+        self.window_start = window_start
         self.indices = indices
         self.visual_count, self.text_count = visual_count, text_count
         self.caches = [caches[i : i + len(CACHE_NAMES)] for i in range(0, len(caches), len(CACHE_NAMES))]
@@ -65,15 +68,15 @@ class Attention:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
-        cache = self.cache_of[layer]
+        cache, attributes = self.cache_of[layer], self.attributes[layer].to_dict()
         visual, text = self.caches[cache][:4], self.caches[cache][4:]
         inputs = (
             *(query, key, value),
             *self.indices,
             *(*visual, self.visual_count, *text, self.text_count),
-            *self.metrics[layer],
+            *(self.metrics[layer] or (None,) * len(METRIC_INPUTS)),
+            self.window_start if attributes["sliding_window"] else None,
         )
-        attributes = self.attributes[layer].to_dict()
         if self.in_place:
             self.presents[cache] = self.caches[cache]
             return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
@@ -156,7 +159,13 @@ class DecoderGraph(nn.Module):
         text_count: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches."""
+        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches.
+
+        Where layers have a sliding window, ``window_start`` comes before the caches.
+        """
+        window_start = None
+        if any(entry.sliding_window for entry in self.attributes):
+            window_start, *caches = caches  # type: ignore[assignment]
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         width = embeds.shape[-1]
         more = visual_embeds.shape[-1] - width
@@ -167,7 +176,7 @@ class DecoderGraph(nn.Module):
         embeds = embeds[..., :width] if more else embeds
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
         attention = Attention(
-            *(self.attributes, indices, visual_count, text_count, caches, metrics, self.cache_of),
+            *(self.attributes, indices, visual_count, text_count, caches, metrics, self.cache_of, window_start),
             in_place=self.in_place,
         )
         # transformers wants the rows of positions first.
@@ -267,7 +276,8 @@ def decoder_inputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
         TensorSpec("last_index", "int32", ("B",)),
         TensorSpec("slot", "int32", ("B",)),
     )
-    return (*calls, *_counts(""), *_caches("past", layout))
+    window = (TensorSpec("window_start", "int32", ("B", 2, "S")),) if layout.info.sliding_window else ()
+    return (*calls, *_counts(""), *window, *_caches("past", layout))
 
 
 def decoder_outputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:

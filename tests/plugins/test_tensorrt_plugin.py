@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from operator_cases import CACHES, INPUTS, METRIC_INPUTS, Arrays, Dims, attributes_for, empty_state, new_call
+from operator_cases import CACHES, METRIC_INPUTS, Arrays, Dims, attributes_for, empty_state, new_call
 from oracle import Attributes
 from plugin_calls import Builds, Creator, Desc, Node
 from torch import Tensor
-from torch_calls import arguments, same_bits, tensors
+from torch_calls import arguments, in_order, same_bits, tensors
 
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import CORRECTIONS, Params
@@ -81,8 +81,7 @@ def on_gpu(inputs: Arrays, dims: Dims) -> dict[str, Tensor]:
 def torch_op(named: dict[str, Tensor], attributes: Attributes) -> dict[str, Tensor]:
     """What the torch binding makes of copies."""
     copies = {name: x.clone() for name, x in named.items()}
-    in_order = [copies[name] for name in (*INPUTS, *METRIC_INPUTS) if name in copies]
-    output = torch.ops.vkvx.visual_kv_attention_(*in_order, **arguments(attributes))
+    output = torch.ops.vkvx.visual_kv_attention_(*in_order(copies), **arguments(attributes))
     return {"output": output} | {name: copies[name] for name in CACHES}
 
 
