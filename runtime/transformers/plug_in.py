@@ -130,7 +130,7 @@ class VisualCacheHandle:
                 known = torch.cat([cache.positions(kinds)[None].to(ids.device), known])
             given["position_ids"] = known
         elif given.get("position_ids") is None:  # count as generate() does
-            given["position_ids"] = cache.positions(kinds).to(ids.device)
+            given["position_ids"] = cache.positions(kinds).to(ids.device) + family_of(model).first_position
         call = cache.begin(kinds, given["position_ids"])
         use_cache = given.get("use_cache")
         if use_cache is None:

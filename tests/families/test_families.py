@@ -16,7 +16,7 @@ import torch
 from engine_calls import build
 from families import PICTURES, PROMPTS, ROOM, TALL, WIDE, Case, Recorded
 from PIL import Image
-from reference import IMAGE_TOKEN, Reference, joined
+from reference import Reference, joined
 
 from vkvx import ExportOptions, evaluate, quantize_visual_cache
 from vkvx.manifest import Manifest
@@ -33,8 +33,7 @@ thousands; all codes together make up the change."""
 
 
 def reference_prompts(reference: Reference, prompts: Any = PROMPTS) -> list[str]:
-    token = str(reference.tokenizer.convert_ids_to_tokens(IMAGE_TOKEN))
-    return [prompt.replace(PLACEHOLDER, token) for prompt in prompts]
+    return [prompt.replace(PLACEHOLDER, reference.picture) for prompt in prompts]
 
 
 def prepared_alone(

@@ -41,6 +41,9 @@ CASES = (
     Case("tiny-mistral3", (12, 8)),
     Case("tiny-ministral3", (12, 8)),
     Case("tiny-lightonocr", (8, 8)),
+    Case("tiny-gemma3", (16, 16)),
+    Case("tiny-paligemma", (16, 16)),
+    Case("tiny-paligemma2", (16, 16)),
 )
 
 WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)
