@@ -73,6 +73,8 @@ def test_greedy_answers_of_a_batch(reference: Reference, session: Session) -> No
 
 
 def test_second_turn_with_another_picture(reference: Reference, session: Session) -> None:
+    if any(layer.visual_mask == "prefix" for layer in session.manifest.model.layers):
+        pytest.skip("in one prompt of both turns, which transformers is given, the first turn sees the second")
     first = prepared_alone(reference, PROMPTS[1], [TALL])
     second = prepared_alone(reference, PROMPTS[0], [TALL, WIDE], first=False)
     answer, _ = reference.generate(first, 8)

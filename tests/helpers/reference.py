@@ -99,6 +99,9 @@ class Reference:
 
         Those that go on with a conversation, not ``first``, get no begin-of-sequence token.
         """
+        if self.kind == "paligemma" and not any(pictures):  # which its processor refuses
+            (prompt,) = prompts
+            return dict(self.tokenizer(f"{self.tokenizer.bos_token}{prompt}\n", return_tensors="pt"))
         given: Any = [list(row) for row in pictures]
         if self.kind not in ("idefics3", "smolvlm", "gemma3"):
             given = [picture for row in pictures for picture in row]
@@ -109,7 +112,9 @@ class Reference:
             return_tensors="pt",
             add_special_tokens=first,
         )
-        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        tensors.pop("labels", None)
+        return tensors
 
     def pixels(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:
         """The pixels in model inputs, without what fills pictures up to the size of others; Pixtral's as patches."""
