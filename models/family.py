@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vkvx.models.processor_files import ProcessorFiles
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary embeddings that depend on nothing but the position."""
 PROCESSOR_FILES = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
@@ -274,6 +274,10 @@ class Family(ABC):
 
     def rotary_options(self, config: Any, layer: int) -> dict[str, Any]:
         """What the rotary embedding is to be told besides, to give the cosine and sine of this layer."""
+        return {}
+
+    def text_inputs(self, text_model: nn.Module, config: Any, input_ids: Tensor) -> dict[str, Tensor]:
+        """What the decoder needs besides embeddings and positions, from the tokens [B, S]."""
         return {}
 
     def logits(self, config: Any, logits: Tensor) -> Tensor:

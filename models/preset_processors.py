@@ -73,6 +73,13 @@ def write_processor(directory: Path, config: Any) -> None:
         marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
         files = _files("<image_soft_token>", marks, picture="<start_of_image>")
         files.images = Gemma3ImageProcessorPil(size=dict.fromkeys(("height", "width"), config.vision_config.image_size))
+    elif config.model_type == "gemma4":
+        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+        marks = {"boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>"}
+        marks |= {"boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"}
+        files = _files("<|image|>", marks)
+        files.images = Gemma4ImageProcessorPil(max_soft_tokens=70)
     elif config.model_type == "paligemma":
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 

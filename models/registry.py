@@ -13,6 +13,7 @@ from vkvx.manifest import FILE_NAME as BUNDLE_FILE
 from vkvx.models.checkpoint import CONFIG_FILE
 from vkvx.models.family import Family, Source
 from vkvx.models.gemma3 import Gemma3
+from vkvx.models.gemma4 import Gemma4
 from vkvx.models.glm_v import Glm4V, Glm46V, GlmOcr
 from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
@@ -30,7 +31,7 @@ from vkvx.packages import missing
 _KNOWN = (
     *(Llava, LlavaNext, LlavaOneVision, InternVL, Idefics3, SmolVLM),
     *(Qwen2VL, Qwen25VL, Qwen3VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL, Mistral3, LightOnOcr),
-    *(Gemma3, PaliGemma),
+    *(Gemma3, PaliGemma, Gemma4),
 )
 FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}

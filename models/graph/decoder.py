@@ -147,6 +147,7 @@ class DecoderGraph(nn.Module):
         self.cache_of = cache_of(family.layers(model.config))
         self.head = family.head(model)
         self.first_position = family.first_position
+        self.text_inputs = partial(family.text_inputs, self.text_model, model.config)
         self.finish_logits = partial(family.logits, model.config)
         self.attributes = tuple(attributes)
         # Parameters, so that the exporter takes them for weights.
@@ -192,7 +193,11 @@ class DecoderGraph(nn.Module):
         rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
         with self._adding(features):
             hidden = self.text_model(
-                inputs_embeds=embeds, position_ids=rows, use_cache=False, vkvx_attention=attention
+                inputs_embeds=embeds,
+                position_ids=rows,
+                use_cache=False,
+                vkvx_attention=attention,
+                **self.text_inputs(input_ids),
             ).last_hidden_state
         if not all(attention.presents):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")

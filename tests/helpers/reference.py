@@ -86,6 +86,8 @@ class Reference:
                 return transformers.PaddleOCRVLProcessor(**parts)
             if self.kind == "gemma3":
                 return transformers.Gemma3Processor(**parts, image_seq_length=config.mm_tokens_per_image)
+            if self.kind == "gemma4":
+                return transformers.Gemma4Processor(feature_extractor=None, video_processor=None, **parts)
             if self.kind == "paligemma":
                 return transformers.PaliGemmaProcessor(**parts)
             # SmolVLMProcessor writes the same for pictures, and wants another package for videos.
@@ -103,7 +105,7 @@ class Reference:
             (prompt,) = prompts
             return dict(self.tokenizer(f"{self.tokenizer.bos_token}{prompt}\n", return_tensors="pt"))
         given: Any = [list(row) for row in pictures]
-        if self.kind not in ("idefics3", "smolvlm", "gemma3"):
+        if self.kind not in ("idefics3", "smolvlm", "gemma3", "gemma4"):
             given = [picture for row in pictures for picture in row]
         made = self.processor(
             images=given if any(pictures) else None,
@@ -129,6 +131,8 @@ class Reference:
             grids, sizes = self.config.image_grid_pinpoints, inputs["image_sizes"]
             counts = [image_size_to_num_patches(size, grids, vision.image_size) for size in sizes]
             return np.concatenate([tiles[:count] for tiles, count in zip(pixels.numpy(), counts, strict=True)])
+        if self.kind == "gemma4":
+            return pixels[inputs["image_position_ids"][..., 0] >= 0].numpy()
         return pixels.numpy()
 
     def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
