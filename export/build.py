@@ -107,7 +107,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
         dtype = DTYPES[options.dtype]
 
         def load(parameter: Any) -> Any:
-            return None if parameter is None else load_tensor(found[id(parameter)], dtype)
+            return load_tensor(found[id(parameter)], dtype) if isinstance(parameter, Tensor) else parameter
 
         layers = (
             AttentionWeights(*(load(parameter) for parameter in vars(family.attention_weights(model, i)).values()))

@@ -61,6 +61,20 @@ class PictureInfo:
 
 
 @dataclass(frozen=True)
+class PromptInfo:
+    """How a prompt is written.
+
+    ``picture`` stands for a picture in texts of transformers, such as those of the chat template, where that is not the
+    image token. ``begin`` stands behind the last picture of a prompt that begins a sequence, in place of what the
+    tokenizer puts first; ``end`` behind every prompt.
+    """
+
+    picture: str = ""
+    begin: str = ""
+    end: str = ""
+
+
+@dataclass(frozen=True)
 class LayerInfo:
     """Attention of one decoder layer; ``scale`` is the factor of its scores.
 
@@ -111,6 +125,7 @@ class ModelInfo:
     tokens_per_picture: int | None
     typical_tokens: tuple[int, ...]
     pictures: PictureInfo
+    prompt: PromptInfo
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
 
@@ -457,7 +472,7 @@ def _version_3(data: dict[str, Any]) -> dict[str, Any]:
     layer = {**asdict(LayerInfo(1, 1, 1.0)), **{name: model[name] for name in names}}
     layer["scale"] = model["attention_scale"] or model["head_dim"] ** -0.5
     count = min(model["layers"], len(data["quantization"]["key_bits"]) + 1)  # more is wrong, however many there are
-    return {**data, "model": {**model, "layers": [layer] * count}}
+    return {**data, "model": {**model, "layers": [layer] * count, "prompt": asdict(PromptInfo())}}
 
 
 def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,10 @@ from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
 from vkvx.plugins.operator import METRIC_INPUTS, OperatorAttributes
 
 IMPLEMENTATION = "vkvx"
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
-"""Keywords by which layers ask for other attention: a window, a bound of scores, attention sinks."""
+BOUNDS = ("sliding_window", "softcap")
+"""Keywords by which layers ask for a window and for bounded scores, and the operator's attributes of the same names."""
+SINKS = "s_aux"
+"""Keyword by which layers give attention sinks."""
 
 
 class LayerAttention(Protocol):
@@ -51,8 +54,8 @@ class Attention:
         window_start: Tensor | None = None,
         in_place: bool = False,
     ) -> None:
-        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``cache_of`` is the cache that
-        each layer reads; ``window_start`` is that of layers with a sliding window.
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``cache_of`` is the cache
+        that each layer reads; ``window_start`` is that of layers with a sliding window.
 
         With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
         """
@@ -110,9 +113,12 @@ def _attention_function(
     scale = attention.attributes[layer].scale
     if kwargs["scaling"] != scale:
         raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {scale}")
-    for trait in UNSUPPORTED:
-        if kwargs.get(trait) is not None:
-            raise ModelError(f"layer {layer} attends with {trait}, which is not supported")
+    for name in BOUNDS:
+        wanted, known = kwargs.get(name) or 0, getattr(attention.attributes[layer], name)
+        if wanted != known:
+            raise ModelError(f"layer {layer} attends with {name} {wanted}, expected {known}")
+    if kwargs.get(SINKS) is not None:
+        raise ModelError(f"layer {layer} attends with {SINKS} (attention sinks), which is not supported")
     return attention(layer, query, key, value).transpose(1, 2), None
 
 
@@ -140,6 +146,9 @@ class DecoderGraph(nn.Module):
         self.rotary = layer_rotary(family, model)
         self.cache_of = cache_of(family.layers(model.config))
         self.head = family.head(model)
+        self.first_position = family.first_position
+        self.text_inputs = partial(family.text_inputs, self.text_model, model.config)
+        self.finish_logits = partial(family.logits, model.config)
         self.attributes = tuple(attributes)
         # Parameters, so that the exporter takes them for weights.
         self.key_metrics, self.value_metrics = (
@@ -166,6 +175,7 @@ class DecoderGraph(nn.Module):
         window_start = None
         if any(entry.sliding_window for entry in self.attributes):
             window_start, *caches = caches  # type: ignore[assignment]
+        position_ids = position_ids + self.first_position if self.first_position else position_ids
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         width = embeds.shape[-1]
         more = visual_embeds.shape[-1] - width
@@ -183,14 +193,19 @@ class DecoderGraph(nn.Module):
         rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
         with self._adding(features):
             hidden = self.text_model(
-                inputs_embeds=embeds, position_ids=rows, use_cache=False, vkvx_attention=attention
+                inputs_embeds=embeds,
+                position_ids=rows,
+                use_cache=False,
+                vkvx_attention=attention,
+                **self.text_inputs(input_ids),
             ).last_hidden_state
         if not all(attention.presents):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
         batch, positions, width = hidden.shape
         # The head is by far the largest product of a prefill: give it one position per row.
         last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index
-        logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last)).float()
+        logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last))
+        logits = self.finish_logits(logits).float()
         counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, caches[4].shape[2])
         return logits, *counts, *(tensor for present in attention.presents for tensor in present)
 

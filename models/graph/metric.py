@@ -104,14 +104,14 @@ def rotation(rotary: Rotary, positions: Tensor) -> Tensor:
 
 def _key_metric(weights: AttentionWeights, layer: LayerInfo, query_heads: int, turns: Tensor) -> Tensor:
     heads = (query_heads, layer.head_dim, -1)
-    query = (weights.query.float() * weights.norm.float()).reshape(heads)
+    query = (weights.query.float() * (weights.norm.float() + weights.norm_shift)).reshape(heads)
     moment = query @ query.transpose(1, 2)
     if weights.query_bias is not None:
         bias = weights.query_bias.float().reshape(heads)
         moment = moment + bias @ bias.transpose(1, 2)
     if weights.query_norm is not None:  # each query has the norm's length, whatever its size was before
         size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        norm = weights.query_norm.float()
+        norm = weights.query_norm.float() + weights.norm_shift
         moment = moment / size * torch.outer(norm, norm)
     moment = moment.unflatten(0, (layer.kv_heads, -1)).mean(1)
     mean = torch.zeros_like(moment)

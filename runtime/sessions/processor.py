@@ -76,6 +76,8 @@ class Processor:
         self._inputs = tuple(pixel_inputs)
         self._image_token_id = info.image_token_id
         self._token = str(self._tokenizer.convert_ids_to_tokens(info.image_token_id))
+        self._prompt = info.prompt
+        self._picture = info.prompt.picture or self._token
 
     @classmethod
     def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
@@ -104,17 +106,19 @@ class Processor:
         """
         if not isinstance(prompt, str):
             raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
-        pieces = prompt.replace(PLACEHOLDER, self._token).split(self._token)
+        pieces = prompt.replace(PLACEHOLDER, self._picture).replace(self._token, self._picture).split(self._picture)
         if len(pieces) - 1 != len(images):
             raise InputError(
                 f"the prompt has {len(pieces) - 1} {PLACEHOLDER} and comes with {len(images)} "
                 f"{'picture' if len(images) == 1 else 'pictures'}; put one {PLACEHOLDER} into it for each picture"
             )
         encoded = self._encode(images) if images else []
-        text = pieces[0] + "".join(one.text + piece for one, piece in zip(encoded, pieces[1:], strict=True))
+        pictures = "".join(piece + one.text for piece, one in zip(pieces, encoded, strict=False))
+        own = self._prompt.begin if first else ""
+        text = f"{pictures}{own}{pieces[-1]}{self._prompt.end}"
         with self._tokenizer_lock:
             begin = self._tokenizer.bos_token
-            special = first and not (begin and text.startswith(begin))
+            special = first and not own and not (begin and text.startswith(begin))
             ids = np.asarray(self._tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
         if not ids.size:
             raise InputError("the prompt is empty; give at least one character")
@@ -157,7 +161,7 @@ class Processor:
                 )
         except Exception as error:  # a template is a program of the model's authors
             raise InputError(f"the chat template refuses these messages: {_first_line(error)}") from error
-        return text.replace(self._token, PLACEHOLDER)
+        return text.replace(self._picture, PLACEHOLDER)
 
     def _encode(self, images: Sequence[Picture]) -> list[Encoded]:
         """Pictures one by one: the image processor gets each alone, so that it is not padded to the size of others."""

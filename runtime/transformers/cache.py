@@ -17,6 +17,7 @@ from transformers import Cache
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.format import TILE
+from vkvx.models.graph.decoder import cache_of
 from vkvx.models.graph.metric import Metrics
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
 from vkvx.plugins.operator import METRIC_INPUTS, model_attributes
@@ -41,6 +42,7 @@ class PackedVisualCache(Cache):
         self.layout = layout
         self.metrics = metrics
         self.attributes = model_attributes(layout)
+        self.cache_of = cache_of(layout.info.layers)
         self._running: CacheCall | None = None
         self._clear(0)
 
@@ -302,7 +304,8 @@ class CacheCall:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of a layer and storage of its new tokens: query [B, Hq, S, D], key, value [B, Hkv, S, D]."""
-        tensors = tuple(self.cache.buffers(layer, key).values())
+        own = self.cache.cache_of[layer]
+        tensors = tuple(self.cache.buffers(own, key).values())
         visual_index, text_index, slot, visual_count, text_count = self._inputs(key.device)
         output = torch.ops.vkvx.visual_kv_attention_(
             *(query, key, value, visual_index, text_index, slot),
@@ -321,7 +324,8 @@ class CacheCall:
             return ()
         if device not in self._rotations:
             self._rotations[device] = metrics.rotations(self.last.to(device))
-        return metrics.key[layer], metrics.value[layer], self._rotations[device][layer]
+        own = self.cache.cache_of[layer]
+        return metrics.key[own], metrics.value[own], self._rotations[device][layer]
 
     def _window_start(self, device: torch.device) -> Tensor:
         """Where windows start, INT32 [B, 2, S]. Positions are those of tokens: padding does not count."""

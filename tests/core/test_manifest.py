@@ -56,6 +56,7 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "tokens_per_picture": 576,
             "typical_tokens": [576],
             "pictures": {"kind": "tiles", "numbers": {"tile_tokens": 576}, "marks": {}},
+            "prompt": {"picture": "", "begin": "", "end": ""},
             "eos_token_ids": [2],
             "pad_token_id": 0,
         },
@@ -314,6 +315,7 @@ def older(version: int, layers: Any = 2) -> dict[str, Any]:
     model = data["model"]
     data["format_version"] = version
     model |= {"layers": layers, "kv_heads": 2, "head_dim": 64}
+    del model["prompt"]
     if version == 2:
         model |= {"rotary_dim": 32, "rotary_interleaved": True, "attention_scale": 0.5}
         return data

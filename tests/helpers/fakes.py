@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from vkvx.manifest import FileInfo, Graph, LayerInfo, Manifest, ModelInfo, PictureInfo, Quantization, TensorSpec
+from vkvx.manifest import (
+    FileInfo,
+    Graph,
+    LayerInfo,
+    Manifest,
+    ModelInfo,
+    PictureInfo,
+    PromptInfo,
+    Quantization,
+    TensorSpec,
+)
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call, place_embeds
 from vkvx.runtime.engines.manifest import Limits
@@ -48,6 +58,7 @@ def manifest(
             tokens_per_picture=PICTURE_TOKENS,
             typical_tokens=(PICTURE_TOKENS,),
             pictures=PictureInfo("tiles", {"tile_tokens": PICTURE_TOKENS}, {}),
+            prompt=PromptInfo(),
             eos_token_ids=(EOS,),
             pad_token_id=0,
         ),

@@ -29,6 +29,10 @@ class Reference:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self.images: Any = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True)
         self.processor = self._processor(config)
+        self.picture = str(self.tokenizer.convert_ids_to_tokens(IMAGE_TOKEN))
+        """Stands for a picture in a prompt."""
+        if self.kind == "gemma3":
+            self.picture = self.processor.boi_token
         self.model: Any = getattr(transformers, config.architectures[0]).from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         )
@@ -80,6 +84,12 @@ class Reference:
                 return kind(**parts, video_processor=None)
             if self.kind == "paddleocr_vl":
                 return transformers.PaddleOCRVLProcessor(**parts)
+            if self.kind == "gemma3":
+                return transformers.Gemma3Processor(**parts, image_seq_length=config.mm_tokens_per_image)
+            if self.kind == "gemma4":
+                return transformers.Gemma4Processor(feature_extractor=None, video_processor=None, **parts)
+            if self.kind == "paligemma":
+                return transformers.PaliGemmaProcessor(**parts)
             # SmolVLMProcessor writes the same for pictures, and wants another package for videos.
             tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
             return transformers.Idefics3Processor(**parts, image_seq_len=tokens)
@@ -87,12 +97,15 @@ class Reference:
     def inputs(
         self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], *, first: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Model inputs of prompts that have the image token once a picture, padded on the left.
+        """Model inputs of prompts that have ``picture`` once a picture, padded on the left.
 
         Those that go on with a conversation, not ``first``, get no begin-of-sequence token.
         """
+        if self.kind == "paligemma" and not any(pictures):  # which its processor refuses
+            (prompt,) = prompts
+            return dict(self.tokenizer(f"{self.tokenizer.bos_token}{prompt}\n", return_tensors="pt"))
         given: Any = [list(row) for row in pictures]
-        if self.kind not in ("idefics3", "smolvlm"):
+        if self.kind not in ("idefics3", "smolvlm", "gemma3", "gemma4"):
             given = [picture for row in pictures for picture in row]
         made = self.processor(
             images=given if any(pictures) else None,
@@ -101,7 +114,9 @@ class Reference:
             return_tensors="pt",
             add_special_tokens=first,
         )
-        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        tensors.pop("labels", None)
+        return tensors
 
     def pixels(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:
         """The pixels in model inputs, without what fills pictures up to the size of others; Pixtral's as patches."""
@@ -116,6 +131,8 @@ class Reference:
             grids, sizes = self.config.image_grid_pinpoints, inputs["image_sizes"]
             counts = [image_size_to_num_patches(size, grids, vision.image_size) for size in sizes]
             return np.concatenate([tiles[:count] for tiles, count in zip(pixels.numpy(), counts, strict=True)])
+        if self.kind == "gemma4":
+            return pixels[inputs["image_position_ids"][..., 0] >= 0].numpy()
         return pixels.numpy()
 
     def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +167,7 @@ def joined(
     whole = {}
     for name in first:
         between = [torch.tensor(answer)[None]] if name == "input_ids" else []
-        if name in ("attention_mask", "mm_token_type_ids"):
+        if name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             between = [torch.full((1, len(answer)), int(name == "attention_mask"))]
         parts = [first[name], *between, second[name]]
         if name == "pixel_values" and "image_sizes" in first:  # a picture is filled up to the size of the largest
