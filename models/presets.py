@@ -332,6 +332,34 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "tiny-qwen3.5": {
+        "model_type": "qwen3_5",
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 96,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 36,
+        },
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 4,  # the last one is full attention
+            "head_dim": 256,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 48,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    },
     "tiny-glm-4.1v": {
         "model_type": "glm4v",
         "vision_config": {
