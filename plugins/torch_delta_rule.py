@@ -31,34 +31,34 @@ def gated_delta_rule(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     do not fit.
     """
     _check(tensors)
-    *sequences, state = tensors
+    state = tensors[-1]
     if tensors[0].shape[2] == 1:
-        return _step(*sequences, state)
+        return _step(tensors[:-1], state)
     outputs = []
-    for chunk in zip(*(tensor.split(CHUNK, 2) for tensor in sequences), strict=True):
-        output, state = _chunk(*chunk, state)
+    for chunk in zip(*(tensor.split(CHUNK, 2) for tensor in tensors[:-1]), strict=True):
+        output, state = _chunk(chunk, state)
         outputs.append(output)
     return torch.cat(outputs, 2), state
 
 
-def _step(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-    """One position."""
+def _step(position: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position: output and state."""
+    query, key, value, decay, beta = position
     state = state * decay.exp().unsqueeze(-1)
     written = (value - key @ state) * beta.unsqueeze(-1)
     state = state + key.transpose(-1, -2) @ written
     return query @ state, state
 
 
-def _chunk(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-    """Up to ``CHUNK`` positions."""
+def _chunk(positions: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+    """Up to ``CHUNK`` positions: output and state."""
+    query, key, value, decay, beta = positions
     total = decay.cumsum(-1)
-    kept = total.exp().unsqueeze(-1)
+    kept, size = total.exp().unsqueeze(-1), beta.unsqueeze(-1)
     between = (total.unsqueeze(-1) - total.unsqueeze(-2)).tril().exp().tril()
-    size = beta.unsqueeze(-1)
     system = size * (key @ key.transpose(-1, -2)) * between  # the solver takes the diagonal for ones
-    written = torch.linalg.solve_triangular(
-        system, size * (value - kept * (key @ state)), upper=False, unitriangular=True
-    )
+    known = size * (value - kept * (key @ state))
+    written = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     output = kept * (query @ state) + (query @ key.transpose(-1, -2) * between) @ written
     left = (total[..., -1:] - total).exp().unsqueeze(-1)
     return output, kept[..., -1:, :] * state + (left * key).transpose(-1, -2) @ written

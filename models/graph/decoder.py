@@ -240,7 +240,7 @@ class DecoderGraph(nn.Module):
     ) -> LinearStates:
         """The states of this call's layers of linear attention."""
         states = {layer: tensors for layer, tensors in stored.items() if layer in self.linear_modules}
-        lengths = sum((index >= 0).sum(1, dtype=torch.int32) for index in (visual_index, text_index))
+        lengths = (text_index >= 0).sum(1, dtype=torch.int32) + (visual_index >= 0).sum(1, dtype=torch.int32)
         empty = text_count == 0
         if self.packing.is_packed:
             empty = empty & (visual_count.sum(1) == 0)

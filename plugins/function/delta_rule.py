@@ -11,7 +11,7 @@ import onnx
 from onnx import helper
 
 from vkvx.plugins.delta_rule import CHUNK, INPUTS, NAME, OUTPUTS
-from vkvx.plugins.function.builder import FLOAT, Builder, Typed, Value
+from vkvx.plugins.function.builder import FLOAT, Builder, Operand, Typed, Value
 from vkvx.plugins.operator import DOMAIN
 
 _HIDDEN = np.float32(-1e30)
@@ -76,7 +76,7 @@ def _chunks(b: Builder) -> list[Typed]:
     typed: dict[str, Typed] = {name: (sequence, FLOAT, 5) for name, sequence in sequences.items()}
     state, output = b.scan("recurrence", ("state", FLOAT, 4), typed, chunk)
     output = b.transpose(output, 1, 2, 0, 3, 4)
-    shape = [b.op("Shape", "value", end=2), [-1], b.op("Shape", "value", start=3)]
+    shape: list[Operand] = [b.op("Shape", "value", end=2), [-1], b.op("Shape", "value", start=3)]
     output = b.reshape(output, b.op("Concat", *shape, axis=0))
     return [(b.head(output, positions, 2), FLOAT, 4), (state, FLOAT, 4)]
 
@@ -85,7 +85,7 @@ def _cut(b: Builder, x: Value, missing: Value, rank: int) -> Value:
     """[B, H, S, ...] of this rank in chunks, the last one filled up with zeros: [n, B, H, CHUNK, ...]."""
     behind = np.eye(rank, dtype=np.int64)[2]  # one entry an axis: pads count those in front first
     x = b.op("Pad", x, b.op("Concat", [0] * rank, b.op("Mul", missing, behind), axis=0))
-    shape = [b.op("Shape", x, end=2), [-1, CHUNK], b.op("Shape", x, start=3)]
+    shape: list[Operand] = [b.op("Shape", x, end=2), [-1, CHUNK], b.op("Shape", x, start=3)]
     x = b.reshape(x, b.op("Concat", *shape, axis=0))
     return b.transpose(x, 2, 0, 1, *range(3, rank + 1))
 

@@ -340,7 +340,7 @@ class CacheCall:
         else:
             self.text_count = cache._text_count + (kinds != PADDING).sum(1, dtype=torch.int32)
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
-        self._rotations: dict[torch.device, list[Tensor]] = {}
+        self._rotations: dict[torch.device, dict[int, Tensor]] = {}
         self._window_starts: dict[torch.device, Tensor] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
