@@ -19,8 +19,10 @@ from PIL import Image
 from reference import Reference, joined
 
 from vkvx import ExportOptions, evaluate, quantize_visual_cache
+from vkvx.errors import BuildError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends import golden
+from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.engines.manifest import VISION, EngineManifest
 from vkvx.runtime.sessions.processor import PLACEHOLDER
 from vkvx.runtime.sessions.session import Session
@@ -87,6 +89,42 @@ def test_second_turn_with_another_picture(reference: Reference, session: Session
         np.testing.assert_allclose(np.stack(recorded.logits[conversation.slot]), logits[0], rtol=0, atol=ATOL)
 
 
+def test_states_belong_to_slots(session: Session) -> None:
+    """Linear attention: what slots held before, idle rows and cuts of a prompt do not count, and a fork has its own."""
+    info, backend = session.manifest.model, session.backend
+    if not info.linear_layers:
+        pytest.skip("no layer has a state")
+    ids = np.arange(10, 100, dtype=np.int32)
+    cache = backend.cache
+
+    def feed(*rows: tuple[int, np.ndarray]) -> np.ndarray:
+        given = [cache.row(slot, tokens) if slot >= 0 else Row(-1, tokens) for slot, tokens in rows]
+        call = build_call(given, group_size=cache.group_size, image_token_id=info.image_token_id)
+        return backend.step(call, None)
+
+    first, second = cache.acquire(), cache.acquire()
+    try:
+        expected = feed((second, ids))[0]
+        for slot in (first, second):
+            cache.reset(slot)
+            for buffer in cache.buffers.values():
+                buffer[slot] = np.nan if buffer.dtype.kind == "f" else -1
+        feed((first, ids[:7]), (second, ids[:70]))
+        feed((-1, ids[:0]), (second, ids[70:89]))
+        np.testing.assert_allclose(feed((second, ids[89:]))[0], expected, rtol=0, atol=ATOL)
+        cache.fork(second, first)
+        same = feed((first, ids[:1]), (second, ids[:1]))
+        np.testing.assert_allclose(same[0], same[1], rtol=0, atol=ATOL)
+        feed((first, ids[:20]))
+        after = feed((second, ids[1:2]))[0]
+        cache.reset(first)
+        whole = np.concatenate([ids, ids[:2]])
+        np.testing.assert_allclose(after, feed((first, whole))[0], rtol=0, atol=ATOL)
+    finally:
+        cache.release(first)
+        cache.release(second)
+
+
 def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:
     manifest = Manifest.load(packed)
     assert set(manifest.quantization.key_bits) == {1}
@@ -129,6 +167,10 @@ def test_evaluation_of_bundle_and_checkpoint(packed: Path, family_checkpoint: Pa
 def test_engines_are_built(case: Case, packed: Path, plugin_file: Path, capability: str, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(packed, tmp_path / "bundle"))
     pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx-cu13")
+    if Manifest.load(bundle).model.linear_layers:
+        with pytest.raises(BuildError, match="linear attention"):
+            build(bundle, plugin_file, compute_capabilities=(capability,))
+        return
     result = build(bundle, plugin_file, compute_capabilities=(capability,))
     manifest, model = EngineManifest.load(result.directory), Manifest.load(bundle)
     manifest.check_bundle(bundle)
