@@ -110,13 +110,18 @@ def _attention_function(
     if attention is None:
         raise ModelError("the decoder was called by itself; call the whole model, or remove() its packed cache first")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    scale = attention.attributes[layer].scale
-    if kwargs["scaling"] != scale:
-        raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {scale}")
+    attributes = attention.attributes[layer]
+    if kwargs["scaling"] != attributes.scale:
+        raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {attributes.scale}")
     for name in BOUNDS:
-        wanted, known = kwargs.get(name) or 0, getattr(attention.attributes[layer], name)
+        wanted, known = kwargs.get(name) or 0, getattr(attributes, name)
         if wanted != known:
             raise ModelError(f"layer {layer} attends with {name} {wanted}, expected {known}")
+    # Masks that show whole pictures to their tokens are made outside of the decoder, whose layers are causal.
+    prefix = attributes.visual_mask == "prefix"
+    if getattr(module, "is_causal", not prefix) == prefix:
+        ways = ("both ways", "to earlier ones only")
+        raise ModelError(f"layer {layer} has tokens attend {ways[prefix]}, expected {ways[not prefix]}")
     if kwargs.get(SINKS) is not None:
         raise ModelError(f"layer {layer} attends with {SINKS} (attention sinks), which is not supported")
     return attention(layer, query, key, value).transpose(1, 2), None
