@@ -72,7 +72,9 @@ class Attention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
         cache, attributes = self.cache_of[layer], self.attributes[layer].to_dict()
-        visual, text = self.caches[cache][:4], self.caches[cache][4:]
+        # A layer that reads another one's cache is given its keys and values again, and makes the same of it again.
+        before = self.presents[cache] or self.caches[cache]
+        visual, text = before[:4], before[4:]
         inputs = (
             *(query, key, value),
             *self.indices,
@@ -81,9 +83,8 @@ class Attention:
             self.window_start if attributes["sliding_window"] else None,
         )
         if self.in_place:
-            self.presents[cache] = self.caches[cache]
+            self.presents[cache] = before
             return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
-        # A layer that reads another one's cache is given its keys and values again: it makes the same of the cache.
         output, *self.presents[cache] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
         return output
 
