@@ -13,7 +13,7 @@ from vkvx.plugins.operator import ALL_INPUTS, INPUTS, OUTPUTS, OperatorAttribute
 
 ABI_VERSION = 3
 """Raised with every change of the struct or of a number."""
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 """The widest head that the kernels take."""
 MAX_SHAPED_GROUP = 4096
 """The largest group that the quantiser ``shaped`` takes."""

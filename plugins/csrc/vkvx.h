@@ -17,7 +17,7 @@ extern "C" {
 /* Written by `python -m vkvx.plugins.generate`, to the mark below. */
 /* clang-format off */
 #define VKVX_ABI_VERSION 3
-#define VKVX_MAX_HEAD_DIM 256
+#define VKVX_MAX_HEAD_DIM 512
 
 enum { VKVX_OK = 0, VKVX_BAD_ARGUMENT = 1, VKVX_UNSUPPORTED = 2, VKVX_WORKSPACE_TOO_SMALL = 3, VKVX_CUDA_ERROR = 4 };
 enum { VKVX_FLOAT16 = 0, VKVX_BFLOAT16 = 1, VKVX_FLOAT32 = 2 };

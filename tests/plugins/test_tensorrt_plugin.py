@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from operator_cases import CACHES, METRIC_INPUTS, Arrays, Dims, attributes_for, empty_state, new_call
+from operator_cases import CACHES, MASKS, METRIC_INPUTS, Arrays, Dims, attributes_for, empty_state, new_call
 from oracle import Attributes
 from plugin_calls import Builds, Creator, Desc, Node
 from torch import Tensor
@@ -105,6 +105,13 @@ def test_equal_to_torch(way: tuple[Creator, bool], bits: int, float_type: str, h
     correction = ("expected", "none", "affine")[(bits // 2 + head_dim // 128) % 3]
     attributes = attributes_for(bits, bits, quantizer=quantizer, score_correction=correction, scale=head_dim**-0.5)
     converse(way, attributes, Dims(8, 4, 2, head_dim, text_rows=1000, groups=6, float_type=float_type))
+
+
+@pytest.mark.parametrize("more", MASKS, ids=str)
+@pytest.mark.parametrize("quantizer", ["shaped", "lloyd"])
+def test_equal_to_torch_with_masks(way: tuple[Creator, bool], quantizer: str, more: dict[str, object]) -> None:
+    attributes = attributes_for(1, 1, quantizer=quantizer, scale=64**-0.5, **more)
+    converse(way, attributes, Dims(8, 4, 2, 64, text_rows=1000, groups=6, float_type="float16"))
 
 
 @pytest.mark.parametrize("bits", [1, 4])
