@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from engine_calls import build
@@ -89,11 +90,15 @@ def test_second_turn_with_another_picture(reference: Reference, session: Session
         np.testing.assert_allclose(np.stack(recorded.logits[conversation.slot]), logits[0], rtol=0, atol=ATOL)
 
 
-def test_states_belong_to_slots(session: Session) -> None:
+def test_states_belong_to_slots(session: Session, exact: Path) -> None:
     """Linear attention: what slots held before, idle rows and cuts of a prompt do not count, and a fork has its own."""
     info, backend = session.manifest.model, session.backend
     if not info.linear_layers:
         pytest.skip("no layer has a state")
+    graph = onnx.load(exact / "decoder.onnx", load_external_data=False).graph
+    for state in (entry.name for entry in graph.input if entry.name.endswith("_state")):
+        # Read once, as a whole, before it is written: the two may share their memory.
+        assert sorted(node.op_type for node in graph.node if state in node.input) == ["Gather", "ScatterND"]
     ids = np.arange(10, 100, dtype=np.int32)
     cache = backend.cache
 
