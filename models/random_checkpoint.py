@@ -27,8 +27,8 @@ STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _BLOCK = 1 << 22
 _GEMMA4 = {"put_min": -1.0, "put_max": 1.0, "layer_scalar": 0.75, "q_norm.weight": 0.15}
 """Values by the ends of names: bounds close to what they bound; norms of queries make up for a scale of 1."""
-_QWEN35 = {"A_log": -3.0}
-"""States that last for some tens of tokens."""
+_QWEN35 = {"A_log": -3.0, "layernorm.weight": 0.1, "q_norm.weight": 0.1, "k_norm.weight": 0.1, "model.norm.weight": 0.1}
+"""States that last for some tens of tokens; norms that add 1 to their weights."""
 _CONSTANTS = {"gemma4": _GEMMA4, "qwen3_5": _QWEN35}
 """By model type."""
 

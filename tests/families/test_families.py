@@ -130,6 +130,27 @@ def test_states_belong_to_slots(session: Session, exact: Path) -> None:
         cache.release(second)
 
 
+def test_torch_updates_states_in_place(session: Session, exact: Path) -> None:
+    """The same answers of a batch, and of a conversation and its fork, as onnxruntime gives."""
+    if not session.manifest.model.linear_layers:
+        pytest.skip("no layer has a state")
+
+    def answers(opened: Session) -> list[tuple[int, ...]]:
+        options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+        given = [answer.token_ids for answer in opened.generate(list(PROMPTS), list(PICTURES), **options)]
+        with opened.conversation() as conversation:
+            given.append(conversation.generate(PROMPTS[1], TALL, **options).token_ids)
+            with conversation.fork() as twin:
+                given.append(twin.generate("And?", **options).token_ids)
+            given.append(conversation.generate(PROMPTS[0], [WIDE, TALL], **options).token_ids)
+        return given
+
+    with Session.load(exact, **ROOM, backend="torch", provider="cpu") as other:
+        for buffer in other.backend.cache.buffers.values():
+            buffer[...] = np.nan if buffer.dtype.kind == "f" else -1
+        assert answers(other) == answers(session)
+
+
 def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:
     manifest = Manifest.load(packed)
     assert set(manifest.quantization.key_bits) == {1}
