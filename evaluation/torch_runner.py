@@ -199,7 +199,9 @@ class TorchRunner:
     def _handle(self, setting: Setting | None) -> VisualCacheHandle:
         if setting is None:
             return quantize_visual_cache(self.model, bits=16)
-        return quantize_visual_cache(self.model, **{name: getattr(setting.options, name) for name in FIELDS})
+        options = {name: getattr(setting.options, name) for name in FIELDS}
+        # The plug-in does not see the image processor, whose limits "auto" follows.
+        return quantize_visual_cache(self.model, **{**options, "group_size": setting.quantization.group_size})
 
     def _prepare(self, sample: Sample) -> Prepared:
         prepared = self.processor.prepare(prompt_of(sample, self.processor), sample.pictures)

@@ -29,12 +29,12 @@ class ProcessorFiles:
     @classmethod
     def load(cls, directory: Path, trust_remote_code: bool = False) -> ProcessorFiles:
         """Load what the directory holds; whatever transformers and its libraries raise for damaged files comes out."""
-        tokenizers, images = _auto_classes()
-        given = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        tokenizer = tokenizers.from_pretrained(str(directory), **given)
-        # The PIL variant gives the same pixels whether or not torchvision is installed.
-        processor = images.from_pretrained(str(directory), backend="pil", **given)
-        return cls(tokenizer, processor, _read_template(directory) or tokenizer.chat_template)
+        tokenizers, _ = _auto_classes()
+        tokenizer = tokenizers.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        images = load_images(directory, trust_remote_code)
+        return cls(tokenizer, images, _read_template(directory) or tokenizer.chat_template)
 
     def save(self, directory: Path) -> None:
         """Write them into a new directory, from which :meth:`load` reads the same."""
@@ -47,6 +47,15 @@ class ProcessorFiles:
         for mark in marks:
             if len(self.tokenizer(mark, add_special_tokens=False)["input_ids"]) != 1:
                 raise ModelError(f"the tokenizer has no token '{mark}'; download its files again")
+
+
+def load_images(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The image processor alone; raises as :meth:`ProcessorFiles.load`."""
+    _, images = _auto_classes()
+    # The PIL variant gives the same pixels whether or not torchvision is installed.
+    return images.from_pretrained(
+        str(directory), backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
+    )
 
 
 def _read_template(directory: Path) -> str | None:

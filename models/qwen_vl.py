@@ -35,6 +35,11 @@ class GridFamily(Family):
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         return tuple(max(1, round(height / side)) * max(1, round(width / side)) for height, width in USUAL_SIZES)
 
+    def limited_tokens(self, images: Any) -> tuple[int, ...]:
+        """As many as the image processor says of ``USUAL_SIZES``."""
+        unit = images.merge_size**2
+        return tuple(sorted(images.get_number_of_image_patches(*size) // unit for size in USUAL_SIZES))
+
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """Patches ``pixel_values`` [merge² M, ...], and the geometry of the picture that :class:`Grid` tells."""
         patches = f"{config.vision_config.spatial_merge_size**2}*M"

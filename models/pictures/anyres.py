@@ -35,6 +35,7 @@ class AnyRes:
     grids: str
     most_tiles: int = 0
     call_options: ClassVar[Mapping[str, Any]] = {}
+    limited: ClassVar[bool] = False
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 

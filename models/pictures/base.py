@@ -39,6 +39,10 @@ class Pictures(Protocol):
     """One way to turn pictures into tokens; made by ``kinds.open_pictures``."""
 
     @property
+    def limited(self) -> bool:
+        """Whether the image processor keeps the pixels of a picture within limits (``limits.PixelLimits``)."""
+
+    @property
     def call_options(self) -> Mapping[str, Any]:
         """What the image processor is to be called with, besides the picture."""
 

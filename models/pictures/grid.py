@@ -31,6 +31,7 @@ class Grid:
     kernel: str = ""
     corners: int = 0
     call_options: ClassVar[Mapping[str, Any]] = {}
+    limited: ClassVar[bool] = True
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 

@@ -97,7 +97,7 @@ class Server:
         session = self._session
         pictures = listed(images)
         chosen = session.options(options, changes)
-        prepared = session.processor.prepare(prompt, pictures)
+        prepared = session.processor.prepare(prompt, pictures, limits=chosen.limits)
         with self._changed:
             if self._broken is not None:
                 raise VkvxError(

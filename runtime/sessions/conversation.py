@@ -75,13 +75,16 @@ class Conversation:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Prepared,
         images: Picture | Sequence[Picture] = (),
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
     ) -> Generator[Chunk, None, None]:
-        """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts."""
+        """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts.
+
+        What :meth:`Processor.prepare` made of a prompt and its pictures may stand for them.
+        """
         self._stop_running()
         self._running = chunks = self._start(prompt, listed(images), options, changes)
         return chunks
@@ -142,11 +145,18 @@ class Conversation:
             self._running = None
 
     def _start(
-        self, prompt: str, images: list[Picture], options: GenerationOptions | None, changes: dict[str, Any]
+        self,
+        prompt: str | Prepared,
+        images: list[Picture],
+        options: GenerationOptions | None,
+        changes: dict[str, Any],
     ) -> Generator[Chunk, None, None]:
         slot = self._open_slot()
         chosen = changed_options(options, changes)
-        prepared = self._without_repeated_end(self._processor.prepare(prompt, images, first=not self._history))
+        prepared = prompt
+        if not isinstance(prepared, Prepared):
+            prepared = self._processor.prepare(prepared, images, first=not self._history, limits=chosen.limits)
+        prepared = self._without_repeated_end(prepared)
         request = Request(0, prepared, chosen, self._processor, self._backend, slot=slot, history=self._history)
         request.check()
         return self._remember(run(self._backend, [request]))

@@ -19,6 +19,7 @@ from vkvx.manifest import Manifest, ModelInfo, TensorSpec
 from vkvx.models.family import Source
 from vkvx.models.pictures.base import Encoded, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
+from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.packages import missing
 
@@ -96,21 +97,30 @@ class Processor:
         """The processor of a checkpoint. Raises ModelError if its files do not load or do not fit the model."""
         return cls(source.processor(), info, source.family.pixel_inputs(source.config))
 
-    def prepare(self, prompt: str, images: Sequence[Picture] = (), *, first: bool = True) -> Prepared:
+    def prepare(
+        self,
+        prompt: str,
+        images: Sequence[Picture] = (),
+        *,
+        first: bool = True,
+        limits: PixelLimits = NO_LIMITS,
+    ) -> Prepared:
         """Tokens and pixels of a prompt that has one ``<image>`` for each picture.
 
-        ``first`` is False for text that continues a sequence: it gets no begin-of-sequence token. Raises InputError if
-        placeholders and pictures differ in number, a picture cannot be read, or the prompt is empty.
+        ``first`` is False for text that continues a sequence: it gets no begin-of-sequence token. ``limits`` of the
+        pixels of pictures replace the image processor's. Raises InputError if placeholders and pictures differ in
+        number, a picture cannot be read, or the prompt is empty, and OptionError for limits that do not suit.
         """
         if not isinstance(prompt, str):
             raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
+        options = {"size": limits.size(self._images, self._pictures.limited)} if limits else {}
         pieces = prompt.replace(PLACEHOLDER, self._token).split(self._token)
         if len(pieces) - 1 != len(images):
             raise InputError(
                 f"the prompt has {len(pieces) - 1} {PLACEHOLDER} and comes with {len(images)} "
                 f"{'picture' if len(images) == 1 else 'pictures'}; put one {PLACEHOLDER} into it for each picture"
             )
-        encoded = self._encode(images) if images else []
+        encoded = self._encode(images, options) if images else []
         text = pieces[0] + "".join(one.text + piece for one, piece in zip(encoded, pieces[1:], strict=True))
         with self._tokenizer_lock:
             begin = self._tokenizer.bos_token
@@ -159,14 +169,15 @@ class Processor:
             raise InputError(f"the chat template refuses these messages: {_first_line(error)}") from error
         return text.replace(self._token, PLACEHOLDER)
 
-    def _encode(self, images: Sequence[Picture]) -> list[Encoded]:
+    def _encode(self, images: Sequence[Picture], options: Mapping[str, Any]) -> list[Encoded]:
         """Pictures one by one: the image processor gets each alone, so that it is not padded to the size of others."""
         with self._images_lock:  # it also guards the warnings filters, which load_picture changes for all threads
-            return [self._encode_one(load_picture(image)) for image in images]
+            return [self._encode_one(load_picture(image), options) for image in images]
 
-    def _encode_one(self, image: Image) -> Encoded:
+    def _encode_one(self, image: Image, options: Mapping[str, Any]) -> Encoded:
         try:
-            features = self._images(images=[image], return_tensors="np", **self._pictures.call_options)
+            options = {**self._pictures.call_options, **options}
+            features = self._images(images=[image], return_tensors="np", **options)
             encoded = self._pictures.encode(features, self._token)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"the image processor refuses the picture: {_first_line(error)}") from error

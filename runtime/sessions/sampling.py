@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import OptionError, VkvxError
+from vkvx.models.pictures.limits import PixelLimits
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class GenerationOptions:
     probability (1: all). ``repetition_penalty`` divides positive and multiplies negative logits of tokens seen in
     prompt or answer (1: off; Keskar et al., arXiv 1909.05858). ``seed`` makes sampling repeatable. ``stop`` strings
     end the answer and are not part of it. ``ignore_eos`` goes on past the end-of-sequence token.
+
+    ``min_pixels`` and ``max_pixels`` limit the pixels of the prompt's pictures once they are resized, in place of the
+    bundle's image processor; they may be narrower or wider than its own. Only for models that have such limits.
     """
 
     max_new_tokens: int = 256
@@ -30,6 +34,8 @@ class GenerationOptions:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -49,6 +55,12 @@ class GenerationOptions:
             if not valid:
                 flag = "--" + name.replace("_", "-")
                 raise OptionError(f"{name} ({flag}) must be {expected}, got {getattr(self, name)!r}")
+        self.limits.check()
+
+    @property
+    def limits(self) -> PixelLimits:
+        """Of the pixels of pictures."""
+        return PixelLimits(self.min_pixels, self.max_pixels)
 
 
 def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:

@@ -50,6 +50,7 @@ class Session:
         threads: int | None = None,
         verify: bool = True,
         progress: Progress | None = None,
+        processor: Processor | None = None,
     ) -> Session:
         """Open a bundle directory.
 
@@ -58,7 +59,7 @@ class Session:
         "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
         a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
-        sample.
+        sample. ``processor`` is the bundle's, if it is open already.
 
         Raises BundleError, EngineError, OptionError, DependencyError, DeviceError, CapacityError.
         """
@@ -85,7 +86,7 @@ class Session:
                 capacity = limits.text_tokens - (0 if manifest.layout.is_packed else visual_tokens)
                 text_tokens = max(1, min(text_tokens, capacity))
         opened = found.open(slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, verify=verify)
-        return cls(manifest, opened, Processor.of_bundle(directory, manifest), found.reason)
+        return cls(manifest, opened, processor or Processor.of_bundle(directory, manifest), found.reason)
 
     @overload
     def generate(
@@ -154,7 +155,7 @@ class Session:
             options = [self.options(one, changes) for one in options]
         requests = []
         for row, (prompt, pictures, chosen) in enumerate(zip(prompts, images, options, strict=True)):
-            prepared = self.processor.prepare(prompt, listed(pictures))
+            prepared = self.processor.prepare(prompt, listed(pictures), limits=chosen.limits)
             requests.append(Request(row, prepared, chosen, self.processor, self.backend))
             requests[-1].check()
         return run(self.backend, requests)

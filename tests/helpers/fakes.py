@@ -83,7 +83,9 @@ class FakeProcessor:
 
     has_chat_template = True
 
-    def prepare(self, prompt: str, images: Sequence[float] = (), *, first: bool = True) -> Prepared:
+    def prepare(
+        self, prompt: str, images: Sequence[float] = (), *, first: bool = True, limits: object = None
+    ) -> Prepared:
         ids = [BOS] if first else []
         for number, part in enumerate(prompt.split(PLACEHOLDER)):
             ids += [IMAGE] * PICTURE_TOKENS if number else []

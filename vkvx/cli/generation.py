@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
+from vkvx.cli.limits import add_pixel_limits
 
 if TYPE_CHECKING:
     from vkvx.runtime.sessions.conversation import Conversation
+    from vkvx.runtime.sessions.processor import Processor
     from vkvx.runtime.sessions.sampling import GenerationOptions
     from vkvx.runtime.sessions.session import Session
 
@@ -31,6 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
     )
+
+    add_pixel_limits(parser.add_argument_group("pictures"))
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -58,10 +62,17 @@ def options(args: argparse.Namespace) -> GenerationOptions:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         stop=tuple(args.stop),
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
     )
 
 
-def load_session(args: argparse.Namespace, visual_tokens: int | None = None, text_tokens: int | None = None) -> Session:
+def load_session(
+    args: argparse.Namespace,
+    visual_tokens: int | None = None,
+    text_tokens: int | None = None,
+    processor: Processor | None = None,
+) -> Session:
     """The bundle, ready to answer. The two sizes count where no option asks for others."""
     from vkvx.runtime.sessions.session import Session
 
@@ -75,6 +86,7 @@ def load_session(args: argparse.Namespace, visual_tokens: int | None = None, tex
             threads=args.threads,
             verify=not args.no_verify,
             progress=progress,
+            processor=processor,
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import generation, terminal
@@ -38,23 +40,28 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Answer one question."""
     from vkvx.manifest import Manifest
-    from vkvx.runtime.sessions.processor import load_picture
+    from vkvx.runtime.sessions.processor import Processor, load_picture
 
     options = generation.options(args)
     manifest = Manifest.load(args.bundle)
     pictures = [load_picture(path) for path in args.image]  # before the weights: a wrong path is told at once
+    processor, prompt = Processor.of_bundle(Path(args.bundle), manifest), args.prompt
+    if not args.raw_prompt:
+        prompt = processor.format([generation.message(prompt, len(pictures))])
+    prepared = processor.prepare(prompt, pictures, limits=options.limits)
     text_tokens = min(manifest.model.max_positions, PROMPT_TOKENS + args.max_new_tokens)
-    with generation.load_session(args, _visual_tokens(manifest, len(pictures)), text_tokens) as session:
-        raw = args.raw_prompt
-        prompt = args.prompt if raw else session.format([generation.message(args.prompt, len(pictures))])
-        with session.conversation() as conversation:
-            chunks = conversation.stream(prompt, pictures, options=options)
-            answer = ""
-            for piece in generation.without_leading_space(chunk.text for chunk in chunks):
-                answer += piece
-                if not args.json:
-                    print(piece, end="", flush=True)
-            figures = generation.figures(session, conversation)
+    room = _visual_tokens(manifest, prepared.picture_lengths)
+    with (
+        generation.load_session(args, room, text_tokens, processor) as session,
+        session.conversation() as conversation,
+    ):
+        chunks = conversation.stream(prepared, options=options)
+        answer = ""
+        for piece in generation.without_leading_space(chunk.text for chunk in chunks):
+            answer += piece
+            if not args.json:
+                print(piece, end="", flush=True)
+        figures = generation.figures(session, conversation)
     if args.json:
         terminal.print_json({"text": answer, **figures})
         return 0
@@ -65,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _visual_tokens(manifest: Manifest, pictures: int) -> int | None:
-    """Room for exactly these pictures, where they vary in size for so many large ones."""
+def _visual_tokens(manifest: Manifest, lengths: Sequence[int]) -> int:
+    """Room for exactly these pictures, in whole groups."""
     size = manifest.quantization.group_size
-    return pictures * -(-manifest.model.usual_tokens // size) * size
+    return sum(-(-length // size) * size for length in lengths)
