@@ -222,8 +222,8 @@ class TorchRunner:
         return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
     def _allowed(self, logits: Tensor) -> Tensor:
-        """An image token without a picture means nothing, so it is never chosen; as in :mod:`vkvx.runtime`."""
-        logits[..., self.info.image_token_id] = -torch.inf
+        """Tokens of pictures without a picture mean nothing, so they are never chosen; as in :mod:`vkvx.runtime`."""
+        logits[..., list(self.processor.placeholder_ids)] = -torch.inf
         return logits
 
     def _generate(self, batch: Batch, cache: ObservedCache) -> list[list[int]]:
@@ -243,7 +243,7 @@ class TorchRunner:
                 repetition_penalty=1.0,
                 eos_token_id=list(ends) or None,
                 pad_token_id=self.info.pad_token_id,
-                suppress_tokens=[self.info.image_token_id],
+                suppress_tokens=list(self.processor.placeholder_ids),
             )
             new = output[:, batch.ids.shape[1] :]
             cache.crop(batch.ids.shape[1] - cache.get_seq_length())

@@ -16,6 +16,7 @@ from vkvx.format import WORD_BITS
 from vkvx.manifest import ModelInfo, TensorSpec
 from vkvx.models.pictures.kinds import Kind, describe
 from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
+from vkvx.models.videos import open_videos
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,6 +87,8 @@ class Source:
                 f"'{token}', a piece of plain text; fix image_token_id (image_token_index in older files)"
             )
         self.family.prepare_processor(files, self.config)
+        if open_videos(self.family.pictures(self.config), files.videos, files.images) is None:
+            files.videos = None
         self._limited(files.images)
         return files
 

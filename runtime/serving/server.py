@@ -12,7 +12,7 @@ from typing import Any
 
 from vkvx.errors import InputError, VkvxError, describe
 from vkvx.runtime.sessions.generation import Chunk, Failure, Generation, Request, Scheduler
-from vkvx.runtime.sessions.processor import Pictures, listed
+from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
 

@@ -92,8 +92,8 @@ class Request:
         self.history = [] if history is None else history
         self._backend = backend
         self._eos = () if options.ignore_eos else model.eos_token_ids
-        # An image token without a picture means nothing to the decoder, so it is never chosen.
-        self._sampler = Sampler(options, model.vocab_size, (model.image_token_id,))
+        # The token of a picture or a video without one means nothing to the decoder, so it is never chosen.
+        self._sampler = Sampler(options, model.vocab_size, processor.placeholder_ids)
         self._decoder = IncrementalDecoder(processor.decode)
         self._stops = StopStrings(options.stop)
         self._base = len(self.history)

@@ -24,6 +24,8 @@ class GenerationOptions:
 
     ``min_pixels`` and ``max_pixels`` limit the pixels of the prompt's pictures once they are resized, in place of the
     bundle's image processor; they may be narrower or wider than its own. Only for models that have such limits.
+    ``fps`` is how many frames a second are taken of a video file (None: as the checkpoint's video processor says), and
+    of frames that are given as pictures how many there were.
     """
 
     max_new_tokens: int = 256
@@ -36,6 +38,7 @@ class GenerationOptions:
     ignore_eos: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -49,6 +52,7 @@ class GenerationOptions:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive (1 is off)"),
             ("seed", self.seed >= 0, "0 or positive"),
+            ("fps", self.fps is None or 0 < self.fps < float("inf"), "a positive number"),
             ("stop", all(isinstance(text, str) and text for text in self.stop), "strings that are not empty"),
         )
         for name, valid, expected in checks:

@@ -94,7 +94,7 @@ class Chat:
         return True
 
     def _add_picture(self, path: str) -> None:
-        from vkvx.runtime.sessions.processor import load_picture
+        from vkvx.runtime.sessions.pictures import load_picture
 
         picture = load_picture(Path(path).expanduser())
         self._pictures.append(picture)

@@ -40,7 +40,8 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Answer one question."""
     from vkvx.manifest import Manifest
-    from vkvx.runtime.sessions.processor import Processor, load_picture
+    from vkvx.runtime.sessions.pictures import load_picture
+    from vkvx.runtime.sessions.processor import Processor
 
     options = generation.options(args)
     manifest = Manifest.load(args.bundle)
