@@ -74,7 +74,9 @@ class Videos(ABC):
     @classmethod
     def of(cls, given: Mapping[str, Any], images: Any) -> Videos:
         """From the contents of a file. Raises ModelError if they do not suit, or do not fit the image processor."""
-        known = {name: value for name, value in given.items() if name in cls.__dataclass_fields__ and value is not None}
+        nullable = ("fps", "num_frames")
+        known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
+        known = {name: value for name, value in known.items() if value is not None or name in nullable}
         size = dict(known.get("size", cls.defaults["size"]))
         if cls.limits_by_name:
             for old, name in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -109,7 +111,7 @@ class Videos(ABC):
         count = self.num_frames if fps is None else None
         wanted = self.fps if fps is None else fps
         if count is None and wanted is not None and rate is None:
-            raise InputError("the video does not tell its frames per second; give frames as pictures, and fps= (--fps)")
+            raise InputError("nobody knows how many frames a second there are; give pictures, with fps= (--fps)")
         return self._sampled(total, None if rate is None or wanted is None else total / rate * wanted, count)
 
     @abstractmethod

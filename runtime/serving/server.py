@@ -6,7 +6,8 @@ import copy
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from vkvx.runtime.sessions.generation import Chunk, Failure, Generation, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
+from vkvx.runtime.sessions.videos import Video, listed_videos
 
 LOG = logging.getLogger("vkvx.runtime.serving")
 """Each failure is one record, with the numbers of the requests it ended and the traceback."""
@@ -86,6 +88,7 @@ class Server:
         self,
         prompt: str,
         images: Pictures = None,
+        videos: str | Path | Sequence[Video] | None = None,
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
@@ -95,9 +98,10 @@ class Server:
         Raises VkvxError if the server's thread has failed.
         """
         session = self._session
-        pictures = listed(images)
         chosen = session.options(options, changes)
-        prepared = session.processor.prepare(prompt, pictures, limits=chosen.limits)
+        prepared = session.processor.prepare(
+            prompt, listed(images), listed_videos(videos), limits=chosen.limits, fps=chosen.fps
+        )
         with self._changed:
             if self._broken is not None:
                 raise VkvxError(

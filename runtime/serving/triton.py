@@ -31,7 +31,7 @@ OPTIONS = {
     "min_pixels": "TYPE_INT64",
     "max_pixels": "TYPE_INT64",
 }
-"""Optional inputs: the fields of GenerationOptions, and their types."""
+"""Optional inputs: the fields of GenerationOptions but for those of videos, and their types."""
 
 
 class TritonPythonModel:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from vkvx.errors import InputError
+from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Picture, listed
@@ -63,6 +64,8 @@ class Conversation:
         """
         pictures, clips = listed(images), listed_videos(videos)
         self._stop_running()
+        if clips:
+            self._processor.check_videos()
         message = user_message(text, len(pictures), len(clips))
         chunks = self._start(self._turn(message), pictures, clips, options, changes)
         answer = self._answer(message, chunks)
@@ -92,14 +95,16 @@ class Conversation:
         videos: str | Path | Sequence[Video] = (),
         *,
         options: GenerationOptions | None = None,
+        progress: Progress | None = None,
         **changes: Any,
     ) -> Generator[Chunk, None, None]:
         """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts.
 
-        What :meth:`Processor.prepare` made of a prompt and its pictures may stand for them.
+        What :meth:`Processor.prepare` made of a prompt and its pictures may stand for them. ``progress`` is called with
+        the stages "frames" and "vision".
         """
         self._stop_running()
-        self._running = chunks = self._start(prompt, listed(images), listed_videos(videos), options, changes)
+        self._running = chunks = self._start(prompt, listed(images), listed_videos(videos), options, changes, progress)
         return chunks
 
     def fork(self) -> Conversation:
@@ -164,6 +169,7 @@ class Conversation:
         videos: list[Video],
         options: GenerationOptions | None,
         changes: dict[str, Any],
+        progress: Progress | None = None,
     ) -> Generator[Chunk, None, None]:
         slot = self._open_slot()
         chosen = changed_options(options, changes)
@@ -171,10 +177,12 @@ class Conversation:
         if not isinstance(prepared, Prepared):
             first = not self._history
             prepared = self._processor.prepare(
-                prepared, images, videos, first=first, limits=chosen.limits, fps=chosen.fps
+                prepared, images, videos, first=first, limits=chosen.limits, fps=chosen.fps, progress=progress
             )
         prepared = self._without_repeated_end(prepared)
-        request = Request(0, prepared, chosen, self._processor, self._backend, slot=slot, history=self._history)
+        request = Request(
+            *(0, prepared, chosen, self._processor, self._backend), slot=slot, history=self._history, progress=progress
+        )
         request.check()
         return self._remember(run(self._backend, [request]))
 

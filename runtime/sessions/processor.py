@@ -131,8 +131,8 @@ class Processor:
         if not isinstance(prompt, str):
             raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
         options = {"size": limits.size(self._images, self._pictures.limited)} if limits else {}
-        if videos and self._videos is None:
-            raise InputError("this model takes no videos; give some of the frames as pictures: images= (--image)")
+        if videos:
+            self.check_videos()
         prompt = prompt.replace(PLACEHOLDER, self._token)
         if self._video_token:
             prompt = prompt.replace(VIDEO_PLACEHOLDER, self._video_token)
@@ -174,6 +174,11 @@ class Processor:
         calls = self._pictures.join(encoded) if encoded else ()
         sizes = tuple(one.size for one in encoded)
         return Prepared(ids, calls, lengths, prompt_positions(visual, encoded), sizes, frames)
+
+    def check_videos(self) -> None:
+        """Raise InputError if the model takes no videos."""
+        if self._videos is None:
+            raise InputError("this model takes no videos; give some of the frames as pictures: images= (--image)")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""

@@ -34,7 +34,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
     )
 
-    add_pixel_limits(parser.add_argument_group("pictures"))
+    pictures = parser.add_argument_group("pictures and videos")
+    add_pixel_limits(pictures)
+    pictures.add_argument(
+        "--fps",
+        type=float,
+        metavar="N",
+        help="frames a second to take of a video file (default: the model's), or that a folder of frames has",
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -64,6 +71,7 @@ def options(args: argparse.Namespace) -> GenerationOptions:
         stop=tuple(args.stop),
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
+        fps=args.fps,
     )
 
 
@@ -88,14 +96,6 @@ def load_session(
             progress=progress,
             processor=processor,
         )
-
-
-def message(prompt: str, pictures: int) -> dict[str, Any]:
-    """A user's message for the chat template: pictures first, unless the prompt says where by ``<image>``."""
-    if "<image>" in prompt:
-        return {"role": "user", "content": prompt}
-    content: list[dict[str, str]] = [{"type": "image"}] * pictures
-    return {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
 
 
 def without_leading_space(pieces: Iterable[str]) -> Iterator[str]:
@@ -148,6 +148,8 @@ def figure_lines(found: dict[str, Any]) -> list[str]:
             f"{found['new_tokens']} tokens at {found['tokens_per_second']:.1f} tokens/s ({found['finish_reason']}),"
             f" {found['prompt_tokens']} tokens of prompt in {found['prefill_seconds']:.2f} s"
         )
+    if "frames" in found:
+        lines.append(f"{found['frames']} frames of video")
     if found["visual_tokens"]:
         plain = found["sixteen_bit_bytes_per_visual_token"]
         lines.append(
