@@ -1,8 +1,8 @@
 """How videos become frames of pixels: which frames are taken, and what size they get. Numbers alone, no torch.
 
 The rules are those of transformers' video processors, which cannot be loaded without torchvision: their settings are
-read from the checkpoint's files, and :class:`Paced` and :class:`Stamped` follow ``Qwen2VLVideoProcessor`` and
-``Qwen3VLVideoProcessor``.
+read from the checkpoint's files, and :class:`Paced`, :class:`Stamped` and :class:`Scaled` follow
+``Qwen2VLVideoProcessor``, ``Qwen3VLVideoProcessor`` and ``LlavaOnevisionVideoProcessor``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vkvx.errors import InputError, ModelError
+from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.base import Filmed, Pictures
 
 FILE = "video_preprocessor_config.json"
@@ -48,7 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
 class Videos(ABC):
     """Settings of a video processor, by the names that their files have.
 
-    ``size`` are the least and most pixels of a frame (:class:`Paced`) or of all frames together (:class:`Stamped`);
+    ``size`` are the least and most pixels of a frame (:class:`Paced`) or of all frames together (:class:`Stamped`), or
+    those of each side (:class:`Scaled`);
     with ``cap_pixels_per_frame`` there is a bound on the other, too, which ``max_video_tokens`` tells.
     """
 
@@ -58,7 +60,7 @@ class Videos(ABC):
     image_std: tuple[float, ...]
     do_sample_frames: bool
     fps: float | None
-    max_video_tokens: int
+    max_video_tokens: int = 0
     num_frames: int | None = None
     min_frames: int = 4
     max_frames: int = 768
@@ -89,6 +91,9 @@ class Videos(ABC):
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if given.get(name) is False:
                 raise ModelError(f"a video processor with {name} false is not supported; fix {FILE}")
+        self._check_size(images)
+
+    def _check_size(self, images: Any) -> None:
         if not 0 < self.size.get("shortest_edge", 0) <= self.size.get("longest_edge", 0):
             raise ModelError(f"size {dict(self.size)} of the video processor is no pair of limits; fix {FILE}")
         for name in ("patch_size", "merge_size", "temporal_patch_size"):
@@ -211,8 +216,41 @@ class Stamped(Videos):
         return self._fitted(height, width, least, most, frames, round(frames / step) * step)
 
 
+@dataclass(frozen=True)
+class Scaled(Videos):
+    """LLaVA-OneVision: all frames unless told otherwise, each scaled to one size. ``size`` is that of a frame."""
+
+    defaults = {
+        "size": {"height": 384, "width": 384},
+        "patch_size": 1,
+        "merge_size": 1,
+        "temporal_patch_size": 1,
+        "image_mean": _CLIP_MEAN,
+        "image_std": _CLIP_STD,
+        "do_sample_frames": False,
+        "fps": None,
+    }
+
+    def _check_size(self, images: Any) -> None:
+        ours, theirs = ({name: size.get(name) for name in ("height", "width")} for size in (self.size, images.size))
+        if ours != theirs or None in ours.values():
+            raise ModelError(f"frames get the size {ours}, pictures {theirs}; fix {FILE}")
+
+    def _sampled(self, total: int, wanted: float | None, count: int | None) -> np.ndarray:
+        if count is None:
+            count = total if wanted is None else max(1, int(wanted))
+        if count > total:
+            raise InputError(f"{count} frames cannot be taken of a video of {total}; give a lower fps= (--fps)")
+        return np.arange(count) * total // count
+
+    def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Always the same."""
+        return self.size["height"], self.size["width"]
+
+
 def open_videos(pictures: Pictures, given: Mapping[str, Any] | None, images: Any) -> Videos | None:
     """How a model with such pictures takes videos; None if it takes none. Raises ModelError as :meth:`Videos.of`."""
     if not isinstance(pictures, Filmed) or not pictures.video_mark:
         return None
-    return (Stamped if pictures.frame_start else Paced).of(given or {}, images)
+    kind = Scaled if isinstance(pictures, AnyRes) else Stamped if pictures.frame_start else Paced
+    return kind.of(given or {}, images)

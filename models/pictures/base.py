@@ -115,6 +115,9 @@ class Filmed(Protocol):
     def frame_start(self) -> str:
         """What stands before each frame of a video, behind its time; "" where frames follow each other."""
 
+    def frame_tokens(self, height: int, width: int, patch_size: int) -> int:
+        """Visual tokens of the frames that share patches of ``patch_size`` pixels, each of so many pixels."""
+
     @property
     def frame_options(self) -> Mapping[str, Any]:
         """What the image processor is to be called with for a frame of a video, which has its size already."""

@@ -72,6 +72,10 @@ class Grid:
         tokens = height * width // self.merge**2
         return Encoded(arrays, tokens, image_token * tokens, self.positions(height, width))
 
+    def frame_tokens(self, height: int, width: int, patch_size: int) -> int:
+        """As those of a picture."""
+        return height * width // (patch_size * self.merge) ** 2
+
     def encode_video(
         self, frames: Iterable[Mapping[str, Any]], taken: Taken, image_token: str, temporal: int, patch_size: int
     ) -> Iterator[Encoded]:

@@ -241,7 +241,8 @@ class Processor:
             count = len(taken.indices)
             height, width = videos.resized(count, clip.height, clip.width)
             # Before anything is decoded: an hour of video does not fit into any memory.
-            tokens = -(-count // videos.temporal_patch_size) * height * width // videos.unit**2
+            pairs = -(-count // videos.temporal_patch_size)
+            tokens = pairs * pictures.frame_tokens(height, width, videos.patch_size)
             if tokens > self._max_positions:
                 raise CapacityError(
                     f"{count} frames of {clip.name} make {tokens} visual tokens, the model knows {self._max_positions} "

@@ -30,6 +30,10 @@ def listed_videos(videos: str | Path | Sequence[Video] | None) -> list[Video]:
     return list(videos) if isinstance(videos, (list, tuple)) else [videos]  # type: ignore[list-item]
 
 
+_UNSEEN = 2
+"""Frames at the end that a file may count and no decoder gives; the last one before stands for them."""
+
+
 class Clip(ABC):
     """A video that is open for reading: ``total`` frames of ``height`` x ``width``, ``rate`` of them in a second.
 
@@ -100,16 +104,19 @@ class _File(Clip):
             raise InputError(f"{path} has no frames; give another video")
 
     def frames(self, indices: np.ndarray) -> Iterator[Image]:
-        wanted, found = indices.tolist(), 0
+        wanted, found, image = indices.tolist(), 0, None
         with self._opened() as (container, stream):
             number = -1
             for number, frame in enumerate(container.decode(stream)):
                 while found < len(wanted) and wanted[found] == number:
-                    yield frame.to_image()
+                    image = frame.to_image()
+                    yield image
                     found += 1
                 if found == len(wanted):
                     return
-        raise InputError(f"{self.name} has fewer frames than it says, {number + 1} of {self.total}; convert it anew")
+        if image is None or number + 1 + _UNSEEN < self.total:
+            raise InputError(f"{self.name} has {number + 1} frames of the {self.total} that it says; convert it anew")
+        yield from [image] * (len(wanted) - found)
 
     def _opened(self) -> Any:
         return _Opened(self._path)

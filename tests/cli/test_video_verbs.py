@@ -190,6 +190,15 @@ def test_python(session: Session, folder: Path) -> None:
     both = session.generate(prompts, videos=[folder, None], fps=RATE, max_new_tokens=4)
     assert both[0].token_ids == alone.token_ids
     assert [answer.visual_tokens for answer in both] == [30, 0]
+    with session.conversation() as conversation:
+        stages: list[tuple[str, int, int]] = []
+        chunks = conversation.stream(
+            prompts[0], videos=folder, fps=RATE, max_new_tokens=1, progress=lambda *one: stages.append(one)
+        )
+        assert not any(stage == "vision" for stage, *_ in stages)
+        list(chunks)
+        assert stages[-3:] == [("frames", 4, 4), ("vision", 1, 2), ("vision", 2, 2)]
+        assert session.backend.cache.group_count(conversation.slot) == 2  # no group mixes frames of different times
     for wrong, words in (([[]], "has no frames"), ([7], "must be a path or a list of frames, got int")):
         with pytest.raises(InputError, match=words):
             session.generate(prompts[0], videos=wrong, fps=RATE)  # type: ignore[arg-type]

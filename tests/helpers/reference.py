@@ -65,7 +65,7 @@ class Reference:
             if self.kind == "llava_onevision":
                 return transformers.LlavaOnevisionProcessor(
                     **parts,
-                    video_processor=None,
+                    video_processor=self.videos,
                     num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
                     vision_feature_select_strategy=config.vision_feature_select_strategy,
                     vision_aspect_ratio=config.vision_aspect_ratio,

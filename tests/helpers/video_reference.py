@@ -15,6 +15,7 @@ from PIL import Image
 KINDS = {
     "qwen2_vl": ("qwen2_vl", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": ("qwen2_vl", "Qwen2VLVideoProcessor"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevisionVideoProcessor"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VLVideoProcessor"),
 }
 """Modules and classes of the video processors, by the model's type."""

@@ -13,6 +13,7 @@ from transformers.video_utils import VideoMetadata
 from video_reference import video_class
 
 from vkvx.errors import InputError, ModelError
+from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.grid import Grid
 from vkvx.models.preset_processors import write_processor
 from vkvx.models.presets import preset_config
@@ -84,6 +85,31 @@ def test_where_settings_are_looked_for(tmp_path: Path) -> None:
         assert read_settings(tmp_path) == {"fps": value}
     (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": {"fps": 3}}))
     assert read_settings(tmp_path) == {"fps": 3}
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_frames": 7, "do_sample_frames": True}], ids=str)
+def test_frames_of_one_size(settings: dict[str, Any], tmp_path: Path) -> None:
+    """LLaVA-OneVision's frames have the size of a tile."""
+    found = files(tmp_path, "tiny-llava-onevision", {**settings, "size": {"height": 60, "width": 60}})
+    videos = open_videos(AnyRes(4, 60, "1x1", 2, video_mark="<video>"), found.videos, found.images)
+    theirs = video_class("llava_onevision")(**settings)
+    assert videos is not None
+    assert videos.resized(3, 480, 640) == (60, 60)
+    for total in (8, 24, 301):
+        for fps in (None, 0.5, 1.0):
+            if fps is None and not settings:
+                expected = np.arange(total)
+            else:
+                fixed = {"num_frames": theirs.num_frames} if fps is None else {"fps": fps}
+                metadata = VideoMetadata(total_num_frames=total, fps=30.0)
+                theirs.num_frames = None
+                expected = np.asarray(theirs.sample_frames(metadata, **fixed))
+                theirs.num_frames = settings.get("num_frames")
+            np.testing.assert_array_equal(videos.frames(total, 30.0, fps), expected)
+    with pytest.raises(InputError, match="give a lower fps="):
+        videos.frames(3, 1.0, 2.0)
+    with pytest.raises(ModelError, match="frames get the size"):
+        open_videos(AnyRes(4, 60, "1x1", 2, video_mark="<video>"), {}, found.images)
 
 
 @pytest.mark.parametrize(
