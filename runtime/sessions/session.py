@@ -61,13 +61,13 @@ class Session:
         "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
         a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
-        sample. ``processor`` is the bundle's, if it is open already.
+        sample. ``processor`` is the bundle's, where it is open already and the files were compared before that.
 
         Raises BundleError, EngineError, OptionError, DependencyError, DeviceError, CapacityError.
         """
         directory = Path(bundle)
         manifest = Manifest.load(directory)
-        if verify:
+        if verify and processor is None:
             manifest.verify(directory, progress)
         if slots < 1:
             raise OptionError(f"slots must be at least 1, got {slots}")

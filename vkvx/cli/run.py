@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
     _check_idle(args)
     manifest = Manifest.load(args.bundle)
     pictures = [load_picture(path) for path in args.image]  # before the weights: a wrong path is told at once
+    with terminal.ProgressBar("run", announce=False) as progress:
+        if not args.no_verify:  # before anything of the bundle is used
+            manifest.verify(args.bundle, progress)
     processor, prompt = Processor.of_bundle(Path(args.bundle), manifest), args.prompt
     if args.video:
         processor.check_videos()
