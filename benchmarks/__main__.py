@@ -30,6 +30,7 @@ BENCHMARKS = {
     "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
+    "windows": "decode attention of layers with sliding windows and wide heads on a GPU, against torch's",
 }
 """Modules of ``cases``, with ``add_arguments(parser)`` and ``run(arguments)``, which returns rows of
 results; they are the table unless there is ``tables(rows)``, which returns tables by title."""

@@ -20,7 +20,7 @@ BINS = 40
 def worst_channels(
     cache: PackedVisualCache, prompt: Sequence[tuple[Tensor, Tensor]], visual_index: Tensor, setting: str
 ) -> list[dict[str, Any]]:
-    """The channel of keys and that of values with the largest RMS error, in the first and the last layer.
+    """The channel of keys and that of values with the largest RMS error, in the first and the last cache.
 
     ``cache`` holds a prompt under a packed setting, ``prompt`` the exact keys and values [B, Hkv, S, D] of each layer,
     ``visual_index`` the positions of row 0's visual tokens, in whole groups that -1 fills up. Row 0 counts. Each entry
@@ -32,7 +32,7 @@ def worst_channels(
     positions = positions[(positions >= 0).any(1)].long()  # rows of a batch have the groups of the fullest
     valid = positions >= 0
     found = []
-    for layer in dict.fromkeys((0, len(prompt) - 1)):
+    for layer in dict.fromkeys((0, cache.layout.info.cached_layers - 1)):
         buffers = cache.buffers(layer, prompt[layer][0])
         for kind, exact in zip(("key", "value"), prompt[layer], strict=True):
             bits = (q.key_bits if kind == "key" else q.value_bits)[layer]

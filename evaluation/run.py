@@ -186,7 +186,7 @@ def make_plan(
     chosen = choose_device(device)
     dtype = dtype or ("float16" if chosen == "cuda" else "float32")
     info = source.info(dtype)
-    settled = settle(product({}) if settings is None else settings, info.layers, info.typical_tokens)
+    settled = settle(product({}) if settings is None else settings, info.cached_layers, info.typical_tokens)
     return EvaluationPlan(source.name, task, settled, chosen, dtype, batch, max_new_tokens, source, generate=generate)
 
 
@@ -226,7 +226,7 @@ def _plan_bundle(
 
     source = resolve(model or info.source, revision=None if model else info.revision)
     check_same_model(source, manifest)
-    (base,) = settle([], info.layers, info.typical_tokens)
+    (base,) = settle([], info.cached_layers, info.typical_tokens)
     if base.name == name:
         name = f"{name}, onnxruntime"
     own = Setting(name, options, manifest.quantization, reference=False)

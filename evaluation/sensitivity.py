@@ -105,11 +105,11 @@ def measure_sensitivity(
     info = source.info("float16")  # bits an element are those of the packed cache in any dtype
     raised = {
         (layer, bits): replace(base, bits_per_layer=f"{layer}:{bits}")
-        for layer in range(info.layers)
+        for layer in range(info.cached_layers)
         for bits in higher
     }
     sizes = [
-        CacheLayout(info, entry.resolve(info.layers, info.typical_tokens)).bits_per_element()
+        CacheLayout(info, entry.resolve(info.cached_layers, info.typical_tokens)).bits_per_element()
         for entry in (base, *raised.values())
     ]
     if budget is None:

@@ -154,7 +154,7 @@ class TorchRunner:
         self, batch: Batch, setting: Setting, *, generate: bool = True, histograms: bool = False
     ) -> list[Record]:
         """Run the batch under a packed setting: a record a sample. Without ``generate`` the answers stay empty."""
-        layers, heads = self.info.layers, self.info.query_heads
+        layers, heads = len(self.info.layers), self.info.query_heads
         errors = torch.zeros(len(batch.samples), layers, heads, 2, device=self.device)
         with self._handle(setting) as handle, torch.no_grad():
             begun = self._clock()
@@ -266,7 +266,7 @@ class TorchRunner:
             for row, answer in enumerate(batch.answers):
                 fed[row, : len(answer) - 1] = torch.tensor(answer[:-1], dtype=fed.dtype)
                 valid[row, : len(answer) - 1] = 1
-            mask = torch.cat([batch.mask, valid.to(self.device)], 1)
+            mask, fed = torch.cat([batch.mask, valid.to(self.device)], 1), fed.to(self.device)
             shadow: list[CacheCall] = []
 
             def compare_attention(
@@ -280,12 +280,22 @@ class TorchRunner:
                 errors[:, layer, :, 1] += exact.square().sum((2, 3))
 
             cache.observer = compare_attention if errors is not None else None
-            output = self.model(input_ids=fed.to(self.device), attention_mask=mask, past_key_values=cache)
+            # Tokens of one call see each other both ways there.
+            prefix = any(layer.visual_mask == "prefix" for layer in self.info.layers)
+            step = 1 if prefix else length
+            for end in range(step, length + 1, step):
+                output = self.model(
+                    input_ids=fed[:, end - step : end],
+                    attention_mask=mask[:, : batch.ids.shape[1] + end],
+                    past_key_values=cache,
+                )
+                if shadow:
+                    batch.exact.finish(shadow.pop(), succeeded=True)
+                logits = torch.cat([logits, self._allowed(output.logits.float())], 1)
             cache.observer = None
-            if shadow:
-                batch.exact.finish(shadow[0], succeeded=False)
-            logits = torch.cat([logits, self._allowed(output.logits.float())], 1)
             cache.crop(-length)
+            if errors is not None:
+                batch.exact.crop(-length)
         return [logits[row, : len(answer)] for row, answer in enumerate(batch.answers)]
 
     def _record(

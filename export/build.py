@@ -21,7 +21,7 @@ from vkvx.manifest import Graph, ModelInfo, Progress, Quantization
 from vkvx.models.checkpoint import StoredTensor, read_header
 from vkvx.models.family import AttentionWeights, Source
 from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs, decoder_outputs
-from vkvx.models.graph.metric import METRICS_FILE, compute_metrics
+from vkvx.models.graph.metric import METRICS_FILE, compute_metrics, layer_rotary
 from vkvx.models.graph.skeleton import DTYPES, build_model, fake_weight
 from vkvx.models.graph.vision import VisionGraph, vision_outputs
 from vkvx.plugins.function import attention_function
@@ -62,15 +62,15 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     """Trace decoder and vision tower without touching a weight. Raises OptionError and ModelError."""
     family = source.family
     info = source.info(options.dtype)
-    quantization = options.resolve(info.layers, info.typical_tokens)
+    quantization = options.resolve(info.cached_layers, info.typical_tokens)
     attributes = model_attributes(CacheLayout(info, quantization))
     model = build_model(family.model_class(), source.config, options.dtype)
     found = match_parameters(model, stored)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()
     if attributes[0].needs_metrics:
-        size = (info.kv_heads, info.head_dim, info.head_dim)
-        weight = partial(fake_weight, model, size, DTYPES["float16"])
-        metrics = tuple((weight(), weight()) for _ in attributes)
+        sizes = [(one.kv_heads, one.head_dim, one.head_dim) for one in info.layers[: info.cached_layers]]
+        weight = partial(fake_weight, model, dtype=DTYPES["float16"])
+        metrics = tuple((weight(size), weight(size)) for size in sizes)
     report("decoder", 0, 1)
     layout = CacheLayout(info, quantization)
     inputs, outputs = decoder_inputs(layout), decoder_outputs(layout)
@@ -107,13 +107,13 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
         dtype = DTYPES[options.dtype]
 
         def load(parameter: Any) -> Any:
-            return None if parameter is None else load_tensor(found[id(parameter)], dtype)
+            return load_tensor(found[id(parameter)], dtype) if isinstance(parameter, Tensor) else parameter
 
         layers = (
             AttentionWeights(*(load(parameter) for parameter in vars(family.attention_weights(model, i)).values()))
-            for i in range(info.layers)
+            for i in range(info.cached_layers)
         )
-        keys, values = compute_metrics(layers, family.rotary_embedding(model), info)
+        keys, values = compute_metrics(layers, layer_rotary(family, model), info)
         return {f"{kind}.{i}": t for kind, all_ in (("key", keys), ("value", values)) for i, t in enumerate(all_)}
 
     return BuiltModel(
@@ -164,23 +164,28 @@ def write_graph(model: ir.Model, path: Path, functions: Sequence[onnx.FunctionPr
 
 
 def operator_functions(built: Built, model: BuiltModel) -> list[onnx.FunctionProto]:
-    """One function of standard ops for each distinct set of attributes; points the decoder's nodes to them."""
+    """One function of standard ops for each kind of layer; points the decoder's nodes to them."""
     attributes, info = model.attributes, model.info
-    overloads = {entry: f"k{entry.key_bits}v{entry.value_bits}" for entry in attributes}
+    kinds = [(entry, layer.kv_heads, layer.head_dim) for entry, layer in zip(attributes, info.layers, strict=True)]
+    overloads: dict[tuple[OperatorAttributes, int, int], str] = {}
+    for kind in dict.fromkeys(kinds):
+        name = f"k{kind[0].key_bits}v{kind[0].value_bits}"
+        more = sum(other.partition("_")[0] == name for other in overloads.values())
+        overloads[kind] = f"{name}_{more}" if more else name
     nodes = [node for node in built.traced.model.graph if node.domain == DOMAIN]
     if len(nodes) != len(attributes):
         raise ModelError(f"the decoder has {len(nodes)} attention nodes in {len(attributes)} layers, expected one each")
-    for node, entry in zip(nodes, attributes, strict=True):
-        node.overload = overloads[entry]
+    for node, kind in zip(nodes, kinds, strict=True):
+        node.overload = overloads[kind]
     return [
         attention_function(
             entry,
             query_heads=info.query_heads,
-            kv_heads=info.kv_heads,
-            head_dim=info.head_dim,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             dtype=info.dtype,
             opset=built.graph.opset,
             overload=overload,
         )
-        for entry, overload in overloads.items()
+        for (entry, kv_heads, head_dim), overload in overloads.items()
     ]

@@ -93,12 +93,12 @@ def trace(
     return Traced(model, {value.name: parameters[value.name] for value in weights if value.uses()})
 
 
-def _emit_operator(*tensors: ir.Value, **attributes: int | float | str) -> Sequence[ir.Value]:
-    """Translation of the torch op: one node."""
+def _emit_operator(*tensors: ir.Value | None, **attributes: int | float | str) -> Sequence[ir.Value]:
+    """Translation of the torch op: one node, which has no inputs in place of those that it does without."""
     from onnxscript import values
 
     domain = values.Opset(operator.DOMAIN, operator.VERSION)
-    return values.Op(domain, operator.NAME, operator_schema())(*tensors, **attributes)
+    return values.Op(domain, operator.NAME, operator_schema())(*(x for x in tensors if x is not None), **attributes)
 
 
 def _symbols(inputs: Sequence[TensorSpec], group_size: int) -> tuple[dict[str, int], dict[str, Any]]:

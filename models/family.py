@@ -13,7 +13,7 @@ import numpy as np
 
 from vkvx.errors import ModelError, VkvxError
 from vkvx.format import WORD_BITS
-from vkvx.manifest import ModelInfo, TensorSpec
+from vkvx.manifest import LayerInfo, ModelInfo, PromptInfo, TensorSpec
 from vkvx.models.pictures.kinds import Kind, describe
 from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
 from vkvx.models.videos import open_videos
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vkvx.models.processor_files import ProcessorFiles
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary embeddings that depend on nothing but the position."""
 PROCESSOR_FILES = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
@@ -132,6 +132,7 @@ class AttentionWeights:
 
     ``query`` is [Hq * D, hidden], ``query_bias`` [Hq * D] or None, ``norm`` [hidden] the weight of the norm before the
     projection, ``output`` [hidden, Hq * D], ``query_norm`` [D] the weight of a norm of each head's query, or None.
+    The norms add ``norm_shift`` to their weights.
     """
 
     query: Tensor
@@ -139,6 +140,7 @@ class AttentionWeights:
     norm: Tensor
     output: Tensor
     query_norm: Tensor | None = None
+    norm_shift: float = 0.0
 
 
 VisionCalls = Sequence[Mapping[str, np.ndarray]]
@@ -165,6 +167,12 @@ class Family(ABC):
     """Whether the tower takes lengths of segments; ``models.graph.vision`` has what is given in their place."""
     rotary_interleaved = False
     """Whether the rotary embedding turns neighbouring channels, not halves of a head."""
+    prompt = PromptInfo()
+    """How a prompt is written."""
+    first_position = 0
+    """Where the rotary embedding has the first token."""
+    norm_shift = 0.0
+    """What the decoder's norms add to their weights."""
     position_rows = 1
     """4 where the rotary embedding tells time, rows and columns of a picture apart."""
 
@@ -186,16 +194,21 @@ class Family(ABC):
                 f"a {self.architecture} with a '{text.model_type}' decoder is not supported; "
                 f"{one_of(self.text_models)} is"
             )
-        if getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None) is not None:
+        layers = self.layers(config)
+        declared = any(layer.sliding_window for layer in layers)
+        window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None) is not None
+        if window and not declared:
             raise ModelError(
                 f"the decoder attends over a sliding window of {text.sliding_window} tokens, which is not supported; "
                 "a checkpoint whose config.json has no sliding_window is"
             )
-        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-        if rope not in STATIC_ROPE:
-            raise ModelError(f"rotary embeddings of type '{rope}' are not supported; {one_of(STATIC_ROPE)} is")
-        if head_dim(text) % WORD_BITS:
-            raise ModelError(f"the head dim is {head_dim(text)}; the packed cache needs a multiple of {WORD_BITS}")
+        given = getattr(text, "rope_parameters", None) or {}
+        for rope in (one.get("rope_type", "default") for one in (given, *given.values()) if isinstance(one, Mapping)):
+            if rope not in STATIC_ROPE:
+                raise ModelError(f"rotary embeddings of type '{rope}' are not supported; {one_of(STATIC_ROPE)} is")
+        for dim in dict.fromkeys(layer.head_dim for layer in layers):
+            if dim % WORD_BITS:
+                raise ModelError(f"the head dim is {dim}; the packed cache needs a multiple of {WORD_BITS}")
         if not 0 <= config.image_token_id < text.vocab_size:
             raise ModelError(
                 f"the image token {config.image_token_id} is not among the decoder's {text.vocab_size} tokens; "
@@ -217,25 +230,33 @@ class Family(ABC):
             revision=None,
             architecture=self.architecture,
             dtype=dtype,
-            layers=text.num_hidden_layers,
+            layers=self.layers(config),
             query_heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=head_dim(text),
             hidden_size=text.hidden_size,
             embed_width=text.hidden_size * (1 + self.deepstack(config)),
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
             position_rows=self.position_rows,
-            rotary_dim=rotary_dim(text),
-            rotary_interleaved=self.rotary_interleaved,
-            attention_scale=float(getattr(text, "attention_multiplier", 0.0)),  # Granite's, others have none
             image_token_id=config.image_token_id,
             tokens_per_picture=self.tokens_per_picture(config),
             typical_tokens=self.typical_tokens(config),
             pictures=describe(self.pictures(config)),
+            prompt=self.prompt,
             eos_token_ids=eos_ids,
             pad_token_id=_first(pad, *eos_ids, 0),
         )
+
+    def layers(self, config: Any) -> tuple[LayerInfo, ...]:
+        """Attention of each decoder layer; those of a plain family are alike."""
+        text = config.text_config
+        layer = LayerInfo(
+            kv_heads=text.num_key_value_heads,
+            head_dim=head_dim(text),
+            scale=float(getattr(text, "attention_multiplier", head_dim(text) ** -0.5)),  # Granite's, others have none
+            rotary_dim=rotary_dim(text),
+            rotary_interleaved=self.rotary_interleaved,
+        )
+        return (layer,) * text.num_hidden_layers
 
     @abstractmethod
     def pictures(self, config: Any) -> Kind:
@@ -285,11 +306,24 @@ class Family(ABC):
             block.input_layernorm.weight,
             attention.o_proj.weight,
             None if query_norm is None else query_norm.weight,
+            self.norm_shift,
         )
 
     def rotary_embedding(self, model: Any) -> nn.Module:
         """The decoder's rotary embedding: from a tensor and positions [B, S] to cosine and sine [B, S, D]."""
         return self.text_model(model).rotary_emb  # type: ignore[return-value]
+
+    def rotary_options(self, config: Any, layer: int) -> dict[str, Any]:
+        """What the rotary embedding is to be told besides, to give the cosine and sine of this layer."""
+        return {}
+
+    def text_inputs(self, text_model: nn.Module, config: Any, input_ids: Tensor) -> dict[str, Tensor]:
+        """What the decoder needs besides embeddings and positions, from the tokens [B, S]."""
+        return {}
+
+    def logits(self, config: Any, logits: Tensor) -> Tensor:
+        """What the model makes of the head's output [B, V]."""
+        return logits
 
     def model_class(self) -> Any:
         """The transformers class of the model."""
@@ -324,6 +358,11 @@ def rotary_dim(text: Any) -> int:
     """Channels that the rotary embedding of a text config turns; 0 stands for all."""
     share = (getattr(text, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
     return 0 if share == 1.0 else int(head_dim(text) * share)
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits bounded by a soft cap; as they are without one."""
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def one_of(names: Any) -> str:

@@ -68,6 +68,27 @@ def write_processor(directory: Path, config: Any) -> None:
         marks = {"video_token": "<|video|>", "end_of_video_token": "<|end_of_video|>"}
         files = _files("<|image|>", marks, before="<|begin_of_image|>", after="<|end_of_image|>")
         files.images = (Glm4vImageProcessorPil if config.model_type == "glm4v" else Glm46VImageProcessorPil)()
+    elif config.model_type == "gemma3":
+        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+        marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+        files = _files("<image_soft_token>", marks, picture="<start_of_image>")
+        files.images = Gemma3ImageProcessorPil(size=dict.fromkeys(("height", "width"), config.vision_config.image_size))
+    elif config.model_type == "gemma4":
+        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+        marks = {"boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>"}
+        marks |= {"boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"}
+        files = _files("<|image|>", marks)
+        files.images = Gemma4ImageProcessorPil(max_soft_tokens=70)
+    elif config.model_type == "paligemma":
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        files, side = _files("<image>", {"bos_token": "<bos>"}), config.vision_config.image_size
+        files.chat_template = None
+        files.images = SiglipImageProcessorPil(
+            size={"height": side, "width": side}, image_seq_length=config.text_config.num_image_tokens
+        )
     elif config.model_type == "paddleocr_vl":
         from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
@@ -86,10 +107,13 @@ def write_processor(directory: Path, config: Any) -> None:
     files.save(directory)
 
 
-def _files(image_token: str, marks: dict[str, str], before: str = "", after: str = "") -> ProcessorFiles:
+def _files(
+    image_token: str, marks: dict[str, str], before: str = "", after: str = "", picture: str = ""
+) -> ProcessorFiles:
     """A tokenizer of bytes, with the image token at 3 and these marks; the image processor is still missing.
 
-    ``before`` and ``after`` are tokens that the chat template writes around the image token.
+    ``before`` and ``after`` are tokens that the chat template writes around the image token; ``picture`` is what it
+    writes in place of that, if anything.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -109,5 +133,7 @@ def _files(image_token: str, marks: dict[str, str], before: str = "", after: str
         padding_side="left",
     )
     video = marks.get("video_token", image_token)
-    template = _TURNS.replace("IMAGE", before + image_token + after).replace("VIDEO", before + video + after)
+    template = _TURNS.replace("IMAGE", before + (picture or image_token) + after).replace(
+        "VIDEO", before + video + after
+    )
     return ProcessorFiles(wrapped, None, template)

@@ -28,6 +28,29 @@ _TINY_GLM_ROPE = {
 }
 _TINY_PIXTRAL = {**_TINY_VISION, "model_type": "pixtral", "image_size": 112, "patch_size": 14}
 _WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+_TINY_SIGLIP = {
+    **_TINY_VISION,
+    "model_type": "siglip_vision_model",
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_TINY_GEMMA4 = {
+    **_TINY_TEXT,
+    "model_type": "gemma4_text",
+    "global_head_dim": 96,
+    "sliding_window": 24,
+    "final_logit_softcapping": 3.0,
+}
+_TINY_GEMMA4_VISION = {**_TINY_VISION, "num_key_value_heads": 2, "head_dim": 32, "position_embedding_size": 64}
+_GEMMA4_TOKENS = {
+    "boi_token_id": 4,
+    "eoi_token_id": 5,
+    "audio_token_id": 6,
+    "boa_token_id": 7,
+    "eoa_token_index": 8,
+    "video_token_id": 9,
+}
 _CLIP = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
 _LLAMA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _INTERNVIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -395,6 +418,82 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_config": {**_TINY_TEXT, "model_type": "llama", "tie_word_embeddings": True},
         "tie_word_embeddings": True,
         "scale_factor": 2,
+    },
+    "tiny-gemma3": {
+        "model_type": "gemma3",
+        "vision_config": {
+            **_TINY_VISION,
+            "model_type": "siglip_vision_model",
+            "image_size": 112,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 3,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 48,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+        "mm_tokens_per_image": 16,
+        "boi_token_index": 4,
+        "eoi_token_index": 5,
+    },
+    "tiny-paligemma": {
+        "model_type": "paligemma",
+        "vision_config": _TINY_SIGLIP,
+        "text_config": {**_TINY_TEXT, "model_type": "gemma"},
+        "projection_dim": 128,
+        "hidden_size": 128,
+    },
+    "tiny-paligemma2": {
+        "model_type": "paligemma",
+        "vision_config": _TINY_SIGLIP,
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "gemma2",
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 48,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+        "projection_dim": 128,
+        "hidden_size": 128,
+    },
+    "tiny-gemma4": {
+        "model_type": "gemma4",
+        "vision_config": {**_TINY_GEMMA4_VISION, "standardize": True},
+        "audio_config": None,
+        "text_config": {
+            **_TINY_GEMMA4,
+            "num_hidden_layers": 3,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "use_bidirectional_attention": "vision",
+            "hidden_size_per_layer_input": 0,
+        },
+        **_GEMMA4_TOKENS,
+    },
+    "tiny-gemma4-e": {
+        "model_type": "gemma4",
+        "vision_config": {**_TINY_GEMMA4_VISION, "use_clipped_linears": True},
+        "audio_config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 96},
+        "text_config": {
+            **_TINY_GEMMA4,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": 512,
+        },
+        **_GEMMA4_TOKENS,
     },
 }
 """What differs from the defaults of transformers' config classes."""

@@ -25,6 +25,8 @@ from vkvx.models.presets import PRESETS, preset_config
 
 STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _BLOCK = 1 << 22
+_GEMMA4 = {"put_min": -1.0, "put_max": 1.0, "layer_scalar": 0.75, "q_norm.weight": 0.15}
+"""Values by the ends of names: bounds close to what they bound; norms of queries make up for a scale of 1."""
 
 
 def write_checkpoint(
@@ -59,7 +61,8 @@ def write_checkpoint(
         sharded = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file = sharded if len(shards) > 1 else SINGLE_FILE
         places |= dict.fromkeys(shard, file)
-        total += _write_shard(directory / file, shard, dtype, np.random.default_rng((seed, number)))
+        rng = np.random.default_rng((seed, number))
+        total += _write_shard(directory / file, shard, dtype, rng, _GEMMA4 if config.model_type == "gemma4" else {})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -75,14 +78,22 @@ def _parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
     model.tie_weights()
-    named = revert_weight_conversion(model, dict(model.named_parameters()))
+    names = model.state_dict()  # which has buffers that are stored, and tied weights more than once
+    stored = {name: buffer for name, buffer in model.named_buffers() if name in names}
+    named = revert_weight_conversion(model, {**dict(model.named_parameters()), **stored})
     # What transformers renames by a prefix it does not turn back.
     prefixed = config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model"
     clip = ("vision_tower.", "vision_tower.vision_model.") if prefixed else ("", "")
     return {name.replace(*clip): tuple(parameter.shape) for name, parameter in named.items()}
 
 
-def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, rng: np.random.Generator) -> int:
+def _write_shard(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    rng: np.random.Generator,
+    constants: Mapping[str, float],
+) -> int:
     entries, end = {}, 0
     item = 4 if dtype == "float32" else 2
     for name, shape in shapes.items():
@@ -95,16 +106,21 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, 
     with path.open("xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, shape in shapes.items():
-            for block in _values(name, shape, noise, rng):
+            for block in _values(name, shape, noise, rng, constants):
                 file.write(_to_bytes(block, dtype))
     return end
 
 
-def _values(name: str, shape: tuple[int, ...], noise: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def _values(
+    name: str, shape: tuple[int, ...], noise: np.ndarray, rng: np.random.Generator, constants: Mapping[str, float]
+) -> Iterator[np.ndarray]:
     """Blocks of a tensor's values. The noise is drawn once and entered anywhere: billions of draws take minutes."""
     left = math.prod(shape)
-    if "norm" in name and name.endswith("weight"):
-        yield np.ones(left, np.float32)
+    constant = next((value for end, value in constants.items() if name.endswith(end)), None)
+    if constant is None and "norm" in name and name.endswith("weight"):
+        constant = 1.0
+    if constant is not None:
+        yield np.full(left, constant, np.float32)
         return
     scale = np.float32(0.02 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:])))
     while left:

@@ -12,6 +12,8 @@ from vkvx.errors import ModelError
 from vkvx.manifest import FILE_NAME as BUNDLE_FILE
 from vkvx.models.checkpoint import CONFIG_FILE
 from vkvx.models.family import Family, Source
+from vkvx.models.gemma3 import Gemma3
+from vkvx.models.gemma4 import Gemma4
 from vkvx.models.glm_v import Glm4V, Glm46V, GlmOcr
 from vkvx.models.idefics3 import Idefics3, SmolVLM
 from vkvx.models.internvl import InternVL
@@ -20,6 +22,7 @@ from vkvx.models.llava import TINY_LLAVA, Llava
 from vkvx.models.llava_next import LlavaNext
 from vkvx.models.llava_onevision import LlavaOneVision
 from vkvx.models.paddleocr_vl import PaddleOcrVL
+from vkvx.models.paligemma import PaliGemma
 from vkvx.models.pixtral import Mistral3
 from vkvx.models.qwen3_vl import Qwen3VL
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
@@ -28,6 +31,7 @@ from vkvx.packages import missing
 _KNOWN = (
     *(Llava, LlavaNext, LlavaOneVision, InternVL, Idefics3, SmolVLM),
     *(Qwen2VL, Qwen25VL, Qwen3VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL, Mistral3, LightOnOcr),
+    *(Gemma3, PaliGemma, Gemma4),
 )
 FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}

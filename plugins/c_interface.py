@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from vkvx.format import CACHE_NAMES
-from vkvx.plugins.operator import INPUTS, METRIC_INPUTS, OUTPUTS, OperatorAttributes, TensorDefinition, definitions
+from vkvx.plugins.operator import ALL_INPUTS, INPUTS, OUTPUTS, OperatorAttributes, TensorDefinition, definitions
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Raised with every change of the struct or of a number."""
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 """The widest head that the kernels take."""
 MAX_SHAPED_GROUP = 4096
 """The largest group that the quantiser ``shaped`` takes."""
@@ -63,7 +63,7 @@ def enumerations(table: type[OperatorAttributes] = OperatorAttributes) -> dict[s
     """Enumerations by the field that holds their numbers; ``RESULTS`` are returned, not held."""
     choices = {field: definitions(table)[a.attribute].choices for field, a in _attribute_fields(table).items()}
     attributes = {
-        field: Enumeration(names, "" if field == "quantizer" else f"{field}_")
+        field: Enumeration(names, "" if field == "quantizer" else f"{field.removeprefix('visual_')}_")
         for field, names in choices.items()
         if names
     }
@@ -88,7 +88,7 @@ def struct_fields(table: type[OperatorAttributes] = OperatorAttributes) -> tuple
         Field("splits", "int32_t", "parts of the sequence that run side by side in decode; 0: chosen by shape"),
         *(a for a in attributes.values() if a.type == "float"),
         *(Field(f"{name}_stride", "int64_t[3]", "of row, head, position") for name in STRIDED),
-        *(_pointer(tensor) for tensor in (*INPUTS, *METRIC_INPUTS, OUTPUTS[0])),
+        *(_pointer(tensor) for tensor in (*ALL_INPUTS, OUTPUTS[0])),
         Field("workspace", "void *", "zero before its first use, see below"),
         Field("workspace_bytes", "size_t"),
     )

@@ -14,11 +14,13 @@ from vkvx.plugins import c_interface
 from vkvx.plugins.build import SOURCES
 from vkvx.plugins.c_interface import Enumeration, Field, enumerations, struct_fields
 from vkvx.plugins.operator import (
+    ALL_INPUTS,
     INPUTS,
     METRIC_INPUTS,
     NAME,
     OUTPUTS,
     VERSION,
+    WINDOW_INPUTS,
     OperatorAttributes,
     Range,
     TensorDefinition,
@@ -83,7 +85,8 @@ inline constexpr Numbered kNumbered[] = {{
 {numbered}
 }};
 
-inline constexpr int kInputs = {inputs}, kMetricInputs = {metric_inputs}, kOutputs = {outputs};
+inline constexpr int kInputs = {inputs}, kMetricInputs = {metric_inputs}, kWindowInputs = {window_inputs};
+inline constexpr int kOutputs = {outputs};
 // The input whose memory an output shares; -1 for none.
 inline constexpr int kAliases[kOutputs] = {{{aliases}}};
 
@@ -102,7 +105,7 @@ struct Tensor {{
   int shape[{rank}];
   size_t field;
 }};
-inline constexpr Tensor kTable[kInputs + kMetricInputs] = {{
+inline constexpr Tensor kTable[kInputs + kMetricInputs + kWindowInputs] = {{
 {tensors}
 }};
 
@@ -168,7 +171,7 @@ def header(text: str, table: Table = OperatorAttributes) -> str:
 def table_header(table: Table = OperatorAttributes) -> str:
     """The text of ``operator_table.h``."""
     known, attributes, params = enumerations(table), definitions(table), struct_fields(table)
-    inputs = (*INPUTS, *METRIC_INPUTS)
+    inputs = ALL_INPUTS
     names = [tensor.name for tensor in inputs]
     symbols = list(dict.fromkeys(size for tensor in inputs for size in tensor.shape if not size.isdigit()))
     return _TABLE_HEADER.format(
@@ -182,6 +185,7 @@ def table_header(table: Table = OperatorAttributes) -> str:
         numbered=_lines(_numbered(field, e) for field, e in known.items()),
         inputs=len(INPUTS),
         metric_inputs=len(METRIC_INPUTS),
+        window_inputs=len(WINDOW_INPUTS),
         outputs=len(OUTPUTS),
         aliases=", ".join(str(names.index(t.name)) if t.name in names else "-1" for t in OUTPUTS),
         symbols=len(symbols),
@@ -211,6 +215,8 @@ def _declaration(field: Field, numbers: Enumeration | None) -> str:
     declaration = f"  {base}{'' if base.endswith('*') else ' '}{field.name}{bracket}{length};"
     meaning = field.meaning or (f"{numbers.constants[0]} to {numbers.constants[-1]}" if numbers else "")
     line = f"{declaration:36} /* {meaning} */" if meaning else declaration
+    if field.name == WINDOW_INPUTS[0].name:
+        return f"  /* With a sliding window; null otherwise. */\n{line}"
     if field.name != METRIC_INPUTS[0].name:
         return line
     quantizers = ", ".join(Enumeration(METRIC_QUANTIZERS).constants)

@@ -7,7 +7,7 @@ from it, the table in ``docs/operator.md`` is checked against it. Names of quant
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from vkvx.cache_layout import CacheLayout
@@ -19,6 +19,7 @@ from vkvx.format import (
     OPERATOR_VERSION,
     QUANTIZERS,
     SCORE_CORRECTIONS,
+    VISUAL_MASKS,
     check_bits,
     check_group_size,
 )
@@ -69,6 +70,12 @@ METRIC_INPUTS = (
     TensorDefinition("rotation", "float32", ("B", "2", "D"), "cosine and sine of RoPE at each row's last position"),
 )
 """Three more inputs of nodes whose quantiser needs metrics; other nodes do not have them."""
+WINDOW_INPUTS = (
+    TensorDefinition("window_start", "int32", ("B", "2", "S"), "first visual entry and text row that positions see"),
+)
+"""The last input of nodes with a sliding window; other nodes do not have it."""
+ALL_INPUTS = (*INPUTS, *METRIC_INPUTS, *WINDOW_INPUTS)
+"""Inputs that a node can have, in order."""
 OUTPUTS = (TensorDefinition("output", "T", ("B", "Hq", "S", "D"), "attention output, 0 on padding"), *_CACHES)
 
 
@@ -91,13 +98,10 @@ class Range(NamedTuple):
         return is_enough and (self.most is None or (x < self.most if self.below else x <= self.most))
 
     def __str__(self) -> str:
-        if self == RESERVED:
-            return "0, it is reserved"
         words = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
         return " and ".join(f"{words[sign]} {bound:g}" for sign, bound in self.conditions())
 
 
-RESERVED = Range(0.0, 0.0)
 _FRACTION = Range(0.0, 0.5, below=True)
 _FACTOR = Range(0.0, 1.0, above=True)
 
@@ -141,7 +145,7 @@ _CHECKED: dict[type, list[tuple[str, Attribute]]] = {}
 class OperatorAttributes:
     """Attributes of one node; defaults are those of a 1-bit cache.
 
-    ``scale`` multiplies the scores (models use 1/sqrt(D)). ``softcap`` and ``sliding_window`` are reserved: 0 only.
+    ``scale`` multiplies the scores (models use 1/sqrt(D)).
     """
 
     key_bits: int = attribute(1, "16 together with value_bits: nothing is packed")
@@ -158,8 +162,9 @@ class OperatorAttributes:
     scale: float = attribute(1.0, "of the scores")
     rotary_dim: int = attribute(0, "channels that RoPE turns, for VKVX_SHAPED; 0: all", within=Range(least=0.0))
     rotary_interleaved: int = attribute(0, "1: RoPE turns neighbours, 0: halves", within=Range(0.0, 1.0))
-    softcap: float = attribute(0.0, within=RESERVED, field_name="")
-    sliding_window: int = attribute(0, within=RESERVED, field_name="")
+    softcap: float = attribute(0.0, "bound of the scores; 0: none", within=Range(least=0.0))
+    sliding_window: int = attribute(0, "positions that a token sees, itself included; 0: all", within=Range(least=0.0))
+    visual_mask: str = attribute("causal", choices=VISUAL_MASKS)
 
     def __post_init__(self) -> None:
         """Refuse values that no implementation supports (OptionError)."""
@@ -178,6 +183,10 @@ class OperatorAttributes:
             if definition.within is not None and not definition.within.takes(value):
                 words = name.replace("_", " ")
                 raise OptionError(f"{words} {value} is not supported: give {definition.within}")
+        if self.sliding_window and self.score_correction == "affine":
+            raise OptionError(
+                "score correction 'affine' is not supported with a sliding window: give 'expected' or 'none'"
+            )
 
     @property
     def needs_metrics(self) -> bool:
@@ -187,7 +196,8 @@ class OperatorAttributes:
     @property
     def inputs(self) -> tuple[TensorDefinition, ...]:
         """Inputs of a node with these attributes, in order."""
-        return (*INPUTS, *METRIC_INPUTS) if self.needs_metrics else INPUTS
+        metrics = METRIC_INPUTS if self.needs_metrics else ()
+        return (*INPUTS, *metrics, *(WINDOW_INPUTS if self.sliding_window else ()))
 
     @property
     def is_packed(self) -> bool:
@@ -200,14 +210,24 @@ class OperatorAttributes:
 
 
 def model_attributes(layout: CacheLayout) -> tuple[OperatorAttributes, ...]:
-    """The operator's attributes in each layer of a model."""
-    info = layout.info
-    rotary = {"rotary_dim": info.rotary_dim, "rotary_interleaved": int(info.rotary_interleaved)}
-    return layer_attributes(layout.quantization, info.attention_scale or info.head_dim**-0.5, **rotary)
+    """The operator's attributes in each layer of a model; layers that read another one's cache have its bits."""
+    packing = layer_attributes(layout.quantization, 1.0)
+    return tuple(
+        replace(
+            packing[i if layer.keys_of is None else layer.keys_of],
+            scale=layer.scale,
+            rotary_dim=layer.rotary_dim,
+            rotary_interleaved=int(layer.rotary_interleaved),
+            softcap=layer.softcap,
+            sliding_window=layer.sliding_window,
+            visual_mask=layer.visual_mask,
+        )
+        for i, layer in enumerate(layout.info.layers)
+    )
 
 
 def layer_attributes(quantization: Quantization, scale: float, **others: Any) -> tuple[OperatorAttributes, ...]:
-    """Those of a quantisation; ``scale`` multiplies the scores, ``others`` are the same in all layers."""
+    """Those of each cache of a quantisation; ``scale`` multiplies the scores, ``others`` are the same in all."""
     named = {f.name: getattr(quantization, f.name) for f in fields(quantization)}
     return tuple(
         OperatorAttributes(

@@ -30,7 +30,10 @@ def operator_schema() -> onnx.defs.OpSchema:
         doc="Attention over a packed visual and a 16-bit text cache, which are then extended by this call's tokens.",
         inputs=[
             *(parameter(definition) for definition in operator.INPUTS),
-            *(parameter(definition, option.Optional) for definition in operator.METRIC_INPUTS),
+            *(
+                parameter(definition, option.Optional)
+                for definition in (*operator.METRIC_INPUTS, *operator.WINDOW_INPUTS)
+            ),
         ],
         outputs=[parameter(definition) for definition in operator.OUTPUTS],
         type_constraints=[("T", _FLOATS, "The model's float type")],

@@ -16,7 +16,7 @@ from torch import Tensor
 from vkvx.errors import CapacityError, OptionError
 from vkvx.format import CACHE_NAMES, TILE
 from vkvx.plugins import torch_cuda
-from vkvx.plugins.operator import INPUTS, METRIC_INPUTS, OperatorAttributes
+from vkvx.plugins.operator import ALL_INPUTS, INPUTS, METRIC_INPUTS, WINDOW_INPUTS, OperatorAttributes
 from vkvx.plugins.reference import quantization, shaping
 
 MASKED = -1e30
@@ -33,6 +33,7 @@ class CallIndices(NamedTuple):
     text_position: Tensor  # [B, Nt'] int64; at 16 bits all tokens, otherwise the text tokens
     text_valid: Tensor  # [B, Nt'] bool
     token: Tensor  # [B, S] bool, the position is a token of this call
+    last: Tensor  # [B, S] int64, the last position of the call that the position sees
 
 
 class MetricInputs(NamedTuple):
@@ -66,6 +67,7 @@ def _read_call(
     for index, valid in ((visual_index, visual_valid), (text_index, text_valid)):
         token.scatter_(1, torch.where(valid, index, positions).long(), True)
     token = token[:, :positions]
+    last = _last_seen(text_index, text_valid, visual_index, visual_valid, positions, attributes.visual_mask)
     if attributes.is_packed:
         text_position = torch.where(text_valid, text_index, 0).long()
         groups = visual_index.shape[1] // attributes.group_size
@@ -84,7 +86,25 @@ def _read_call(
         text_position,
         text_valid,
         token,
+        last,
     )
+
+
+def _last_seen(
+    text_index: Tensor, text_valid: Tensor, visual_index: Tensor, visual_valid: Tensor, positions: int, mask: str
+) -> Tensor:
+    """The last position of its call that each position sees, [B, S]; padding within that is told apart elsewhere."""
+    own = torch.arange(positions, device=text_index.device).expand(text_index.shape[0], positions)
+    if mask == "causal":
+        return own
+    if mask == "prefix":
+        return torch.full_like(own, positions - 1)
+    spare = own.new_zeros(own.shape[0], positions + 1)
+    text = spare.scatter(1, torch.where(text_valid, text_index, positions).long(), 1)[:, :positions]
+    visual = spare.scatter(1, torch.where(visual_valid, visual_index, positions).long(), 1)[:, :positions]
+    # A run ends before the next text token: the least position of one from here on.
+    ends = torch.where(text > 0, own, positions).flip(1).cummin(1).values.flip(1) - 1
+    return torch.where(visual > 0, ends, own)
 
 
 def _repeat_heads(x: Tensor, query_heads: int) -> Tensor:
@@ -121,15 +141,23 @@ def _visual_scores(query: Tensor, cache: Cache, valid: Tensor, attributes: Opera
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, call: CallIndices, cache: Cache, attributes: OperatorAttributes
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: CallIndices,
+    cache: Cache,
+    window_start: Tensor | None,
+    attributes: OperatorAttributes,
 ) -> Tensor:
-    """Attention of the call's tokens over the cached ones and, causally, over themselves: [B, Hq, S, D] FP32."""
+    """Attention of the call's tokens over the cached ones and over themselves: [B, Hq, S, D] FP32."""
     heads, positions = query.shape[1:3]
     q = torch.where(call.token[:, None, :, None], query.float(), 0.0)
     scores, values = [], []
 
     def add(s: Tensor, v: Tensor, seen: Tensor) -> None:
         """s [B, Hq, S, n], v [B, Hq, n, D], seen [B, 1 or S, n]: what is not seen may be NaN in both."""
+        if attributes.softcap:
+            s = attributes.softcap * torch.tanh(s / attributes.softcap)
         scores.append(torch.where(seen[:, None], s, MASKED))
         values.append(torch.where(seen.any(1)[:, None, :, None], v, 0.0))
 
@@ -137,11 +165,21 @@ def _attend(
         entry = torch.arange(attributes.group_size, device=query.device)
         visual_valid = (entry < cache.visual_count[..., None]).flatten(1)
         s, v = _visual_scores(q, cache, visual_valid, attributes)
-        add(s, v, visual_valid[:, None])
+        seen = visual_valid[:, None]
+        if window_start is not None:
+            seen = seen & (torch.arange(seen.shape[2], device=q.device) >= window_start[:, 0, :, None])
+        add(s, v, seen)
     row = torch.arange(cache.text_key.shape[2], device=query.device)
+    cached = (row < cache.text_count[:, None])[:, None]
+    position = torch.arange(positions, device=query.device)
+    own = call.token[:, None] & (position <= call.last[:, :, None])
+    if window_start is not None:
+        cached = cached & (row >= window_start[:, 1, :, None])
+        if attributes.visual_mask != "prefix":
+            own = own & (position[:, None] - position < attributes.sliding_window)
     for k, v, seen in (
-        (cache.text_key, cache.text_value, (row < cache.text_count[:, None])[:, None]),
-        (key, value, call.token[:, None] & torch.ones(positions, positions, device=q.device).tril().bool()),
+        (cache.text_key, cache.text_value, cached),
+        (key, value, own),
     ):
         k = torch.where(seen.any(1)[:, None, :, None], k.float(), 0.0)
         add(q @ _repeat_heads(k, heads).transpose(-1, -2) * attributes.scale, _repeat_heads(v.float(), heads), seen)
@@ -230,9 +268,15 @@ def _check(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> None:
         dims.update(bk=1, bv=1)
     model_dtype = tensors["query"].dtype
     if tuple(tensors) != tuple(t.name for t in attributes.inputs):
-        names = ", ".join(t.name for t in METRIC_INPUTS)
-        verb = "needs" if attributes.needs_metrics else "takes no"
-        raise OptionError(f"quantizer '{attributes.quantizer}' {verb} {names}")
+        wanted = {t.name for t in attributes.inputs}
+        for what, optional in (
+            (f"quantizer '{attributes.quantizer}'", METRIC_INPUTS),
+            (f"sliding window {attributes.sliding_window}", WINDOW_INPUTS),
+        ):
+            named = {t.name for t in optional}
+            if named & wanted != named & set(tensors):
+                verb = "needs" if named <= wanted else "takes no"
+                raise OptionError(f"{what} {verb} {', '.join(t.name for t in optional)}")
     for definition in attributes.inputs:
         tensor = tensors[definition.name]
         dtype = model_dtype if definition.dtype == "T" else getattr(torch, definition.dtype)
@@ -257,7 +301,7 @@ def _check(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> None:
 
 
 def _run(tensors: tuple[Tensor | None, ...], attributes: OperatorAttributes, in_place: bool) -> tuple[Tensor, ...]:
-    names = (t.name for t in (*INPUTS, *METRIC_INPUTS))
+    names = (t.name for t in ALL_INPUTS)
     named = {name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
     _check(named, attributes)
     if named["query"].is_cuda and torch_cuda.takes(named, attributes):
@@ -268,7 +312,7 @@ def _run(tensors: tuple[Tensor | None, ...], attributes: OperatorAttributes, in_
     cache = Cache(*(named[name][call.row] for name in Cache._fields))
     live = call.live.to(torch.int32)
     cache = cache._replace(visual_count=cache.visual_count * live[:, None], text_count=cache.text_count * live)
-    output = _attend(query, key, value, call, cache, attributes)
+    output = _attend(query, key, value, call, cache, named.get("window_start"), attributes)
     if query.dtype is torch.float16:
         # A mean of levels can lie a little beyond the largest FP16 number.
         output = output.clamp(-quantization.FP16_MAX, quantization.FP16_MAX)
@@ -283,7 +327,7 @@ def _signature(in_place: bool) -> str:
     def annotate(name: str, index: int) -> str:
         return f"Tensor({chr(ord('a') + index)}!) {name}" if in_place and name in CACHE_NAMES else f"Tensor {name}"
 
-    optional = [f"Tensor? {t.name}=None" for t in METRIC_INPUTS]
+    optional = [f"Tensor? {t.name}=None" for t in (*METRIC_INPUTS, *WINDOW_INPUTS)]
     inputs = ", ".join([*(annotate(t.name, i) for i, t in enumerate(INPUTS)), *optional])
     outputs = "Tensor" if in_place else f"({', '.join(['Tensor'] * (1 + len(CACHE_NAMES)))})"
     attributes = ", ".join(f"{f.type} {f.name}" for f in fields(OperatorAttributes))

@@ -15,7 +15,7 @@ import numpy as np
 from vkvx.cache_layout import CacheLayout, tensor_bytes
 from vkvx.errors import CapacityError
 from vkvx.format import CACHE_NAMES, TILE
-from vkvx.runtime.calls import Call, Row
+from vkvx.runtime.calls import Call, Row, window_starts
 
 Shape = tuple[int, ...]
 
@@ -94,6 +94,10 @@ class PackedCache:
         self.text_count = np.zeros(slots, np.int32)
         self.next_position = np.zeros(slots, np.int32)  # of the rotary embedding
         self._inline_visual = np.zeros(slots, np.int32)  # visual tokens among the text rows (16 bits)
+        # Positions of what is cached, for sliding windows; padding of a group has that of the group's last token.
+        entries, rows = (self.visual_capacity, self.text_capacity) if layout.info.sliding_window else (0, 0)
+        self._visual_position = np.zeros((slots, entries), np.int32)
+        self._text_position = np.zeros((slots, rows), np.int32)
         self._used: set[int] = set()
         counts = self.visual_count.nbytes + self.text_count.nbytes
         self._bytes = counts + sum(tensor_bytes(*tensor) for tensor in tensors.values())
@@ -142,6 +146,8 @@ class PackedCache:
         self.text_count[target] = self.text_count[source]
         self.next_position[target] = self.next_position[source]
         self._inline_visual[target] = self._inline_visual[source]
+        self._visual_position[target] = self._visual_position[source]
+        self._text_position[target] = self._text_position[source]
 
     def row(
         self,
@@ -162,7 +168,19 @@ class PackedCache:
             if prompt_positions is not None:
                 before = count - prompt_positions.shape[1]
                 rotary[:, before:] = prompt_positions + (start + before)
-        return Row(slot, token_ids, picture_lengths, self.length(slot), rotary)
+        return Row(
+            slot, token_ids, picture_lengths, self.length(slot), rotary, self._window_start(slot, len(token_ids))
+        )
+
+    def _window_start(self, slot: int, tokens: int) -> np.ndarray | None:
+        """Where the windows of the next tokens start in a slot, INT32 [2, n]; None in models without windows."""
+        window = self.layout.info.sliding_window
+        if not window:
+            return None
+        visual = self._visual_position[slot, : self.group_count(slot) * self.group_size]
+        text = self._text_position[slot, : self.text_count[slot]]
+        length = self.length(slot)
+        return window_starts(np.arange(length, length + tokens), window, visual, text)
 
     # Lengths
 
@@ -209,6 +227,8 @@ class PackedCache:
 
     def commit(self, call: Call, visual_count: np.ndarray, text_count: np.ndarray) -> None:
         """Take over the counts [slots, groups] and [slots] that a call returned."""
+        if self.layout.info.sliding_window:
+            self._note_positions(call)
         self.visual_count[...] = visual_count
         self.text_count[...] = text_count
         live = call.slot >= 0
@@ -216,6 +236,24 @@ class PackedCache:
         self.next_position[slots] = call.next_position[live]
         if not self.layout.is_packed:  # visual tokens lie among the text rows
             self._inline_visual[slots] += np.count_nonzero(call.visual_index[live] >= 0, axis=1).astype(np.int32)
+
+    def _note_positions(self, call: Call) -> None:
+        """Remember the positions of a call's tokens where the call stores them; the counts are those before it."""
+        for b, slot in enumerate(call.slot):
+            if slot < 0:
+                continue
+            start, row = self.length(slot), int(self.text_count[slot])
+            visual, text = call.visual_index[b], call.text_index[b]
+            if self.layout.is_packed:
+                filled = np.maximum.accumulate(visual)[
+                    : np.count_nonzero(visual.reshape(-1, self.group_size)[:, 0] >= 0) * self.group_size
+                ]
+                entry = self.group_count(slot) * self.group_size
+                self._visual_position[slot, entry : entry + len(filled)] = start + filled
+            else:
+                text = np.sort(np.concatenate([visual, text]))
+            text = text[text >= 0]
+            self._text_position[slot, row : row + len(text)] = start + text
 
     # Bytes
 
@@ -247,8 +285,15 @@ class PackedCache:
             if contents.shape != own.shape:
                 raise CapacityError(f"{name} of a cache has shape {contents.shape}, expected {own.shape}")
             self._storage.write(buffer, contents.astype(own.dtype))
-        for counts in ("visual_count", "text_count", "next_position", "_inline_visual"):
-            getattr(self, counts)[...] = getattr(other, counts)
+        for name in (
+            "visual_count",
+            "text_count",
+            "next_position",
+            "_inline_visual",
+            "_visual_position",
+            "_text_position",
+        ):
+            getattr(self, name)[...] = getattr(other, name)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -24,6 +24,7 @@ class Row:
     ``token_ids`` is INT [n] and holds the image token id once for each visual token. ``picture_lengths`` are the visual
     tokens of each picture, in order. ``position`` is the number of tokens already in the slot. ``rotary`` INT [3, n]
     are the positions of the rotary embedding where it tells time, rows and columns apart, else None.
+    ``window_start`` INT32 [2, n] is where the window of each token starts in the slot, in models that have one.
     """
 
     slot: int
@@ -31,6 +32,7 @@ class Row:
     picture_lengths: tuple[int, ...] = ()
     position: int = 0
     rotary: np.ndarray | None = None
+    window_start: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Call:
     ``visual_rows`` [B, Nv], ``text_index`` [B, Nt], ``last_index`` and ``slot`` [B]. ``visual_rows`` says which row of
     the embeddings of all pictures (rows' pictures one after another) belongs to which entry of ``visual_index``; both
     are -1 where there is none.
-    ``next_position`` [B] is where the rotary embedding of each row's next token is.
+    ``next_position`` [B] is where the rotary embedding of each row's next token is. ``window_start`` [B, 2, S] are the
+    first cached visual entry and the first cached text row that each position sees, in models with a sliding window.
     """
 
     input_ids: np.ndarray
@@ -52,6 +55,13 @@ class Call:
     slot: np.ndarray
     visual_rows: np.ndarray
     next_position: np.ndarray
+    window_start: np.ndarray | None = None
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The call's inputs of the decoder graph by name."""
+        window = {} if self.window_start is None else {"window_start": self.window_start}
+        return {name: getattr(self, name) for name in CALL_INPUTS} | window
 
 
 def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> Call:
@@ -106,9 +116,28 @@ def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> 
             embedded += size
             entry += -(-size // group_size) * group_size
     slot = np.array([row.slot for row in rows], np.int32)
+    window_start = None
+    if any(row.window_start is not None for row in rows):
+        window_start = np.zeros((batch, 2, length), np.int32)
+        for b, row in enumerate(rows):
+            if row.window_start is not None and row.window_start.shape[1]:
+                missing = length - row.window_start.shape[1]
+                window_start[b] = np.pad(row.window_start, ((0, 0), (0, missing)), mode="edge")
     if any(row.rotary is not None for row in rows):
         position_ids = np.concatenate([position_ids[:, None], rotary], axis=1)
-    return Call(input_ids, position_ids, visual_index, text_index, last_index, slot, visual_rows, next_position)
+    return Call(
+        input_ids, position_ids, visual_index, text_index, last_index, slot, visual_rows, next_position, window_start
+    )
+
+
+def window_starts(positions: np.ndarray, window: int, visual: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Where a window starts in what a slot holds, INT32 [2, n]: its first visual entry, and its first text row.
+
+    ``positions`` INT [n] are those of new tokens, which see the ``window`` last ones, themselves included. ``visual``
+    INT [entries] and ``text`` INT [rows] are those of what is cached; padding of a group has that of its last token.
+    """
+    hidden = positions - window
+    return np.stack([np.searchsorted(cached, hidden, side="right") for cached in (visual, text)]).astype(np.int32)
 
 
 def place_embeds(call: Call, image_embeds: np.ndarray) -> np.ndarray:

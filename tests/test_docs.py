@@ -53,7 +53,12 @@ def test_examples(page: Path) -> None:
 
 @pytest.mark.parametrize(
     ("column", "definitions"),
-    [("input", operator.INPUTS), ("metric input", operator.METRIC_INPUTS), ("output", operator.OUTPUTS)],
+    [
+        ("input", operator.INPUTS),
+        ("metric input", operator.METRIC_INPUTS),
+        ("window input", operator.WINDOW_INPUTS),
+        ("output", operator.OUTPUTS),
+    ],
 )
 def test_tensors_of_the_operator(column: str, definitions: tuple[operator.TensorDefinition, ...]) -> None:
     rows = table("docs/operator.md", column)

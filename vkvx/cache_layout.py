@@ -47,7 +47,7 @@ class CacheLayout:
         self, layer: int, slots: Size, tiles: Size, groups: Size, rows: Size
     ) -> dict[str, tuple[str, tuple[Size | int, ...]]]:
         """Dtype name and shape of the six cache tensors of a layer, by ``CACHE_NAMES``. All else follows from these."""
-        heads, dim = self.info.kv_heads, self.info.head_dim
+        heads, dim = self.info.layers[layer].kv_heads, self.info.layers[layer].head_dim
         # Where nothing is packed there are no tiles, but shapes still have an axis for the planes.
         key_planes, value_planes = (
             1 if bits[layer] == BASELINE_BITS else bits[layer]
@@ -75,7 +75,7 @@ class CacheLayout:
         sizes = (slots, visual_capacity // TILE, visual_capacity // size, text_capacity)
         return {
             f"{layer}.{name}": tensor
-            for layer in range(self.info.layers)
+            for layer in range(self.info.cached_layers)
             for name, tensor in self.layer_tensors(layer, *sizes).items()
         }
 

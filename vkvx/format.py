@@ -21,6 +21,8 @@ METRIC_QUANTIZERS = ("shaped",)
 LLOYD_ITERATIONS = 8
 SCORE_CORRECTIONS = ("none", "affine", "expected")
 """Ordered likewise."""
+VISUAL_MASKS = ("causal", "run", "prefix")
+"""Which tokens of its own call a position sees; see ``docs/operator.md``. Ordered likewise."""
 CACHE_NAMES = ("visual_key", "visual_key_params", "visual_value", "visual_value_params", "text_key", "text_value")
 """Cache tensors of a layer, in the order of the operator's outputs."""
 

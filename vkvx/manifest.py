@@ -11,7 +11,7 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -19,14 +19,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from vkvx import typed_json
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import BundleError, VkvxError
-from vkvx.format import BASELINE_BITS, BITS, OPERATOR_VERSION, QUANTIZERS, SCORE_CORRECTIONS, TILE, WORD_BITS
+from vkvx.format import (
+    BASELINE_BITS,
+    BITS,
+    OPERATOR_VERSION,
+    QUANTIZERS,
+    SCORE_CORRECTIONS,
+    TILE,
+    VISUAL_MASKS,
+    WORD_BITS,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
 FILE_NAME = "vkvx.json"
 FORMAT = "vkvx-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _VERSION_1: dict[str, object] = {
     "position_rows": 1,
@@ -36,7 +45,7 @@ _VERSION_1: dict[str, object] = {
 }
 """Facts of every model that version 1 could describe."""
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-_SIZES = ("layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "embed_width", "vocab_size", "max_positions")
+_SIZES = ("query_heads", "hidden_size", "embed_width", "vocab_size", "max_positions")
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``, in bytes or steps."""
@@ -52,6 +61,42 @@ class PictureInfo:
 
 
 @dataclass(frozen=True)
+class PromptInfo:
+    """How a prompt is written.
+
+    ``picture`` stands for a picture in texts of transformers, such as those of the chat template, where that is not the
+    image token. ``begin`` stands behind the last picture of a prompt that begins a sequence, in place of what the
+    tokenizer puts first; ``end`` behind every prompt.
+    """
+
+    picture: str = ""
+    begin: str = ""
+    end: str = ""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Attention of one decoder layer; ``scale`` is the factor of its scores.
+
+    With a ``sliding_window`` (0: none) a token sees the last so many, itself included. ``visual_mask``, one of
+    ``VISUAL_MASKS``, says which later tokens it sees; ``softcap`` bounds the scores (0: not). The rotary embedding
+    turns the first ``rotary_dim`` channels of a head (0: all), pairs of halves, or of neighbours with
+    ``rotary_interleaved``.
+    ``keys_of`` is the earlier layer whose keys, values and cache this one reads; it has none of its own then.
+    """
+
+    kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int = 0
+    visual_mask: str = "causal"
+    softcap: float = 0.0
+    rotary_dim: int = 0
+    rotary_interleaved: bool = False
+    keys_of: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the runtime must know of the model.
 
@@ -61,9 +106,7 @@ class ModelInfo:
     ``tokens_per_picture`` is None where pictures vary in size; ``typical_tokens`` are those of usual pictures,
     ascending: group sizes follow from them, and default capacities from the largest. ``position_rows`` is 4 where the
     rotary embedding tells time, rows and columns of a picture apart (``position_ids`` [B, 4, S], the plain index first)
-    and 1 where it does not. It turns the first ``rotary_dim`` channels of a head (0: all), pairs of halves, or of
-    neighbours with ``rotary_interleaved``. ``attention_scale`` is the factor of scores; 0 is one over the root of
-    ``head_dim``.
+    and 1 where it does not. Layers without a cache of their own come last.
     """
 
     name: str
@@ -71,34 +114,40 @@ class ModelInfo:
     revision: str | None
     architecture: str
     dtype: str
-    layers: int
+    layers: tuple[LayerInfo, ...]
     query_heads: int
-    kv_heads: int
-    head_dim: int
     hidden_size: int
     embed_width: int
     vocab_size: int
     max_positions: int
     position_rows: int
-    rotary_dim: int
-    rotary_interleaved: bool
-    attention_scale: float
     image_token_id: int
     tokens_per_picture: int | None
     typical_tokens: tuple[int, ...]
     pictures: PictureInfo
+    prompt: PromptInfo
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+
+    @property
+    def sliding_window(self) -> int:
+        """Positions that a token sees in layers with a window, itself included; 0 where no layer has one."""
+        return max((layer.sliding_window for layer in self.layers), default=0)
 
     @property
     def usual_tokens(self) -> int:
         """Visual tokens of a usual picture, a large one where they vary."""
         return self.typical_tokens[-1]
 
+    @property
+    def cached_layers(self) -> int:
+        """The number of layers that have a cache of their own, which come first."""
+        return sum(layer.keys_of is None for layer in self.layers)
+
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the visual cache is packed. Tuples hold one entry a layer; 16 bits means that nothing is packed."""
+    """How the visual cache is packed. Tuples hold one entry a cache; 16 bits means that nothing is packed."""
 
     key_bits: tuple[int, ...]
     value_bits: tuple[int, ...]
@@ -328,20 +377,12 @@ class Manifest(ManifestFile):
 
     @classmethod
     def _upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Version 1 knew pictures of one size only."""
+        """Version 1 knew pictures of one size only, versions 1 and 2 layers that are all alike."""
         try:
-            tokens, vision = data["model"]["tokens_per_picture"], data["graphs"]["vision"]
-            pictures = {"kind": "tiles", "numbers": {"tile_tokens": tokens}, "marks": {}}
-            model = {
-                **data["model"],
-                "embed_width": data["model"]["hidden_size"],
-                **_VERSION_1,
-                "typical_tokens": [tokens],
-                "pictures": pictures,
-            }
-            outputs = [{**output, "shape": [f"{tokens}*P", *output["shape"][1:]]} for output in vision["outputs"]]
-            return {**data, "model": model, "graphs": {**data["graphs"], "vision": {**vision, "outputs": outputs}}}
-        except (KeyError, TypeError):
+            if data["format_version"] == 1:
+                data = _version_2(data)
+            return _version_3(data)
+        except (KeyError, TypeError, ValueError, ArithmeticError):
             return data  # reading it says what is wrong
 
     def _check(self) -> None:
@@ -353,20 +394,14 @@ class Manifest(ManifestFile):
         require(model.position_rows in (1, 4), "model.position_rows", "1 or 4", model.position_rows)
         whole = model.embed_width % model.hidden_size == 0
         require(whole, "model.embed_width", "a multiple of hidden_size", model.embed_width)
-        turned = 0 <= model.rotary_dim <= model.head_dim and model.rotary_dim % 2 == 0
-        require(turned, "model.rotary_dim", "an even number up to head_dim", model.rotary_dim)
-        require(model.attention_scale >= 0, "model.attention_scale", "0 or positive", model.attention_scale)
         typical = model.typical_tokens
         require(bool(typical) and min(typical) > 0, "model.typical_tokens", "a list of positive numbers", typical)
-        require(model.head_dim % WORD_BITS == 0, "model.head_dim", "a multiple of 32", model.head_dim)
-        shared = model.query_heads % model.kv_heads == 0
-        require(shared, "model.query_heads", "a multiple of kv_heads", model.query_heads)
+        self._check_layers()
+        caches = model.cached_layers
         for entry in fields(Quantization):
             value = getattr(quantization, entry.name)
             if isinstance(value, tuple):
-                require(
-                    len(value) == model.layers, f"quantization.{entry.name}", f"{model.layers} entries long", len(value)
-                )
+                require(len(value) == caches, f"quantization.{entry.name}", f"{caches} entries long", len(value))
         bits = set(quantization.key_bits + quantization.value_bits)
         allowed = bits == {BASELINE_BITS} or bits <= set(BITS)
         require(allowed, "quantization.key_bits and value_bits", "among 1, 2, 4, 8, or 16 throughout", sorted(bits))
@@ -388,6 +423,56 @@ class Manifest(ManifestFile):
         _check_path(self.processor)
         inside = any(PurePosixPath(self.processor) in PurePosixPath(path).parents for path in self.files)
         require(inside, "processor", "a folder with files of the bundle", self.processor)
+
+    def _check_layers(self) -> None:
+        model, require, caches = self.model, self.kind.require, self.model.cached_layers
+        require(bool(model.layers), "model.layers", "a list of one entry a layer", [])
+        for i, layer in enumerate(model.layers):
+            where = f"model.layers[{i}]"
+            for name in ("kv_heads", "head_dim"):
+                size = getattr(layer, name)
+                require(0 < size < 2**31, f"{where}.{name}", "positive and less than 2**31", size)
+            require(layer.head_dim % WORD_BITS == 0, f"{where}.head_dim", "a multiple of 32", layer.head_dim)
+            shared = model.query_heads % layer.kv_heads == 0
+            require(shared, f"{where}.kv_heads", f"a divisor of query_heads ({model.query_heads})", layer.kv_heads)
+            require(layer.scale > 0, f"{where}.scale", "positive", layer.scale)
+            require(0 <= layer.sliding_window < 2**31, f"{where}.sliding_window", "0 or positive", layer.sliding_window)
+            other = layer.sliding_window in (0, model.sliding_window)
+            require(other, f"{where}.sliding_window", f"0 or {model.sliding_window}, as others", layer.sliding_window)
+            known = layer.visual_mask in VISUAL_MASKS
+            require(known, f"{where}.visual_mask", f"one of {', '.join(VISUAL_MASKS)}", layer.visual_mask)
+            require(layer.softcap >= 0, f"{where}.softcap", "0 or positive", layer.softcap)
+            turned = 0 <= layer.rotary_dim <= layer.head_dim and layer.rotary_dim % 2 == 0
+            require(turned, f"{where}.rotary_dim", "an even number up to head_dim", layer.rotary_dim)
+            expected = "null" if i < caches else f"less than {caches}, the layers with a cache, which come first"
+            fits = (layer.keys_of is None) if i < caches else layer.keys_of is not None and 0 <= layer.keys_of < caches
+            require(fits, f"{where}.keys_of", expected, layer.keys_of)
+            same = layer.keys_of is None or replace(layer, keys_of=None) == model.layers[layer.keys_of]
+            require(same, where, "like the layer whose keys it reads", layer)
+
+
+def _version_2(data: dict[str, Any]) -> dict[str, Any]:
+    """An object of format version 1 as one of version 2."""
+    tokens, vision = data["model"]["tokens_per_picture"], data["graphs"]["vision"]
+    model = {
+        **data["model"],
+        "embed_width": data["model"]["hidden_size"],
+        **_VERSION_1,
+        "typical_tokens": [tokens],
+        "pictures": {"kind": "tiles", "numbers": {"tile_tokens": tokens}, "marks": {}},
+    }
+    outputs = [{**output, "shape": [f"{tokens}*P", *output["shape"][1:]]} for output in vision["outputs"]]
+    return {**data, "model": model, "graphs": {**data["graphs"], "vision": {**vision, "outputs": outputs}}}
+
+
+def _version_3(data: dict[str, Any]) -> dict[str, Any]:
+    """An object of format version 2 as one of version 3."""
+    model = data["model"]
+    names = ("kv_heads", "head_dim", "rotary_dim", "rotary_interleaved")
+    layer = {**asdict(LayerInfo(1, 1, 1.0)), **{name: model[name] for name in names}}
+    layer["scale"] = model["attention_scale"] or model["head_dim"] ** -0.5
+    count = min(model["layers"], len(data["quantization"]["key_bits"]) + 1)  # more is wrong, however many there are
+    return {**data, "model": {**model, "layers": [layer] * count, "prompt": asdict(PromptInfo())}}
 
 
 def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:

@@ -90,7 +90,7 @@ def _backend(model: Any, bits: int, batch: int) -> tuple[float, float, int]:
     info = family.info(model.config, "float16")
     # What a picture is quantised by makes no difference to later steps.
     options = ExportOptions(bits=bits, quantizer=None if bits == 16 else "lloyd")
-    quantization = options.resolve(info.layers, info.typical_tokens)
+    quantization = options.resolve(info.cached_layers, info.typical_tokens)
     graphs = {"vision": Graph("", 18, family.pixel_inputs(model.config), ())}
     manifest = Manifest("", 1, info, quantization, graphs, ".", {})
     before = model.config.text_config._attn_implementation

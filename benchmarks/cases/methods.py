@@ -88,8 +88,8 @@ class Study:
     @cached_property
     def answer_moments(self) -> list[Tensor]:
         """Second moments [1, Hkv, D, D] of each layer's queries along the answers of the calibration pages."""
-        heads, moments = self.simulation.info.kv_heads, []
-        for layer in range(self.simulation.info.layers):
+        heads, moments = self.simulation.info.layers[0].kv_heads, []
+        for layer in range(len(self.simulation.info.layers)):
             each = [second_moment(batch.answered[layer].query, heads) for batch in self.calibration]
             moments.append(torch.cat(each).mean(0, keepdim=True))
         return moments
@@ -101,7 +101,7 @@ class Study:
     def product_key_metric(self, layer: Layer) -> Tensor:
         """The metric of keys that the product uses after this prompt."""
         last = torch.tensor([layer.key.shape[2] - 1], device=layer.key.device)
-        cosine, sine = self.product.rotation(last).unbind(1)
+        cosine, sine = self.product.rotations(last)[0].unbind(1)
         return shaping.rotate(self.product.key[layer.index], cosine, sine)[None]
 
     def product_value_metric(self, layer: Layer) -> Tensor:
@@ -119,10 +119,10 @@ class Study:
         def metric(layer: Layer) -> Tensor:
             if layer.index not in remembered:
                 weights = self.simulation.family.attention_weights(self.simulation.model, layer.index)
-                query = (weights.query * weights.norm).unflatten(0, (info.query_heads, info.head_dim))
-                moment = (query @ query.transpose(1, 2)).unflatten(0, (info.kv_heads, -1)).mean(1)
+                query = (weights.query * weights.norm).unflatten(0, (info.query_heads, info.layers[0].head_dim))
+                moment = (query @ query.transpose(1, 2)).unflatten(0, (info.layers[0].kv_heads, -1)).mean(1)
                 positions = layer.key.shape[2] - 1 - offset + torch.from_numpy(WINDOWS[window]).to(layer.key.device)
-                turns = rotation(rotary, positions, layer.key.shape[-1])
+                turns = rotation(rotary[0], positions)
                 mean = torch.stack([shaping.rotate(moment, cosine, sine) for cosine, sine in turns]).mean(0)
                 remembered[layer.index] = regularised(mean, floor)[None]
             return remembered[layer.index]
@@ -135,8 +135,8 @@ class Study:
 
         def metric(layer: Layer) -> Tensor:
             output = self.simulation.family.attention_weights(self.simulation.model, layer.index).output
-            heads = output.unflatten(1, (info.query_heads, info.head_dim)).transpose(0, 1)
-            moment = (heads.transpose(1, 2) @ heads).unflatten(0, (info.kv_heads, -1)).mean(1)
+            heads = output.unflatten(1, (info.query_heads, info.layers[0].head_dim)).transpose(0, 1)
+            moment = (heads.transpose(1, 2) @ heads).unflatten(0, (info.layers[0].kv_heads, -1)).mean(1)
             return regularised(moment, floor)[None]
 
         return metric
@@ -144,7 +144,7 @@ class Study:
     def taus(self, name: str, keys: Coder, values: Coder) -> list[float]:
         """The best tau of ``affine`` for each layer on calibration pages, one layer after the other, twice."""
         if name not in self._taus:
-            batch, taus = self.calibration[0], [0.0] * self.simulation.info.layers
+            batch, taus = self.calibration[0], [0.0] * len(self.simulation.info.layers)
 
             def divergence() -> float:
                 return float(self.simulation.measure(batch, combine(keys, values, affine(taus))).kl.mean())
@@ -184,7 +184,7 @@ def _product_methods(study: Study, key: dict[int, Coder], value: dict[int, Coder
     coders = {name: (quantized(KEYS, name), quantized(VALUES, name)) for name in ("minmax", "quantile", "shrink")}
     for name, pair in coders.items():
         table[name] = _of(*pair, main=True)
-    table["shrink + affine 3"] = _of(*coders["shrink"], affine([3.0] * study.simulation.info.layers), main=True)
+    table["shrink + affine 3"] = _of(*coders["shrink"], affine([3.0] * len(study.simulation.info.layers)), main=True)
     coders["lloyd"] = key[1], value[1]
     table["lloyd"] = _of(*coders["lloyd"], main=True)
     table["lloyd keys only"] = _of(key[1], value[16])
@@ -239,7 +239,7 @@ def _more_bits(study: Study, key: dict[int, Coder], value: dict[int, Coder]) -> 
         "lloyd K2 V2": _of(key[2], value[2], main=True),
         "lloyd K2 V2 + expected 3": _of(key[2], value[2], expected(3.0), main=True),
     }
-    for layer in range(study.simulation.info.layers):
+    for layer in range(len(study.simulation.info.layers)):
         table[f"lloyd layer {layer} keys at 2"] = _of(by_layer(key[1], {layer: key[2]}), value[1])
         table[f"lloyd layer {layer} values at 2"] = _of(key[1], by_layer(value[1], {layer: value[2]}))
     return table

@@ -31,13 +31,14 @@ def library() -> KernelLibrary:
 
 
 class DecodeShape(NamedTuple):
-    """A decode step: one new position per row over `cached` visual tokens per row, head dim 128."""
+    """A decode step: one new position per row over `cached` visual tokens per row."""
 
     rows: int
     query_heads: int
     kv_heads: int
     cached: int
     group_size: int
+    head_dim: int = 128
 
 
 def environment() -> dict[str, Any]:
@@ -168,6 +169,7 @@ class OperatorCall:
         correction: str = "expected",
         kernel: str = "auto",
         head_dim: int = 128,
+        sliding_window: int = 0,
     ) -> None:
         import torch
 
@@ -211,6 +213,10 @@ class OperatorCall:
             angle = torch.rand(rows, d // 2, device="cuda").repeat(1, 2)
             rotation = torch.stack([angle.cos(), angle.sin()], 1)
             self.tensors |= {"key_metric": metric, "value_metric": metric.clone(), "rotation": rotation}
+        if sliding_window:
+            last = torch.arange(positions, dtype=torch.int32) + cached - sliding_window + 1
+            start = torch.stack([last.clamp(min=0), torch.zeros_like(last)])
+            self.tensors["window_start"] = start.repeat(rows, 1, 1).cuda()
         self.output = torch.empty_like(self.tensors["query"])
         self.group_size, self.counts, self.attribute_scale, self.correction = group_size, counts, d**-0.5, correction
         attributes = OperatorAttributes(
@@ -223,6 +229,7 @@ class OperatorCall:
             shrink_value=0.5,
             score_correction=correction,
             scale=self.attribute_scale,
+            sliding_window=sliding_window,
         )
         self.params = Params.of(self.tensors, attributes, self.output)
         self.params.kernel = KERNELS[kernel]
@@ -276,6 +283,8 @@ class OperatorCall:
         elif self.correction == "affine":
             low, high = scores.amin(-1, True), scores.amax(-1, True)
             scores = low + (scores - low) * ((high - params.tau - low) / (high - low)).clamp(min=0)
+        if params.sliding_window:
+            scores[..., : int(t["window_start"][0, 0, 0])] = -math.inf
         own = query @ t["key"][:rows].double().transpose(2, 3) * scale
         weights = torch.cat([scores, own], -1).softmax(-1)
         return (weights @ torch.cat([value, t["value"][:rows].double()], 2)).flatten(1, 2).unsqueeze(2)

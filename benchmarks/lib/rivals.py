@@ -184,4 +184,4 @@ def _random(shape: gpu.DecodeShape) -> list[Any]:
     import torch
 
     sizes = ((shape.query_heads, 1), (shape.kv_heads, shape.cached), (shape.kv_heads, shape.cached))
-    return [torch.randn(shape.rows, *size, 128, device="cuda", dtype=torch.float16) for size in sizes]
+    return [torch.randn(shape.rows, *size, shape.head_dim, device="cuda", dtype=torch.float16) for size in sizes]

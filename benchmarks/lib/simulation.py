@@ -172,7 +172,7 @@ class Simulation:
         first, count = int(is_picture[0].nonzero()[0]), prepared[0].picture_lengths[0]
         embeds = self.model.get_input_embeddings()(ids).clone()
         embeds[is_picture] = self.family.image_embeds(self.model, pixels.to(self.device))
-        prefill = _Prefill(self.info.layers, self.info.head_dim, slice(first, first + count))
+        prefill = _Prefill(len(self.info.layers), self.info.layers[0].head_dim, slice(first, first + count))
         logits = self._forward(embeds, 0, prefill)[:, -1:]
         caches = [_exact(layer) for layer in prefill.layers]
         tokens = self._free(prefill.layers, caches, logits.argmax(-1))
@@ -228,12 +228,12 @@ class Simulation:
 
     def _along(self, layers: list[Layer], caches: list[Dense], tokens: Tensor) -> tuple[Tensor, list[Answered]]:
         """Log-probabilities [B, 28, V] after each token but the last, and each layer's attention."""
-        attention = _Decode(layers, caches, self.info.head_dim)
+        attention = _Decode(layers, caches, self.info.layers[0].head_dim)
         embeds = self.model.get_input_embeddings()(tokens[:, :-1])
         return self._forward(embeds, layers[0].key.shape[2], attention).log_softmax(-1), attention.answered
 
     def _free(self, layers: list[Layer], caches: list[Dense], first: Tensor) -> Tensor:
-        attention = _Decode(layers, caches, self.info.head_dim)
+        attention = _Decode(layers, caches, self.info.layers[0].head_dim)
         tokens = [first]
         for position in range(layers[0].key.shape[2], layers[0].key.shape[2] + TOKENS - 1):
             embeds = self.model.get_input_embeddings()(tokens[-1])

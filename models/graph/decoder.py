@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor, nn
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.format import CACHE_NAMES
-from vkvx.manifest import TensorSpec
+from vkvx.manifest import LayerInfo, TensorSpec
 from vkvx.models.family import Family
-from vkvx.models.graph.metric import rotation
+from vkvx.models.graph.metric import layer_rotary, rotations
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
-from vkvx.plugins.operator import OperatorAttributes
+from vkvx.plugins.operator import METRIC_INPUTS, OperatorAttributes
 
 IMPLEMENTATION = "vkvx"
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
-"""Keywords by which layers ask for other attention: a window, a bound of scores, attention sinks."""
+BOUNDS = ("sliding_window", "softcap")
+"""Keywords by which layers ask for a window and for bounded scores, and the operator's attributes of the same names."""
+SINKS = "s_aux"
+"""Keyword by which layers give attention sinks."""
 
 
 class LayerAttention(Protocol):
@@ -47,15 +50,20 @@ class Attention:
         text_count: Tensor,
         caches: Sequence[Tensor],
         metrics: Sequence[Sequence[Tensor]],
+        cache_of: Sequence[int],
+        window_start: Tensor | None = None,
         in_place: bool = False,
     ) -> None:
-        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none.
+        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``cache_of`` is the cache
+        that each layer reads; ``window_start`` is that of layers with a sliding window.
 
         With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
         """
         self.attributes = attributes
         self.in_place = in_place
         self.metrics = metrics
+        self.cache_of = cache_of
+        self.window_start = window_start
         self.indices = indices
         self.visual_count, self.text_count = visual_count, text_count
         self.caches = [caches[i : i + len(CACHE_NAMES)] for i in range(0, len(caches), len(CACHE_NAMES))]
@@ -63,19 +71,26 @@ class Attention:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
-        visual, text = self.caches[layer][:4], self.caches[layer][4:]
+        cache, attributes = self.cache_of[layer], self.attributes[layer].to_dict()
+        visual, text = self.caches[cache][:4], self.caches[cache][4:]
         inputs = (
             *(query, key, value),
             *self.indices,
             *(*visual, self.visual_count, *text, self.text_count),
-            *self.metrics[layer],
+            *(self.metrics[layer] or (None,) * len(METRIC_INPUTS)),
+            self.window_start if attributes["sliding_window"] else None,
         )
-        attributes = self.attributes[layer].to_dict()
         if self.in_place:
-            self.presents[layer] = self.caches[layer]
+            self.presents[cache] = self.caches[cache]
             return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
-        output, *self.presents[layer] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
+        # A layer that reads another one's cache is given its keys and values again: it makes the same of the cache.
+        output, *self.presents[cache] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
         return output
+
+
+def cache_of(layers: Sequence[LayerInfo]) -> tuple[int, ...]:
+    """The cache that each layer reads: its own, or that of the layer whose keys it takes."""
+    return tuple(i if layer.keys_of is None else layer.keys_of for i, layer in enumerate(layers))
 
 
 def use_attention_function(model: Any) -> None:
@@ -98,9 +113,12 @@ def _attention_function(
     scale = attention.attributes[layer].scale
     if kwargs["scaling"] != scale:
         raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {scale}")
-    for trait in UNSUPPORTED:
-        if kwargs.get(trait) is not None:
-            raise ModelError(f"layer {layer} attends with {trait}, which is not supported")
+    for name in BOUNDS:
+        wanted, known = kwargs.get(name) or 0, getattr(attention.attributes[layer], name)
+        if wanted != known:
+            raise ModelError(f"layer {layer} attends with {name} {wanted}, expected {known}")
+    if kwargs.get(SINKS) is not None:
+        raise ModelError(f"layer {layer} attends with {SINKS} (attention sinks), which is not supported")
     return attention(layer, query, key, value).transpose(1, 2), None
 
 
@@ -125,8 +143,12 @@ class DecoderGraph(nn.Module):
         use_attention_function(model)
         self.in_place = in_place
         self.text_model = family.text_model(model)
-        self.rotary = family.rotary_embedding(model)
+        self.rotary = layer_rotary(family, model)
+        self.cache_of = cache_of(family.layers(model.config))
         self.head = family.head(model)
+        self.first_position = family.first_position
+        self.text_inputs = partial(family.text_inputs, self.text_model, model.config)
+        self.finish_logits = partial(family.logits, model.config)
         self.attributes = tuple(attributes)
         # Parameters, so that the exporter takes them for weights.
         self.key_metrics, self.value_metrics = (
@@ -146,7 +168,14 @@ class DecoderGraph(nn.Module):
         text_count: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches."""
+        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches.
+
+        Where layers have a sliding window, ``window_start`` comes before the caches.
+        """
+        window_start = None
+        if any(entry.sliding_window for entry in self.attributes):
+            window_start, *caches = caches  # type: ignore[assignment]
+        position_ids = position_ids + self.first_position if self.first_position else position_ids
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         width = embeds.shape[-1]
         more = visual_embeds.shape[-1] - width
@@ -157,20 +186,26 @@ class DecoderGraph(nn.Module):
         embeds = embeds[..., :width] if more else embeds
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
         attention = Attention(
-            self.attributes, indices, visual_count, text_count, caches, metrics, in_place=self.in_place
+            *(self.attributes, indices, visual_count, text_count, caches, metrics, self.cache_of, window_start),
+            in_place=self.in_place,
         )
         # transformers wants the rows of positions first.
         rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
         with self._adding(features):
             hidden = self.text_model(
-                inputs_embeds=embeds, position_ids=rows, use_cache=False, vkvx_attention=attention
+                inputs_embeds=embeds,
+                position_ids=rows,
+                use_cache=False,
+                vkvx_attention=attention,
+                **self.text_inputs(input_ids),
             ).last_hidden_state
         if not all(attention.presents):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
         batch, positions, width = hidden.shape
         # The head is by far the largest product of a prefill: give it one position per row.
         last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index
-        logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last)).float()
+        logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last))
+        logits = self.finish_logits(logits).float()
         counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, caches[4].shape[2])
         return logits, *counts, *(tensor for present in attention.presents for tensor in present)
 
@@ -189,14 +224,16 @@ class DecoderGraph(nn.Module):
                 hook.remove()
 
     def _metrics(self, position_ids: Tensor, last_index: Tensor) -> list[tuple[Tensor, ...]]:
-        """Metrics of each layer, and the rotation at the row's last position, which all share."""
+        """Metrics of each layer's cache, and the layer's rotation at each row's last position."""
         if not self.key_metrics:
             return [()] * len(self.attributes)
         # A call ends with text, which is at the same time, row and column.
         plain = position_ids if position_ids.dim() == 2 else position_ids[:, 1]
         last = plain.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
-        turn = rotation(self.rotary, last, self.key_metrics[0].shape[-1])
-        return [(key, value, turn) for key, value in zip(self.key_metrics, self.value_metrics, strict=True)]
+        turns = rotations(self.rotary, last)
+        return [
+            (self.key_metrics[i], self.value_metrics[i], turn) for i, turn in zip(self.cache_of, turns, strict=True)
+        ]
 
     def _updated_counts(
         self,
@@ -254,7 +291,8 @@ def decoder_inputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
         TensorSpec("last_index", "int32", ("B",)),
         TensorSpec("slot", "int32", ("B",)),
     )
-    return (*calls, *_counts(""), *_caches("past", layout))
+    window = (TensorSpec("window_start", "int32", ("B", 2, "S")),) if layout.info.sliding_window else ()
+    return (*calls, *_counts(""), *window, *_caches("past", layout))
 
 
 def decoder_outputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
@@ -273,7 +311,7 @@ def _counts(suffix: str) -> tuple[TensorSpec, ...]:
 def _caches(prefix: str, layout: CacheLayout) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(f"{prefix}.{layer}.{name}", dtype, shape)
-        for layer in range(layout.info.layers)
+        for layer in range(layout.info.cached_layers)
         for name, (dtype, shape) in layout.layer_tensors(layer, "Bc", "T", "G", "N").items()
     )
 

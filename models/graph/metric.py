@@ -12,7 +12,7 @@ Both are summed over the query heads of a KV head. Nothing here needs data; a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vkvx.manifest import ModelInfo
+from vkvx.manifest import LayerInfo, ModelInfo
 from vkvx.models.family import AttentionWeights, Family
 from vkvx.plugins.reference.shaping import rotate
 
@@ -35,67 +35,95 @@ FLOOR = 0.1
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of keys and values of each layer, FP16 [Hkv, D, D], and the model's rotary embedding."""
+    """Metrics of keys and values of each cache, FP16 [Hkv, D, D], and the rotary embedding of each layer."""
 
     key: tuple[Tensor, ...]
     value: tuple[Tensor, ...]
-    rotary: Any
+    rotary: tuple[Rotary, ...]
 
-    def rotation(self, positions: Tensor) -> Tensor:
-        """Cosine and sine at a position of each row, positions [B]: FP32 [B, 2, D]."""
-        return rotation(self.rotary, positions, self.key[0].shape[-1])
+    def rotations(self, positions: Tensor) -> list[Tensor]:
+        """Cosine and sine in each layer at a position of each row, positions [B]: FP32 [B, 2, D]."""
+        return rotations(self.rotary, positions)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of a layer with heads of ``head_dim``, and what it is to be told besides positions."""
+
+    embedding: Any
+    head_dim: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def layer_rotary(family: Family, model: Any) -> tuple[Rotary, ...]:
+    """The rotary embedding of each layer of a model."""
+    embedding, config = family.rotary_embedding(model), model.config
+    return tuple(
+        Rotary(embedding, layer.head_dim, tuple(family.rotary_options(config, i).items()))
+        for i, layer in enumerate(family.layers(config))
+    )
 
 
 def model_metrics(family: Family, model: Any, info: ModelInfo) -> Metrics:
     """Metrics from the weights of a loaded model, on the devices of its layers."""
-    rotary = family.rotary_embedding(model)
-    layers = (family.attention_weights(model, layer) for layer in range(info.layers))
+    rotary = layer_rotary(family, model)
+    layers = (family.attention_weights(model, layer) for layer in range(info.cached_layers))
     return Metrics(*compute_metrics(layers, rotary, info), rotary)
 
 
 def compute_metrics(
-    layers: Iterable[AttentionWeights], rotary: Any, info: ModelInfo
+    layers: Iterable[AttentionWeights], rotary: Sequence[Rotary], info: ModelInfo
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Metrics of keys and of values of each layer, FP16 [Hkv, D, D]; layers come one at a time."""
+    """Metrics of keys and of values of each cache, FP16 [Hkv, D, D]; the layers that have one come one at a time."""
     window = torch.from_numpy(np.unique(np.geomspace(1, REACH, 64).astype(np.int64)))
     pairs = []
-    for weights in layers:
-        turns = rotation(rotary, window.to(weights.query.device), info.head_dim)
-        pairs.append((_key_metric(weights, info, turns), _value_metric(weights, info)))
+    for weights, layer, one in zip(layers, info.layers, rotary, strict=False):
+        turns = rotation(one, window.to(weights.query.device))
+        heads = info.query_heads
+        pairs.append((_key_metric(weights, layer, heads, turns), _value_metric(weights, layer, heads)))
     keys, values = zip(*pairs, strict=True)
     return keys, values
 
 
-def rotation(rotary: Any, positions: Tensor, head_dim: int) -> Tensor:
+def rotations(rotary: Sequence[Rotary], positions: Tensor) -> list[Tensor]:
+    """Cosine and sine of each layer at positions [B]: FP32 [B, 2, D]; layers that are alike share a tensor."""
+    made: dict[Rotary, Tensor] = {}
+    for one in rotary:
+        if one not in made:
+            made[one] = rotation(one, positions)
+    return [made[one] for one in rotary]
+
+
+def rotation(rotary: Rotary, positions: Tensor) -> Tensor:
     """Cosine and sine of a rotary embedding at positions [B]: FP32 [B, 2, D], 1 and 0 for channels it does not turn."""
     like = torch.zeros(1, dtype=torch.float32, device=positions.device)
-    cosine, sine = rotary(like, positions.unsqueeze(1))
-    missing = (0, head_dim - cosine.shape[-1])
+    cosine, sine = rotary.embedding(like, positions.unsqueeze(1), **dict(rotary.options))
+    missing = (0, rotary.head_dim - cosine.shape[-1])
     return torch.cat([pad(cosine, missing, value=1.0), pad(sine, missing)], 1)
 
 
-def _key_metric(weights: AttentionWeights, info: ModelInfo, turns: Tensor) -> Tensor:
-    heads = (info.query_heads, info.head_dim, -1)
-    query = (weights.query.float() * weights.norm.float()).reshape(heads)
+def _key_metric(weights: AttentionWeights, layer: LayerInfo, query_heads: int, turns: Tensor) -> Tensor:
+    heads = (query_heads, layer.head_dim, -1)
+    query = (weights.query.float() * (weights.norm.float() + weights.norm_shift)).reshape(heads)
     moment = query @ query.transpose(1, 2)
     if weights.query_bias is not None:
         bias = weights.query_bias.float().reshape(heads)
         moment = moment + bias @ bias.transpose(1, 2)
     if weights.query_norm is not None:  # each query has the norm's length, whatever its size was before
         size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        norm = weights.query_norm.float()
+        norm = weights.query_norm.float() + weights.norm_shift
         moment = moment / size * torch.outer(norm, norm)
-    moment = moment.unflatten(0, (info.kv_heads, -1)).mean(1)
+    moment = moment.unflatten(0, (layer.kv_heads, -1)).mean(1)
     mean = torch.zeros_like(moment)
     for cosine, sine in turns:
-        mean += rotate(moment, cosine, sine, info.rotary_dim, info.rotary_interleaved)
+        mean += rotate(moment, cosine, sine, layer.rotary_dim, layer.rotary_interleaved)
     return _normalised(mean)
 
 
-def _value_metric(weights: AttentionWeights, info: ModelInfo) -> Tensor:
-    output = weights.output.float().reshape(-1, info.query_heads, info.head_dim).transpose(0, 1)
+def _value_metric(weights: AttentionWeights, layer: LayerInfo, query_heads: int) -> Tensor:
+    output = weights.output.float().reshape(-1, query_heads, layer.head_dim).transpose(0, 1)
     moment = output.transpose(1, 2) @ output
-    return _normalised(moment.unflatten(0, (info.kv_heads, -1)).mean(1))
+    return _normalised(moment.unflatten(0, (layer.kv_heads, -1)).mean(1))
 
 
 def _normalised(metric: Tensor) -> Tensor:

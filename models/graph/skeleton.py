@@ -26,6 +26,7 @@ def build_model(model_class: Any, config: Any, dtype: str) -> Any:
     finally:
         torch.set_default_dtype(default)
     model.tie_weights()
+    _stored_buffers_as_parameters(model)
     _compute_buffers(model, model)
     return model.requires_grad_(False)
 
@@ -34,6 +35,15 @@ def fake_weight(model: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor without memory beside the weights of ``model``, for one that is computed after the export."""
     with next(p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)):
         return torch.empty(tuple(shape), dtype=dtype)
+
+
+def _stored_buffers_as_parameters(model: nn.Module) -> None:
+    """Make parameters of buffers that a checkpoint holds: an export takes parameters for weights."""
+    for module in model.modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                delattr(module, name)
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
 
 
 def _compute_buffers(module: nn.Module, owner: Any) -> None:

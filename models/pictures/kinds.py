@@ -7,16 +7,18 @@ from vkvx.manifest import PictureInfo
 from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.base import Pictures
 from vkvx.models.pictures.grid import Grid
+from vkvx.models.pictures.pooled import PooledPatches
 from vkvx.models.pictures.rows import PatchRows
 from vkvx.models.pictures.tiles import TileGrid, Tiles
 
-Kind = Tiles | TileGrid | Grid | AnyRes | PatchRows
+Kind = Tiles | TileGrid | Grid | AnyRes | PatchRows | PooledPatches
 KINDS: dict[str, type[Kind]] = {
     "tiles": Tiles,
     "tile grid": TileGrid,
     "grid": Grid,
     "anyres": AnyRes,
     "patch rows": PatchRows,
+    "pooled patches": PooledPatches,
 }
 
 

@@ -20,6 +20,7 @@ inline constexpr int kLloydIterations = 8;
 inline constexpr const char* kDtypeNames[] = {"float16", "bfloat16", "float32"};
 inline constexpr const char* kQuantizerNames[] = {"minmax", "quantile", "shrink", "lloyd", "shaped"};
 inline constexpr const char* kCorrectionNames[] = {"none", "affine", "expected"};
+inline constexpr const char* kVisualMaskNames[] = {"causal", "run", "prefix"};
 inline constexpr const char* kKernelNames[] = {"auto", "plain", "codes", "planes", "prefill"};
 inline constexpr bool kNeedsMetrics[] = {false, false, false, false, true};  // by quantiser
 
@@ -34,10 +35,12 @@ inline constexpr Numbered kNumbered[] = {
     {"dtype", &VkvxParams::dtype, 3, "VKVX_FLOAT16, VKVX_BFLOAT16 or VKVX_FLOAT32"},
     {"quantizer", &VkvxParams::quantizer, 5, "VKVX_MINMAX, VKVX_QUANTILE, VKVX_SHRINK, VKVX_LLOYD or VKVX_SHAPED"},
     {"correction", &VkvxParams::correction, 3, "VKVX_CORRECTION_NONE, VKVX_CORRECTION_AFFINE or VKVX_CORRECTION_EXPECTED"},
+    {"visual_mask", &VkvxParams::visual_mask, 3, "VKVX_MASK_CAUSAL, VKVX_MASK_RUN or VKVX_MASK_PREFIX"},
     {"kernel", &VkvxParams::kernel, 5, "VKVX_AUTO, VKVX_PLAIN, VKVX_CODES, VKVX_PLANES or VKVX_PREFILL"},
 };
 
-inline constexpr int kInputs = 14, kMetricInputs = 3, kOutputs = 7;
+inline constexpr int kInputs = 14, kMetricInputs = 3, kWindowInputs = 1;
+inline constexpr int kOutputs = 7;
 // The input whose memory an output shares; -1 for none.
 inline constexpr int kAliases[kOutputs] = {-1, 6, 7, 8, 9, 11, 12};
 
@@ -56,7 +59,7 @@ struct Tensor {
   int shape[6];
   size_t field;
 };
-inline constexpr Tensor kTable[kInputs + kMetricInputs] = {
+inline constexpr Tensor kTable[kInputs + kMetricInputs + kWindowInputs] = {
     {"query", Type::kModel, 4, {kB, kHq, kS, kD}, offsetof(VkvxParams, query)},
     {"key", Type::kModel, 4, {kB, kHkv, kS, kD}, offsetof(VkvxParams, key)},
     {"value", Type::kModel, 4, {kB, kHkv, kS, kD}, offsetof(VkvxParams, value)},
@@ -74,6 +77,7 @@ inline constexpr Tensor kTable[kInputs + kMetricInputs] = {
     {"key_metric", Type::kFloat16, 3, {kHkv, kD, kD}, offsetof(VkvxParams, key_metric)},
     {"value_metric", Type::kFloat16, 3, {kHkv, kD, kD}, offsetof(VkvxParams, value_metric)},
     {"rotation", Type::kFloat32, 3, {kB, 2, kD}, offsetof(VkvxParams, rotation)},
+    {"window_start", Type::kInt32, 3, {kB, 2, kS}, offsetof(VkvxParams, window_start)},
 };
 
 // A field that is a size: that of a symbol, times the field `unit` if there is one.
@@ -114,6 +118,7 @@ struct Attributes {
   int32_t rotary_interleaved = 0;
   float softcap = 0.0f;
   int32_t sliding_window = 0;
+  std::string visual_mask = "causal";
 
   // Calls visit(name, member) for each, in the order of the table.
   template <class Self, class Visit>
@@ -134,6 +139,7 @@ struct Attributes {
     visit("rotary_interleaved", self.rotary_interleaved);
     visit("softcap", self.softcap);
     visit("sliding_window", self.sliding_window);
+    visit("visual_mask", self.visual_mask);
   }
 
   // What is wrong with the first attribute that is out of its range; empty if none is.
@@ -146,8 +152,8 @@ struct Attributes {
     if (!(correction_limit > 0.0f)) return "correction_limit is " + std::to_string(correction_limit) + "; give more than 0";
     if (!(rotary_dim >= 0.0f)) return "rotary_dim is " + std::to_string(rotary_dim) + "; give at least 0";
     if (!(rotary_interleaved >= 0.0f && rotary_interleaved <= 1.0f)) return "rotary_interleaved is " + std::to_string(rotary_interleaved) + "; give at least 0 and at most 1";
-    if (!(softcap >= 0.0f && softcap <= 0.0f)) return "softcap is " + std::to_string(softcap) + "; give 0, it is reserved";
-    if (!(sliding_window >= 0.0f && sliding_window <= 0.0f)) return "sliding_window is " + std::to_string(sliding_window) + "; give 0, it is reserved";
+    if (!(softcap >= 0.0f)) return "softcap is " + std::to_string(softcap) + "; give at least 0";
+    if (!(sliding_window >= 0.0f)) return "sliding_window is " + std::to_string(sliding_window) + "; give at least 0";
     return {};
   }
 };
@@ -164,6 +170,8 @@ VkvxParams params_of(const Attributes& a, NumberOf&& number_of) {
   p.correction = number_of("score_correction", a.score_correction, kCorrectionNames);
   p.rotary_dim = a.rotary_dim;
   p.rotary_interleaved = a.rotary_interleaved;
+  p.sliding_window = a.sliding_window;
+  p.visual_mask = number_of("visual_mask", a.visual_mask, kVisualMaskNames);
   p.quantile_alpha_key = a.quantile_alpha_key;
   p.quantile_alpha_value = a.quantile_alpha_value;
   p.shrink_key = a.shrink_key;
@@ -171,6 +179,7 @@ VkvxParams params_of(const Attributes& a, NumberOf&& number_of) {
   p.tau = a.tau;
   p.correction_limit = a.correction_limit;
   p.scale = a.scale;
+  p.softcap = a.softcap;
   return p;
 }
 

@@ -16,13 +16,14 @@ extern "C" {
 
 /* Written by `python -m vkvx.plugins.generate`, to the mark below. */
 /* clang-format off */
-#define VKVX_ABI_VERSION 2
-#define VKVX_MAX_HEAD_DIM 256
+#define VKVX_ABI_VERSION 3
+#define VKVX_MAX_HEAD_DIM 512
 
 enum { VKVX_OK = 0, VKVX_BAD_ARGUMENT = 1, VKVX_UNSUPPORTED = 2, VKVX_WORKSPACE_TOO_SMALL = 3, VKVX_CUDA_ERROR = 4 };
 enum { VKVX_FLOAT16 = 0, VKVX_BFLOAT16 = 1, VKVX_FLOAT32 = 2 };
 enum { VKVX_MINMAX = 0, VKVX_QUANTILE = 1, VKVX_SHRINK = 2, VKVX_LLOYD = 3, VKVX_SHAPED = 4 };
 enum { VKVX_CORRECTION_NONE = 0, VKVX_CORRECTION_AFFINE = 1, VKVX_CORRECTION_EXPECTED = 2 };
+enum { VKVX_MASK_CAUSAL = 0, VKVX_MASK_RUN = 1, VKVX_MASK_PREFIX = 2 };
 /* Kernels of the attention: the fastest that takes the shape, or a certain one (for tests and measurements). */
 enum { VKVX_AUTO = 0, VKVX_PLAIN = 1, VKVX_CODES = 2, VKVX_PLANES = 3, VKVX_PREFILL = 4 };
 
@@ -49,6 +50,8 @@ typedef struct VkvxParams {
   int32_t correction;                /* VKVX_CORRECTION_NONE to VKVX_CORRECTION_EXPECTED */
   int32_t rotary_dim;                /* channels that RoPE turns, for VKVX_SHAPED; 0: all */
   int32_t rotary_interleaved;        /* 1: RoPE turns neighbours, 0: halves */
+  int32_t sliding_window;            /* positions that a token sees, itself included; 0: all */
+  int32_t visual_mask;               /* VKVX_MASK_CAUSAL to VKVX_MASK_PREFIX */
   int32_t kernel;                    /* VKVX_AUTO, or one of the kernels */
   int32_t splits;                    /* parts of the sequence that run side by side in decode; 0: chosen by shape */
   float quantile_alpha_key;          /* of VKVX_QUANTILE */
@@ -58,6 +61,7 @@ typedef struct VkvxParams {
   float tau;                         /* of VKVX_CORRECTION_AFFINE */
   float correction_limit;            /* of VKVX_CORRECTION_EXPECTED */
   float scale;                       /* of the scores */
+  float softcap;                     /* bound of the scores; 0: none */
   int64_t query_stride[3];           /* of row, head, position */
   int64_t key_stride[3];             /* of row, head, position */
   int64_t value_stride[3];           /* of row, head, position */
@@ -79,6 +83,8 @@ typedef struct VkvxParams {
   const void *key_metric;            /* float16 [Hkv, D, D] */
   const void *value_metric;          /* float16 [Hkv, D, D] */
   const float *rotation;             /* float32 [B, 2, D] */
+  /* With a sliding window; null otherwise. */
+  const int32_t *window_start;       /* int32 [B, 2, S] */
   void *output;                      /* T [B, Hq, S, D] */
   void *workspace;                   /* zero before its first use, see below */
   size_t workspace_bytes;

@@ -68,7 +68,7 @@ def attention_function(
 
     b = Builder(opset)
     # The minimum and maximum of the affine correction need at least one group to range over.
-    call = read_call(b, shape, packed)
+    call = read_call(b, shape, attributes)
     visual = VisualCache(b, shape, attributes, call) if packed else None
     b.add("Identity", [attend(b, shape, attributes, call, visual, elem_type)], ["output"])
     append_text(b, shape, call, packed)

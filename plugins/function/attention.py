@@ -1,4 +1,4 @@
-"""Attention of a call's tokens over the cached ones and, causally, over themselves. FP32 throughout."""
+"""Attention of a call's tokens over the cached ones and over themselves. FP32 throughout."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def attend(
         query = b.reshape(query, [0, shape.kv_heads, -1, shape.head_dim])
         positions = b.unsqueeze(b.arange(b.size("query", 2)), 0, 2)
         seen = b.op("LessOrEqual", b.unsqueeze(call.column_position, 1), positions)
+        if attributes.sliding_window:
+            seen = b.op("And", seen, call.in_window)
         bias = b.unsqueeze(b.op("Where", seen, 0.0, MASKED), 1)
         is_token = b.op("Equal", b.unsqueeze(call.position, 1), positions)
         is_token = b.reduce("ReduceSum", b.cast(is_token, FLOAT), 2)
@@ -38,6 +40,9 @@ def attend(
         if visual:
             scores = b.op("Concat", visual.scores(b, query), scores, axis=3)
         scores = b.reshape(scores, [0, shape.query_heads, -1, 0])
+        if attributes.softcap:
+            bound = float(attributes.softcap)
+            scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, bound)), bound)
         weights = b.op("Softmax", b.op("Add", scores, bias), axis=-1)
         weights = b.reshape(weights, [0, shape.kv_heads, -1, 0])
     with b.scope("output"):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vkvx.plugins.function.builder import FLOAT, INT64, Builder, Operand, Value
+from vkvx.plugins.operator import OperatorAttributes
 
 FAR = 2**30
 """Position of a key that no query may see."""
@@ -51,6 +52,7 @@ class CallValues:
     position: Value  # [B, M] position of each entry, FAR for padding
     source: Value  # [B, M] the same, with a valid token in place of padding
     column_position: Value  # [B, g * group_size + n + M] earliest query position that sees the key
+    in_window: Value  # [B, S, g * group_size + n + M] bool, the key is in the query's window ("" without one)
     text_rows: Value  # [B, Hkv, n, 3] cached text rows in the cache
     new_rows: Value  # [B, Hkv, M, 3] entries in key and value
 
@@ -76,8 +78,9 @@ def flat_indices(b: Builder, shape: NodeSizes, outer: Value, inner: Value, size:
     return b.op("Add", b.unsqueeze(b.op("Mul", heads, size), *range(2, rank)), b.unsqueeze(inner, 1))
 
 
-def read_call(b: Builder, shape: NodeSizes, packed: bool) -> CallValues:
+def read_call(b: Builder, shape: NodeSizes, attributes: OperatorAttributes) -> CallValues:
     """Nodes for ``CallValues``."""
+    packed = attributes.is_packed
     with b.scope("call"):
         slot = b.cast("slot", INT64)
         live_rows = b.op("Greater", slot, -1)
@@ -101,7 +104,9 @@ def read_call(b: Builder, shape: NodeSizes, packed: bool) -> CallValues:
         count = b.unsqueeze(text_count, 1)
         text_row = b.op("Max", b.op("Min", cached, b.op("Sub", count, 1)), 0)
         text_rows = indices(b, shape, row, text_row)
-        columns = [b.op("Where", b.op("Less", cached, count), -1, FAR), position]
+        own = _earliest(b, position, valid, attributes.visual_mask)
+        columns = [b.op("Where", b.op("Less", cached, count), -1, FAR), own]
+        window = _window(b, longest, position, attributes) if attributes.sliding_window else []
 
         used = groups = visual_count = visual_seen = cached_groups = cached_tiles = ""
         if packed:
@@ -114,15 +119,50 @@ def read_call(b: Builder, shape: NodeSizes, packed: bool) -> CallValues:
             visual_seen = b.op("Less", token, b.unsqueeze(visual_count, 2))
             visual_seen = b.reshape(visual_seen, [0, -1])
             columns.insert(0, b.op("Where", visual_seen, -1, FAR))
+            if window:
+                window.insert(0, _from_start(b, b.op("Mul", groups, shape.group_size), 0))
             capacity = b.size("visual_count", 1)
             cached_groups = flat_indices(b, shape, row, b.unsqueeze(b.arange(groups), 0), capacity)
             tiles, capacity = (b.op("Mul", x, shape.tiles) for x in (groups, capacity))
             cached_tiles = flat_indices(b, shape, row, b.unsqueeze(b.arange(tiles), 0), capacity)
         column_position = b.op("Concat", *columns, axis=1)
+        in_window = b.op("Concat", *window, axis=2) if window else ""
     return CallValues(
         live, row, text_count, used, groups, visual_count, visual_seen, cached_groups, cached_tiles, position, source,
-        column_position, text_rows, new_rows,
+        column_position, in_window, text_rows, new_rows,
     )  # fmt: skip
+
+
+def _earliest(b: Builder, position: Value, valid: Value, mask: str) -> Value:
+    """Of each entry [B, M] the earliest position of the call that sees it; ``position`` are their own."""
+    if mask == "causal":
+        return position
+    if mask == "prefix":
+        return b.op("Where", valid, -1, FAR)
+    # A run of visual tokens starts behind the last text token before it.
+    visual = b.size("visual_index", 1)
+    text = b.cast("text_index", INT64)  # padding is -1, which lies before all positions
+    before = b.op("Less", b.unsqueeze(text, 1), b.unsqueeze(b.head(position, visual, 1), 2))
+    last = b.op("Where", before, b.unsqueeze(text, 1), -1)
+    last = b.op("Concat", last, b.unsqueeze(b.head(b.op("Sub", b.op("Mul", position, 0), 1), visual, 1), 2), axis=2)
+    start = b.op("Add", b.reduce("ReduceMax", last, 2, keepdims=False), 1)
+    start = b.op("Where", b.op("Less", b.head(position, visual, 1), FAR), start, FAR)
+    return b.op("Concat", start, b.tail(position, visual, 1), axis=1)
+
+
+def _window(b: Builder, longest: Value, position: Value, attributes: OperatorAttributes) -> list[Value]:
+    """Which cached text rows and which entries lie in the window of each position: [B, S, n] and [B, S, M] bool."""
+    query = b.unsqueeze(b.arange(b.size("query", 2)), 0, 2)
+    # All of a prompt see each other, whatever the window.
+    reach = FAR if attributes.visual_mask == "prefix" else attributes.sliding_window
+    own = b.op("Less", b.op("Sub", query, b.unsqueeze(position, 1)), reach)
+    return [_from_start(b, longest, 1), own]
+
+
+def _from_start(b: Builder, length: Value, kind: int) -> Value:
+    """Which of ``length`` cached entries (kind 0) or text rows (1) each position sees: [B, S, length] bool."""
+    start = b.cast(b.op("Gather", "window_start", kind, axis=1), INT64)
+    return b.op("LessOrEqual", b.unsqueeze(start, 2), b.unsqueeze(b.arange(length), 0, 1))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def check_model(
         tokens = [_tokens(processor, *size) for size in pictures]
     except ModelError as error:
         return ModelCheck(place.name, False, str(error))
-    settings = [option.resolve(info.layers, info.typical_tokens) for option in options]
+    settings = [option.resolve(info.cached_layers, info.typical_tokens) for option in options]
     layouts = {option.bits: CacheLayout(info, setting) for option, setting in zip(options, settings, strict=True)}
     size = settings[0].group_size
     rows = (

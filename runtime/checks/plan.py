@@ -165,7 +165,7 @@ def _check(
 def _row(
     info: ModelInfo, options: QuantizationOptions, free: int, decoder: int, tokens: int, pictures: int, text_tokens: int
 ) -> PlanRow:
-    quantization = options.resolve(info.layers, info.typical_tokens)
+    quantization = options.resolve(info.cached_layers, info.typical_tokens)
     layout = CacheLayout(info, quantization)
     picture, text = layout.visual_bytes_per_picture(tokens), layout.text_bytes_per_token
     slot = pictures * picture + text_tokens * text

@@ -257,7 +257,7 @@ class _Comparison:
             self._add(name, phase, None, different, 0, "counts that differ")
         groups, rows = theirs.group_count(self.SLOT), int(theirs.text_count[self.SLOT])
         shares: dict[int, list[float]] = {}
-        for layer in range(self.manifest.model.layers):
+        for layer in range(self.manifest.model.cached_layers):
             for kind in ("key", "value"):
                 if groups:
                     bits, share = self._codes(layer, kind, phase)

@@ -122,7 +122,7 @@ def predicted_memory(library: TensorRTLibrary, bundle: Path, manifest: Manifest,
     return build_memory(
         max(_weight_bytes(bundle, manifest).values()),
         streams=library.writes_streams,
-        plain_layers=manifest.model.layers if plugin_free and manifest.layout.is_packed else 0,
+        plain_layers=len(manifest.model.layers) if plugin_free and manifest.layout.is_packed else 0,
     )
 
 
@@ -302,7 +302,7 @@ def _build_network(job: _Job, name: str, builder: Any, log: Log, partial: Path, 
     proto = legalise(path, library.dialect, plugin_free=job.options.plugin_free)
     network = parse(library, builder, log, proto, path)
     check_tensors(library, network, graph)
-    expected = job.manifest.model.layers if name == DECODER and job.plugin is not None else 0
+    expected = len(job.manifest.model.layers) if name == DECODER and job.plugin is not None else 0
     if network.plugin_layers != expected:
         raise BuildError(
             f"{graph.file} has {network.plugin_layers} plugin layers, expected {expected}, one a decoder layer; "

@@ -86,6 +86,8 @@ class Processor:
         self._videos = open_videos(self._pictures, files.videos, files.images)
         self._video_token = self._pictures.video_mark if isinstance(self._pictures, Filmed) else ""
         self._max_positions = info.max_positions
+        self._prompt = info.prompt
+        self._picture = info.prompt.picture or self._token
 
     @classmethod
     def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
@@ -133,13 +135,13 @@ class Processor:
         options = {"size": limits.size(self._images, self._pictures.limited)} if limits else {}
         if videos:
             self.check_videos()
-        prompt = prompt.replace(PLACEHOLDER, self._token)
+        prompt = prompt.replace(PLACEHOLDER, self._picture).replace(self._token, self._picture)
         if self._video_token:
             prompt = prompt.replace(VIDEO_PLACEHOLDER, self._video_token)
-        marks = [mark for mark in (self._token, self._video_token) if mark]
+        marks = [mark for mark in (self._picture, self._video_token) if mark]
         pieces = re.split(f"({'|'.join(map(re.escape, marks))})", prompt)
         for mark, placeholder, given, noun in (
-            (self._token, PLACEHOLDER, images, "picture"),
+            (self._picture, PLACEHOLDER, images, "picture"),
             (self._video_token, VIDEO_PLACEHOLDER, videos, "video"),
         ):
             if mark and pieces.count(mark) != len(given):
@@ -151,7 +153,7 @@ class Processor:
         frames = 0
         left, films = iter(images), iter(videos)
         for place, piece in enumerate(pieces):
-            if piece == self._token:
+            if piece == self._picture:
                 found = self._encode(next(left), options)
             elif self._video_token and piece == self._video_token:
                 found, count = self._encode_video(next(films), fps, progress)
@@ -160,10 +162,11 @@ class Processor:
                 continue
             encoded += found
             pieces[place] = "".join(one.text for one in found)
-        text = "".join(pieces)
+        own = self._prompt.begin if first else ""
+        text = f"{''.join(pieces[:-1])}{own}{pieces[-1]}{self._prompt.end}"
         with self._tokenizer_lock:
             begin = self._tokenizer.bos_token
-            special = first and not (begin and text.startswith(begin))
+            special = first and not own and not (begin and text.startswith(begin))
             ids = np.asarray(self._tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
         if not ids.size:
             raise InputError("the prompt is empty; give at least one character")
@@ -218,7 +221,7 @@ class Processor:
                 )
         except Exception as error:  # a template is a program of the model's authors
             raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
-        text = text.replace(self._token, PLACEHOLDER)
+        text = text.replace(self._picture, PLACEHOLDER)
         return text.replace(self._video_token, VIDEO_PLACEHOLDER) if self._video_token else text
 
     def _encode(self, image: Picture, options: Mapping[str, Any]) -> list[Encoded]:

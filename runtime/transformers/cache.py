@@ -17,9 +17,11 @@ from transformers import Cache
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import InputError, ModelError, OptionError
 from vkvx.format import TILE
+from vkvx.models.graph.decoder import cache_of
 from vkvx.models.graph.metric import Metrics
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
-from vkvx.plugins.operator import model_attributes
+from vkvx.plugins.operator import METRIC_INPUTS, model_attributes
+from vkvx.runtime.calls import window_starts
 
 PADDING, TEXT, VISUAL, PICTURE = range(4)
 """Kinds of positions; ``PICTURE`` is the first visual token of a picture, ``VISUAL`` any other."""
@@ -40,6 +42,7 @@ class PackedVisualCache(Cache):
         self.layout = layout
         self.metrics = metrics
         self.attributes = model_attributes(layout)
+        self.cache_of = cache_of(layout.info.layers)
         self._running: CacheCall | None = None
         self._clear(0)
 
@@ -296,16 +299,19 @@ class CacheCall:
         else:
             self.text_count = cache._text_count + (kinds != PADDING).sum(1, dtype=torch.int32)
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
-        self._rotations: dict[torch.device, Tensor] = {}
+        self._rotations: dict[torch.device, list[Tensor]] = {}
+        self._window_starts: dict[torch.device, Tensor] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of a layer and storage of its new tokens: query [B, Hq, S, D], key, value [B, Hkv, S, D]."""
-        tensors = tuple(self.cache.buffers(layer, key).values())
+        own = self.cache.cache_of[layer]
+        tensors = tuple(self.cache.buffers(own, key).values())
         visual_index, text_index, slot, visual_count, text_count = self._inputs(key.device)
         output = torch.ops.vkvx.visual_kv_attention_(
             *(query, key, value, visual_index, text_index, slot),
             *(*tensors[:4], visual_count, *tensors[4:], text_count),
-            *self._metrics(layer, key.device),
+            *(self._metrics(layer, key.device) or (None,) * len(METRIC_INPUTS)),
+            self._window_start(key.device) if self.attributes[layer].sliding_window else None,
             **self.attributes[layer].to_dict(),
         )
         self.layers_done.add(layer)
@@ -317,8 +323,26 @@ class CacheCall:
         if metrics is None:
             return ()
         if device not in self._rotations:
-            self._rotations[device] = metrics.rotation(self.last.to(device))
-        return metrics.key[layer], metrics.value[layer], self._rotations[device]
+            self._rotations[device] = metrics.rotations(self.last.to(device))
+        own = self.cache.cache_of[layer]
+        return metrics.key[own], metrics.value[own], self._rotations[device][layer]
+
+    def _window_start(self, device: torch.device) -> Tensor:
+        """Where windows start, INT32 [B, 2, S]. Positions are those of tokens: padding does not count."""
+        if device not in self._window_starts:
+            layout, cached = self.cache.layout, self.cache._kinds
+            new = self.cache.positions(self.kinds).numpy()
+            known = (self.cache.mask.cumsum(1) - 1).numpy()
+            stored = (cached == TEXT) if layout.is_packed else (cached != PADDING)
+            entries = _picture_groups(cached, layout.quantization.group_size).numpy() if layout.is_packed else None
+            starts = []
+            for row, positions in enumerate(new):
+                visual = positions[:0] if entries is None else np.maximum.accumulate(entries[row])
+                visual = known[row][visual] if len(visual) else visual
+                text = known[row][stored[row].numpy()]
+                starts.append(window_starts(positions, layout.info.sliding_window, visual, text))
+            self._window_starts[device] = torch.from_numpy(np.stack(starts)).to(device)
+        return self._window_starts[device]
 
     def _inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """Indices, slots and the counts before the call, on a layer's device."""

@@ -130,7 +130,11 @@ class VisualCacheHandle:
                 known = torch.cat([cache.positions(kinds)[None].to(ids.device), known])
             given["position_ids"] = known
         elif given.get("position_ids") is None:  # count as generate() does
-            given["position_ids"] = cache.positions(kinds).to(ids.device)
+            given["position_ids"] = cache.positions(kinds).to(ids.device) + family_of(model).first_position
+        keep = given.get("logits_to_keep")
+        if isinstance(keep, int) and keep and self.layout.info.cached_layers < len(self.layout.info.layers):
+            # With a number layers that share keys see these positions alone, which the operator cannot tell.
+            given["logits_to_keep"] = torch.arange(max(0, ids.shape[1] - keep), ids.shape[1], device=ids.device)
         call = cache.begin(kinds, given["position_ids"])
         use_cache = given.get("use_cache")
         if use_cache is None:
@@ -226,7 +230,7 @@ def _prepare(model: Any, options: QuantizationOptions) -> tuple[CacheLayout, Met
     if dtype not in FLOAT_DTYPES:
         raise ModelError(f"the model computes in {dtype}; load it with dtype {', '.join(FLOAT_DTYPES)}")
     info = family.info(config, dtype)
-    quantization = options.resolve(info.layers, info.typical_tokens)
+    quantization = options.resolve(info.cached_layers, info.typical_tokens)
     needed = layer_attributes(quantization, 1.0)[0].needs_metrics
     return CacheLayout(info, quantization), model_metrics(family, model, info) if needed else None
 

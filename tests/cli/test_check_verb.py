@@ -22,7 +22,7 @@ def test_check_prints_a_table_or_json(cli: Callable) -> None:
     rows = [line.split() for line in result.out.splitlines()]
     assert ["640x480", "576", "640", "85.0", "KiB"] in [row[:5] for row in rows]
     data = json.loads(cli("check", "tiny-llava", "--json").out)
-    assert (data["supported"], data["group_size"], data["model"]["head_dim"]) == (True, 640, 64)
+    assert (data["supported"], data["group_size"], data["model"]["layers"][0]["head_dim"]) == (True, 640, 64)
     assert [picture["width"] for picture in data["pictures"]] == [1024, 1280, 1920, 1240]
     assert list(data["pictures"][0]["bytes"]) == ["1", "2", "4", "8", "16"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -14,9 +15,21 @@ from typing import Any
 import pytest
 
 from vkvx.errors import BundleError
-from vkvx.manifest import FILE_NAME, FORMAT_VERSION, Manifest, sha256
+from vkvx.manifest import FILE_NAME, FORMAT_VERSION, LayerInfo, Manifest, sha256
 
 CONTENTS = {"vision.onnx": b"vision", "decoder.onnx": b"decoder", "processor/tokenizer.json": b"{}"}
+
+LAYER = {
+    "kv_heads": 2,
+    "head_dim": 64,
+    "scale": 0.125,
+    "sliding_window": 0,
+    "visual_mask": "causal",
+    "softcap": 0.0,
+    "rotary_dim": 0,
+    "rotary_interleaved": False,
+    "keys_of": None,
+}
 
 
 def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
@@ -32,22 +45,18 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "revision": None,
             "architecture": "LlavaForConditionalGeneration",
             "dtype": "float16",
-            "layers": layers,
+            "layers": [copy.deepcopy(LAYER) for _ in range(layers)],
             "query_heads": 4,
-            "kv_heads": 2,
-            "head_dim": 64,
             "hidden_size": 256,
             "embed_width": 256,
             "vocab_size": 128,
             "max_positions": 4096,
             "position_rows": 1,
-            "rotary_dim": 0,
-            "rotary_interleaved": False,
-            "attention_scale": 0.0,
             "image_token_id": 3,
             "tokens_per_picture": 576,
             "typical_tokens": [576],
             "pictures": {"kind": "tiles", "numbers": {"tile_tokens": 576}, "marks": {}},
+            "prompt": {"picture": "", "begin": "", "end": ""},
             "eos_token_ids": [2],
             "pad_token_id": 0,
         },
@@ -171,7 +180,7 @@ def test_a_linked_bundle_and_a_relative_one_are_fine(tmp_path: Path, monkeypatch
     assert Manifest.load("bundle") == Manifest.load(os.curdir + "/link")
 
 
-def set_at(*path: str) -> Callable[[dict[str, Any], Any], None]:
+def set_at(*path: Any) -> Callable[[dict[str, Any], Any], None]:
     def change(data: dict[str, Any], value: Any) -> None:
         for key in path[:-1]:
             data = data[key]
@@ -187,11 +196,21 @@ def set_at(*path: str) -> Callable[[dict[str, Any], Any], None]:
         (("format_version",), "1"),
         (("format_version",), True),
         (("model",), []),
-        (("model", "layers"), 3),
-        (("model", "layers"), "2"),
-        (("model", "head_dim"), 40),
-        (("model", "kv_heads"), 3),
-        (("model", "kv_heads"), 0),
+        (("model", "layers"), []),
+        (("model", "layers"), [LAYER] * 3),
+        (("model", "layers"), 2),
+        (("model", "layers", 1, "head_dim"), 40),
+        (("model", "layers", 1, "kv_heads"), 3),
+        (("model", "layers", 1, "kv_heads"), 0),
+        (("model", "layers", 1, "scale"), 0),
+        (("model", "layers", 1, "sliding_window"), -1),
+        (("model", "layers", 1, "visual_mask"), "magic"),
+        (("model", "layers", 1, "softcap"), -1.0),
+        (("model", "layers", 1, "rotary_dim"), 65),
+        (("model", "layers", 1, "rotary_dim"), 66),
+        (("model", "layers", 0, "keys_of"), 1),
+        (("model", "layers", 1, "keys_of"), 1),
+        (("model", "layers", 1, "keys_of"), 0),  # the quantisation has two caches
         (("model", "dtype"), "int8"),
         (("model", "tokens_per_picture"), 0),
         (("model", "tokens_per_picture"), True),
@@ -242,11 +261,13 @@ def test_numbers_without_end(tmp_path: Path, path: tuple[str, ...], digits: int)
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["layers", "kv_heads", "hidden_size", "vocab_size", "tokens_per_picture"])
-def test_sizes_beyond_those_of_an_index(name: str) -> None:
+@pytest.mark.parametrize(
+    "path", [("hidden_size",), ("vocab_size",), ("tokens_per_picture",), ("layers", 0, "kv_heads")]
+)
+def test_sizes_beyond_those_of_an_index(path: tuple[Any, ...]) -> None:
     data = example()
-    data["model"][name] = 2**31
-    with pytest.raises(BundleError, match=rf"model\.{name} must be .*less than 2\*\*31"):
+    set_at("model", *path)(data, 2**31)
+    with pytest.raises(BundleError, match=rf"model.*{path[-1]} must be .*less than 2\*\*31"):
         Manifest.from_json(data)
 
 
@@ -265,19 +286,63 @@ def test_needs_the_standard_library_only() -> None:
     assert done.stdout.strip() == ""
 
 
-def test_version_one_knew_pictures_of_one_size() -> None:
+def test_each_key_of_a_layer_is_needed() -> None:
+    for key in LAYER:
+        data = example()
+        del data["model"]["layers"][1][key]
+        with pytest.raises(BundleError, match=rf"model\.layers\[1\]\.{key} is missing"):
+            Manifest.from_json(data)
+
+
+def test_layers_with_windows_and_shared_keys() -> None:
+    data = example(layers=3)
+    layers = data["model"]["layers"]
+    layers[0]["sliding_window"] = 24
+    data["model"]["layers"] += [layers[0] | {"keys_of": 0}, layers[2] | {"keys_of": 2}]
+    manifest = Manifest.from_json(data)
+    assert (len(manifest.model.layers), manifest.model.cached_layers, manifest.model.sliding_window) == (5, 3, 24)
+    assert len(manifest.layout.tensors(1, 640, 1)) == 3 * 6
+    for name, value in (("sliding_window", 25), ("scale", 1.0), ("keys_of", 3), ("keys_of", None)):
+        broken = copy.deepcopy(data)
+        broken["model"]["layers"][4][name] = value
+        with pytest.raises(BundleError, match=r"model\.layers\[|quantization.key_bits"):
+            Manifest.from_json(broken)
+
+
+def older(version: int, layers: Any = 2) -> dict[str, Any]:
+    """The same manifest in a format version that knew layers of one kind only."""
     data = example()
-    data["format_version"] = 1
-    for name in ("typical_tokens", "pictures", "position_rows", "embed_width", "rotary_dim", "rotary_interleaved"):
-        del data["model"][name]
-    del data["model"]["attention_scale"]
+    model = data["model"]
+    data["format_version"] = version
+    model |= {"layers": layers, "kv_heads": 2, "head_dim": 64}
+    del model["prompt"]
+    if version == 2:
+        model |= {"rotary_dim": 32, "rotary_interleaved": True, "attention_scale": 0.5}
+        return data
+    for name in ("typical_tokens", "pictures", "position_rows", "embed_width"):
+        del model[name]
     data["graphs"]["vision"] |= {
         "inputs": [{"name": "pixel_values", "dtype": "float32", "shape": ["P", 3, 336, 336]}],
         "outputs": [{"name": "image_embeds", "dtype": "float16", "shape": ["Np", 256]}],
     }
-    manifest = Manifest.from_json(data)
+    return data
+
+
+def test_version_one_knew_pictures_of_one_size() -> None:
+    manifest = Manifest.from_json(older(1))
     model = manifest.model
     assert (model.typical_tokens, model.usual_tokens, model.embed_width) == ((576,), 576, 256)
-    assert (model.position_rows, model.rotary_dim, model.rotary_interleaved, model.attention_scale) == (1, 0, False, 0)
+    assert (model.position_rows, model.layers) == (1, (LayerInfo(kv_heads=2, head_dim=64, scale=0.125),) * 2)
     assert (model.pictures.kind, model.pictures.numbers) == ("tiles", {"tile_tokens": 576})
     assert manifest.graphs["vision"].output_rows({"pixel_values": range(3)}) == 3 * 576
+
+
+def test_version_two_knew_layers_of_one_kind() -> None:
+    layer = LayerInfo(kv_heads=2, head_dim=64, scale=0.5, rotary_dim=32, rotary_interleaved=True)
+    assert Manifest.from_json(older(2)).model.layers == (layer, layer)
+    plain = older(2)
+    plain["model"]["attention_scale"] = 0.0
+    assert Manifest.from_json(plain).model.layers[0].scale == 0.125
+    for version, broken in itertools.product((1, 2), (3, 2**31, 0, -1, "2", None)):
+        with pytest.raises(BundleError, match=r"model\.layers|quantization.key_bits"):
+            Manifest.from_json(older(version, broken))

@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, Qwen2Conf
 from vkvx import ExportOptions, export_model
 from vkvx.errors import ModelError, OptionError, StorageError
 from vkvx.export.build import BuiltModel, build
-from vkvx.manifest import Manifest
+from vkvx.manifest import LayerInfo, Manifest
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import resolve
@@ -34,8 +34,9 @@ def test_manifest_tells_all(checkpoint: Path, mixed_bundle: Path) -> None:
     manifest.verify(mixed_bundle)
     model = manifest.model
     assert (model.name, model.source, model.revision) == ("tiny-random", str(checkpoint.resolve()), None)
-    assert (model.architecture, model.dtype, model.layers) == ("LlavaForConditionalGeneration", "float32", 2)
-    assert (model.query_heads, model.kv_heads, model.head_dim, model.hidden_size) == (4, 2, 64, 128)
+    assert (model.architecture, model.dtype, len(model.layers)) == ("LlavaForConditionalGeneration", "float32", 2)
+    layer = LayerInfo(kv_heads=2, head_dim=64, scale=0.125)
+    assert (model.query_heads, model.hidden_size, set(model.layers)) == (4, 128, {layer})
     assert (model.vocab_size, model.max_positions, model.image_token_id) == (512, 4096, 3)
     assert (model.tokens_per_picture, model.eos_token_ids, model.pad_token_id) == (16, (2,), 0)
     q = manifest.quantization

@@ -20,7 +20,7 @@ from vkvx.export.build import METRICS_FILE
 from vkvx.export.trace import trace
 from vkvx.manifest import Graph, Manifest, TensorSpec
 from vkvx.models.registry import resolve
-from vkvx.plugins.operator import INPUTS, METRIC_INPUTS, NAME, OUTPUTS, OperatorAttributes, layer_attributes
+from vkvx.plugins.operator import ALL_INPUTS, INPUTS, NAME, OUTPUTS, OperatorAttributes, layer_attributes
 from vkvx.plugins.schema import operator_schema
 from vkvx.runtime.backends.torch.loading import load_reference
 from vkvx.runtime.calls import Row, build_call, place_embeds
@@ -76,7 +76,7 @@ def test_one_node_a_layer_with_all_attributes(mixed_bundle: Path) -> None:
     model, _ = load(mixed_bundle, "decoder")
     nodes = [node for node in model.graph.node if node.op_type == NAME]
     manifest = Manifest.load(mixed_bundle)
-    expected = layer_attributes(manifest.quantization, manifest.model.head_dim**-0.5)
+    expected = layer_attributes(manifest.quantization, manifest.model.layers[0].scale)
     assert [node.overload for node in nodes] == ["k8v8", "k1v1"]
     assert [(f.domain, f.name, f.overload) for f in model.functions] == [
         ("vkvx", NAME, "k8v8"),
@@ -106,7 +106,7 @@ def test_structure(bundle: Path) -> None:
         assert kinds["Transpose"] > 0
         inline = sum(len(entry.SerializeToString()) for entry in model.graph.initializer)
         assert inline < 200_000
-    assert len(model.graph.node) < 130 * Manifest.load(bundle).model.layers
+    assert len(model.graph.node) < 130 * len(Manifest.load(bundle).model.layers)
     onnx.checker.check_model(bundle / "decoder.onnx", full_check=True)
     onnx.checker.check_model(bundle / "vision.onnx", full_check=True)
 
@@ -202,9 +202,11 @@ def test_baseline_in_onnxruntime(checkpoint: Path, baseline_bundle: Path) -> Non
 
 def test_schema_is_the_definition_table() -> None:
     schema = operator_schema()
-    assert [entry.name for entry in schema.inputs] == [entry.name for entry in (*INPUTS, *METRIC_INPUTS)]
+    assert [entry.name for entry in schema.inputs] == [entry.name for entry in ALL_INPUTS]
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    assert [entry.name for entry in schema.inputs if entry.option == optional] == [t.name for t in METRIC_INPUTS]
+    assert [entry.name for entry in schema.inputs if entry.option == optional] == [
+        t.name for t in ALL_INPUTS[len(INPUTS) :]
+    ]
     assert [entry.name for entry in schema.outputs] == [entry.name for entry in OUTPUTS]
     defaults = {name: onnx.helper.get_attribute_value(entry.default_value) for name, entry in schema.attributes.items()}
     expected = OperatorAttributes().to_dict()

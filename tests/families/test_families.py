@@ -16,7 +16,7 @@ import torch
 from engine_calls import build
 from families import PICTURES, PROMPTS, ROOM, TALL, WIDE, Case, Recorded
 from PIL import Image
-from reference import IMAGE_TOKEN, Reference, joined
+from reference import Reference, joined
 
 from vkvx import ExportOptions, evaluate, quantize_visual_cache
 from vkvx.manifest import Manifest
@@ -33,8 +33,7 @@ thousands; all codes together make up the change."""
 
 
 def reference_prompts(reference: Reference, prompts: Any = PROMPTS) -> list[str]:
-    token = str(reference.tokenizer.convert_ids_to_tokens(IMAGE_TOKEN))
-    return [prompt.replace(PLACEHOLDER, token) for prompt in prompts]
+    return [prompt.replace(PLACEHOLDER, reference.picture) for prompt in prompts]
 
 
 def prepared_alone(
@@ -74,6 +73,8 @@ def test_greedy_answers_of_a_batch(reference: Reference, session: Session) -> No
 
 
 def test_second_turn_with_another_picture(reference: Reference, session: Session) -> None:
+    if any(layer.visual_mask == "prefix" for layer in session.manifest.model.layers):
+        pytest.skip("in one prompt of both turns, which transformers is given, the first turn sees the second")
     first = prepared_alone(reference, PROMPTS[1], [TALL])
     second = prepared_alone(reference, PROMPTS[0], [TALL, WIDE], first=False)
     answer, _ = reference.generate(first, 8)
@@ -131,7 +132,7 @@ def test_engines_are_built(case: Case, packed: Path, plugin_file: Path, capabili
     result = build(bundle, plugin_file, compute_capabilities=(capability,))
     manifest, model = EngineManifest.load(result.directory), Manifest.load(bundle)
     manifest.check_bundle(bundle)
-    assert manifest.engines["decoder"].plugin_layers == model.model.layers
+    assert manifest.engines["decoder"].plugin_layers == len(model.model.layers)
     (profile,) = (one for one in manifest.profiles if one.engine == VISION)
     for tokens in (0, min(model.model.usual_tokens, manifest.limits.pictures)):
         picture = golden.picture(model, tokens)

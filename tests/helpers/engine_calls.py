@@ -62,20 +62,20 @@ def with_bits(bundle: Path, target: Path, bits: int) -> Path:
     """
     link_bundle(bundle, target)
     manifest = Manifest.load(bundle)
-    layers = (bits,) * manifest.model.layers
+    layers = (bits,) * manifest.model.cached_layers
     tuned = {
         "quantile_alpha_key": QUANTILE_ALPHA[bits],
         "quantile_alpha_value": QUANTILE_ALPHA[bits],
         "shrink_key": SHRINK_KEY[bits],
         "shrink_value": SHRINK_VALUE[bits],
     }
-    in_layers = {name: (value,) * manifest.model.layers for name, value in tuned.items()}
+    in_layers = {name: (value,) * manifest.model.cached_layers for name, value in tuned.items()}
     quantization = replace(manifest.quantization, key_bits=layers, value_bits=layers, **in_layers)
     layout = CacheLayout(manifest.model, quantization)
     specs = {
         f"{prefix}.{layer}.{name}": TensorSpec(f"{prefix}.{layer}.{name}", *tensor)
         for prefix in ("past", "present")
-        for layer in range(manifest.model.layers)
+        for layer in range(manifest.model.cached_layers)
         for name, tensor in layout.layer_tensors(layer, "Bc", "T", "G", "N").items()
     }
     decoder = manifest.graphs["decoder"]

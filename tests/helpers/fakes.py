@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from vkvx.manifest import FileInfo, Graph, Manifest, ModelInfo, PictureInfo, Quantization, TensorSpec
+from vkvx.manifest import (
+    FileInfo,
+    Graph,
+    LayerInfo,
+    Manifest,
+    ModelInfo,
+    PictureInfo,
+    PromptInfo,
+    Quantization,
+    TensorSpec,
+)
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call, place_embeds
 from vkvx.runtime.engines.manifest import Limits
@@ -37,22 +47,18 @@ def manifest(
             revision=None,
             architecture="LlavaForConditionalGeneration",
             dtype=dtype,
-            layers=layers,
+            layers=(LayerInfo(kv_heads=2, head_dim=64, scale=0.125),) * layers,
             query_heads=4,
-            kv_heads=2,
-            head_dim=64,
             hidden_size=8,
             embed_width=8,
             vocab_size=256,
             max_positions=max_positions,
             position_rows=1,
-            rotary_dim=0,
-            rotary_interleaved=False,
-            attention_scale=0.0,
             image_token_id=IMAGE,
             tokens_per_picture=PICTURE_TOKENS,
             typical_tokens=(PICTURE_TOKENS,),
             pictures=PictureInfo("tiles", {"tile_tokens": PICTURE_TOKENS}, {}),
+            prompt=PromptInfo(),
             eos_token_ids=(EOS,),
             pad_token_id=0,
         ),

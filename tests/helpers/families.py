@@ -41,6 +41,11 @@ CASES = (
     Case("tiny-mistral3", (12, 8)),
     Case("tiny-ministral3", (12, 8)),
     Case("tiny-lightonocr", (8, 8)),
+    Case("tiny-gemma3", (16, 16)),
+    Case("tiny-paligemma", (16, 16)),
+    Case("tiny-paligemma2", (16, 16)),
+    Case("tiny-gemma4", (60, 60)),
+    Case("tiny-gemma4-e", (60, 60)),
 )
 
 WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import KERNELS, Params
-from vkvx.plugins.operator import INPUTS, OperatorAttributes
+from vkvx.plugins.operator import OperatorAttributes
 
 
 @dataclass
 class Case:
-    """A decode call: group counts and text count by row, and which positions of a row are padding."""
+    """A call: group counts and text count by row, which positions are padding, and which are pictures, from and to."""
 
     key_bits: int = 1
     value_bits: int = 1
@@ -29,6 +29,10 @@ class Case:
     counts: list[list[int]] = field(default_factory=lambda: [[256, 256, 219], [77], [], [256, 5, 256, 130]])
     text: list[int] = field(default_factory=lambda: [100, 0, 33, 61])
     padding: list[list[int]] = field(default_factory=lambda: [[], [0], [2], [1]])
+    pictures: list[tuple[int, int]] = field(default_factory=list)
+    sliding_window: int = 0
+    visual_mask: str = "causal"
+    softcap: float = 0.0
     slots: int = 6
     groups: int = 4
     text_rows: int = 100
@@ -42,6 +46,9 @@ class Case:
             group_size=self.group_size,
             score_correction=self.correction,
             scale=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            visual_mask=self.visual_mask,
+            softcap=self.softcap,
         )
 
 
@@ -81,19 +88,43 @@ def make(case: Case, device: str = "cuda") -> dict[str, Tensor]:
         for name in ("visual_key_params", "visual_value_params"):
             t[name][at, :, visual_count[at] == 0] = torch.nan
     t["visual_count"], t["text_count"] = visual_count.to(device), text_count.to(device)
-    text_index = torch.arange(s, dtype=torch.int32).repeat(rows, 1)
+    text_index, visual_index = (torch.full((rows, n), -1, dtype=torch.int32) for n in (s, 0))
+    visual = {i for start, end in case.pictures for i in range(start, min(end, s))}
+    if visual:
+        entries = sum(-(-(end - start) // case.group_size) for start, end in case.pictures) * case.group_size
+        visual_index = torch.full((rows, entries), -1, dtype=torch.int32)
     # As models make them: positions before heads in memory.
     for name, heads in (("query", case.kv_heads * case.ratio), ("key", case.kv_heads), ("value", case.kv_heads)):
         t[name] = normal(rows, s, heads, d).to(case.dtype).transpose(1, 2)
     for row in range(rows):
         pads = [i for i in case.padding[row] if i < s and s > 1]
         kept = [i for i in range(s) if i not in pads]
-        text_index[row] = torch.tensor(kept + [-1] * len(pads), dtype=torch.int32)
+        texts = [i for i in kept if i not in visual]
+        text_index[row, : len(texts)] = torch.tensor(texts, dtype=torch.int32)
+        at = 0
+        for start, end in case.pictures:
+            picture = [i for i in kept if start <= i < end]
+            visual_index[row, at : at + len(picture)] = torch.tensor(picture, dtype=torch.int32)
+            at += -(-len(picture) // case.group_size) * case.group_size
         for name in ("query", "key", "value"):
             t[name][row, :, pads] = torch.nan
     t["text_index"] = text_index.to(device)
-    t["visual_index"] = torch.zeros(rows, 0, dtype=torch.int32, device=device)
-    return {definition.name: t[definition.name] for definition in INPUTS}
+    t["visual_index"] = visual_index.to(device)
+    if case.sliding_window:
+        t["window_start"] = _window_start(case, s).to(device)
+    return {definition.name: t[definition.name] for definition in case.attributes.inputs}
+
+
+def _window_start(case: Case, positions: int) -> Tensor:
+    """Ascending starts of each row: from the first token, from within what is cached, past all of it."""
+    start = torch.zeros(len(case.counts), 2, positions, dtype=torch.int32)
+    choose = random.Random(case.seed)
+    for row, counts in enumerate(case.counts):
+        for kind, filled in enumerate((len(counts) * case.group_size, case.text[row])):
+            first = choose.choice([0, filled // 3, max(0, filled - 2 - positions), filled, choose.randint(0, filled)])
+            steps = torch.tensor([choose.randint(0, 2) for _ in range(positions)]).cumsum(0)
+            start[row, kind] = (first + steps).clamp(max=filled)
+    return start
 
 
 def attend(tensors: dict[str, Tensor], attributes: OperatorAttributes, kernel: str = "auto", splits: int = 0) -> Tensor:
@@ -121,7 +152,7 @@ def _codes(words: Tensor, along_tokens: bool) -> Tensor:
 
 
 def reference(t: dict[str, Tensor], a: OperatorAttributes) -> Tensor:
-    """Attention in float64, row by row, for calls without visual tokens of their own."""
+    """Attention in float64, row by row."""
     rows, heads, s, d = t["query"].shape
     kv = t["key"].shape[1]
     out = torch.zeros(rows, heads, s, d, dtype=torch.float64, device=t["query"].device)
@@ -129,10 +160,20 @@ def reference(t: dict[str, Tensor], a: OperatorAttributes) -> Tensor:
         slot = int(t["slot"][b])
         if slot < 0:
             continue
-        index = t["text_index"][b]
-        token = torch.zeros(s, dtype=torch.bool, device=out.device)
-        token[index[index >= 0].long()] = True
+        is_text, is_visual = (torch.zeros(s, dtype=torch.bool, device=out.device) for _ in range(2))
+        for found, name in ((is_text, "text_index"), (is_visual, "visual_index")):
+            index = t[name][b]
+            found[index[index >= 0].long()] = True
+        token = is_text | is_visual
         q = torch.where(token[:, None], t["query"][b].double(), 0.0).reshape(kv, -1, d)
+        none = torch.zeros(2, s, dtype=torch.int32, device=out.device)
+        visual_start, text_start = t["window_start"][b] if a.sliding_window else none
+
+        def bounded(x: Tensor, start: Tensor, place: Tensor) -> Tensor:
+            """Scores [Hkv, Hq/Hkv * S, n] of what is cached at these places, less those before a position's start."""
+            x = a.softcap * torch.tanh(x / a.softcap) if a.softcap else x
+            return torch.where((place >= start[:, None]).repeat(heads // kv, 1), x, -1e300)
+
         counts = [count for count in t["visual_count"][slot].tolist() if count]
         scores, values = [], []
         if counts:
@@ -149,18 +190,32 @@ def reference(t: dict[str, Tensor], a: OperatorAttributes) -> Tensor:
             if a.score_correction == "affine":
                 low, high = x.amin(-1, True), x.amax(-1, True)
                 x = low + (x - low) * ((high - a.tau - low) / (high - low)).clamp(min=0)
-            scores.append(x)
+            scores.append(bounded(x, visual_start, torch.arange(valid.numel(), device=out.device)[valid.flatten()]))
             values.append(v)
         count = int(t["text_count"][slot])
-        scores.append(q @ t["text_key"][slot, :, :count].double().transpose(1, 2) * a.scale)
+        x = q @ t["text_key"][slot, :, :count].double().transpose(1, 2) * a.scale
+        scores.append(bounded(x, text_start, torch.arange(count, device=out.device)))
         values.append(t["text_value"][slot, :, :count].double())
         key, value = (torch.where(token[:, None], t[n][b].double(), 0.0) for n in ("key", "value"))
-        seen = torch.ones(s, s, dtype=torch.bool, device=out.device).tril() & token
-        scores.append(torch.where(seen.repeat(heads // kv, 1), q @ key.transpose(1, 2) * a.scale, -1e300))
+        seen = _own_seen(is_text, is_visual, a) & token
+        x = bounded(q @ key.transpose(1, 2) * a.scale, torch.zeros_like(text_start), torch.arange(s, device=out.device))
+        scores.append(torch.where(seen.repeat(heads // kv, 1), x, -1e300))
         values.append(value)
         o = (torch.cat(scores, -1).softmax(-1) @ torch.cat(values, 1)).reshape(heads, s, d)
         out[b] = torch.where(token[:, None], o, 0.0)
     return out
+
+
+def _own_seen(is_text: Tensor, is_visual: Tensor, a: OperatorAttributes) -> Tensor:
+    """Which positions of the call each position sees by its mask and window: BOOL [S, S]."""
+    place = torch.arange(len(is_text), device=is_text.device)
+    causal = place <= place[:, None]
+    if a.visual_mask == "prefix":
+        return torch.ones_like(causal)
+    if a.visual_mask == "run":
+        run = is_text.cumsum(0)
+        causal = causal | ((run == run[:, None]) & is_visual & is_visual[:, None])
+    return causal & (place[:, None] - place < a.sliding_window) if a.sliding_window else causal
 
 
 def error(output: Tensor, expected: Tensor) -> float:

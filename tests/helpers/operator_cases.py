@@ -18,6 +18,17 @@ INPUTS = (
 )
 METRIC_INPUTS = ("key_metric", "value_metric", "rotation")
 """Further inputs of calls whose quantizer is `shaped`."""
+ALL_INPUTS = (*INPUTS, *METRIC_INPUTS, "window_start")
+MASKS: tuple[dict[str, object], ...] = (
+    {"visual_mask": "run"},
+    {"visual_mask": "prefix"},
+    {"sliding_window": 30},
+    {"sliding_window": 3, "visual_mask": "run"},
+    {"sliding_window": 50, "visual_mask": "prefix"},
+    {"softcap": 2.0},
+    {"softcap": 5.0, "sliding_window": 20, "visual_mask": "run"},
+)
+"""Attributes of layers that do not attend causally to all scores as they are."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -124,7 +135,7 @@ def new_call(
     garbage: float = 1e4,
     sharpness: float = 1.0,
 ) -> Arrays:
-    """All inputs, 14 or 17, for rows of (slot, layout), slot -1 for an idle row.
+    """All inputs, for rows of (slot, layout), slot -1 for an idle row.
 
     `empty_groups` more groups of -1 and `spare` more text entries and positions pad every row; padding positions of
     query, key and value hold `garbage`.  `sharpness` scales the queries.
@@ -150,7 +161,23 @@ def new_call(
         visual_index=visual_index, text_index=text_index, slot=np.array([slot for slot, _ in rows], np.int32), **state
     )
     inputs = {name: inputs[name] for name in INPUTS}
-    return inputs | new_metrics(len(rows), dims, rng) if needs_metrics(attributes) else inputs
+    if needs_metrics(attributes):
+        inputs |= new_metrics(len(rows), dims, rng)
+    if attributes.sliding_window:
+        inputs["window_start"] = new_window_start(inputs, attributes, rng)
+    return inputs
+
+
+def new_window_start(inputs: Arrays, attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+    """Random places where windows start, ascending along a row: at the first cached token, within, or past them all."""
+    length = inputs["query"].shape[2]
+    start = np.zeros((len(inputs["slot"]), 2, length), np.int32)
+    for b, slot in enumerate(inputs["slot"]):
+        groups = int((inputs["visual_count"][slot] > 0).sum()) if slot >= 0 else 0
+        for kind, filled in enumerate((groups * attributes.group_size, int(inputs["text_count"][slot]))):
+            first = rng.integers(0, filled + 1) * rng.integers(0, 2)
+            start[b, kind] = np.minimum(first + np.cumsum(rng.integers(0, 3, length)), filled)
+    return start
 
 
 def needs_metrics(attributes: Attributes) -> bool:

@@ -252,6 +252,9 @@ class Attributes:
     scale: float = 0.125
     rotary_dim: int = 0
     rotary_interleaved: int = 0
+    softcap: float = 0.0
+    sliding_window: int = 0
+    visual_mask: str = "causal"
 
 
 @dataclass(frozen=True)
@@ -290,8 +293,17 @@ def corrected(scores: list[np.ndarray], rests: list[float], attributes: Attribut
     raise ValueError(attributes.score_correction)
 
 
+def sees_own(query: int, key: int, text: list[int], visual: list[int], attributes: Attributes) -> bool:
+    """Whether a position of a call sees another one of it; the positions of its text and visual tokens are given."""
+    if attributes.visual_mask == "prefix":
+        return True
+    in_window = attributes.sliding_window == 0 or query - key < attributes.sliding_window
+    one_run = query in visual and key in visual and not any(query < t < key for t in text)
+    return in_window and (key <= query or (attributes.visual_mask == "run" and one_run))
+
+
 def visual_kv_attention(inputs: dict[str, np.ndarray], attributes: Attributes) -> Result:
-    """The whole operator.  inputs: its 14 tensors by name, as NumPy (BF16 widened to float32); none is changed."""
+    """The whole operator.  inputs: its tensors by name, as NumPy (BF16 widened to float32); none is changed."""
     a = attributes
     query = np.asarray(inputs["query"], np.float64)
     new_key, new_value = np.asarray(inputs["key"], np.float64), np.asarray(inputs["value"], np.float64)
@@ -328,13 +340,27 @@ def visual_kv_attention(inputs: dict[str, np.ndarray], attributes: Attributes) -
             for hq in range(h * share, (h + 1) * share):
                 for s in new_positions:
                     q = query[b, hq, s]
+                    first_visual, first_text = inputs["window_start"][b, :, s] if a.sliding_window else (0, 0)
                     rests = [0.5 * a.scale**2 * float(np.sum(q**2 * r)) for r in rms_squared]
                     visual_scores = corrected([a.scale * (k @ q) for k in keys], rests, a)
-                    seen = [i for i in new_positions if i <= s]
+                    seen = [i for i in new_positions if sees_own(s, i, text_positions, visual_positions, a)]
+                    starts = [max(int(first_visual) - g * a.group_size, 0) for g in range(len(keys))]
                     scores = np.concatenate(
-                        [*visual_scores, a.scale * (text_key @ q), a.scale * (new_key[b, h, seen] @ q)]
+                        [
+                            *(part[start:] for part, start in zip(visual_scores, starts, strict=True)),
+                            a.scale * (text_key[first_text:] @ q),
+                            a.scale * (new_key[b, h, seen] @ q),
+                        ]
                     )
-                    attended = np.concatenate([*values, text_value, new_value[b, h, seen]])
+                    if a.softcap:
+                        scores = a.softcap * np.tanh(scores / a.softcap)
+                    attended = np.concatenate(
+                        [
+                            *(part[start:] for part, start in zip(values, starts, strict=True)),
+                            text_value[first_text:],
+                            new_value[b, h, seen],
+                        ]
+                    )
                     weights = np.exp(scores - scores.max())
                     output[b, hq, s] = (weights / weights.sum()) @ attended
                     products = np.concatenate([*keys, text_key, new_key[b, h, seen]])

@@ -31,6 +31,10 @@ class Reference:
         self.images: Any = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True)
         self.videos: Any = video_processor(directory, self.kind) if self.kind in KINDS else None
         self.processor = self._processor(config)
+        self.picture = str(self.tokenizer.convert_ids_to_tokens(IMAGE_TOKEN))
+        """Stands for a picture in a prompt."""
+        if self.kind == "gemma3":
+            self.picture = self.processor.boi_token
         self.model: Any = getattr(transformers, config.architectures[0]).from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         )
@@ -84,6 +88,12 @@ class Reference:
                 return kind(**parts, video_processor=None)
             if self.kind == "paddleocr_vl":
                 return transformers.PaddleOCRVLProcessor(**parts)
+            if self.kind == "gemma3":
+                return transformers.Gemma3Processor(**parts, image_seq_length=config.mm_tokens_per_image)
+            if self.kind == "gemma4":
+                return transformers.Gemma4Processor(feature_extractor=None, video_processor=None, **parts)
+            if self.kind == "paligemma":
+                return transformers.PaliGemmaProcessor(**parts)
             # SmolVLMProcessor writes the same for pictures, and wants another package for videos.
             tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
             return transformers.Idefics3Processor(**parts, image_seq_len=tokens)
@@ -97,13 +107,16 @@ class Reference:
         videos: Sequence[np.ndarray] = (),
         rate: float = 2.0,
     ) -> dict[str, torch.Tensor]:
-        """Model inputs of prompts that have the image token once a picture, padded on the left.
+        """Model inputs of prompts that have ``picture`` once a picture, padded on the left.
 
         Those that go on with a conversation, not ``first``, get no begin-of-sequence token. ``videos`` are frames UINT8
         [T, height, width, 3], ``rate`` of them a second.
         """
+        if self.kind == "paligemma" and not any(pictures):  # which its processor refuses
+            (prompt,) = prompts
+            return dict(self.tokenizer(f"{self.tokenizer.bos_token}{prompt}\n", return_tensors="pt"))
         given: Any = [list(row) for row in pictures]
-        if self.kind not in ("idefics3", "smolvlm"):
+        if self.kind not in ("idefics3", "smolvlm", "gemma3", "gemma4"):
             given = [picture for row in pictures for picture in row]
         clips: dict[str, Any] = {}
         if videos:
@@ -119,7 +132,9 @@ class Reference:
             return_tensors="pt",
             add_special_tokens=first,
         )
-        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        tensors.pop("labels", None)
+        return tensors
 
     def pixels(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:
         """The pixels in model inputs, without what fills pictures up to the size of others; Pixtral's as patches."""
@@ -134,6 +149,8 @@ class Reference:
             grids, sizes = self.config.image_grid_pinpoints, inputs["image_sizes"]
             counts = [image_size_to_num_patches(size, grids, vision.image_size) for size in sizes]
             return np.concatenate([tiles[:count] for tiles, count in zip(pixels.numpy(), counts, strict=True)])
+        if self.kind == "gemma4":
+            return pixels[inputs["image_position_ids"][..., 0] >= 0].numpy()
         return pixels.numpy()
 
     def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +188,7 @@ def joined(
             whole[name] = first.get(name, second.get(name))
             continue
         between = [torch.tensor(answer)[None]] if name == "input_ids" else []
-        if name in ("attention_mask", "mm_token_type_ids"):
+        if name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             between = [torch.full((1, len(answer)), int(name == "attention_mask"))]
         parts = [first[name], *between, second[name]]
         if name == "pixel_values" and "image_sizes" in first:  # a picture is filled up to the size of the largest

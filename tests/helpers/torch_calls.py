@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from operator_cases import CACHES, INPUTS, METRIC_INPUTS, Arrays
+from operator_cases import ALL_INPUTS, CACHES, Arrays
 from oracle import Attributes
 from torch import Tensor
 
@@ -34,10 +34,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def arguments(attributes: Attributes) -> dict[str, object]:
-    return asdict(attributes) | {"softcap": 0.0, "sliding_window": 0}
+    return asdict(attributes)
+
+
+def in_order(named: dict[str, Tensor]) -> list[Tensor | None]:
+    """The inputs of the torch ops, None for one that the call does not have."""
+    return [named.get(name) for name in ALL_INPUTS]
 
 
 def run_op(named: dict[str, Tensor], attributes: Attributes) -> dict[str, Tensor]:
-    tensors_in_order = (named[n] for n in (*INPUTS, *METRIC_INPUTS) if n in named)
-    results = torch.ops.vkvx.visual_kv_attention(*tensors_in_order, **arguments(attributes))
+    results = torch.ops.vkvx.visual_kv_attention(*in_order(named), **arguments(attributes))
     return dict(zip(("output", *CACHES), results, strict=True))

@@ -36,8 +36,8 @@ class Decoder:
     def __init__(self, checkpoint: Path, model: Any, slots: int, groups: int, rows: int, **options: Any) -> None:
         source = resolve(checkpoint)
         self.info = source.info("float32")
-        q = ExportOptions(**options).resolve(self.info.layers, self.info.typical_tokens)
-        attributes = layer_attributes(q, self.info.head_dim**-0.5)
+        q = ExportOptions(**options).resolve(self.info.cached_layers, self.info.typical_tokens)
+        attributes = layer_attributes(q, self.info.layers[0].scale)
         family = source.family
         metrics = model_metrics(family, model, self.info)
         pairs = tuple(zip(metrics.key, metrics.value, strict=True)) if attributes[0].needs_metrics else ()
@@ -46,7 +46,7 @@ class Decoder:
         tiles = groups * q.group_size // 128 if packed else 0
         groups = groups if packed else 0
         self.caches = []
-        for layer in range(self.info.layers):
+        for layer in range(self.info.cached_layers):
             for dtype, shape in CacheLayout(self.info, q).layer_tensors(layer, slots, tiles, groups, rows).values():
                 fill = -1 if dtype == "int32" else torch.nan
                 self.caches.append(torch.full(shape, fill, dtype=getattr(torch, dtype)))
@@ -214,7 +214,7 @@ def test_other_scales_are_refused(checkpoint: Path, model: Any) -> None:
         with pytest.raises(ModelError, match=r"layer 1 scales its scores by 1\.0"):
             decoder([Row(0, np.array([1]))])
     finally:
-        model.model.language_model.layers[1].self_attn.scaling = decoder.info.head_dim**-0.5
+        model.model.language_model.layers[1].self_attn.scaling = decoder.info.layers[0].scale
 
 
 def test_a_layer_that_bypasses_the_attention_function_is_noticed(checkpoint: Path, model: Any) -> None:
@@ -227,7 +227,7 @@ def test_a_layer_that_bypasses_the_attention_function_is_noticed(checkpoint: Pat
 def test_specs_name_all_tensors(checkpoint: Path) -> None:
     source = resolve(checkpoint)
     info = source.info("float16")
-    q = ExportOptions(bits_per_layer="1:8").resolve(info.layers, info.typical_tokens)
+    q = ExportOptions(bits_per_layer="1:8").resolve(info.cached_layers, info.typical_tokens)
     layout = CacheLayout(info, q)
     inputs, outputs = decoder_inputs(layout), decoder_outputs(layout)
     names = ["input_ids", "position_ids", "visual_embeds", "visual_index", "text_index", "last_index", "slot"]

@@ -46,13 +46,14 @@ def rotation(position: int, d: int) -> np.ndarray:
 
 def test_metrics_are_what_the_format_says(source, model, info) -> None:
     metrics = model_metrics(source.family, model, info)
-    d, share = info.head_dim, info.query_heads // info.kv_heads
+    d, heads = info.layers[0].head_dim, info.layers[0].kv_heads
+    share = info.query_heads // heads
     positions = np.unique(np.geomspace(1, REACH, 64).astype(int))
     for layer, block in enumerate(model.model.language_model.layers):
         attention = block.self_attn
         query = (attention.q_proj.weight * block.input_layernorm.weight).double().numpy()
         output = attention.o_proj.weight.double().numpy()
-        for head in range(info.kv_heads):
+        for head in range(heads):
             key, value = np.zeros((d, d)), np.zeros((d, d))
             for h in range(head * share, (head + 1) * share):
                 part = query[h * d : (h + 1) * d]
@@ -70,8 +71,8 @@ def test_metrics_are_what_the_format_says(source, model, info) -> None:
 
 def test_the_rotation_of_a_call_is_the_models(source, model, info) -> None:
     metrics = model_metrics(source.family, model, info)
-    cosine, sine = metrics.rotation(torch.tensor([0, 7, 900])).double().unbind(1)
-    d = info.head_dim
+    cosine, sine = metrics.rotations(torch.tensor([0, 7, 900]))[0].double().unbind(1)
+    d = info.layers[0].head_dim
     for row, position in enumerate((0, 7, 900)):
         matrix = rotation(position, d)
         assert np.allclose(cosine[row].numpy(), np.diag(matrix), atol=1e-4)

@@ -37,7 +37,12 @@ def test_alias() -> None:
     source = resolve("tiny-llava")
     assert (source.name, source.origin, source.revision) == ("tiny-llava", "tiny-llava", None)
     info = source.info("float16")
-    assert (info.tokens_per_picture, info.head_dim, info.image_token_id, info.eos_token_ids) == (576, 64, 3, (2,))
+    assert (info.tokens_per_picture, info.layers[0].head_dim, info.image_token_id, info.eos_token_ids) == (
+        576,
+        64,
+        3,
+        (2,),
+    )
     assert resolve(info.source).directory == source.directory
 
 
@@ -54,7 +59,7 @@ def test_directory(checkpoint: Path) -> None:
     source = resolve(checkpoint)
     assert (source.name, source.origin) == ("tiny-random", str(checkpoint.resolve()))
     info = source.info("bfloat16")
-    assert (info.tokens_per_picture, info.layers, info.query_heads, info.kv_heads) == (16, 2, 4, 2)
+    assert (info.tokens_per_picture, len(info.layers), info.query_heads, info.layers[0].kv_heads) == (16, 2, 4, 2)
     assert (info.dtype, info.eos_token_ids, info.pad_token_id) == ("bfloat16", (2,), 0)
 
 

@@ -87,6 +87,74 @@ def test_prefill(head_dim: int, dtype: torch.dtype, correction: str) -> None:
         compare(case, "prefill")
 
 
+MASKS = (
+    {"sliding_window": 3},
+    {"sliding_window": 150},
+    {"visual_mask": "run"},
+    {"visual_mask": "run", "sliding_window": 40},
+    {"visual_mask": "prefix"},
+    {"visual_mask": "prefix", "sliding_window": 5},
+    {"softcap": 2.0},
+    {"softcap": 3.0, "visual_mask": "run", "sliding_window": 70},
+)
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_masks_in_decode(head_dim: int, masks: dict[str, object]) -> None:
+    for i, (ratio, positions) in enumerate(SHAPES):
+        bits, dtype = BITS[i % 4], torch.bfloat16 if i % 3 == 0 else torch.float16
+        pictures = [(1, 3), (4, 8)] if positions > 3 else []
+        for splits in (0, 1, 3):
+            case = Case(bits, BITS[(i + splits) % 4], head_dim, 2, ratio, positions, dtype=dtype, pictures=pictures)
+            compare(replace(case, **masks), "codes", splits)
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 128, 256, 512])
+def test_masks_in_prefill(head_dim: int, masks: dict[str, object]) -> None:
+    for i, positions in enumerate((1, 63, 200, 333)):
+        pictures = [(5, 60), (61, 100), (130, 300)] if positions > 100 else []
+        case = Case(BITS[i], BITS[i], head_dim, 2, (1, 4)[i % 2], positions, padding=PADDING, pictures=pictures)
+        for dtype in (torch.float16, torch.bfloat16):
+            for kernel in ("prefill", "plain"):
+                compare(replace(case, dtype=dtype, **masks), kernel)
+    compare(replace(case, softcap=2.0, correction="affine"), "prefill")
+
+
+@pytest.mark.parametrize("masks", [{}, *MASKS], ids=str)
+def test_masks_in_the_kernel_that_is_chosen(masks: dict[str, object]) -> None:
+    """Any kernel gives the same; in FP32 it is the plain one."""
+    for dtype, positions in ((torch.float32, 30), (torch.float16, 1), (torch.float16, 300)):
+        for bits in (1, 2):
+            compare(Case(bits, bits, positions=positions, dtype=dtype, pictures=[(3, 20)], **masks), "auto")
+
+
+@pytest.mark.parametrize("kernel", ["codes", "plain", "prefill"])
+def test_wide_heads(kernel: str) -> None:
+    for head_dim in (512,) if kernel == "prefill" else (288, 512):
+        for i, (key_bits, value_bits) in enumerate([(1, 1), (2, 8), (4, 4), (8, 1)]):
+            positions = (1, 70, 130, 200)[i] if kernel == "prefill" else (1, 2, 3, 8)[i]
+            for correction in CORRECTIONS:
+                dtype = torch.bfloat16 if i % 2 else torch.float16
+                case = Case(key_bits, value_bits, head_dim, 2, (1, 4)[i % 2], positions, correction, dtype)
+                compare(case, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["codes", "prefill", "plain"])
+def test_what_a_window_hides_changes_nothing(kernel: str) -> None:
+    case = Case(ratio=2, sliding_window=9, correction="none", positions=70 if kernel == "prefill" else 1)
+    tensors = make(case)
+    tensors["window_start"][:, 0] = 300
+    tensors["window_start"][:, 1] = 21
+    output = attend(tensors, case.attributes, kernel)
+    tensors["visual_key"][:, :, :2] = -1
+    tensors["visual_value"][:, :, :2] = -1
+    tensors["text_key"][:, :, :21] = 7e3
+    tensors["text_value"][:, :, :21] = 7e3
+    assert torch.equal(attend(tensors, case.attributes, kernel), output)
+
+
 @pytest.mark.parametrize(("key_bits", "value_bits"), list(itertools.product(BITS, BITS)))
 @pytest.mark.parametrize("head_dim", [96, 128, 256])
 def test_prefill_over_cached_pictures(key_bits: int, value_bits: int, head_dim: int) -> None:

@@ -17,7 +17,18 @@ from function_calls import (
     run_in_place,
     used_parts,
 )
-from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, empty_state, metric_of, new_call, same_bits
+from operator_cases import (
+    CACHES,
+    INPUTS,
+    MASKS,
+    Arrays,
+    Dims,
+    attributes_for,
+    empty_state,
+    metric_of,
+    new_call,
+    same_bits,
+)
 from oracle import Attributes
 from torch_calls import arrays, run_op, tensors
 
@@ -91,6 +102,13 @@ def test_sixteen_bits_agree(heads: tuple[int, int, int], float_type: str) -> Non
 def test_key_and_value_bits_may_differ(key_bits: int, value_bits: int, correction: str, quantizer: str) -> None:
     attributes = attributes_for(key_bits, value_bits, score_correction=correction, quantizer=quantizer)
     converse(attributes, Dims(), seed=1)
+
+
+@pytest.mark.parametrize("more", MASKS, ids=str)
+@pytest.mark.parametrize(("bits", "quantizer", "opset"), [(1, "lloyd", 18), (2, "shaped", 17), (16, "lloyd", 21)])
+def test_windows_masks_and_softcaps(more: dict[str, object], bits: int, quantizer: str, opset: int) -> None:
+    attributes = attributes_for(bits, bits, quantizer=quantizer, **more)
+    converse(attributes, Dims(text_rows=180, query_heads=8, float_type="float16"), opset=opset)
 
 
 @pytest.mark.parametrize(("bits", "quantizer"), [(1, "lloyd"), (1, "shaped"), (16, "lloyd")])

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from function_calls import mixed_call, model_for, run
 from onnx import inliner, shape_inference
-from operator_cases import CACHES, Dims, attributes_for, same_bits
+from operator_cases import CACHES, MASKS, Dims, attributes_for, same_bits
 
 from vkvx.errors import OptionError
 from vkvx.format import QUANTIZERS
@@ -85,6 +85,7 @@ KERNELS = {
     "Floor": "float",
     "Round": "float",
     "Sqrt": "float",
+    "Tanh": "float",
     "Softmax": "float",
     "MatMul": "float",
     "IsNaN": "float",
@@ -129,7 +130,8 @@ def test_cpu_and_cuda_providers_have_every_kernel(float_type: str, opset: int) -
         for q in QUANTIZERS
         for c in ("affine", "expected")
     ]
-    for attributes in (*cases, attributes_for(16, 16)):
+    masked = [attributes_for(bits, bits, **more) for bits in (1, 16) for more in MASKS]
+    for attributes in (*cases, *masked, attributes_for(16, 16)):
         model = inliner.inline_local_functions(model_for(attributes, dims, opset))
         graph = shape_inference.infer_shapes(model, strict_mode=True).graph
         types: dict[str, int] = {}

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, check, empty_state, new_call
+from operator_cases import CACHES, INPUTS, MASKS, Arrays, Dims, attributes_for, check, empty_state, new_call
 from oracle import Attributes
 from samples import CHECKPOINT, Page
 from test_reference_op import CONVERSATION
-from torch_calls import arguments, arrays, tensors
+from torch_calls import arguments, arrays, in_order, tensors
 
 from vkvx.errors import VkvxError
 from vkvx.plugins import torch_cuda
@@ -37,7 +37,7 @@ def call(inputs: Arrays, attributes: Attributes, dims: Dims) -> Arrays:
     for name, x in tensors(inputs, dims.float_type).items():
         named[name], buffer = guarded(x)
         buffers.append(buffer)
-    output = torch.ops.vkvx.visual_kv_attention_(*(named[n] for n in INPUTS), **arguments(attributes))
+    output = torch.ops.vkvx.visual_kv_attention_(*in_order(named), **arguments(attributes))
     torch.cuda.synchronize()
     for buffer in buffers:
         assert (buffer[:GUARD] == 0xA5).all()
@@ -70,6 +70,14 @@ def test_conversations(quantizer: str, bits: int, head_dim: int) -> None:
         bits, 9 - bits if bits in (1, 8) else bits, quantizer=quantizer, score_correction=correction
     )
     converse(attributes, dims, seed=i)
+
+
+@pytest.mark.parametrize("more", MASKS, ids=str)
+@pytest.mark.parametrize("float_type", SLACK)
+@pytest.mark.parametrize("bits", [1, 16])
+def test_windows_masks_and_softcaps(bits: int, float_type: str, more: dict[str, object]) -> None:
+    attributes = attributes_for(bits, bits, **more)
+    converse(attributes, Dims(text_rows=170, head_dim=64, float_type=float_type), seed=bits)
 
 
 @pytest.mark.parametrize("float_type", SLACK)

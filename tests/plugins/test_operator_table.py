@@ -120,7 +120,7 @@ def test_what_is_added_to_the_table_is_checked_in_python() -> None:
         Wider(lattice_radius=2.0)
     with pytest.raises(OptionError, match="unknown rounding 'up': give one of nearest, stochastic"):
         Wider(rounding="up")
-    with pytest.raises(OptionError, match="softcap nan is not supported: give 0, it is reserved"):
+    with pytest.raises(OptionError, match="softcap nan is not supported: give at least 0"):
         Wider(softcap=float("nan"))
 
 

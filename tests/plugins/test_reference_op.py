@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import CACHES, INPUTS, Arrays, Dims, attributes_for, check, empty_state, new_call
+from operator_cases import CACHES, INPUTS, MASKS, Arrays, Dims, attributes_for, check, empty_state, new_call
 from oracle import Attributes
-from torch_calls import TORCH_TYPES, arguments, arrays, run_op, same_bits, tensors
+from torch_calls import TORCH_TYPES, arguments, arrays, in_order, run_op, same_bits, tensors
 
 from vkvx.format import METRIC_QUANTIZERS, QUANTIZERS, SCORE_CORRECTIONS
 
@@ -35,7 +35,7 @@ def run_and_check(inputs: Arrays, attributes: Attributes, dims: Dims) -> Arrays:
     results = run_op(named, attributes)
     for name in INPUTS:
         assert same_bits(named[name], before[name]), f"the functional op changed {name}"
-    output = torch.ops.vkvx.visual_kv_attention_(*(named[n] for n in INPUTS), **arguments(attributes))
+    output = torch.ops.vkvx.visual_kv_attention_(*in_order(named), **arguments(attributes))
     assert same_bits(output, results["output"])
     for name in INPUTS:
         assert same_bits(named[name], results[name] if name in CACHES else before[name])
@@ -96,6 +96,25 @@ def test_conversations_at_16_bits_agree_with_the_oracle(float_type: str, correct
     dims = Dims(text_rows=170, float_type=float_type)
     state = converse(attributes, dims)
     assert state["text_count"].tolist() == [69, 67, 0, 141, 0, 155]
+
+
+@pytest.mark.parametrize("more", MASKS, ids=str)
+@pytest.mark.parametrize(("bits", "float_type"), [(1, "float32"), (4, "float16"), (16, "float32")])
+def test_windows_masks_and_softcaps_agree_with_the_oracle(more: dict[str, object], bits: int, float_type: str) -> None:
+    attributes = attributes_for(bits, bits, **more)
+    dims = Dims(text_rows=170, float_type=float_type)
+    converse(attributes, dims, sharpness=2.0)
+    plain = attributes_for(bits, bits)
+    inputs = new_call(
+        [(1, "t2 p40 t5")],
+        empty_state(dims, attributes, np.random.default_rng(1)),
+        dims,
+        attributes,
+        np.random.default_rng(1),
+    )
+    changed = run_op(tensors(inputs, float_type), attributes)["output"]
+    inputs.pop("window_start", None)
+    assert (changed - run_op(tensors(inputs, float_type), plain)["output"]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sharpness", [0.2, 6.0])

@@ -78,8 +78,9 @@ def test_the_oracle_drops_what_does_not_fit() -> None:
         {"tau": -1.0},
         {"tau": float("nan")},
         {"correction_limit": 0.0},
-        {"softcap": 30.0},
-        {"sliding_window": 4096},
+        {"softcap": -30.0},
+        {"sliding_window": -4},
+        {"visual_mask": "none"},
     ],
 )
 def test_attributes_that_nobody_supports_are_refused(wrong: dict[str, float]) -> None:

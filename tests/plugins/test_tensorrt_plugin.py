@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from operator_cases import CACHES, INPUTS, METRIC_INPUTS, Arrays, Dims, attributes_for, empty_state, new_call
+from operator_cases import CACHES, MASKS, METRIC_INPUTS, Arrays, Dims, attributes_for, empty_state, new_call
 from oracle import Attributes
 from plugin_calls import Builds, Creator, Desc, Node
 from torch import Tensor
-from torch_calls import arguments, same_bits, tensors
+from torch_calls import arguments, in_order, same_bits, tensors
 
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import CORRECTIONS, Params
@@ -81,8 +81,7 @@ def on_gpu(inputs: Arrays, dims: Dims) -> dict[str, Tensor]:
 def torch_op(named: dict[str, Tensor], attributes: Attributes) -> dict[str, Tensor]:
     """What the torch binding makes of copies."""
     copies = {name: x.clone() for name, x in named.items()}
-    in_order = [copies[name] for name in (*INPUTS, *METRIC_INPUTS) if name in copies]
-    output = torch.ops.vkvx.visual_kv_attention_(*in_order, **arguments(attributes))
+    output = torch.ops.vkvx.visual_kv_attention_(*in_order(copies), **arguments(attributes))
     return {"output": output} | {name: copies[name] for name in CACHES}
 
 
@@ -106,6 +105,13 @@ def test_equal_to_torch(way: tuple[Creator, bool], bits: int, float_type: str, h
     correction = ("expected", "none", "affine")[(bits // 2 + head_dim // 128) % 3]
     attributes = attributes_for(bits, bits, quantizer=quantizer, score_correction=correction, scale=head_dim**-0.5)
     converse(way, attributes, Dims(8, 4, 2, head_dim, text_rows=1000, groups=6, float_type=float_type))
+
+
+@pytest.mark.parametrize("more", MASKS, ids=str)
+@pytest.mark.parametrize("quantizer", ["shaped", "lloyd"])
+def test_equal_to_torch_with_masks(way: tuple[Creator, bool], quantizer: str, more: dict[str, object]) -> None:
+    attributes = attributes_for(1, 1, quantizer=quantizer, scale=64**-0.5, **more)
+    converse(way, attributes, Dims(8, 4, 2, 64, text_rows=1000, groups=6, float_type="float16"))
 
 
 @pytest.mark.parametrize("bits", [1, 4])

@@ -14,7 +14,7 @@ from torch_calls import tensors
 from vkvx.errors import VkvxError
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import CORRECTIONS, DTYPES, QUANTIZERS, Params
-from vkvx.plugins.operator import INPUTS, METRIC_INPUTS, OperatorAttributes
+from vkvx.plugins.operator import ALL_INPUTS, OperatorAttributes
 
 
 def call(
@@ -64,7 +64,7 @@ def test_parameters_of_a_call(quantizer: str) -> None:
     assert (params.visual_entries, params.text_entries) == (128, named["text_index"].shape[1])
     for name in ("query", "key", "value"):
         assert tuple(getattr(params, f"{name}_stride")) == named[name].stride()[:3]
-    for definition in (*INPUTS, *METRIC_INPUTS):
+    for definition in ALL_INPUTS:
         name = definition.name
         assert getattr(params, name) == (named[name].data_ptr() if name in named else None), name
     assert (params.output, params.dtype) == (output.data_ptr(), DTYPES["float32"])

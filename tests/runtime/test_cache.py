@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fakes import GROUP, IMAGE, manifest
 
+from vkvx.cache_layout import CacheLayout
 from vkvx.errors import CapacityError
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape
 from vkvx.runtime.calls import Row, build_call
@@ -89,6 +92,55 @@ def test_commit_tells_visual_from_text_at_sixteen_bits() -> None:
     assert cache.visual_tokens(1) == 0
     assert cache.visual_bytes_used(2) == 160 * cache.layout.text_bytes_per_token
     assert cache.bytes_used(2) == 164 * cache.layout.text_bytes_per_token
+
+
+@pytest.mark.parametrize("bits", [1, 16])
+def test_windows_start_at_the_first_token_that_is_near_enough(bits: int) -> None:
+    """Calls of a picture and text, in two slots; each start is compared with the positions of all that is cached."""
+    window, rng = 150, np.random.default_rng(bits)
+    made = manifest(bits)
+    layers = tuple(replace(layer, sliding_window=window) for layer in made.model.layers)
+    layout = CacheLayout(replace(made.model, layers=layers), made.quantization)
+    cache = PackedCache(layout, 3, 6 * GROUP, 900)
+    stored: dict[int, list[tuple[str, int, int]]] = {0: [], 2: []}  # kind, place in the cache, position
+    for pictures in ((100,), (), (130, 7), (), (3,)):
+        rows = []
+        for slot in (2, 0):
+            ids = [int(i) for i in rng.integers(5, 9, rng.integers(1, 60))]
+            for length in pictures:
+                ids += [IMAGE] * length + [7] * int(rng.integers(0, 9)) if slot else []
+            rows.append(cache.row(slot, np.array(ids), pictures if slot else ()))
+        call = build_call(rows, group_size=GROUP, image_token_id=IMAGE)
+        assert call.window_start is not None
+        visual_count, text_count = cache.visual_count.copy(), cache.text_count.copy()
+        for b, row in enumerate(rows):
+            known, before = stored[row.slot], row.position
+            for i in range(len(row.token_ids)):
+                for kind, start in zip(("visual", "text"), call.window_start[b, :, i], strict=True):
+                    near = {place for k, place, position in known if k == kind and before + i - position < window}
+                    assert near == {place for k, place, _ in known if k == kind and place >= start}
+            assert (
+                call.window_start[b, :, len(row.token_ids) :]
+                == call.window_start[b, :, len(row.token_ids) - 1 :][:, :1]
+            ).all()
+            text = call.text_index[b][call.text_index[b] >= 0].tolist()
+            entries = call.visual_index[b].tolist()
+            if bits == 16:
+                text, entries = sorted(text + [i for i in entries if i >= 0]), []
+            first = cache.group_count(row.slot)
+            known += [("text", int(text_count[row.slot]) + n, before + i) for n, i in enumerate(text)]
+            known += [("visual", first * GROUP + n, before + i) for n, i in enumerate(entries) if i >= 0]
+            text_count[row.slot] += len(text)
+            counts = [c for c in np.count_nonzero(np.reshape(entries, (-1, GROUP)) >= 0, axis=1) if c]
+            visual_count[row.slot, first : first + len(counts)] = counts
+        cache.commit(call, visual_count, text_count)
+    cache.fork(2, 1)
+    again = np.array([7])
+    ours, theirs = (cache.row(slot, again).window_start for slot in (1, 2))
+    assert ours is not None
+    assert theirs is not None
+    assert ours.tolist() == theirs.tolist()
+    assert ours.max() > 0
 
 
 def test_capacity_errors_say_what_helps() -> None:

@@ -87,8 +87,9 @@ def _lines(found: ModelCheck) -> list[str]:
     return [
         f"{found.name} can be exported",
         f"family       {found.family}: {model.architecture}",
-        f"decoder      {found.decoder}: {model.layers} layers, {model.query_heads} query heads, {model.kv_heads} KV "
-        f"heads, head dim {model.head_dim}, {model.max_positions:,} positions",
+        f"decoder      {found.decoder}: {len(model.layers)} layers, "
+        f"{terminal.heads([vars(layer) for layer in model.layers], model.query_heads)}, "
+        f"{model.max_positions:,} positions",
         f"group size   {found.group_size} visual tokens",
         "",
         *terminal.columns(rows),

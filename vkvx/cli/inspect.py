@@ -150,8 +150,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"bundle       {report['bundle']}, {size(report['bytes'])}{state}",
         f"model        {model['name']}: {model['architecture']}, {model['dtype']}",
-        f"             {model['layers']} layers, {model['query_heads']} query heads, {model['kv_heads']} KV heads,"
-        f" head dim {model['head_dim']}, hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
+        f"             {len(model['layers'])} layers, {terminal.heads(model['layers'], model['query_heads'])},"
+        f" hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
         f"made with    vkvx {report['vkvx_version']}, "
         + ", ".join(f"{name} {version}" for name, version in report["tools"].items()),
         "",

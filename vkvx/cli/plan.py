@@ -111,8 +111,8 @@ def _lines(plan: Plan) -> list[str]:
             )
         )
     return [
-        f"model        {model.name}: {model.architecture}, {model.dtype}, {model.layers} layers,"
-        f" {model.query_heads} query heads, {model.kv_heads} KV heads, head dim {model.head_dim}",
+        f"model        {model.name}: {model.architecture}, {model.dtype}, {len(model.layers)} layers, "
+        f"{terminal.heads([vars(layer) for layer in model.layers], model.query_heads)}",
         f"weights      {size(plan.weights)}: decoder {size(plan.decoder_bytes)}, vision {size(plan.vision_bytes)}",
         f"build        {size(_build_memory(plan))} of main memory to build the engines (`vkvx build`)",
         f"GPU          {size(plan.memory)}: {size(plan.reserve)} in reserve, {size(plan.cache)} for the cache",

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vkvx.errors import OptionError, StorageError
@@ -91,6 +91,17 @@ def columns(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = 
     """The lines of a table, its columns as wide as their widest cell."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return ["  ".join(map(justify, row, widths)).rstrip() for row in rows]
+
+
+def heads(layers: Sequence[Mapping[str, Any]], query_heads: int) -> str:
+    """Heads of layers, the fields of ``LayerInfo``: ``28 query heads, 4 KV heads, head dim 128``, and their window."""
+
+    def each(name: str) -> str:
+        return " or ".join(str(value) for value in dict.fromkeys(layer[name] for layer in layers))
+
+    text = f"{query_heads} query heads, {each('kv_heads')} KV heads, head dim {each('head_dim')}"
+    windows = [layer["sliding_window"] for layer in layers if layer["sliding_window"]]
+    return f"{text}, a window of {windows[0]:,} tokens in {len(windows)} layers" if windows else text
 
 
 class ProgressBar:

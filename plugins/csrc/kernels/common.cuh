@@ -94,6 +94,42 @@ __device__ __forceinline__ float expected_correction(float t, float limit) {
   return t / (1.0f + t / limit);
 }
 
+// A score, in units of log2 or natural ones as the bound is, bounded by tanh; -inf stays.
+__device__ __forceinline__ float bounded_score(float score, float bound) {
+  const float x =
+      bound - __fdividef(2.0f * bound, exp2_fast(score * (2.0f * kLog2e / bound)) + 1.0f);
+  return score == -INFINITY ? score : x;
+}
+
+// What a position of a call sees: cached visual entries and text rows from these on, and tokens of
+// its call from `first` to `last`.
+struct Sight {
+  int visual, text, first, last;
+};
+
+// Whether some position sees less than all that is cached, or not its call's tokens up to itself.
+__host__ __device__ __forceinline__ bool is_masked(const VkvxParams& p) {
+  return p.sliding_window || (p.visual_mask != VKVX_MASK_CAUSAL && p.positions > 1);
+}
+
+// Whether scores are neither masked in another way than causally nor bounded.
+__host__ __device__ __forceinline__ bool is_plain(const VkvxParams& p) {
+  return !is_masked(p) && p.softcap == 0.0f;
+}
+
+// Of position s of row b; `run_end` is the last position that it sees with the mask `run`.
+__device__ __forceinline__ Sight sight_of(const VkvxParams& p, int b, int s, int run_end) {
+  Sight seen{0, 0, 0, s};
+  if (p.sliding_window) {
+    const int* start = p.window_start + static_cast<int64_t>(b) * 2 * p.positions + s;
+    seen.visual = start[0], seen.text = start[p.positions];
+    if (p.visual_mask != VKVX_MASK_PREFIX) seen.first = max(0, s - p.sliding_window + 1);
+  }
+  if (p.visual_mask == VKVX_MASK_RUN) seen.last = run_end;
+  if (p.visual_mask == VKVX_MASK_PREFIX) seen.last = p.positions - 1;
+  return seen;
+}
+
 // The code of one element, whose planes are `plane` words apart: bit `bit` of each.
 __device__ __forceinline__ int gather_code(const int* words, int64_t plane, int bits, int bit) {
   int code = 0;
@@ -101,16 +137,12 @@ __device__ __forceinline__ int gather_code(const int* words, int64_t plane, int 
   return code;
 }
 
-// Which positions of row b are tokens, one bit each, for calls of at most 32 positions; a warp
+// The positions in one row of an index, one bit each, for calls of at most 32 positions; a warp
 // works together.
-__device__ __forceinline__ unsigned collect_tokens(const VkvxParams& p, int b) {
+__device__ __forceinline__ unsigned collect_positions(const int* index, int entries, int b) {
   unsigned mine = 0;
-  for (int i = threadIdx.x & 31; i < p.visual_entries; i += 32) {
-    const int at = p.visual_index[static_cast<int64_t>(b) * p.visual_entries + i];
-    if (at >= 0) mine |= 1u << at;
-  }
-  for (int i = threadIdx.x & 31; i < p.text_entries; i += 32) {
-    const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
+  for (int i = threadIdx.x & 31; i < entries; i += 32) {
+    const int at = index[static_cast<int64_t>(b) * entries + i];
     if (at >= 0) mine |= 1u << at;
   }
 #pragma unroll

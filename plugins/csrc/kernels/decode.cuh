@@ -24,8 +24,10 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
   __shared__ unsigned tokens;
   __shared__ bool last;
   __shared__ int position_of[Engine::kColumns];
+  __shared__ unsigned own_seen[Engine::kColumns];
   __shared__ int64_t output_at[Engine::kColumns];
-  DecodeBlock<Engine, kScan, kLookahead> block(p, plan, tokens, position_of, output_at, shared);
+  DecodeBlock<Engine, kScan, kLookahead> block(p, plan, tokens, position_of, own_seen, output_at,
+                                               shared);
   const int lane = block.lane, groups = block.groups, D = block.D;
   int* starts = block.starts;
   int* group_counts = starts + groups + 2;
@@ -70,6 +72,7 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
   WarpResult result;
   block.start_result(result, mine);
   Engine engine(p);
+  block.set_first_seen(engine);
 
   // The warp's tiles.
   const bool has_tiles = uniform(share.tile_begin < share.tile_end);
@@ -105,7 +108,7 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
     if constexpr (kScan) {
       engine.extremes(valid);
     } else {
-      engine.softmax(valid,
+      engine.softmax(valid, cursor.place * kTile,
                      [&]() { engine.end_segment(result, params_of(cursor.ordinal) + 3 * D); });
     }
     copy_wait<2 * kLookahead - 1>();

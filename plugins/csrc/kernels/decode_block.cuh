@@ -21,9 +21,10 @@ struct DecodeBlock {
   const VkvxParams& p;
   const DecodePlan& plan;
   // In shared memory. Of the row: which positions are tokens, one bit each. Of each column: its
-  // position, where its output starts.
+  // position, which tokens of the call it sees (one bit each), where its output starts.
   unsigned& tokens;
   int* position_of;
+  unsigned* own_seen;
   int64_t* output_at;
   char* shared;  // what `layout` divides
   // Numbers of planes; without pictures (16 bits) any will do.
@@ -38,12 +39,13 @@ struct DecodeBlock {
   int slot = -1;
 
   __device__ __forceinline__ DecodeBlock(const VkvxParams& params, const DecodePlan& decode_plan,
-                                         unsigned& shared_tokens, int* positions, int64_t* outputs,
-                                         char* memory)
+                                         unsigned& shared_tokens, int* positions, unsigned* seen,
+                                         int64_t* outputs, char* memory)
       : p(params),
         plan(decode_plan),
         tokens(shared_tokens),
         position_of(positions),
+        own_seen(seen),
         output_at(outputs),
         shared(memory),
         D(Engine::kAny ? p.head_dim : Engine::kPaddedDim),
@@ -102,11 +104,44 @@ struct DecodeBlock {
       int h, s;
       locate(tid, h, s);
       position_of[tid] = s;
+      own_seen[tid] = own_tokens(s);
       output_at[tid] = ((static_cast<int64_t>(b) * p.query_heads + head * ratio + h) * S + s) * D;
     }
     if (warp == warps - 1) {
-      const unsigned found = collect_tokens(p, b);
+      const unsigned found = collect_positions(p.visual_index, p.visual_entries, b) |
+                             collect_positions(p.text_index, p.text_entries, b);
       if (lane == 0) tokens = found;
+    }
+  }
+
+  // Positions of the call that position s sees, one bit each.
+  __device__ __forceinline__ unsigned own_tokens(int s) const {
+    if constexpr (!Engine::kMasked) return (2u << s) - 1;
+    int next = S;  // text token
+    bool is_text = false;
+    for (int i = 0; i < p.text_entries; ++i) {
+      const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
+      is_text |= at == s;
+      if (at > s) next = min(next, at);
+    }
+    const Sight seen = sight_of(p, b, s, is_text ? s : next - 1);
+    return (2u << seen.last) - (1u << seen.first);
+  }
+
+  // Where window_start of a column is, `kind` 0 for visual entries and 1 for text rows; 0 without a
+  // window.
+  __device__ __forceinline__ int start_of(int kind, int s) const {
+    return p.sliding_window ? p.window_start[(static_cast<int64_t>(b) * 2 + kind) * S + s] : 0;
+  }
+
+  // The first cached entry that a column sees.
+  __device__ __forceinline__ void set_first_seen(Engine& engine) const {
+    if constexpr (Engine::kMasked) {
+#pragma unroll
+      for (int set = 0; set < kColumns / 4; ++set) {
+        const int column = (lane & 3) + 4 * set;
+        engine.first_seen[set] = column < columns ? start_of(0, position_of[column]) : 0;
+      }
     }
   }
 
@@ -142,8 +177,16 @@ struct DecodeBlock {
   // This warp's share of the units.
   __device__ __forceinline__ WarpShare share_units(int text_count) const {
     const int visual_cost = key_planes + value_planes, row_cost = 4;
-    const int visual_units = starts[groups],
-              row_units = kScan ? 0 : (text_count + kRowsAtOnce - 1) / kRowsAtOnce;
+    int hidden_tiles = 0, hidden_rows = 0;  // units that no position sees
+    if constexpr (Engine::kMasked) {
+      const int entry = start_of(0, 0), group = entry / p.group_size;
+      hidden_tiles = group < groups
+                         ? min(starts[group] + entry % p.group_size / kTile, starts[group + 1])
+                         : starts[groups];
+      hidden_rows = min(start_of(1, 0), text_count) / kRowsAtOnce;
+    }
+    const int visual_units = starts[groups] - hidden_tiles,
+              row_units = kScan ? 0 : (text_count + kRowsAtOnce - 1) / kRowsAtOnce - hidden_rows;
     const int64_t cost =
         static_cast<int64_t>(visual_units) * visual_cost + (row_units + (kScan ? 0 : 1)) * row_cost;
     const int share = part * warps + warp, shares = plan.splits * warps;
@@ -153,8 +196,8 @@ struct DecodeBlock {
     // not far from even ones.
     const bool snaps = Engine::kSnaps && cost >= static_cast<int64_t>(4 * visual_cost) * shares;
     auto first_tile = [&](int64_t at) {
-      const int tile = first_unit(at, 0, visual_cost, visual_units);
-      if (!snaps || tile == visual_units) return tile;
+      const int tile = hidden_tiles + first_unit(at, 0, visual_cost, visual_units);
+      if (!snaps || tile == starts[groups]) return tile;
       int group = 0;
       while (starts[group + 1] <= tile) ++group;
       return tile - starts[group] == 1                               ? tile - 1
@@ -164,9 +207,9 @@ struct DecodeBlock {
     WarpShare mine;
     mine.tile_begin = first_tile(low);
     mine.tile_end = first_tile(high);
-    mine.row_begin = first_unit(low, visual_end, row_cost, row_units + 1);
-    mine.row_end = first_unit(high, visual_end, row_cost, row_units + 1);
-    mine.own_row = row_units;
+    mine.row_begin = hidden_rows + first_unit(low, visual_end, row_cost, row_units + 1);
+    mine.row_end = hidden_rows + first_unit(high, visual_end, row_cost, row_units + 1);
+    mine.own_row = hidden_rows + row_units;
     return mine;
   }
 
@@ -260,6 +303,11 @@ struct DecodeBlock {
         static_cast<const char*>(p.text_value) + slot_head * p.text_capacity * row_bytes, row_bytes,
         row_bytes};
     uint32_t seen[2] = {kFull, kFull};
+    int hidden[2] = {0, 0};  // text rows that columns 2t and 2t + 1 do not see
+    if constexpr (Engine::kMasked)
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if (2 * t + c < columns) hidden[c] = start_of(1, position_of[2 * t + c]);
     for (int unit = share.row_begin; unit < share.row_end; ++unit) {
       int first = unit * kRowsAtOnce;
       uint32_t present =
@@ -272,13 +320,21 @@ struct DecodeBlock {
             p.key_stride[2] * 2, p.value_stride[2] * 2};
         first = 0;
 #pragma unroll
-        for (int c = 0; c < 2; ++c)
-          seen[c] = 2 * t + c < columns ? (2u << position_of[2 * t + c]) - 1 : kFull;
+        for (int c = 0; c < 2; ++c) seen[c] = 2 * t + c < columns ? own_seen[2 * t + c] : kFull;
+      } else if constexpr (Engine::kMasked) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int before = hidden[c] - first;
+          seen[c] = before <= 0 ? kFull : before >= kRowsAtOnce ? 0 : kFull << before;
+        }
       }
+      const float bound = Engine::kMasked ? p.softcap * kLog2e : 0.0f;
       if (p.dtype == VKVX_BFLOAT16)
-        rows.template attend<true>(source, first, present, seen, factor, buffer);
+        rows.template attend<true, Engine::kMasked>(source, first, present, seen, factor, bound,
+                                                    buffer);
       else
-        rows.template attend<false>(source, first, present, seen, factor, buffer);
+        rows.template attend<false, Engine::kMasked>(source, first, present, seen, factor, bound,
+                                                     buffer);
     }
   }
 

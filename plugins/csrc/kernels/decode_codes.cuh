@@ -80,18 +80,19 @@ __device__ __forceinline__ void set_rows(CodeBytes<kBits> (&rows)[4],
 }
 
 // kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the
-// parameters.
-template <int kBits, int kWords, int kSets>
+// parameters. kMask: with windows, masks and bounds of scores, for kBits 0.
+template <int kBits, int kWords, int kSets, bool kMask = false>
 struct CodesEngine {
-  static constexpr bool kAny = kBits == 0;
+  static constexpr bool kAny = kBits == 0, kMasked = kMask;
   static constexpr int kColumns = 4 * kSets, kPaddedDim = 128 * kWords;
   // Warps of a block, and blocks of a multiprocessor, which bound the registers. One set of queries
   // does with 128.
   static constexpr bool kSmall = kBits == 1 || kBits == 2;
   static constexpr int kWarps = kSets == 2 && kSmall ? 6 : 4,
-                       kBlocks = kWords == 2 || (kSets == 2 && kSmall) ? 2
-                                 : kSets == 2                          ? 3
-                                                                       : 4;
+                       kBlocks = kWords > 2                              ? 1
+                                 : kWords == 2 || (kSets == 2 && kSmall) ? 2
+                                 : kSets == 2 || kMasked                 ? 3
+                                                                         : 4;
   static constexpr bool kSnaps = true;
   static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
   static constexpr int kSegmentTiles = 128;         // sums of more could leave 32 bits
@@ -100,6 +101,8 @@ struct CodesEngine {
   // At 1 bit sums of scores start at this integer, whose bits are those of the float `kMagic`, and
   // are floats when done.
   static constexpr bool kStartsAtMagic = kBits == 1 && kWords == 1;
+  // Sums of the widest heads would leave 32 bits, or the query lose two bits.
+  static constexpr bool kJoinsAsFloats = kWords > 2;
   static constexpr float kMagic = 12582912.0f;
   static constexpr int kMagicBits = 0x4b400000;
 
@@ -110,10 +113,16 @@ struct CodesEngine {
   uint32_t weight[kSets][8];
   int sum[kSets][kPaddedDim / 16][4], total[kSets][4];
   float low[kSets], high[kSets];
-  int tiles;  // of the segment
+  int tiles;              // of the segment
+  int first_seen[kSets];  // kMasked: the first cached entry that query vectors t and t + 4 see
+  float bound;            // kMasked: of the scores, in units of log2; 0: none
 
   __device__ __forceinline__ explicit CodesEngine(const VkvxParams& p)
-      : key_bits(p.key_bits), value_bits(p.value_bits), dim(p.head_dim), tiles(0) {
+      : key_bits(p.key_bits),
+        value_bits(p.value_bits),
+        dim(p.head_dim),
+        tiles(0),
+        bound(p.softcap * kLog2e) {
 #pragma unroll
     for (int i = 0; i < kSets; ++i) {
       low[i] = INFINITY;
@@ -139,7 +148,7 @@ struct CodesEngine {
                                               int stride, int correction, float limit,
                                               const float2* affine) {
     const int D = head_dim(), bits = bits_of_keys(), g = lane() >> 2, t = lane() & 3, odd = g & 1;
-    constexpr float kPeak = 32600.0f / kWords;
+    constexpr float kPeak = kJoinsAsFloats ? 32600.0f : 32600.0f / kWords;
     // Even lanes multiply by the offsets, odd ones by the errors; both need the scales.
     const __half* extra = params + (1 + odd) * D;
 #pragma unroll
@@ -298,9 +307,13 @@ struct CodesEngine {
         for (int set = 0; set < kSets; ++set)
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const int x = c[half][set][2 * r] + c[half][set][2 * r + 1] * 256;
-            score[set][2 * pair + half][r] =
-                kStartsAtMagic ? __int_as_float(x) : static_cast<float>(x);
+            float& joined = score[set][2 * pair + half][r];
+            const int lower = c[half][set][2 * r], upper = c[half][set][2 * r + 1];
+            if constexpr (kJoinsAsFloats)
+              joined = fmaf(static_cast<float>(upper), 256.0f, static_cast<float>(lower));
+            else
+              joined = kStartsAtMagic ? __int_as_float(lower + upper * 256)
+                                      : static_cast<float>(lower + upper * 256);
           }
     }
   }
@@ -334,15 +347,40 @@ struct CodesEngine {
     }
   }
 
+  // Products to scores in units of log2: bounded ones of the first n tokens that are seen, -inf of
+  // others. The tile's first token is cached entry `entry`.
+  __device__ __forceinline__ void mask_scores(int n, int entry) {
+    const int first = 16 * (lane() >> 2);
+#pragma unroll
+    for (int set = 0; set < kSets; ++set)
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int token = first + 8 * r + i;
+          float& x = score[set][i][r];
+          x = fmaf(x, step[set], bias[set]);
+          if (bound > 0.0f) x = bounded_score(x, bound);
+          if (token >= n || entry + token < first_seen[set]) x = -INFINITY;
+        }
+  }
+
   // Turn the scores of the first n tokens into weights; `flush` ends a segment that they do not fit
-  // into.
+  // into. The tile's first token is cached entry `entry`.
   template <class Flush>
-  __device__ __forceinline__ void softmax(int n, const Flush& flush) {
-    float top[kSets];
+  __device__ __forceinline__ void softmax(int n, int entry, const Flush& flush) {
+    float top[kSets], to_score[kSets], offset[kSets];
     bool off = tiles == kSegmentTiles;
+    if constexpr (kMasked) {
+      mask_scores(n, entry);
+      n = kTile;
+    }
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
-      top[set] = fmaf(largest_score(set, n, 1.0f), step[set], bias[set]);
+      to_score[set] = kMasked ? 1.0f : step[set];
+      offset[set] = kMasked ? 0.0f : bias[set];
+      top[set] = fmaf(largest_score(set, n, 1.0f), to_score[set], offset[set]);
+      if constexpr (kMasked) top[set] = fmaxf(top[set], -1e30f);
       off |= top[set] > most[set] + kAbove || top[set] < most[set] - kBelow;
     }
     if (uniform(off)) {
@@ -356,15 +394,15 @@ struct CodesEngine {
     ++tiles;
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
-      const float shift = bias[set] - most[set] + kWeight;
+      const float shift = offset[set] - most[set] + kWeight;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float e = static_cast<float>(byte_shift(i, bits_of_values()));
         uint32_t x[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          x[r] =
-              __float_as_uint(exp2_fast(fmaf(score[set][i][r], step[set], shift - e)) + 8388608.0f);
+          x[r] = __float_as_uint(exp2_fast(fmaf(score[set][i][r], to_score[set], shift - e)) +
+                                 8388608.0f);
         weight[set][i] = transpose_matrix(__byte_perm(x[0], x[1], 0x5140));
       }
     }

@@ -36,7 +36,7 @@ struct PlanesEngine {
   static constexpr int kPlanes = kBits, kPaddedDim = 128;
   static constexpr int kWarps = 4,
                        kBlocks = kQueries == 1 ? 4 : 3;  // of a block; blocks of a multiprocessor
-  static constexpr bool kAny = false, kSnaps = false;
+  static constexpr bool kAny = false, kSnaps = false, kMasked = false;
 
   // Queries are written in base -2, so that odd planes alone are negative; 16 places hold integers
   // of -43690 to 21845.
@@ -170,7 +170,7 @@ struct PlanesEngine {
   __device__ __forceinline__ void scores(uint32_t keys) { multiply<true>(keys, query, score); }
 
   template <class Flush>
-  __device__ __forceinline__ void softmax(int count, const Flush&) {
+  __device__ __forceinline__ void softmax(int count, int, const Flush&) {
 #pragma unroll
     for (int n = 0; n < kQueries; ++n) {
       int top = INT32_MIN;

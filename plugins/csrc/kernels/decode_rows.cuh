@@ -127,10 +127,12 @@ struct RowsEngine {
   }
 
   // Attend to rows [first, first + 16): bit r of `present` tells whether row first + r exists, that
-  // of `seen[c]` whether column 2t + c sees it.
-  template <bool kBfloat>
+  // of `seen[c]` whether column 2t + c sees it. Scores are bounded, if kBounded and `bound` is
+  // not 0.
+  template <bool kBfloat, bool kBounded>
   __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present,
-                                         const uint32_t (&seen)[2], float scale, uint32_t buffer) {
+                                         const uint32_t (&seen)[2], float scale, float bound,
+                                         uint32_t buffer) {
     const uint32_t value_buffer = buffer + kRowsAtOnce * kDim * 2;
     __syncwarp();
 #pragma unroll
@@ -161,7 +163,9 @@ struct RowsEngine {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int row = g + 8 * (j >> 1);
-      s[j] = present & seen[j & 1] & (1u << row) ? s[j] * scale : -INFINITY;
+      s[j] *= scale;
+      if (kBounded && bound > 0.0f) s[j] = bounded_score(s[j], bound);
+      if (!(present & seen[j & 1] & (1u << row))) s[j] = -INFINITY;
     }
     float fade[2];
     bool grew = false;

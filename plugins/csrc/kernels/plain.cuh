@@ -1,4 +1,4 @@
-// Attention without tensor cores, one block for each query vector: any head dim up to 256, any type
+// Attention without tensor cores, one block for each query vector: any head dim up to 512, any type
 // and architecture, any number of positions.
 #pragma once
 
@@ -6,22 +6,25 @@
 
 namespace vkvx {
 
-// Number of each position among the row's tokens, or -1 on padding: [B, S]. One block per row.
-__global__ void rank_tokens_kernel(const __grid_constant__ VkvxParams p, int* rank) {
+// Number of each position among the row's tokens, or -1 on padding: [B, S]. One block per row. With
+// the mask `run` also the last position that each one sees: itself if it is text, else the one
+// before the next text token.
+__global__ void rank_tokens_kernel(const __grid_constant__ VkvxParams p, int* rank, int* run_end) {
   const int b = blockIdx.x, S = p.positions;
   int* mine = rank + static_cast<int64_t>(b) * S;
-  __shared__ int sums[32];
-  __shared__ int before;
+  const int* text = p.text_index + static_cast<int64_t>(b) * p.text_entries;
+  __shared__ int sums[32], text_sums[32];
+  __shared__ int before, text_before;
   for (int i = threadIdx.x; i < S; i += blockDim.x) mine[i] = 0;
-  if (threadIdx.x == 0) before = 0;
+  if (threadIdx.x == 0) before = text_before = 0;
   __syncthreads();
   if (p.slot[b] >= 0) {
     for (int i = threadIdx.x; i < p.visual_entries; i += blockDim.x) {
       const int at = p.visual_index[static_cast<int64_t>(b) * p.visual_entries + i];
-      if (at >= 0 && at < S) mine[at] = 1;
+      if (at >= 0 && at < S) mine[at] = 2;
     }
     for (int i = threadIdx.x; i < p.text_entries; i += blockDim.x) {
-      const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
+      const int at = text[i];
       if (at >= 0 && at < S) mine[at] = 1;
     }
   }
@@ -29,24 +32,29 @@ __global__ void rank_tokens_kernel(const __grid_constant__ VkvxParams p, int* ra
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int base = 0; base < S; base += blockDim.x) {
     const int i = base + threadIdx.x;
-    const bool token = i < S && mine[i];
-    const unsigned votes = __ballot_sync(kFull, token);
-    if (lane == 0) sums[warp] = __popc(votes);
+    const bool token = i < S && mine[i], is_text = i < S && mine[i] == 1;
+    const unsigned votes = __ballot_sync(kFull, token), text_votes = __ballot_sync(kFull, is_text),
+                   below = (1u << lane) - 1;
+    if (lane == 0) sums[warp] = __popc(votes), text_sums[warp] = __popc(text_votes);
     __syncthreads();
-    int at = before + __popc(votes & ((1u << lane) - 1));
-    for (int w = 0; w < warp; ++w) at += sums[w];
+    int at = before + __popc(votes & below), texts = text_before + __popc(text_votes & below);
+    for (int w = 0; w < warp; ++w) at += sums[w], texts += text_sums[w];
     if (i < S) mine[i] = token ? at : -1;
+    if (i < S && run_end != nullptr) {
+      const int next = texts < p.text_entries ? text[texts] : -1;
+      run_end[static_cast<int64_t>(b) * S + i] = is_text ? i : next < 0 ? S - 1 : next - 1;
+    }
     __syncthreads();
-    if (threadIdx.x == blockDim.x - 1) before = at + token;
+    if (threadIdx.x == blockDim.x - 1) before = at + token, text_before = texts + is_text;
     __syncthreads();
   }
 }
 
 constexpr int kPlainThreads = 128;
-constexpr int kPlainMaxDim = 256;
+constexpr int kPlainMaxDim = VKVX_MAX_HEAD_DIM;
 
 __global__ void __launch_bounds__(kPlainThreads)
-    plain_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
+    plain_kernel(const __grid_constant__ VkvxParams p, const int* rank, const int* run_end) {
   const int s = blockIdx.x, head = blockIdx.y, b = blockIdx.z, tid = threadIdx.x;
   const int D = p.head_dim, S = p.positions, kv = head / (p.query_heads / p.kv_heads);
   const int64_t out = ((static_cast<int64_t>(b) * p.query_heads + head) * S + s) * D;
@@ -55,6 +63,8 @@ __global__ void __launch_bounds__(kPlainThreads)
     for (int c = tid; c < D; c += kPlainThreads) store_float(p.output, out + c, p.dtype, 0.0f);
     return;
   }
+  const Sight seen =
+      sight_of(p, b, s, run_end == nullptr ? s : run_end[static_cast<int64_t>(b) * S + s]);
   __shared__ float query[kPlainMaxDim], folded[kPlainMaxDim], weights[kPlainThreads],
       scratch[kPlainThreads / 32];
   for (int c = tid; c < D; c += kPlainThreads)
@@ -85,6 +95,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   // Weights of up to 128 tokens, one per thread (score -inf: none), then their values: value(i, c)
   // of token i, channel c.
   auto attend = [&](float score, int count, auto value) {
+    if (p.softcap > 0.0f) score = bounded_score(score, p.softcap);
     const float top = reduce(score, true), now = fmaxf(most, top), fade = expf(most - now);
     const float weight = expf(score - now);
     weights[tid] = weight;
@@ -119,13 +130,15 @@ __global__ void __launch_bounds__(kPlainThreads)
       if (p.correction == VKVX_CORRECTION_EXPECTED)
         bias += expected_correction(0.5f * reduce(spread, false), p.correction_limit);
       for (int first = 0; first < counts[group]; first += kTile) {
-        const int count = min(kTile, counts[group] - first);
+        const int count = min(kTile, counts[group] - first),
+                  hidden = seen.visual - group * p.group_size - first;
+        if (hidden >= count) continue;
         const int64_t tile =
             slot_head * tiles + (static_cast<int64_t>(group) * p.group_size + first) / kTile;
         const int* key = p.visual_key + tile * p.key_bits * kTile * words;
         const int* value = p.visual_value + tile * p.value_bits * D * 4;
         float score = -INFINITY;
-        if (tid < count) {
+        if (tid < count && tid >= hidden) {
           score = bias;
           for (int c = 0; c < D; ++c)
             score = fmaf(folded[c],
@@ -146,8 +159,8 @@ __global__ void __launch_bounds__(kPlainThreads)
     }
   }
   auto attend_rows = [&](const void* keys, const void* values, int64_t key_base, int64_t value_base,
-                         int64_t key_stride, int64_t value_stride, int rows, bool own) {
-    for (int first = 0; first < rows; first += kPlainThreads) {
+                         int64_t key_stride, int64_t value_stride, int begin, int rows, bool own) {
+    for (int first = begin; first < rows; first += kPlainThreads) {
       const int count = min(kPlainThreads, rows - first), row = first + tid;
       float score = -INFINITY;
       if (tid < count && (!own || rank[static_cast<int64_t>(b) * S + row] >= 0)) {
@@ -162,10 +175,10 @@ __global__ void __launch_bounds__(kPlainThreads)
   };
   const int64_t text = slot_head * p.text_capacity * D;
   __syncthreads();
-  attend_rows(p.text_key, p.text_value, text, text, D, D, p.text_count[slot], false);
+  attend_rows(p.text_key, p.text_value, text, text, D, D, seen.text, p.text_count[slot], false);
   attend_rows(p.key, p.value, b * p.key_stride[0] + kv * p.key_stride[1],
               b * p.value_stride[0] + kv * p.value_stride[1], p.key_stride[2], p.value_stride[2],
-              s + 1, true);
+              seen.first, seen.last + 1, true);
   for (int n = 0; n * kPlainThreads + tid < D; ++n)
     store_float(p.output, out + n * kPlainThreads + tid, p.dtype, sum[n] / total);
 }

@@ -1,13 +1,13 @@
 // Attention of many new positions: causal over the call's own tokens, on top of all that is cached,
 // with 16-bit tensor cores.
 //
-// A block of four warps takes 128 positions of one query head (64 of wide heads and in short calls)
-// and walks over tiles of 64 keys: cached visual tokens (dequantised into shared memory,
-// prefill_codes.cuh), cached text rows, own tokens. Scores and sums stay in registers, weights are
-// normalised at the end (online softmax, Milakov and Gimelshein, arXiv 1805.02867). Queries stay in
-// shared memory: a warp of 32 positions uses each fragment of keys or values twice. While scores
-// are computed the tile's values arrive, and with the sums the next tile's keys, as in
-// FlashAttention-2 (arXiv 2307.08691).
+// A block of four warps takes 128 positions of one query head (64 of wide heads and in short calls;
+// of heads wider than 256 two blocks take half of the output each) and walks over tiles of 64 keys:
+// cached visual tokens (dequantised into shared memory, prefill_codes.cuh), cached text rows, own
+// tokens. Scores and sums stay in registers, weights are normalised at the end (online softmax,
+// Milakov and Gimelshein, arXiv 1805.02867). Queries stay in shared memory: a warp of 32 positions
+// uses each fragment of keys or values twice. While scores are computed the tile's values arrive,
+// and with the sums the next tile's keys, as in FlashAttention-2 (arXiv 2307.08691).
 #pragma once
 
 #include "prefill_warp.cuh"
@@ -23,15 +23,15 @@ constexpr int prefill_row_tiles(int dim, int positions) {
 }
 constexpr int prefill_rows(int tiles) { return kPrefillThreads / 2 * tiles; }
 constexpr int prefill_blocks(int dim, int tiles) {
-  return dim * tiles <= 160 ? 3 : 2;
+  return dim * tiles <= 160 ? 3 : dim <= 256 ? 2 : 1;
 }  // of a multiprocessor
 
 // Queries, a tile of keys and one of values, scales and offsets of keys, a score map for each
-// position, and a bit for each position of the call.
-constexpr int prefill_shared_bytes(int dim, int positions) {
+// position, what each position sees if that is masked, and a bit for each position of the call.
+constexpr int prefill_shared_bytes(int dim, int positions, bool masked) {
   const int rows = prefill_rows(prefill_row_tiles(dim, positions));
-  return (rows + 2 * kPrefillKeys + 2) * dim * 2 + rows * 8 +
-         (positions + rows - 1) / rows * rows / 8;
+  return ((rows + kPrefillKeys + 2) * dim + kPrefillKeys * prefill_values(dim)) * 2 + rows * 8 +
+         (masked ? rows * 16 : 0) + (positions + rows - 1) / rows * rows / 8;
 }
 
 // `rows` rows from `first`, those that are not `valid` as zeros.
@@ -62,10 +62,11 @@ struct PrefillCursor {
   bool scan;
 };
 
-// What a block attends to.
+// What a block attends to: up to the counts and the own position `last`; text and own positions
+// from the first tiles that one of its positions sees.
 struct PrefillLengths {
-  const int* counts;             // of the groups
-  int groups, text_count, last;  // `last`: own position
+  const int* counts;  // of the groups
+  int groups, text_count, last, text_first, own_first;
 
   // The tile at c, or the one that follows if there is none.
   __device__ __forceinline__ PrefillCursor settle(PrefillCursor c) const {
@@ -73,13 +74,60 @@ struct PrefillLengths {
     if (c.group >= 0) {
       if (c.first >= counts[c.group]) c.group += 1, c.first = 0;
       if (c.group >= groups || counts[c.group] <= 0)
-        c = c.scan ? Cursor{0, 0, false} : Cursor{Cursor::kText, 0, false};
+        c = c.scan ? Cursor{0, 0, false} : Cursor{Cursor::kText, text_first, false};
     }
-    if (c.group == Cursor::kText && c.first >= text_count) c = Cursor{Cursor::kOwn, 0, false};
+    if (c.group == Cursor::kText && c.first >= text_count)
+      c = Cursor{Cursor::kOwn, own_first, false};
     if (c.group == Cursor::kOwn && c.first > last) c.group = Cursor::kEnd;
     return c;
   }
 };
+
+// Where the tiles of a KV head of a row are: `slot_head` counts the heads of all slots.
+template <int kDim>
+struct PrefillTiles {
+  const VkvxParams& p;
+  int row, head, groups, text_count;
+  int64_t slot_head;
+
+  __device__ __forceinline__ int64_t tile_of(PrefillCursor c) const {
+    return slot_head * (p.visual_capacity / kTile) +
+           (static_cast<int64_t>(c.group) * p.group_size + c.first) / kTile;
+  }
+  __device__ __forceinline__ const int* key_words(PrefillCursor c) const {
+    return p.visual_key + tile_of(c) * p.key_bits * kTile * (kDim / 32) +
+           c.first % kTile * (kDim / 32);
+  }
+  __device__ __forceinline__ const int* value_words(PrefillCursor c) const {
+    return p.visual_value + tile_of(c) * p.value_bits * kDim * 4 + c.first % kTile / 32;
+  }
+  // Of the tile's group, from params with so many rows a group.
+  __device__ __forceinline__ const __half* levels(const void* params, PrefillCursor c,
+                                                  int rows) const {
+    return static_cast<const __half*>(params) + (slot_head * groups + c.group) * rows * kDim;
+  }
+  // Channels from `channel` on of a tile of text rows or of own positions.
+  template <int kChannels, class IsToken>
+  __device__ __forceinline__ void copy(PrefillCursor c, char* to, int channel,
+                                       const void* text_rows, const void* rows,
+                                       const int64_t (&stride)[3], IsToken is_token) const {
+    if (c.group == PrefillCursor::kText)
+      copy_rows<kChannels>(to, kPrefillKeys, text_rows,
+                           slot_head * p.text_capacity * kDim + channel, kDim, c.first,
+                           [&](int i) { return i < text_count; });
+    else
+      copy_rows<kChannels>(to, kPrefillKeys, rows, row * stride[0] + head * stride[1] + channel,
+                           stride[2], c.first, is_token);
+  }
+};
+
+// Zeros to so many rows of the output, from row `first` of all on: kValues channels each.
+template <int kDim, int kValues>
+__device__ __forceinline__ void clear_rows(const VkvxParams& p, int64_t first, int rows,
+                                           int channel) {
+  for (int i = threadIdx.x; i < rows * kValues; i += kPrefillThreads)
+    store_float(p.output, (first + i / kValues) * kDim + channel + i % kValues, p.dtype, 0.0f);
+}
 
 // A bit for each of the first `end` positions that is a token; `last` is the last one of them that
 // the call has.
@@ -96,34 +144,44 @@ __device__ __forceinline__ void find_tokens(uint32_t* present, const int* rank, 
 
 // One block for 128 or 64 positions of a query head; the longest come first, so that the last ones
 // to start are short.
-template <int kDim, int kTiles, bool kBfloat>
+template <int kDim, int kTiles, bool kBfloat, bool kMasked>
 __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
-    prefill_kernel(const __grid_constant__ VkvxParams p, const int* rank) {
+    prefill_kernel(const __grid_constant__ VkvxParams p, const int* rank, const int* run_end) {
 #if VKVX_HAS_TENSOR_CORES
   using Cursor = PrefillCursor;
   using Warp = PrefillWarp<kDim, kTiles, kBfloat>;
-  constexpr int kRows = prefill_rows(kTiles), kPitch = kDim * 2, kTileBytes = kPrefillKeys * kPitch;
+  constexpr int kRows = prefill_rows(kTiles), kPitch = kDim * 2, kValues = prefill_values(kDim),
+                kParts = kDim / kValues;
   extern __shared__ __align__(128) char shared[];
-  char *const key_tile = shared + kRows * kPitch, *const value_tile = key_tile + kTileBytes;
-  __half* const key_params = reinterpret_cast<__half*>(value_tile + kTileBytes);
+  char *const key_tile = shared + kRows * kPitch, *const value_tile =
+                                                      key_tile + kPrefillKeys * kPitch;
+  __half* const key_params = reinterpret_cast<__half*>(value_tile + kPrefillKeys * kValues * 2);
   float2* const maps = reinterpret_cast<float2*>(key_params + 2 * kDim);
-  uint32_t* const present = reinterpret_cast<uint32_t*>(maps + kRows);
+  Sight* const sights = reinterpret_cast<Sight*>(maps + kRows);
+  uint32_t* const present = reinterpret_cast<uint32_t*>(sights + (kMasked ? kRows : 0));
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(kFull, tid >> 5, 0),
             g = lane >> 2, t = lane & 3;
-  const int S = p.positions, head = blockIdx.x, b = blockIdx.y,
-            kv = head / (p.query_heads / p.kv_heads);
+  const int S = p.positions, head = blockIdx.x / kParts, b = blockIdx.y,
+            kv = head / (p.query_heads / p.kv_heads), channel = blockIdx.x % kParts * kValues;
   const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
   const int slot = p.slot[b];
   const int64_t out = (static_cast<int64_t>(b) * p.query_heads + head) * S;
   if (slot < 0) {
-    for (int i = tid; i < kRows * kDim; i += kPrefillThreads)
-      if (first_row + i / kDim < S)
-        store_float(p.output, (out + first_row) * kDim + i, p.dtype, 0.0f);
+    clear_rows<kDim, kValues>(p, out + first_row, min(kRows, S - first_row), channel);
     return;
   }
-  // Which positions are tokens, up to this block's last one.
-  const int last = min(first_row + kRows, S) - 1;
-  find_tokens(present, rank + static_cast<int64_t>(b) * S, S, first_row + kRows, last);
+  int last = min(first_row + kRows, S) - 1;  // position that the block sees
+  Sight first{};                             // of its positions
+  if constexpr (kMasked) {
+    const int* ends = run_end == nullptr ? nullptr : run_end + static_cast<int64_t>(b) * S;
+    auto sight = [&](int s) { return sight_of(p, b, s, ends == nullptr ? s : ends[s]); };
+    for (int i = tid; i < kRows; i += kPrefillThreads) sights[i] = sight(min(first_row + i, last));
+    first = sight(first_row);
+    last = sight(last).last;
+  }
+  // Which positions are tokens, up to the last one that the block sees.
+  find_tokens(present, rank + static_cast<int64_t>(b) * S, S,
+              (last / kPrefillKeys + 1) * kPrefillKeys, last);
   __syncthreads();
 
   auto is_token = [&](int i) { return i < S && (present[i >> 5] >> (i & 31) & 1); };
@@ -134,45 +192,40 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
             text_count = p.text_count[slot];
   const int* counts = p.visual_count + static_cast<int64_t>(slot) * groups;
   const int64_t slot_head = static_cast<int64_t>(slot) * p.kv_heads + kv;
-  const PrefillLengths lengths{counts, groups, text_count, last};
-  auto copy_tile = [&](Cursor c, char* to, const void* text_rows, const void* rows,
-                       const int64_t (&stride)[3]) {
-    if (c.group == Cursor::kText)
-      copy_rows<kDim>(to, kPrefillKeys, text_rows, slot_head * p.text_capacity * kDim, kDim,
-                      c.first, [&](int i) { return i < text_count; });
-    else
-      copy_rows<kDim>(to, kPrefillKeys, rows, b * stride[0] + kv * stride[1], stride[2], c.first,
-                      is_token);
-  };
-  auto tile_of = [&](Cursor c) {
-    return slot_head * (p.visual_capacity / kTile) +
-           (static_cast<int64_t>(c.group) * p.group_size + c.first) / kTile;
-  };
-  auto level_params = [&](const void* params, Cursor c, int rows) {
-    return static_cast<const __half*>(params) + (slot_head * groups + c.group) * rows * kDim;
+  constexpr int kWhole = ~(kPrefillKeys - 1);
+  const PrefillLengths lengths{
+      counts, groups, text_count, last, first.text & kWhole, first.first & kWhole};
+  const PrefillTiles<kDim> tiles{p, b, kv, groups, text_count, slot_head};
+  auto copy_keys = [&](Cursor c) {
+    tiles.template copy<kDim>(c, key_tile, 0, p.text_key, p.key, p.key_stride, is_token);
   };
 
   const int warp_row = 16 * kTiles * warp;
   const uint32_t query_at = shared_address(shared + place<kDim>(warp_row + (lane & 15), lane >> 4));
   const uint32_t key_at =
       shared_address(key_tile + place<kDim>((lane & 7) + 8 * (lane >> 4), lane >> 3 & 1));
-  const uint32_t value_at = shared_address(value_tile + place<kDim>(lane & 15, lane >> 4));
+  const uint32_t value_at = shared_address(value_tile + place<kValues>(lane & 15, lane >> 4));
   float2* const warp_maps = maps + warp_row;
   Warp state;
-  Cursor c = groups && counts[0] > 0 ? Cursor{0, 0, p.correction == VKVX_CORRECTION_AFFINE}
-                                     : lengths.settle(Cursor{Cursor::kText, 0, false});
+  Cursor c = groups && counts[0] > 0
+                 ? Cursor{first.visual / p.group_size, first.visual % p.group_size & kWhole,
+                          p.correction == VKVX_CORRECTION_AFFINE}
+                 : Cursor{Cursor::kText, lengths.text_first, false};
+  if (kMasked || c.group < 0) c = lengths.settle(c);
+  int staged = -1;  // the group whose parameters are in shared memory
   if (c.scan && lane < 16 * kTiles) maps[warp_row + lane] = make_float2(INFINITY, -INFINITY);
-  if (c.group < 0) copy_tile(c, key_tile, p.text_key, p.key, p.key_stride);
+  if (c.group < 0) copy_keys(c);
   copy_commit();
   while (c.group != Cursor::kEnd) {
     const bool visual = c.group >= 0, own = c.group == Cursor::kOwn;
+    const bool enters = visual && (kMasked ? c.group != staged : c.first == 0);
     if (visual) {
-      if (c.first == 0) {
-        stage_key_params<kDim>(key_params, level_params(p.visual_key_params, c, 3), p.key_bits);
+      if (enters) {
+        staged = c.group;
+        stage_key_params<kDim>(key_params, tiles.levels(p.visual_key_params, c, 3), p.key_bits);
         __syncthreads();
       }
-      const int* words = p.visual_key + tile_of(c) * p.key_bits * kTile * (kDim / 32) +
-                         c.first % kTile * (kDim / 32);
+      const int* words = tiles.key_words(c);
       with_bits(p.key_bits, [&](auto bits) {
         unpack_keys<bits(), kDim, kBfloat>(key_tile, words, key_params);
       });
@@ -180,28 +233,28 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
     copy_wait<0>();
     __syncthreads();
     if (!visual) {
-      copy_tile(c, value_tile, p.text_value, p.value, p.value_stride);
+      tiles.template copy<kValues>(c, value_tile, channel, p.text_value, p.value, p.value_stride,
+                                   is_token);
       copy_commit();
     } else if (!c.scan) {
-      const int* words =
-          p.visual_value + tile_of(c) * p.value_bits * kDim * 4 + c.first % kTile / 32;
+      const int* words = tiles.value_words(c) + channel * 4;
+      const __half* levels = tiles.levels(p.visual_value_params, c, 2) + channel;
       with_bits(p.value_bits, [&](auto bits) {
-        unpack_values<bits(), kDim>(value_tile, words, level_params(p.visual_value_params, c, 2));
+        unpack_values<bits(), kDim, kValues>(value_tile, words, levels);
       });
-      if (p.correction == VKVX_CORRECTION_EXPECTED && c.first == 0)
+      if (p.correction == VKVX_CORRECTION_EXPECTED && enters)
         Warp::map_expected(g, t, warp_maps, query_at,
-                           level_params(p.visual_key_params, c, 3) + 2 * kDim, p);
+                           tiles.levels(p.visual_key_params, c, 3) + 2 * kDim, p);
     }
     // Nothing to do for a warp past the call's end, or for one that is all before these keys.
-    const bool busy =
-        first_row + warp_row < S && !(own && c.first >= first_row + warp_row + 16 * kTiles);
+    const bool busy = first_row + warp_row < S &&
+                      !(own && !kMasked && c.first >= first_row + warp_row + 16 * kTiles);
     float s[kTiles][8][4] = {};
     if (busy) Warp::multiply_keys(s, query_at, key_at);
     copy_wait<0>();
     __syncthreads();
     const Cursor next = lengths.settle(Cursor{c.group, c.first + kPrefillKeys, c.scan});
-    if (next.group == Cursor::kText || next.group == Cursor::kOwn)
-      copy_tile(next, key_tile, p.text_key, p.key, p.key_stride);
+    if (next.group == Cursor::kText || next.group == Cursor::kOwn) copy_keys(next);
     copy_commit();
     if (busy) {
       const int limit = own ? S : visual ? counts[c.group] : text_count;
@@ -209,13 +262,17 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
       if (own) valid &= *reinterpret_cast<const uint64_t*>(present + c.first / 32);
       const int before =
           first_row + warp_row - c.first + 1;  // keys that the warp's first position sees, if own
-      if (valid != ~0ull || (own && before < kPrefillKeys))
+      if constexpr (kMasked)
+        Warp::mask_sights(g, t, s, valid, sights + warp_row, visual, own,
+                          visual ? c.group * p.group_size + c.first : c.first);
+      else if (valid != ~0ull || (own && before < kPrefillKeys))
         Warp::mask_scores(g, t, s, valid, own, before);
       if (c.scan) {
         Warp::take_extremes(g, t, s, warp_maps);
         if (!next.scan) Warp::map_affine(warp_maps, p);
       } else {
-        state.softmax(g, s, warp_maps, visual && p.correction != VKVX_CORRECTION_NONE, p.scale);
+        state.template softmax<kMasked>(g, s, warp_maps,
+                                        visual && p.correction != VKVX_CORRECTION_NONE, p);
         if (visual || !kBfloat)
           state.template add_values<false>(s, value_at);  // pictures are unpacked as fp16 numbers
         else
@@ -225,8 +282,8 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
     c = next;
   }
   copy_wait<0>();
-  state.store(g, t, static_cast<uint16_t*>(p.output) + out * kDim, first_row + warp_row, S,
-              is_token);
+  state.store(g, t, static_cast<uint16_t*>(p.output) + out * kDim + channel, first_row + warp_row,
+              S, is_token);
 #endif
 }
 

@@ -13,6 +13,8 @@ namespace vkvx {
 
 constexpr int kPrefillThreads = 128;
 constexpr int kPrefillKeys = 64;  // of a tile
+// Channels of values that a block takes.
+constexpr int prefill_values(int dim) { return dim <= 256 ? dim : 256; }
 
 template <bool kBfloat>
 __device__ __forceinline__ uint32_t pack_pair(float x, float y) {
@@ -104,15 +106,16 @@ __device__ __forceinline__ void unpack_keys(char* to, const int* words, const __
   }
 }
 
-// Values of 64 tokens: `words` of the first plane and channel and of the tile's first 32 tokens.
+// Values of 64 tokens, kValues of their channels: `words` of the first plane and channel and of the
+// tile's first 32 tokens.
 // They are fp16 numbers in BF16 models too: all tokens of a group share the error of a rounded
 // level, so it does not average out as the values do.
-template <int kBits, int kDim>
+template <int kBits, int kDim, int kValues>
 __device__ __forceinline__ void unpack_values(char* to, const int* words, const __half* params) {
 #pragma unroll 1
-  for (unsigned q = threadIdx.x; q < kDim; q += kPrefillThreads) {
-    const unsigned c = q % (kDim / 2) * 2,
-                   half = q / (kDim / 2);  // channels c and c + 1, 32 tokens
+  for (unsigned q = threadIdx.x; q < kValues; q += kPrefillThreads) {
+    const unsigned c = q % (kValues / 2) * 2,
+                   half = q / (kValues / 2);  // channels c and c + 1, 32 tokens
     Pairs<kBits> pairs[2];
     uint32_t planes[2][kBits];
 #pragma unroll
@@ -128,16 +131,16 @@ __device__ __forceinline__ void unpack_values(char* to, const int* words, const 
     for (int i = 0; i < 2; ++i) pairs[i].set(planes[i]);
     char* at[8];  // of the channels in rows that are turned by this much
 #pragma unroll
-    for (int turn = 0; turn < (kDim % 64 ? 4 : 8); ++turn)
-      at[turn] = to + (32 * half * (kDim / 8) + (c / 8 ^ turn)) * 16 + c % 8 * 2;
+    for (int turn = 0; turn < (kValues % 64 ? 4 : 8); ++turn)
+      at[turn] = to + (32 * half * (kValues / 8) + (c / 8 ^ turn)) * 16 + c % 8 * 2;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       const __half2 a = code_pair<kBits>(pairs[0], j), b = code_pair<kBits>(pairs[1], j);
-      char* row = at[kDim % 64 ? j >> 1 & 3 : j & 7] + j * kDim * 2;
+      char* row = at[kValues % 64 ? j >> 1 & 3 : j & 7] + j * kValues * 2;
       const uint32_t s = reinterpret_cast<const uint32_t&>(scale),
                      o = reinterpret_cast<const uint32_t&>(offset);
       *reinterpret_cast<uint32_t*>(row) = level_pair<false>(__lows2half2(a, b), s, o);
-      *reinterpret_cast<uint32_t*>(row + 16 * kDim * 2) =
+      *reinterpret_cast<uint32_t*>(row + 16 * kValues * 2) =
           level_pair<false>(__highs2half2(a, b), s, o);
     }
   }

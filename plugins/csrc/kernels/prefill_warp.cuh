@@ -30,7 +30,7 @@ __device__ __forceinline__ uint64_t lowest_bits(int n) {
 // 8 of each tile, columns 2t and 2t + 1 of eight.
 template <int kDim, int kTiles, bool kBfloat>
 struct PrefillWarp {
-  static constexpr int kPitch = kDim * 2, kSteps = kDim / 16;
+  static constexpr int kPitch = kDim * 2, kSteps = kDim / 16, kValues = prefill_values(kDim);
 
   // Address of a chunk that is `chunk` (even) further in its row than that of `address`, whose own
   // is 0 or 1.
@@ -124,6 +124,48 @@ struct PrefillWarp {
       }
   }
 
+  // The same by what each of the warp's positions sees: `first` is the first key among the visual
+  // entries, the text rows, or the call's own positions.
+  static __device__ __forceinline__ void mask_sights(int g, int t, float (&s)[kTiles][8][4],
+                                                     uint64_t valid, const Sight* sights,
+                                                     bool visual, bool own, int first) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Sight sight = sights[16 * m + 8 * r + g];
+        const int from = visual ? sight.visual : own ? sight.first : sight.text;
+        uint64_t seen = valid & ~lowest_bits(from - first);
+        if (own) seen &= lowest_bits(sight.last + 1 - first);
+        seen >>= 2 * t;
+        const uint32_t half[2] = {static_cast<uint32_t>(seen), static_cast<uint32_t>(seen >> 32)};
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (!(half[n >> 2] >> (8 * (n & 3) + j) & 1)) s[m][n][2 * r + j] = -INFINITY;
+      }
+  }
+
+  // Mapped and bounded scores, in units of log2.
+  static __device__ __forceinline__ void bound_scores(int g, float (&s)[kTiles][8][4],
+                                                      const float2* maps, bool mapped, float scale,
+                                                      float bound) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 map = mapped ? maps[16 * m + 8 * r + g] : make_float2(scale * kLog2e, 0.0f);
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& x = s[m][n][2 * r + j];
+            x = bounded_score(fmaf(x, map.x, map.y), bound);
+          }
+      }
+  }
+
   // Takes the scores into the extremes in `maps`.
   static __device__ __forceinline__ void take_extremes(int g, int t, const float (&s)[kTiles][8][4],
                                                        float2* maps) {
@@ -151,7 +193,7 @@ struct PrefillWarp {
     __syncwarp();
   }
 
-  float sum[kTiles][kDim / 8][4], most[kTiles][2], total[kTiles][2];
+  float sum[kTiles][kValues / 8][4], most[kTiles][2], total[kTiles][2];
 
   __device__ __forceinline__ PrefillWarp() : sum{}, total{} {
 #pragma unroll
@@ -161,8 +203,16 @@ struct PrefillWarp {
   // Scores to weights, 2^(step * score + bias - most), with a step and a bias of each position in
   // `maps`, if `mapped`. Sums are rescaled only if the greatest score grew much: weights are at
   // most 2^8.
+  // kMasked: scores may be bounded, then `maps` are applied before.
+  template <bool kMasked>
   __device__ __forceinline__ void softmax(int g, float (&s)[kTiles][8][4], const float2* maps,
-                                          bool mapped, float scale) {
+                                          bool mapped, const VkvxParams& p) {
+    float scale = p.scale;
+    if (kMasked && p.softcap > 0.0f) {
+      bound_scores(g, s, maps, mapped, scale, p.softcap * kLog2e);
+      mapped = false;
+      scale = 1.0f / kLog2e;
+    }
     float step[kTiles][2], bias[kTiles][2], top[kTiles][2];
     bool grew = false;
 #pragma unroll
@@ -188,7 +238,8 @@ struct PrefillWarp {
           most[m][r] = now;
           total[m][r] *= fade;
 #pragma unroll
-          for (int n = 0; n < kDim / 8; ++n) sum[m][n][2 * r] *= fade, sum[m][n][2 * r + 1] *= fade;
+          for (int n = 0; n < kValues / 8; ++n)
+            sum[m][n][2 * r] *= fade, sum[m][n][2 * r + 1] *= fade;
         }
     }
 #pragma unroll
@@ -219,9 +270,9 @@ struct PrefillWarp {
           w[m][r] = pack_pair<kAsBfloat>(pair[2 * (r & 1)], pair[2 * (r & 1) + 1]);
         }
 #pragma unroll
-      for (int n = 0; n < kDim / 8; n += 2) {
+      for (int n = 0; n < kValues / 8; n += 2) {
         uint32_t v[4];
-        load_matrices_transposed(v, further(value_at, n) + 16 * i * kPitch);
+        load_matrices_transposed(v, further(value_at, n) + 16 * i * kValues * 2);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -248,7 +299,7 @@ struct PrefillWarp {
         const float inverse = token ? 1.0f / total[m][r] : 0.0f;
         uint32_t* to = reinterpret_cast<uint32_t*>(output + static_cast<int64_t>(row) * kDim) + t;
 #pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) {
+        for (int n = 0; n < kValues / 8; ++n) {
           float x = sum[m][n][2 * r] * inverse, y = sum[m][n][2 * r + 1] * inverse;
           if constexpr (!kBfloat) x = within_half(x), y = within_half(y);
           to[4 * n] = token ? pack_pair<kBfloat>(x, y) : 0u;

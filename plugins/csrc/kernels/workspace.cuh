@@ -21,7 +21,8 @@ inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
 
 struct Workspace {
   int* counters;
-  int* rank;  // [B, S]
+  int* rank;     // [B, S]
+  int* run_end;  // [B, S], null without the mask `run`
   float* partial;
   float2* extremes;
   size_t bytes;
@@ -36,7 +37,9 @@ struct Workspace {
       return here;
     };
     counters = reinterpret_cast<int*>(take(kCounters * sizeof(int)));
-    rank = reinterpret_cast<int*>(take(static_cast<size_t>(p.rows) * p.positions * sizeof(int)));
+    const size_t each = static_cast<size_t>(p.rows) * p.positions * sizeof(int);
+    rank = reinterpret_cast<int*>(take(each));
+    run_end = p.visual_mask == VKVX_MASK_RUN ? reinterpret_cast<int*>(take(each)) : nullptr;
     extremes = reinterpret_cast<float2*>(
         take(p.correction == VKVX_CORRECTION_AFFINE ? tiles * splits * 8 * sizeof(float2) : 0));
     partial = reinterpret_cast<float*>(take(

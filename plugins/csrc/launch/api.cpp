@@ -61,6 +61,12 @@ int check(const VkvxParams* given) {
   if (!(p.tau >= 0.0f) || !(p.correction_limit > 0.0f))
     return fail(VKVX_BAD_ARGUMENT, "tau must be at least 0 and correction_limit more than 0");
   if (!std::isfinite(p.scale)) return fail(VKVX_BAD_ARGUMENT, "scale must be finite");
+  if (!(p.softcap >= 0.0f) || !std::isfinite(p.softcap))
+    return fail(VKVX_BAD_ARGUMENT, "softcap must be at least 0 and finite");
+  if (p.sliding_window < 0) return bad("sliding_window", p.sliding_window, "at least 0");
+  if (p.sliding_window && p.correction == VKVX_CORRECTION_AFFINE)
+    return fail(VKVX_UNSUPPORTED,
+                "VKVX_CORRECTION_AFFINE takes no sliding_window; give another correction");
   if (p.splits < 0) return bad("splits", p.splits, "0 to choose, or the number of parts");
   return VKVX_OK;
 }
@@ -84,6 +90,8 @@ int check_call(const VkvxParams& p, size_t needed) {
     return fail(VKVX_BAD_ARGUMENT,
                 "key_metric, value_metric or rotation is a null pointer; this quantizer needs them "
                 "for calls with visual entries");
+  if (p.sliding_window && !p.window_start)
+    return fail(VKVX_BAD_ARGUMENT, "window_start is a null pointer; a sliding window needs it");
   if (p.workspace_bytes < needed || p.workspace == nullptr)
     return fail(VKVX_WORKSPACE_TOO_SMALL, "the workspace has " + std::to_string(p.workspace_bytes) +
                                               " bytes; this call needs " + std::to_string(needed));

@@ -47,7 +47,7 @@ int append(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   const int threads = 256, parts = (p.kv_heads * p.head_dim + threads - 1) / threads;
   if (!packed) {
     const Workspace workspace(p, 0, 1, 0);
-    rank_tokens(p, workspace.rank, stream);
+    rank_tokens(p, workspace.rank, nullptr, stream);
     append_rows_kernel<<<dim3(p.positions, p.rows, parts), threads, 0, stream>>>(p, workspace.rank);
     return check_cuda("append of text rows");
   }

@@ -41,8 +41,11 @@ bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
   if (!rows_are_aligned(p.query, p.query_stride) || !rows_are_aligned(p.key, p.key_stride) ||
       !rows_are_aligned(p.value, p.value_stride) || reinterpret_cast<uintptr_t>(p.output) % 8)
     return false;
+  // Masks and bounds are in the instances of `codes` for heads of up to 256.
+  const bool plain = is_plain(p);
+  if (!plain && p.head_dim > 256) return false;
   if (kernel == VKVX_CODES) return true;
-  return kernel == VKVX_PLANES && packed && p.head_dim == 128 &&
+  return kernel == VKVX_PLANES && packed && plain && p.head_dim == 128 &&
          p.correction != VKVX_CORRECTION_AFFINE && p.key_bits == p.value_bits && p.key_bits <= 4;
 }
 
@@ -85,15 +88,15 @@ int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t s
 
 size_t plain_workspace(const VkvxParams& p) { return Workspace(p, 0, 1, 0).bytes; }
 
-void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream) {
-  rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, rank);
+void rank_tokens(const VkvxParams& p, int* rank, int* run_end, cudaStream_t stream) {
+  rank_tokens_kernel<<<p.rows, 1024, 0, stream>>>(p, rank, run_end);
 }
 
 int plain(const VkvxParams& p, cudaStream_t stream) {
   const Workspace workspace(p, 0, 1, 0);
-  rank_tokens(p, workspace.rank, stream);
+  rank_tokens(p, workspace.rank, workspace.run_end, stream);
   plain_kernel<<<dim3(p.positions, p.query_heads, p.rows), kPlainThreads, 0, stream>>>(
-      p, workspace.rank);
+      p, workspace.rank, workspace.run_end);
   return check_cuda("plain attention");
 }
 

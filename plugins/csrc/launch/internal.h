@@ -37,7 +37,7 @@ int decode_codes(const VkvxParams& p, const Device& device, cudaStream_t stream)
 int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream);
 
 // Fills the token numbers of the workspace.
-void rank_tokens(const VkvxParams& p, int* rank, cudaStream_t stream);
+void rank_tokens(const VkvxParams& p, int* rank, int* run_end, cudaStream_t stream);
 size_t append_workspace(const VkvxParams& p, const Device& device);
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
 int shape(const VkvxParams& p, const Device& device,
@@ -47,7 +47,7 @@ bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for cop
 bool prefill_takes(const VkvxParams& p, const Device& device);
 int prefill(const VkvxParams& p, cudaStream_t stream);
 template <int kDim>
-int prefill_heads(const VkvxParams& p, const int* rank, cudaStream_t stream);
+int prefill_heads(const VkvxParams& p, const int* rank, const int* run_end, cudaStream_t stream);
 
 size_t bound_of_workspace(
     const VkvxParams& p);  // of all kernels, these sizes and smaller ones, any device

@@ -30,6 +30,16 @@ constexpr int kBaseline = 16;  // bits of a cache that is not packed
 
 bool is_packed(const Attributes& attributes) { return attributes.key_bits != kBaseline; }
 
+bool needs_metrics(const Attributes& attributes) {
+  return is_packed(attributes) &&
+         kNeedsMetrics[number_of("quantizer", attributes.quantizer, kQuantizerNames)];
+}
+
+// Input i of a node: those that it does without are left out of the table.
+const Tensor& input(const Attributes& attributes, int i) {
+  return kTable[i >= kInputs && !needs_metrics(attributes) ? i + kMetricInputs : i];
+}
+
 bool model_type(DataType type, int32_t* number) {
   switch (type) {
     case DataType::kHALF:
@@ -212,10 +222,8 @@ std::vector<PluginField> Operator::fields() {
 }
 
 int Operator::input_count() const {
-  const bool needs_metrics =
-      is_packed(attributes_) &&
-      kNeedsMetrics[number_of("quantizer", attributes_.quantizer, kQuantizerNames)];
-  return needs_metrics ? kInputs + kMetricInputs : kInputs;
+  return kInputs + (needs_metrics(attributes_) ? kMetricInputs : 0) +
+         (attributes_.sliding_window ? kWindowInputs : 0);
 }
 
 void Operator::check_counts(int inputs, int outputs) const {
@@ -231,7 +239,8 @@ bool Operator::supports(int position, DataType type, nvinfer1::TensorFormat form
   if (format != nvinfer1::TensorFormat::kLINEAR || position < 0 || position >= inputs + kOutputs)
     return false;
   const int output = position - inputs;
-  const Tensor& tensor = kTable[output < 0 ? position : output == 0 ? 0 : kAliases[output]];
+  const Tensor& tensor =
+      output < 0 ? input(attributes_, position) : kTable[output == 0 ? 0 : kAliases[output]];
   int32_t number;
   switch (tensor.type) {
     case Type::kModel:
@@ -254,7 +263,8 @@ DataType Operator::output_type(int output, DataType model) {
 size_t Operator::workspace(const std::vector<Dims>& shapes, DataType model) const {
   check_counts(static_cast<int>(shapes.size()), kOutputs);
   Sizes sizes(attributes_, false);
-  for (size_t i = 0; i < shapes.size(); ++i) sizes.take(kTable[i], shapes[i]);
+  for (size_t i = 0; i < shapes.size(); ++i)
+    sizes.take(input(attributes_, static_cast<int>(i)), shapes[i]);
   const VkvxParams params = params_of(attributes_, sizes, model);
   size_t bytes;
   check(vkvx_workspace_bound(&params, &bytes));
@@ -274,8 +284,9 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
   Sizes sizes(attributes_, true);
   for (int i = 0; i < count; ++i) {
     if (!supports(i, descs[i].type, descs[i].format, model))
-      throw Error(std::string(kTable[i].name) + " has a type or format that is not supported");
-    sizes.take(kTable[i], descs[i].dims);
+      throw Error(std::string(input(attributes_, i).name) +
+                  " has a type or format that is not supported");
+    sizes.take(input(attributes_, i), descs[i].dims);
   }
   VkvxParams p = params_of(attributes_, sizes, model);
   if (sizes.of(kC128) * kTile != p.visual_capacity)
@@ -285,8 +296,9 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
 
   // The address of an empty tensor is never read, but null says that one is missing.
   const auto address = [&](int i, const void* pointer) {
-    return const_cast<void*>(
-        bytes_of(kTable[i], descs[i].dims, model) ? pointer : static_cast<const void*>(&kTable));
+    return const_cast<void*>(bytes_of(input(attributes_, i), descs[i].dims, model)
+                                 ? pointer
+                                 : static_cast<const void*>(&kTable));
   };
   // In place where TensorRT binds output and input to one address; else the output starts as a
   // copy.
@@ -303,7 +315,7 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
   const auto set = [&](const Tensor& tensor, void* pointer) {
     std::memcpy(reinterpret_cast<char*>(&p) + tensor.field, &pointer, sizeof pointer);
   };
-  for (int i = 0; i < count; ++i) set(kTable[i], address(i, inputs[i]));
+  for (int i = 0; i < count; ++i) set(input(attributes_, i), address(i, inputs[i]));
   for (int output = 1; output < kOutputs; ++output) set(kTable[kAliases[output]], cache(output));
   p.output = address(0, outputs[0]);
   const int64_t query = int64_t{p.positions} * p.head_dim;

@@ -29,7 +29,7 @@ from vkvx.runtime.backends.base import check_machine
 from vkvx.runtime.backends.onnxruntime.faults import explain
 from vkvx.runtime.backends.onnxruntime.threads import default_threads
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage, numpy_dtype
-from vkvx.runtime.calls import CALL_INPUTS, Call, place_embeds
+from vkvx.runtime.calls import Call, place_embeds
 
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 _ONNX_TYPES = {  # how a buffer on a device is bound
@@ -154,7 +154,7 @@ class OnnxRuntimeBackend:
         if visual_embeds is None:
             visual_embeds = np.zeros((batch, entries, self.manifest.model.embed_width), self._dtype)
         visual_embeds = np.ascontiguousarray(visual_embeds, self._dtype)
-        inputs = {name: getattr(call, name) for name in CALL_INPUTS}
+        inputs = call.inputs
         # Binding copies to the device, so the counts are bound anew each time.
         inputs |= {"visual_count": cache.visual_count, "text_count": cache.text_count, "visual_embeds": visual_embeds}
         for name, array in inputs.items():

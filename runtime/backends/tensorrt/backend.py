@@ -29,7 +29,7 @@ from vkvx.runtime.backends.tensorrt.call_plan import (
 from vkvx.runtime.backends.tensorrt.device import CapturedGraph, Device, DeviceArray, DeviceStorage, PinnedMemory
 from vkvx.runtime.backends.tensorrt.engine import Engines
 from vkvx.runtime.cache import PackedCache, Shape, numpy_dtype
-from vkvx.runtime.calls import CALL_INPUTS, Call
+from vkvx.runtime.calls import Call
 from vkvx.runtime.engines.gpus import use_gpu
 from vkvx.runtime.engines.limits import has_tiles
 from vkvx.runtime.engines.manifest import DECODE, DECODER, VISION, Limits
@@ -256,13 +256,14 @@ class _Lane:
 
     def run(self, plan: CallPlan, embeds: DeviceArray) -> None:
         """Queue a call. ``logits`` and ``counts`` hold its results once the device is done."""
-        shapes = {name: plan.shapes[name] for name in CALL_INPUTS}
+        arrays = plan.call.inputs
+        shapes = {name: array.shape for name, array in arrays.items()}
         offsets, size = pack(shapes)
         if not self._captured or not self._ran:
             self._prepare(plan, offsets, size, embeds)
         assert self._staged is not None
         for name, shape in shapes.items():
-            self._staged.view(offsets[name], "int32", shape)[...] = getattr(plan.call, name)
+            self._staged.view(offsets[name], "int32", shape)[...] = arrays[name]
         if not self._captured or not self._ran:
             self._enqueue(size, len(plan.call.slot))
             self._ran = True

@@ -16,7 +16,7 @@ from vkvx.cache_layout import tensor_bytes
 from vkvx.errors import CapacityError
 from vkvx.runtime.backends.tensorrt.device import ALIGNMENT
 from vkvx.runtime.cache import PackedCache, Shape
-from vkvx.runtime.calls import CALL_INPUTS, Call
+from vkvx.runtime.calls import Call
 from vkvx.runtime.engines.manifest import DECODE, DECODER, PREFILL, EngineManifest, Profile
 
 COUNTS = ("visual_count", "text_count")
@@ -114,7 +114,7 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, embed_wid
     rows, group_size = len(call.slot), cache.group_size
     decoding = call.input_ids.shape[1] == 1 and not (call.visual_index >= 0).any()
     profile = engines.profile(DECODER, DECODE if decoding else PREFILL)
-    least = {name: list(profile.shapes[name][0]) for name in CALL_INPUTS}
+    least = {name: list(profile.shapes[name][0]) for name in call.inputs}
     if decoding:
         wanted = decode_rows(rows, min(cache.slots, profile.shapes["slot"][2][0]))
         for shape in least.values():
@@ -126,13 +126,13 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, embed_wid
         least["visual_index"][1] = max(group_size, least["visual_index"][1])
     # Rows of all inputs, and entries of both forms of the visual index, grow together.
     call = Call(
-        **{name: _pad(getattr(call, name), least[name], _PADDING.get(name, 0)) for name in CALL_INPUTS},
+        **{name: _pad(array, least[name], _PADDING.get(name, 0)) for name, array in call.inputs.items()},
         visual_rows=_pad(call.visual_rows, least["visual_index"], -1),
         next_position=_pad(call.next_position, least["slot"], 0),
     )
-    shapes: dict[str, Shape] = {name: getattr(call, name).shape for name in CALL_INPUTS}
-    for name in CALL_INPUTS:
-        _check(profile, name, shapes[name])
+    shapes: dict[str, Shape] = {name: array.shape for name, array in call.inputs.items()}
+    for name, sizes in shapes.items():
+        _check(profile, name, sizes)
     shapes["visual_embeds"] = (*call.visual_index.shape, embed_width)
     return CallPlan(profile, call, rows, shapes)
 

@@ -34,8 +34,8 @@ def find(bundle: Path, manifest: Manifest, provider: str, threads: int | None) -
 def _against(manifest: Manifest) -> str | None:
     if find_library() is None:
         return "libvkvx is not built (vkvx plugin build)"
-    if manifest.model.head_dim > MAX_HEAD_DIM:
-        return f"libvkvx has no kernel for heads of {manifest.model.head_dim}"
+    if (widest := max(layer.head_dim for layer in manifest.model.layers)) > MAX_HEAD_DIM:
+        return f"libvkvx has no kernel for heads of {widest}"
     if CONFIG_FILE not in manifest.files:
         return "the bundle holds no config.json, which older exports left out"
     absent = next((name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None), None)

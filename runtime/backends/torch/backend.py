@@ -182,7 +182,7 @@ def _exact_convolutions() -> AbstractContextManager[None]:
 
 def has_kernels(manifest: Manifest) -> bool:
     """Whether ``libvkvx`` can attend for this model on a GPU."""
-    return manifest.model.head_dim <= MAX_HEAD_DIM and torch_cuda.kernels() is not None
+    return all(layer.head_dim <= MAX_HEAD_DIM for layer in manifest.model.layers) and torch_cuda.kernels() is not None
 
 
 def to_torch(array: np.ndarray) -> Tensor:

@@ -38,7 +38,8 @@ class DecodeSteps:
         self._decoder, self._buffers, self._cache, self._stream = decoder, buffers, cache, stream
         slots, device = cache.slots, stream.device
         self._rows = model.position_rows
-        shapes = ((2 + self._rows, slots), (slots, cache.groups), (slots,))
+        self._windows = 2 if model.sliding_window else 0
+        shapes = ((2 + self._rows + self._windows, slots), (slots, cache.groups), (slots,))
         sizes = [math.prod(shape) for shape in shapes]
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
         self._ints = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
@@ -65,7 +66,9 @@ class DecodeSteps:
         rows = len(call.slot)
         inputs, visual_count, text_count = self._host_parts
         inputs[0, :rows], inputs[1, :rows] = call.input_ids[:, 0], call.slot
-        inputs[2:, :rows] = call.position_ids.reshape(rows, -1).T
+        inputs[2 : 2 + self._rows, :rows] = call.position_ids.reshape(rows, -1).T
+        if call.window_start is not None:
+            inputs[2 + self._rows :, :rows] = call.window_start[:, :, 0].T
         visual_count[...], text_count[...] = self._cache.visual_count, self._cache.text_count
         self._ints.copy_(self._host, non_blocking=True)
         if rows not in self.graphs:
@@ -91,11 +94,13 @@ class DecodeSteps:
 
     def _forward(self, rows: int) -> tuple[Tensor, ...]:
         inputs, visual_count, text_count = self._parts
-        ids, slot, *positions = inputs[:, :rows]
+        ids, slot, *others = inputs[:, :rows]
+        positions, starts = others[: self._rows], others[self._rows :]
         position_ids = positions[0] if self._rows == 1 else torch.stack(positions, 1)
+        windows = [torch.stack(starts, 1).unsqueeze(-1)] if starts else []
         results = self._decoder(
             *(ids.unsqueeze(1), position_ids.unsqueeze(-1)),
             *(self._no_embeds[:rows], self._no_picture[:rows], self._zeros[:rows], self._zeros[:rows, 0], slot),
-            *(visual_count, text_count, *self._buffers),
+            *(visual_count, text_count, *windows, *self._buffers),
         )
         return results[:3]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vkvx.errors import BundleError, CapacityError, DependencyError, ModelError, OptionError
-from vkvx.manifest import Manifest
+from vkvx.manifest import Manifest, ModelInfo
 from vkvx.models.checkpoint import CONFIG_FILE, read_checkpoint
 from vkvx.models.family import Source
 from vkvx.models.graph.metric import METRICS_FILE, model_metrics
@@ -86,14 +86,19 @@ def load_reference(
 
 def check_same_model(source: Source, manifest: Manifest) -> None:
     """Raise ModelError unless the checkpoint can be what the bundle was exported from."""
-    info = source.info(manifest.model.dtype)
-    for name in ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "vocab_size"):
-        given, expected = getattr(info, name), getattr(manifest.model, name)
-        if given != expected:
+    theirs, ours = _facts(source.info(manifest.model.dtype)), _facts(manifest.model)
+    for name, given in theirs.items():
+        if given != (expected := ours[name]):
             raise ModelError(
                 f"{source.directory} has {name} {given}, the bundle's model has {expected}; "
                 "give the checkpoint that the bundle was exported from"
             )
+
+
+def _facts(info: ModelInfo) -> dict[str, Any]:
+    """What tells models apart, by the words of messages."""
+    facts = {name: getattr(info, name) for name in ("architecture", "query_heads", "hidden_size", "vocab_size")}
+    return {"layers": len(info.layers), **facts, **{f"layer {i}": vars(layer) for i, layer in enumerate(info.layers)}}
 
 
 def load_model(source: Source, dtype: torch.dtype) -> Any:
@@ -136,6 +141,6 @@ def _read_metrics(bundle: Path, manifest: Manifest, device: str) -> tuple[tuple[
     path = bundle / METRICS_FILE
     try:
         stored = load_file(path, device)
-        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in range(manifest.model.layers))
+        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in range(len(manifest.model.layers)))
     except (OSError, KeyError, SafetensorError) as error:
         raise BundleError(f"cannot read {path} ({error}); export the model again") from error

@@ -42,7 +42,7 @@ def opened(
     source = resolve("tiny-llava")
     info = source.info(dtype)
     options = ExportOptions(bits=bits, dtype=dtype, quantizer=None if bits == 16 else quantizer)
-    quantization = options.resolve(info.layers, info.typical_tokens)
+    quantization = options.resolve(info.cached_layers, info.typical_tokens)
     graphs = {"vision": Graph("", 18, source.family.pixel_inputs(source.config), ())}
     manifest = Manifest("", 1, info, quantization, graphs, ".", {})
     capacity = {"slots": 4, "visual_tokens": 3 * 640, "text_tokens": 256} | capacity

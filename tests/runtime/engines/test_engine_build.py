@@ -72,7 +72,7 @@ def test_every_bit_width_and_dtype(
     manifest.check_bundle(bundle)
     assert manifest == result.manifest
     assert manifest.compute_capabilities == CAPABILITIES
-    assert manifest.engines["decoder"].plugin_layers == Manifest.load(bundle).model.layers == 4
+    assert manifest.engines["decoder"].plugin_layers == len(Manifest.load(bundle).model.layers) == 4
     assert manifest.engines["vision"].plugin_layers == 0
     inputs = {tensor.name: tensor for tensor in manifest.engine_tensors("decoder", "input")}
     assert inputs["past.3.text_key"].dtype == dtype

@@ -291,7 +291,7 @@ def test_bytes_of_a_picture(one_bit: Path) -> None:
         used, model = session.backend.cache.visual_bytes_used(talk.slot), session.manifest.model
         live = sum(buffer.nbytes for name, buffer in session.backend.cache.buffers.items() if ".visual" in name)
         assert used == live == session.manifest.layout.visual_bytes_per_picture()
-        assert 12 * live <= 576 * 2 * model.layers * model.kv_heads * model.head_dim * 2
+        assert 12 * live <= 576 * 2 * len(model.layers) * model.layers[0].kv_heads * model.layers[0].head_dim * 2
 
 
 def test_caches_are_updated_in_place(bundle: Path, tmp_path: Path) -> None:
