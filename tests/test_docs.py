@@ -15,7 +15,7 @@ from vkvx import cli
 from vkvx.cli import terminal
 from vkvx.cli.models import describe_families
 from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
-from vkvx.manifest import FORMAT, FORMAT_VERSION, Manifest, ModelInfo, Quantization
+from vkvx.manifest import FORMAT, FORMAT_VERSION, LayerInfo, Manifest, ModelInfo, Quantization
 from vkvx.models.preset_processors import write_processor
 from vkvx.models.presets import preset_config
 from vkvx.models.registry import NATIVE_FORMS, REMOTE_CODE
@@ -89,13 +89,14 @@ def test_defaults_of_the_quantisers() -> None:
 
 
 def test_keys_of_the_manifest() -> None:
-    """The page has three tables of keys: of the manifest, of ``model``, and of ``quantization``."""
+    """The page has tables of keys: of the manifest, of ``model``, of its ``layers``, and of ``quantization``."""
     text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
     tables = re.findall(r"^\| key \| type \| meaning \|\n\|.*\n((?:\|.*\n)+)", text, flags=re.M)
     documented = [[line.split("`")[1] for line in rows.splitlines()] for rows in tables]
     assert documented == [
         ["format", "format_version", *(field.name for field in fields(Manifest))],
         [field.name for field in fields(ModelInfo)],
+        [field.name for field in fields(LayerInfo)],
         [field.name for field in fields(Quantization)],
     ]
     assert f"`{FORMAT}`" in text

@@ -72,7 +72,9 @@ class Attention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
         cache, attributes = self.cache_of[layer], self.attributes[layer].to_dict()
-        visual, text = self.caches[cache][:4], self.caches[cache][4:]
+        # A layer that reads another one's cache is given its keys and values again, and makes the same of it again.
+        before = self.presents[cache] or self.caches[cache]
+        visual, text = before[:4], before[4:]
         inputs = (
             *(query, key, value),
             *self.indices,
@@ -81,9 +83,8 @@ class Attention:
             self.window_start if attributes["sliding_window"] else None,
         )
         if self.in_place:
-            self.presents[cache] = self.caches[cache]
+            self.presents[cache] = before
             return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
-        # A layer that reads another one's cache is given its keys and values again: it makes the same of the cache.
         output, *self.presents[cache] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
         return output
 
@@ -110,13 +111,18 @@ def _attention_function(
     if attention is None:
         raise ModelError("the decoder was called by itself; call the whole model, or remove() its packed cache first")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    scale = attention.attributes[layer].scale
-    if kwargs["scaling"] != scale:
-        raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {scale}")
+    attributes = attention.attributes[layer]
+    if kwargs["scaling"] != attributes.scale:
+        raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {attributes.scale}")
     for name in BOUNDS:
-        wanted, known = kwargs.get(name) or 0, getattr(attention.attributes[layer], name)
+        wanted, known = kwargs.get(name) or 0, getattr(attributes, name)
         if wanted != known:
             raise ModelError(f"layer {layer} attends with {name} {wanted}, expected {known}")
+    # Masks that show whole pictures to their tokens are made outside of the decoder, whose layers are causal.
+    prefix = attributes.visual_mask == "prefix"
+    if getattr(module, "is_causal", not prefix) == prefix:
+        ways = ("both ways", "to earlier ones only")
+        raise ModelError(f"layer {layer} has tokens attend {ways[prefix]}, expected {ways[not prefix]}")
     if kwargs.get(SINKS) is not None:
         raise ModelError(f"layer {layer} attends with {SINKS} (attention sinks), which is not supported")
     return attention(layer, query, key, value).transpose(1, 2), None

@@ -11,6 +11,13 @@ import numpy as np
 from vkvx.errors import OptionError, VkvxError
 from vkvx.models.pictures.limits import PixelLimits
 
+_TYPES: dict[str, tuple[tuple[type, ...], type, str]] = {
+    "int": ((int, np.integer), int, "a whole number"),
+    "float": ((int, float, np.integer, np.floating), float, "a number"),
+    "bool": ((bool, np.bool_), bool, "True or False"),
+}
+"""By annotation of an option: what may be given, what it becomes, and the words for it."""
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -41,10 +48,18 @@ class GenerationOptions:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        if not isinstance(self.stop, (str, list, tuple)):
+            raise OptionError(f"stop (--stop) must be strings that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), str(entry.type)
+            known = _TYPES.get(kind.removesuffix(" | None"))
+            if known is None or (value is None and kind.endswith("None")):
+                continue
+            allowed, convert, noun = known
+            if not isinstance(value, allowed) or (isinstance(value, bool) and convert is not bool):
+                raise OptionError(f"{entry.name} ({_flag(entry.name)}) must be {noun}, got {value!r}")
+            object.__setattr__(self, entry.name, convert(value))
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
@@ -57,14 +72,17 @@ class GenerationOptions:
         )
         for name, valid, expected in checks:
             if not valid:
-                flag = "--" + name.replace("_", "-")
-                raise OptionError(f"{name} ({flag}) must be {expected}, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} ({_flag(name)}) must be {expected}, got {getattr(self, name)!r}")
         self.limits.check()
 
     @property
     def limits(self) -> PixelLimits:
         """Of the pixels of pictures."""
         return PixelLimits(self.min_pixels, self.max_pixels)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
