@@ -182,7 +182,7 @@ class Conversation:
             content = message["content"]
             if isinstance(content, str):
                 return content
-            return "".join(part.get("text", PLACEHOLDER + "\n") for part in content)
+            return "".join(part.get("text", processor.plain_picture) for part in content)
         if not self._messages:
             return processor.format([message])
         earlier = [*self._messages[:-1], {"role": "assistant", "content": _ANSWER}]
