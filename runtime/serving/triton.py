@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import InputError, VkvxError, describe
-from vkvx.runtime.serving.server import LOG, Answer, Server
+from vkvx.runtime.serving.answer import Answer
+from vkvx.runtime.serving.server import LOG, Server
 from vkvx.runtime.sessions.sampling import GenerationOptions
 
 OPTIONS = {
@@ -30,6 +31,10 @@ OPTIONS = {
     "ignore_eos": "TYPE_BOOL",
 }
 """Optional inputs: the fields of GenerationOptions, and their types."""
+
+
+CANCEL_SECONDS = 0.1
+"""How often a request that waits is asked whether its client has gone."""
 
 
 class TritonPythonModel:
@@ -115,9 +120,15 @@ class TritonPythonModel:
     def _send(self, sender: Any, request: Any, answer: Answer, stream: bool) -> None:
         final = self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         tokens: list[int] = []
-        for chunk in answer:
+        done, index = None, 0
+        while done is None:
             if request.is_cancelled():
                 answer.cancel()
+            try:
+                chunk = answer.chunk(index, CANCEL_SECONDS)
+            except TimeoutError:  # it still waits for a slot, or for a step
+                continue
+            index += 1
             done = chunk.generation
             tokens += chunk.token_ids
             if stream and done is None:

@@ -190,17 +190,31 @@ class Request:
 
 
 class Scheduler:
-    """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for."""
+    """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for.
+
+    Prompts do not starve answers: after a prefill, rows that were running before get as much time as it took.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._waiting = deque[Request]()
         self._live = list[Request]()
+        self._owed = 0.0  # seconds of decoding, before the next prefill
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._waiting or self._live)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def live(self) -> int:
+        """Requests that run."""
+        return len(self._live)
 
     def submit(self, request: Request) -> None:
         """Queue a request that was checked; it starts as soon as a slot is free."""
@@ -222,7 +236,9 @@ class Scheduler:
         check_open(self._backend)
         backend, live, waiting = self._backend, self._live, self._waiting
         starting = list[Request]()
-        while waiting and _may_start(backend, waiting[0], starting, live):
+        had_live = bool(live)
+        is_paid = not live or self._owed <= 0
+        while is_paid and waiting and _may_start(backend, waiting[0], starting, live):
             starting.append(waiting.popleft())
             live.append(starting[-1])
             starting[-1].admit()
@@ -240,6 +256,10 @@ class Scheduler:
             return results
         logits = _step(backend, running, embeds)
         seconds = time.perf_counter() - started
+        if starting:
+            self._owed = seconds if had_live else 0.0
+        else:
+            self._owed -= seconds
         for request, row in zip(running, logits, strict=True):
             try:
                 results.append(request.accept(row, seconds))

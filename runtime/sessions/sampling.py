@@ -10,6 +10,13 @@ import numpy as np
 
 from vkvx.errors import OptionError, VkvxError
 
+_TYPES: dict[str, tuple[tuple[type, ...], type, str]] = {
+    "int": ((int, np.integer), int, "a whole number"),
+    "float": ((int, float, np.integer, np.floating), float, "a number"),
+    "bool": ((bool, np.bool_), bool, "True or False"),
+}
+"""By annotation of an option: what may be given, what it becomes, and the words for it."""
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -32,10 +39,17 @@ class GenerationOptions:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        if not isinstance(self.stop, (str, list, tuple)):
+            raise OptionError(f"stop (--stop) must be strings that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for entry in fields(self):
+            value, known = getattr(self, entry.name), _TYPES.get(str(entry.type))
+            if known is None:
+                continue
+            allowed, convert, noun = known
+            if not isinstance(value, allowed) or (isinstance(value, bool) and convert is not bool):
+                raise OptionError(f"{entry.name} ({_flag(entry.name)}) must be {noun}, got {value!r}")
+            object.__setattr__(self, entry.name, convert(value))
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
@@ -47,8 +61,11 @@ class GenerationOptions:
         )
         for name, valid, expected in checks:
             if not valid:
-                flag = "--" + name.replace("_", "-")
-                raise OptionError(f"{name} ({flag}) must be {expected}, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} ({_flag(name)}) must be {expected}, got {getattr(self, name)!r}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:

@@ -11,7 +11,9 @@ constexpr int kCounters = 16384;  // at the start of the workspace, zero between
 // Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for
 // their start and their end.
 inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
-  const int64_t units = p.visual_capacity / kTile + divide_up(p.text_capacity, kRowsAtOnce) + 1;
+  const int seen = p.sliding_window ? p.sliding_window : INT32_MAX;  // tokens of a kind, at most
+  const int64_t units = divide_up(min(p.visual_capacity, seen), kTile) +
+                        divide_up(min(p.text_capacity, seen), kRowsAtOnce) + 1;
   int64_t splits = p.splits > 0 ? p.splits : divide_up(processors, tiles > 0 ? tiles : 1);
   const int64_t most =
       p.splits > 0 ? divide_up(units, kLeastUnits) : divide_up(units, 2 * kLeastUnits);

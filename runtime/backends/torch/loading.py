@@ -134,7 +134,7 @@ def _needs_metrics(manifest: Manifest) -> bool:
 
 
 def _read_metrics(bundle: Path, manifest: Manifest, device: str) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Key and value metric of each layer, FP16 [Hkv, D, D], as exported."""
+    """Key and value metric of each cached layer, FP16 [Hkv, D, D], as exported."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
