@@ -209,7 +209,7 @@ def _turn(processor: Processor, picture: Picture, *, first: bool) -> Prepared:
     content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
     if processor.has_chat_template:
         return processor.prepare(processor.format([{"role": "user", "content": content}]), [picture], first=first)
-    return processor.prepare(f"<image>\n{PROMPT}", [picture], first=first)
+    return processor.prepare(f"{processor.plain_picture}{PROMPT}", [picture], first=first)
 
 
 class _Comparison:

@@ -15,7 +15,6 @@ from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Picture, listed
 from vkvx.runtime.sessions.processor import (
-    PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     Message,
     Prepared,
@@ -211,7 +210,7 @@ class Conversation:
             content = message["content"]
             if isinstance(content, str):
                 return content
-            marks = {"image": f"{PLACEHOLDER}\n", "video": f"{VIDEO_PLACEHOLDER}\n"}
+            marks = {"image": processor.plain_picture, "video": f"{VIDEO_PLACEHOLDER}\n"}
             return "".join(marks.get(part["type"]) or part["text"] for part in content)
         if not self._messages:
             return processor.format([message])

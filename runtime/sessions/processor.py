@@ -199,6 +199,11 @@ class Processor:
         """Whether :meth:`format` works."""
         return self._template is not None
 
+    @property
+    def plain_picture(self) -> str:
+        """A picture before the text of a prompt that no chat template makes."""
+        return PLACEHOLDER if self._prompt.begin else f"{PLACEHOLDER}\n"
+
     def format(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation by the model's chat template, up to where the answer begins.
 

@@ -101,7 +101,7 @@ def heads(layers: Sequence[Mapping[str, Any]], query_heads: int) -> str:
 
     text = f"{query_heads} query heads, {each('kv_heads')} KV heads, head dim {each('head_dim')}"
     windows = [layer["sliding_window"] for layer in layers if layer["sliding_window"]]
-    return f"{text}, a window of {windows[0]:,} tokens in {len(windows)} layers" if windows else text
+    return f"{text}, a window of {windows[0]:,} tokens in {len(windows)} of {len(layers)} layers" if windows else text
 
 
 class ProgressBar:
