@@ -21,7 +21,8 @@ from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, open_backend
 from vkvx.runtime.calls import build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
-from vkvx.runtime.sessions.processor import Picture, Prepared, Processor
+from vkvx.runtime.sessions.pictures import Picture
+from vkvx.runtime.sessions.processor import Prepared, Processor
 
 COMPARED = ("onnxruntime", *ENGINE_BACKENDS)
 """Backends that can be validated."""
@@ -208,7 +209,7 @@ def _turn(processor: Processor, picture: Picture, *, first: bool) -> Prepared:
     content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
     if processor.has_chat_template:
         return processor.prepare(processor.format([{"role": "user", "content": content}]), [picture], first=first)
-    return processor.prepare(f"<image>\n{PROMPT}", [picture], first=first)
+    return processor.prepare(f"{processor.plain_picture}{PROMPT}", [picture], first=first)
 
 
 class _Comparison:

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from vkvx.errors import ModelError
+from vkvx import ExportOptions, export_model
+from vkvx.errors import ModelError, OptionError
 from vkvx.manifest import LayerInfo
 from vkvx.models.graph.metric import FLOOR, model_metrics
 from vkvx.models.pictures.pooled import PooledPatches
 from vkvx.models.presets import preset_config
 from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import FAMILIES, resolve
+from vkvx.runtime.sessions.session import Session
 
 
 def family_of(config: Any) -> Any:
@@ -111,6 +114,27 @@ def test_metrics_of_norms_that_add_one(tmp_path: Path) -> None:
     expected = moment.unflatten(0, (2, 2)).mean(1)
     expected = (expected / expected.mean(1, keepdim=True)).unflatten(1, (2, 32)).sum(1)
     torch.testing.assert_close(found, expected.detach(), rtol=5e-3, atol=5e-3)
+
+
+def test_torch_runs_bundles_whose_layers_share_keys(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", preset_config("tiny-gemma4-e"), dtype="float32")
+    manifest = export_model(tmp_path / "c", tmp_path / "b", ExportOptions(dtype="float32"))
+    assert (len(manifest.model.layers), manifest.model.cached_layers) == (6, 3)
+    assert len(manifest.quantization.key_bits) == 3
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8))
+    answers = []
+    for backend in ("onnxruntime", "torch"):
+        with Session.load(tmp_path / "b", slots=1, visual_tokens=384, text_tokens=128, backend=backend) as session:
+            made = session.generate("<image>What is it?", picture, max_new_tokens=8, ignore_eos=True)
+            answers.append(made.token_ids)
+    assert answers[0] == answers[1]
+
+
+def test_bits_of_layers_without_a_cache_are_refused() -> None:
+    config = preset_config("tiny-gemma4-e")
+    info = family_of(config).info(config, "float16")
+    with pytest.raises(OptionError, match="names layer 3; the model has layers 0 to 2"):
+        ExportOptions(bits_per_layer="3:8").resolve(info.cached_layers, info.typical_tokens)
 
 
 def test_patches_that_are_averaged() -> None:

@@ -103,7 +103,7 @@ def heads(layers: Sequence[Mapping[str, Any]], query_heads: int) -> str:
     layers = [layer for layer in layers if layer["linear"] is None]
     text = f"{query_heads} query heads, {each('kv_heads')} KV heads, head dim {each('head_dim')}"
     windows = [layer["sliding_window"] for layer in layers if layer["sliding_window"]]
-    text += f", a window of {windows[0]:,} tokens in {len(windows)} layers" if windows else ""
+    text += f", a window of {windows[0]:,} tokens in {len(windows)} of {len(layers)} layers" if windows else ""
     return f"{text}, linear attention in {len(linear)} layers" if linear else text
 
 
