@@ -340,13 +340,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "hidden_size": 64,
             "num_heads": 2,
             "intermediate_size": 96,
-            "out_hidden_size": 128,
+            "out_hidden_size": 256,
             "num_position_embeddings": 36,
         },
         "text_config": {
             **_TINY_TEXT,
             "model_type": "qwen3_5_text",
             "num_hidden_layers": 4,  # the last one is full attention
+            "hidden_size": 256,
+            "num_key_value_heads": 1,
             "head_dim": 256,
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 48,

@@ -84,12 +84,12 @@ def gated_delta_net(
     window = torch.cat([conv_state, module.in_proj_qkv(hidden).transpose(1, 2)], 2)
     last = lengths.unsqueeze(1) + torch.arange(kept, device=lengths.device)
     new_conv_state = window.gather(2, last.unsqueeze(1).expand(-1, window.shape[1], -1).long())
-    mixed = F.silu(F.conv1d(window, module.conv1d.weight, module.conv1d.bias, groups=window.shape[1]))
+    mixed = F.conv1d(window, module.conv1d.weight, module.conv1d.bias, groups=window.shape[1])
     sizes = (module.key_dim, module.key_dim, module.value_dim)
-    query, key, value = (part.float() for part in mixed.split(sizes, 1))  # [B, channels, S]
+    query, key, value = F.silu(mixed.float()).split(sizes, 1)  # [B, channels, S]
     query, key = (_unit(_heads(x, module.num_k_heads, module.num_v_heads)) for x in (query, key))
     counts = (torch.arange(positions, device=lengths.device) < lengths.unsqueeze(1)).unsqueeze(1)  # [B, 1, S]
-    beta = module.in_proj_b(hidden).sigmoid().float().transpose(1, 2)
+    beta = module.in_proj_b(hidden).float().sigmoid().transpose(1, 2)
     step = F.softplus(module.in_proj_a(hidden).float() + module.dt_bias.float())
     decay = (step * -module.A_log.float().exp()).transpose(1, 2)
     output, new_state = torch.ops.vkvx.gated_delta_rule(

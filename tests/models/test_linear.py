@@ -13,6 +13,7 @@ from vkvx.models.graph.linear import LinearStates, mixing
 from vkvx.models.presets import preset_config
 
 SLOTS = 3
+WIDTH = preset_config("tiny-qwen3.5").text_config.hidden_size
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def module() -> Any:
 
 
 def hidden(positions: int, seed: int = 0) -> Tensor:
-    return torch.randn(1, positions, 128, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, positions, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 class Slots:
@@ -45,7 +46,7 @@ class Slots:
     def __call__(self, rows: list[tuple[int, Tensor]], padding: int = 0) -> list[Tensor]:
         """Outputs of each row's tokens: slot, and hidden states [1, n, hidden]; padding is large numbers."""
         lengths = torch.tensor([x.shape[1] for _, x in rows], dtype=torch.int32)
-        batch = torch.full((len(rows), int(lengths.max()) + padding, 128), 1e3)
+        batch = torch.full((len(rows), int(lengths.max()) + padding, WIDTH), 1e3)
         for row, (_, x) in zip(batch, rows, strict=True):
             row[: x.shape[1]] = x[0]
         slot = torch.tensor([slot for slot, _ in rows], dtype=torch.int32)
