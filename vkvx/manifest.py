@@ -381,6 +381,7 @@ class Manifest(ManifestFile):
         try:
             if data["format_version"] == 1:
                 data = _version_2(data)
+            data = {**data, "model": {**data["model"], "prompt": asdict(PromptInfo())}}
             return _version_3(data)
         except (KeyError, TypeError, ValueError, ArithmeticError):
             return data  # reading it says what is wrong
@@ -472,7 +473,7 @@ def _version_3(data: dict[str, Any]) -> dict[str, Any]:
     layer = {**asdict(LayerInfo(1, 1, 1.0)), **{name: model[name] for name in names}}
     layer["scale"] = model["attention_scale"] or model["head_dim"] ** -0.5
     count = min(model["layers"], len(data["quantization"]["key_bits"]) + 1)  # more is wrong, however many there are
-    return {**data, "model": {**model, "layers": [layer] * count, "prompt": asdict(PromptInfo())}}
+    return {**data, "model": {**model, "layers": [layer] * count}}
 
 
 def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:
