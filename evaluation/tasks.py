@@ -13,7 +13,8 @@ from vkvx.errors import InputError, OptionError
 from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS
 from vkvx.manifest import Progress
 from vkvx.packages import missing
-from vkvx.runtime.sessions.processor import Picture, Processor, load_picture
+from vkvx.runtime.sessions.pictures import Picture, load_picture
+from vkvx.runtime.sessions.processor import Processor
 
 DIGITS_PROMPT = "Transcribe the page."
 DIGITS_SAMPLES = 100

@@ -199,7 +199,9 @@ class TorchRunner:
     def _handle(self, setting: Setting | None) -> VisualCacheHandle:
         if setting is None:
             return quantize_visual_cache(self.model, bits=16)
-        return quantize_visual_cache(self.model, **{name: getattr(setting.options, name) for name in FIELDS})
+        options = {name: getattr(setting.options, name) for name in FIELDS}
+        # The plug-in does not see the image processor, whose limits "auto" follows.
+        return quantize_visual_cache(self.model, **{**options, "group_size": setting.quantization.group_size})
 
     def _prepare(self, sample: Sample) -> Prepared:
         prepared = self.processor.prepare(prompt_of(sample, self.processor), sample.pictures)
@@ -220,8 +222,8 @@ class TorchRunner:
         return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
     def _allowed(self, logits: Tensor) -> Tensor:
-        """An image token without a picture means nothing, so it is never chosen; as in :mod:`vkvx.runtime`."""
-        logits[..., self.info.image_token_id] = -torch.inf
+        """Tokens of pictures without a picture mean nothing, so they are never chosen; as in :mod:`vkvx.runtime`."""
+        logits[..., list(self.processor.placeholder_ids)] = -torch.inf
         return logits
 
     def _generate(self, batch: Batch, cache: ObservedCache) -> list[list[int]]:
@@ -241,7 +243,7 @@ class TorchRunner:
                 repetition_penalty=1.0,
                 eos_token_id=list(ends) or None,
                 pad_token_id=self.info.pad_token_id,
-                suppress_tokens=[self.info.image_token_id],
+                suppress_tokens=list(self.processor.placeholder_ids),
             )
             new = output[:, batch.ids.shape[1] :]
             cache.crop(batch.ids.shape[1] - cache.get_seq_length())

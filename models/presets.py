@@ -27,6 +27,7 @@ _TINY_GLM_ROPE = {
     "partial_rotary_factor": 0.5,
 }
 _TINY_PIXTRAL = {**_TINY_VISION, "model_type": "pixtral", "image_size": 112, "patch_size": 14}
+_WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
 _TINY_SIGLIP = {
     **_TINY_VISION,
     "model_type": "siglip_vision_model",
@@ -507,6 +508,8 @@ def preset_config(preset: str, layers: int | None = None) -> Any:
     if layers is not None:
         text["num_hidden_layers"] = layers
     given = {key: value for key, value in sizes.items() if key not in ("model_type", "text_config")}
+    if sizes["model_type"] in _WITH_VIDEOS:
+        given["video_token_id"] = 4
     config = CONFIG_MAPPING[sizes["model_type"]](text_config=text, image_token_id=3, **given)
     if config.vision_config.model_type == "clip_vision_model" and sizes["model_type"] == "llava":
         vision = config.vision_config

@@ -381,7 +381,6 @@ class Manifest(ManifestFile):
         try:
             if data["format_version"] == 1:
                 data = _version_2(data)
-            data = {**data, "model": {**data["model"], "prompt": asdict(PromptInfo())}}
             return _version_3(data)
         except (KeyError, TypeError, ValueError, ArithmeticError):
             return data  # reading it says what is wrong
@@ -472,8 +471,10 @@ def _version_3(data: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_heads", "head_dim", "rotary_dim", "rotary_interleaved")
     layer = {**asdict(LayerInfo(1, 1, 1.0)), **{name: model[name] for name in names}}
     layer["scale"] = model["attention_scale"] or model["head_dim"] ** -0.5
-    count = min(model["layers"], len(data["quantization"]["key_bits"]) + 1)  # more is wrong, however many there are
-    return {**data, "model": {**model, "layers": [layer] * count}}
+    layers = model["layers"]
+    if isinstance(layers, int):  # more than there are bits is wrong, however many there are
+        layers = [layer] * min(layers, len(data["quantization"]["key_bits"]) + 1)
+    return {**data, "model": {**model, "layers": layers, "prompt": asdict(PromptInfo())}}
 
 
 def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:

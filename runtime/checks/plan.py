@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vkvx.cache_layout import ITEM_BYTES, CacheLayout
@@ -11,6 +11,7 @@ from vkvx.errors import CapacityError, OptionError
 from vkvx.format import BASELINE_BITS
 from vkvx.manifest import ModelInfo
 from vkvx.models.family import Source
+from vkvx.models.pictures.limits import PixelLimits
 from vkvx.models.registry import resolve
 from vkvx.options import QuantizationOptions, keyword
 from vkvx.packages import missing
@@ -81,6 +82,8 @@ def plan_model(
     text_tokens: int = 1024,
     tokens_per_picture: int | None = None,
     reserve: float = DEFAULT_RESERVE,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -94,6 +97,7 @@ def plan_model(
         pictures, text_tokens: of one sequence.
         tokens_per_picture: where the model's pictures vary in size; by default those of a usual one.
         reserve: share of the memory that is kept free, 0 to less than 1.
+        min_pixels, max_pixels: as in :class:`vkvx.ExportOptions`.
         cache_dir, revision, trust_remote_code: as in transformers.
 
     Raises:
@@ -112,6 +116,7 @@ def plan_model(
         trust_remote_code=trust_remote_code,
         weights=False,
     )
+    source = replace(source, limits=PixelLimits(min_pixels, max_pixels))
     info = source.info(dtype)
     tokens = tokens_per_picture or info.usual_tokens
     if tokens_per_picture is not None and info.tokens_per_picture not in (None, tokens_per_picture):

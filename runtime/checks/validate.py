@@ -21,7 +21,8 @@ from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, open_backend
 from vkvx.runtime.calls import build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
-from vkvx.runtime.sessions.processor import Picture, Prepared, Processor
+from vkvx.runtime.sessions.pictures import Picture
+from vkvx.runtime.sessions.processor import Prepared, Processor
 
 COMPARED = ("onnxruntime", *ENGINE_BACKENDS)
 """Backends that can be validated."""

@@ -7,16 +7,19 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from vkvx.errors import OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError, describe
 from vkvx.runtime.serving.answer import Answer, ChunkStream
 from vkvx.runtime.sessions.generation import Chunk, Failure, Request, Scheduler
-from vkvx.runtime.sessions.processor import Pictures, listed
+from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
+from vkvx.runtime.sessions.videos import Video, listed_videos
 
 LOG = logging.getLogger("vkvx.runtime.serving")
 """Each failure is one record, with the numbers of the requests it ended and the traceback."""
@@ -94,6 +97,7 @@ class Server:
         self,
         prompt: str,
         images: Pictures = None,
+        videos: str | Path | Sequence[Video] | None = None,
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
@@ -106,9 +110,10 @@ class Server:
         session = self._session
         with self._lock:
             self._check_open()
-        pictures = listed(images)
         chosen = session.options(options, changes)
-        prepared = session.processor.prepare(prompt, pictures)
+        prepared = session.processor.prepare(
+            prompt, listed(images), listed_videos(videos), limits=chosen.limits, fps=chosen.fps
+        )
         with self._lock:
             self._check_open()
             number = self._stats.submitted

@@ -29,8 +29,10 @@ OPTIONS = {
     "seed": "TYPE_INT64",
     "stop": "TYPE_STRING",
     "ignore_eos": "TYPE_BOOL",
+    "min_pixels": "TYPE_INT64",
+    "max_pixels": "TYPE_INT64",
 }
-"""Optional inputs: the fields of GenerationOptions, and their types."""
+"""Optional inputs: the fields of GenerationOptions but for those of videos, and their types."""
 
 
 CANCEL_SECONDS = 0.1

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import BatchError, CapacityError
+from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.sessions.processor import Prepared, Processor
@@ -69,7 +70,7 @@ class Request:
 
     ``history`` holds every token of the sequence and is extended in place. What of it is not in the cache yet is what
     the next call feeds; that is at least the token chosen last. ``slot`` None asks for a free slot, which is given
-    back at the end.
+    back at the end. ``progress`` is called with the stage "vision".
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Request:
         *,
         slot: int | None = None,
         history: list[int] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         model = backend.manifest.model
         self.row = row
@@ -91,9 +93,10 @@ class Request:
         self.options = options
         self.history = [] if history is None else history
         self._backend = backend
+        self._progress = progress
         self._eos = () if options.ignore_eos else model.eos_token_ids
-        # An image token without a picture means nothing to the decoder, so it is never chosen.
-        self._sampler = Sampler(options, model.vocab_size, (model.image_token_id,))
+        # The token of a picture or a video without one means nothing to the decoder, so it is never chosen.
+        self._sampler = Sampler(options, model.vocab_size, processor.placeholder_ids)
         self._decoder = IncrementalDecoder(processor.decode)
         self._stops = StopStrings(options.stop)
         self._base = len(self.history)
@@ -128,6 +131,15 @@ class Request:
             self.slot = self._backend.cache.acquire()
         self.history.extend(self.prepared.token_ids.tolist())
         self._sampler.observe(self.history)
+
+    def encode(self) -> list[Any]:
+        """Embeddings of the prompt's pictures, a call after another, so that memory for one of them suffices."""
+        found = []
+        for number, inputs in enumerate(self.prepared.vision_calls, 1):
+            found.append(self._backend.encode(inputs))
+            if self._progress is not None:
+                self._progress("vision", number, len(self.prepared.vision_calls))
+        return found
 
     def next_row(self) -> Row:
         """What the next call feeds of this request."""
@@ -247,7 +259,7 @@ class Scheduler:
         embeds = list[Any]()
         for request in list(starting):
             try:
-                embeds += [backend.encode(inputs) for inputs in request.prepared.vision_calls]
+                embeds += request.encode()
             except Exception as error:
                 starting.remove(request)
                 results.append(self._fail(request, error))

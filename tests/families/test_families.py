@@ -91,7 +91,7 @@ def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> N
     manifest = Manifest.load(packed)
     assert set(manifest.quantization.key_bits) == {1}
     inputs = reference.inputs(reference_prompts(reference), PICTURES)
-    with quantize_visual_cache(reference.model, bits=1) as handle:
+    with quantize_visual_cache(reference.model, bits=1, group_size=manifest.quantization.group_size) as handle:
         assert handle.layout.quantization == manifest.quantization
         expected, logits = reference.generate(inputs, 16)
     _, exact = reference.generate(inputs, 16)

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
     from vkvx.runtime.sessions.sampling import GenerationOptions
     from vkvx.runtime.sessions.session import Session
+    from vkvx.runtime.sessions.videos import Video
 
 TEXT_TOKENS = 4096
 """Default capacity for text: several turns need more than one question."""
 
 HELP = """\
 /image PATH   add a picture to the next message
+/video PATH   add a video file or a folder of frames to it
 /reset        forget everything
 /stats        tokens and bytes in the cache, speed of the last answer
 /help         this text
@@ -62,13 +64,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """A conversation, and the pictures that wait for the next message."""
+    """A conversation, and the pictures and videos that wait for the next message."""
 
     def __init__(self, session: Session, options: GenerationOptions) -> None:
         self._session = session
         self._options = options
         self._conversation = session.conversation()
         self._pictures: list[Image] = []
+        self._videos: list[Video] = []
 
     def take(self, line: str) -> bool:
         """Carry out one line; False if the chat ends. What goes wrong in a turn is told and changes nothing."""
@@ -78,6 +81,8 @@ class Chat:
                 return False
             if command == "/image":
                 self._add_picture(argument.strip())
+            elif command == "/video":
+                self._add_video(argument.strip())
             elif command == "/reset":
                 self._reset()
             elif command == "/stats":
@@ -94,24 +99,33 @@ class Chat:
         return True
 
     def _add_picture(self, path: str) -> None:
-        from vkvx.runtime.sessions.processor import load_picture
+        from vkvx.runtime.sessions.pictures import load_picture
 
         picture = load_picture(Path(path).expanduser())
         self._pictures.append(picture)
         terminal.note(f"picture of {picture.width} x {picture.height} pixels goes with the next message")
 
+    def _add_video(self, path: str) -> None:
+        from vkvx.runtime.sessions.videos import open_clip
+
+        video = Path(path).expanduser()
+        clip = open_clip(video, self._options.fps)
+        self._videos.append(video)
+        terminal.note(f"video of {clip.total} frames of {clip.width} x {clip.height} pixels goes with the next message")
+
     def _reset(self) -> None:
         self._conversation.close()
-        self._conversation, self._pictures = self._session.conversation(), []
+        self._conversation, self._pictures, self._videos = self._session.conversation(), [], []
         terminal.note("everything is forgotten")
 
     def _answer(self, text: str) -> None:
         pictures, self._pictures = self._pictures, []
+        videos, self._videos = self._videos, []
         try:
-            pieces = self._conversation.ask(text, pictures, options=self._options)
+            pieces = self._conversation.ask(text, pictures, videos, options=self._options)
         except VkvxError:
-            if pictures:
-                terminal.note("the message was not sent; its pictures are dropped")
+            if pictures or videos:
+                terminal.note(f"the message was not sent; its {'pictures' if pictures else 'videos'} are dropped")
             raise
         stopped = False
         with _interruption() as asked:

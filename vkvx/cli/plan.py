@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
+from vkvx.cli.limits import add_pixel_limits
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the memory, kept for the driver, activations and workspaces (default: 0.1)",
     )
+    add_pixel_limits(parser)
     parser.add_argument("--cache-dir", metavar="DIR", help="where downloaded checkpoints are kept")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint's own Python code run")
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         text_tokens=args.text_tokens,
         tokens_per_picture=args.tokens_per_picture,
         reserve=args.reserve,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
         cache_dir=args.cache_dir,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
