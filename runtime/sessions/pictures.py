@@ -82,7 +82,7 @@ def _as_rgb(image: Image, background: tuple[int, int, int], name: str) -> Image:
         raise InputError(
             f"{name} has {width} x {height} pixels, one side over {MAX_RATIO} times the other; give a part of it"
         )
-    turn = _TURNS.get(image.getexif().get(0x0112))
+    turn = _TURNS.get(image.getexif().get(0x0112) or 1)
     if image.mode.startswith("I"):  # 16 bits, also where Pillow opens them as 32
         grey = np.asarray(image, np.int64)
         if image.mode != "I" or grey.max(initial=0) > 255:
