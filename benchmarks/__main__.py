@@ -28,6 +28,7 @@ BENCHMARKS = {
     "attention": "decode attention over the packed cache on a GPU, against other ways to do it",
     "breakeven": "from how many visual tokens on the packed cache is faster than 16 bits on a GPU",
     "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
+    "export_shapes": "memory and time of exports of large models, from checkpoints of zeros that take no room",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
     "windows": "decode attention of layers with sliding windows and wide heads on a GPU, against torch's",

@@ -34,12 +34,18 @@ _CONSTANTS = {"gemma4": _GEMMA4, "qwen3_5": _QWEN35}
 
 
 def write_checkpoint(
-    directory: Path, config: Any, *, dtype: str = "float16", seed: int = 0, shard_bytes: int = 5 << 30
+    directory: Path,
+    config: Any,
+    *,
+    dtype: str = "float16",
+    seed: int = 0,
+    shard_bytes: int = 5 << 30,
+    sparse: bool = False,
 ) -> int:
     """Write config, weights and processor files into a new directory; returns the bytes of the weights.
 
-    Biases are small, norms are ones, all else is normal with variance 1/inputs: activations keep their size. Raises
-    StorageError if the directory exists.
+    Biases are small, norms are ones, all else is normal with variance 1/inputs: activations keep their size. With
+    ``sparse`` all are zeros, in files that are holes and take no room. Raises StorageError if the directory exists.
     """
     try:
         directory.mkdir()
@@ -65,7 +71,7 @@ def write_checkpoint(
         sharded = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file = sharded if len(shards) > 1 else SINGLE_FILE
         places |= dict.fromkeys(shard, file)
-        rng = np.random.default_rng((seed, number))
+        rng = None if sparse else np.random.default_rng((seed, number))
         total += _write_shard(directory / file, shard, dtype, rng, _CONSTANTS.get(config.model_type, {}))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -95,7 +101,7 @@ def _write_shard(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
     constants: Mapping[str, float],
 ) -> int:
     entries, end = {}, 0
@@ -106,9 +112,12 @@ def _write_shard(
         end += length
     header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     header += b" " * (-len(header) % 8)
-    noise = rng.standard_normal(_BLOCK, np.float32)
     with path.open("xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
+        if rng is None:
+            file.truncate(file.tell() + end)
+            return end
+        noise = rng.standard_normal(_BLOCK, np.float32)
         for name, shape in shapes.items():
             for block in _values(name, shape, noise, rng, constants):
                 file.write(_to_bytes(block, dtype))
@@ -151,11 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=STORED_NAMES, default="float16", help="of the weights (default: %(default)s)"
     )
+    parser.add_argument("--sparse", action="store_true", help="zeros that take no room on disk in place of weights")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         config = preset_config(options.preset, options.layers)
-        total = write_checkpoint(options.directory, config, dtype=options.dtype, seed=options.seed)
+        total = write_checkpoint(
+            options.directory, config, dtype=options.dtype, seed=options.seed, sparse=options.sparse
+        )
     except VkvxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

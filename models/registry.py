@@ -27,6 +27,7 @@ from vkvx.models.pixtral import Mistral3
 from vkvx.models.qwen3_5 import Qwen35
 from vkvx.models.qwen3_vl import Qwen3VL
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
+from vkvx.models.refusals import REFUSALS
 from vkvx.packages import missing
 
 _KNOWN = (
@@ -38,17 +39,6 @@ FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}
 """Directories and hub ids by the short names that people may give."""
 
-NATIVE_FORMS = {
-    "InternVLChatModel": "give the same model in transformers' own format, whose repository ends in -hf or -HF, "
-    "such as OpenGVLab/InternVL3-8B-hf",
-    "LlavaLlamaForCausalLM": "give LLaVA-1.5 in transformers' own format: llava-hf/llava-1.5-7b-hf "
-    "or llava-hf/llava-1.5-13b-hf",
-    "LlavaQwenForCausalLM": "give LLaVA-OneVision in transformers' own format: "
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf or llava-hf/llava-onevision-qwen2-7b-ov-hf",
-}
-"""Architectures that are code outside transformers, and what there is in their place."""
-REMOTE_CODE = ("KimiVLForConditionalGeneration", "MiniCPMV", "MolmoForCausalLM", "Ovis", "Phi3VForCausalLM")
-"""Architectures that have no other form."""
 ADAPTER_FILE = "adapter_config.json"
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -128,7 +118,7 @@ def family_of(model: Any) -> Family:
     names = [base.__name__ for base in type(model).__mro__]
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
-        raise ModelError(f"models of class {names[0]} are not supported; supported: {', '.join(FAMILIES)}")
+        raise ModelError(f"models of class {names[0]} are not supported{_why(names)}")
     return family.variant(model.config)
 
 
@@ -205,15 +195,11 @@ def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]
 
 
 def _unsupported(architectures: list[str], model_type: object) -> ModelError:
-    for name in architectures:
-        if name in NATIVE_FORMS:
-            return ModelError(
-                f"architecture {name} is code outside transformers, which cannot be exported; {NATIVE_FORMS[name]}"
-            )
-        if name in REMOTE_CODE:
-            return ModelError(
-                f"architecture {name} exists only as remote code, which cannot be exported; "
-                f"supported: {', '.join(FAMILIES)}"
-            )
     given = ", ".join(architectures) or f"none (model type {model_type})"
-    return ModelError(f"architecture {given} is not supported; supported: {', '.join(FAMILIES)}")
+    return ModelError(f"architecture {given} is not supported{_why(architectures)}")
+
+
+def _why(names: list[str]) -> str:
+    """What follows "not supported": the reason of the first that has one, else the names that are supported."""
+    reason = next((REFUSALS[name] for name in names if name in REFUSALS), None)
+    return f"; supported: {', '.join(FAMILIES)}" if reason is None else f": {reason}"

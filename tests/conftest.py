@@ -13,6 +13,8 @@ import pytest
 from doubles import Cuda, TensorRT, install_cuda, install_tensorrt
 from samples import Page, bundled_pages
 
+pytest_plugins = ["matrix"]
+
 
 @pytest.fixture(scope="session")
 def pages() -> list[Page]:

@@ -6,7 +6,6 @@ a session of its own; requests share its slots.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import threading
@@ -98,7 +97,7 @@ class TritonPythonModel:
             if value is not None:
                 options[name] = tuple(_text(name, entry) for entry in value) if name == "stop" else value
         text = _text("prompt", self._value(request, "prompt"))
-        images = [_picture(data) for data in self._value(request, "images", whole=True) or []]
+        images = list(self._value(request, "images", whole=True) or [])
         if not self._value(request, "raw_prompt"):
             content = [{"type": "image"}] * len(images)
             text = self._session.format([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
@@ -166,14 +165,3 @@ def _text(name: str, value: Any) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"'{name}' is not valid UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def _picture(data: bytes) -> Any:
-    from PIL import Image
-
-    try:
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-    except Exception as error:  # pillow raises many types for damaged files
-        raise InputError(f"an entry of 'images' is no readable picture ({error}); send the bytes of a file") from error
-    return picture

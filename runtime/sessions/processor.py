@@ -24,6 +24,7 @@ from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.videos import open_videos
 from vkvx.runtime.sessions.pictures import Picture, first_line, load_picture
+from vkvx.runtime.sessions.text import check_text
 from vkvx.runtime.sessions.videos import Video, open_clip
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ class Processor:
         takes no videos, or the prompt is empty, CapacityError for a video that is too long for the model, OptionError
         for limits that do not suit, and DependencyError for a video file without PyAV.
         """
-        if not isinstance(prompt, str):
-            raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
+        check_text(prompt, "a prompt")
         options = {"size": limits.size(self._images, self._pictures.limited)} if limits else {}
         if videos:
             self.check_videos()
@@ -150,11 +150,12 @@ class Processor:
                     f"{noun}{'' if len(given) == 1 else 's'}; put one {placeholder} into it for each {noun}"
                 )
         encoded: list[Encoded] = []
-        frames = 0
+        frames = seen = 0
         left, films = iter(images), iter(videos)
         for place, piece in enumerate(pieces):
             if piece == self._picture:
-                found = self._encode(next(left), options)
+                seen += 1
+                found = self._encode(next(left), options, f"picture {seen}")
             elif self._video_token and piece == self._video_token:
                 found, count = self._encode_video(next(films), fps, progress)
                 frames += count
@@ -216,6 +217,8 @@ class Processor:
         listed = []
         for message in messages:
             content = message["content"]
+            for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:
+                check_text(text, "a message")
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             listed.append({**message, "content": content})
@@ -229,10 +232,10 @@ class Processor:
         text = text.replace(self._picture, PLACEHOLDER)
         return text.replace(self._video_token, VIDEO_PLACEHOLDER) if self._video_token else text
 
-    def _encode(self, image: Picture, options: Mapping[str, Any]) -> list[Encoded]:
+    def _encode(self, image: Picture, options: Mapping[str, Any], name: str) -> list[Encoded]:
         """A picture. The image processor gets each alone, so that it is not padded to the size of others."""
         with self._images_lock:  # it also guards the warnings filters, which load_picture changes for all threads
-            loaded = load_picture(image)
+            loaded = load_picture(image, name=name)
             with _refusals():
                 features = self._features(loaded, {**self._pictures.call_options, **options})
                 encoded = self._pictures.encode(features, self._token)

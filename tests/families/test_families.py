@@ -1,6 +1,7 @@
 """Every family against transformers' own processor and model, and engines of it.
 
-Pictures of different sizes, a batch, a second turn, 1 bit; TensorRT for RTX builds vision and decoder.
+Pictures of different sizes, a batch, a second turn, 1 bit; TensorRT for RTX builds vision and decoder. What these tests
+tell of a checkpoint is a row of the matrix in docs/models.md; ``matrix.py`` has a column for each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 import torch
 from engine_calls import build
 from families import PICTURES, PROMPTS, ROOM, TALL, WIDE, Case, Recorded
+from matrix import CAPABILITIES
 from PIL import Image
 from reference import Reference, joined
 
@@ -51,6 +53,11 @@ def session(exact: Path) -> Any:
         yield opened
 
 
+def test_bundles_are_exported(exact: Path, packed: Path) -> None:
+    for bundle, bits in ((exact, 16), (packed, 1)):
+        assert set(Manifest.load(bundle).quantization.key_bits) == {bits}
+
+
 def test_prompts_and_pixels_are_those_of_transformers(case: Case, reference: Reference, session: Session) -> None:
     for prompt, pictures in (*zip(PROMPTS, PICTURES, strict=True), ("No picture at all.", [])):
         expected = prepared_alone(reference, prompt, pictures)
@@ -77,7 +84,7 @@ def test_greedy_answers_of_a_batch(reference: Reference, session: Session) -> No
 
 def test_second_turn_with_another_picture(reference: Reference, session: Session) -> None:
     if any(layer.visual_mask == "prefix" for layer in session.manifest.model.layers):
-        pytest.skip("in one prompt of both turns, which transformers is given, the first turn sees the second")
+        pytest.skip("in one prompt, which transformers is given, the first turn sees the second")
     first = prepared_alone(reference, PROMPTS[1], [TALL])
     second = prepared_alone(reference, PROMPTS[0], [TALL, WIDE], first=False)
     answer, _ = reference.generate(first, 8)
@@ -153,7 +160,6 @@ def test_torch_updates_states_in_place(session: Session, exact: Path) -> None:
 
 def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:
     manifest = Manifest.load(packed)
-    assert set(manifest.quantization.key_bits) == {1}
     inputs = reference.inputs(reference_prompts(reference), PICTURES)
     with quantize_visual_cache(reference.model, bits=1, group_size=manifest.quantization.group_size) as handle:
         assert handle.layout.quantization == manifest.quantization
@@ -189,7 +195,7 @@ def test_evaluation_of_bundle_and_checkpoint(packed: Path, family_checkpoint: Pa
     assert ours["kl"] == pytest.approx(theirs["kl"], rel=0.05, abs=1e-6)
 
 
-@pytest.mark.parametrize("capability", ["8.9", "12.0"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_engines_are_built(case: Case, packed: Path, plugin_file: Path, capability: str, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(packed, tmp_path / "bundle"))
     pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx-cu13")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from vkvx.errors import ModelError, StorageError
 from vkvx.export import weights
 from vkvx.export.build import build_model
-from vkvx.export.weights import WeightPlan, match_parameters, place_weights, plan_weights
+from vkvx.export.weights import WeightPlan, load_tensor, match_parameters, place_weights, plan_weights
 from vkvx.models.checkpoint import INDEX_FILE, SINGLE_FILE, StoredTensor, read_checkpoint
 from vkvx.models.presets import preset_config
 from vkvx.models.random_checkpoint import main, write_checkpoint
@@ -326,3 +326,15 @@ def test_random_checkpoint_loads_in_transformers(
     assert "cannot make the directory" in capsys.readouterr().err
     with pytest.raises(StorageError):
         write_checkpoint(tmp_path / "absent" / "x", preset_config("tiny"))
+
+
+def test_a_sparse_checkpoint_takes_no_room(tmp_path: Path) -> None:
+    config = preset_config("tiny")
+    total = write_checkpoint(tmp_path / "sparse", config, sparse=True)
+    assert total == write_checkpoint(tmp_path / "full", config)
+    sparse, full = (read_checkpoint(tmp_path / name) for name in ("sparse", "full"))
+    places = [(tensor.name, tensor.shape, tensor.offset, tensor.length) for tensor in full.values()]
+    assert places == [(tensor.name, tensor.shape, tensor.offset, tensor.length) for tensor in sparse.values()]
+    assert all(not load_tensor(tensor, torch.float32).any() for tensor in sparse.values())
+    file = (tmp_path / "sparse" / SINGLE_FILE).stat()
+    assert 512 * file.st_blocks < file.st_size / 10

@@ -17,7 +17,9 @@ from families import CASES
 
 from vkvx.errors import ModelError
 from vkvx.models.presets import preset_config
-from vkvx.models.registry import ALIASES, FAMILIES, HUB_ID, REMOTE_CODE, resolve, sample_pages
+from vkvx.models.refusals import REFUSALS
+from vkvx.models.registry import ALIASES, FAMILIES, HUB_ID, family_of, resolve, sample_pages
+from vkvx.runtime.checks.check import check_model
 
 Edit = Callable[[dict[str, Any]], None]
 LLAVA = "LlavaForConditionalGeneration"
@@ -179,17 +181,42 @@ def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
     [
         ("InternVLChatModel", "give the same model in transformers' own format, .*OpenGVLab/InternVL3-8B-hf"),
         ("LlavaLlamaForCausalLM", "llava-hf/llava-1.5-7b-hf"),
-        ("LlavaQwenForCausalLM", "give LLaVA-OneVision in transformers' own format"),
-        *((name, "exists only as remote code, which cannot be exported; supported: Llava") for name in REMOTE_CODE),
+        ("MiniCPMV", "exists only as remote code, which cannot be exported"),
+        ("Qwen3VLMoeForConditionalGeneration", "choose experts for each token.*give a dense model such as qwen3-vl-8b"),
+        ("MllamaForConditionalGeneration", "cross attention"),
     ],
 )
-def test_remote_code_is_refused_with_what_there_is_instead(
+def test_architectures_that_are_refused_with_a_reason(
     checkpoint: Path, tmp_path: Path, architecture: str, words: str
 ) -> None:
     edited(checkpoint, tmp_path, lambda config: config.update(architectures=[architecture]))
     for trust in (False, True):
-        with pytest.raises(ModelError, match=f"architecture {architecture} .*{words}"):
+        with pytest.raises(ModelError, match=f"architecture {architecture} is not supported: .*{words}"):
             resolve(tmp_path, trust_remote_code=trust)
+    checked = check_model(tmp_path)
+    assert not checked.supported
+    assert checked.reason == f"architecture {architecture} is not supported: {REFUSALS[architecture]}"
+
+
+def test_a_loaded_model_is_refused_with_the_same_reason() -> None:
+    model = type("MllamaForConditionalGeneration", (), {})()
+    with pytest.raises(ModelError, match=r"MllamaForConditionalGeneration are not supported: .*cross attention"):
+        family_of(model)
+
+
+def test_what_transformers_lists_is_supported_or_refused_with_a_reason() -> None:
+    """A new release of transformers may list more: each wants a family, or a line in models/refusals.py."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
+
+    architectures = {name for names in LISTED.values() for name in ([names] if isinstance(names, str) else names)}
+    assert architectures - set(FAMILIES) - set(REFUSALS) == set()
+    assert set(FAMILIES) & set(REFUSALS) == set(), "supported now: drop the line"
+    outside = {name for name in REFUSALS if not hasattr(transformers, name)}
+    assert {name for name in outside if "code" not in REFUSALS[name]} == set(), "transformers has no such class"
+    assert all(
+        "\n" not in reason and ("; give " in reason or "`vkvx models`" in reason) for reason in REFUSALS.values()
+    )
 
 
 @pytest.mark.parametrize("part", [None, "text_config"])

@@ -79,11 +79,16 @@ def run(args: argparse.Namespace) -> int:
     ):
         chunks = conversation.stream(prepared, options=options, progress=progress)
         answer = ""
-        for piece in generation.without_leading_space(chunk.text for chunk in chunks):
-            progress.close()  # before the answer, on the same terminal
-            answer += piece
-            if not args.json:
-                print(piece, end="", flush=True)
+        try:
+            for piece in generation.without_leading_space(chunk.text for chunk in chunks):
+                progress.close()  # before the answer, on the same terminal
+                answer += piece
+                if not args.json:
+                    print(terminal.printable(piece), end="", flush=True)
+        except BaseException:
+            if answer and not args.json:
+                print(flush=True)  # so that the error has a line of its own
+            raise
         figures = generation.figures(session, conversation)
         if args.video:
             figures["frames"] = prepared.frames

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,13 @@ def print_json(data: Any) -> None:
 def note(text: str = "") -> None:
     """A line for the person in front of the terminal: stderr, so that stdout holds results only."""
     print(text, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text of a model for a terminal: without control characters, which move the cursor and worse; else as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def human_bytes(count: float) -> str:
