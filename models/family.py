@@ -132,6 +132,7 @@ class AttentionWeights:
 
     ``query`` is [Hq * D, hidden], ``query_bias`` [Hq * D] or None, ``norm`` [hidden] the weight of the norm before the
     projection, ``output`` [hidden, Hq * D], ``query_norm`` [D] the weight of a norm of each head's query, or None.
+    What the projection makes besides queries (a gate) stands behind the query of each head: [Hq * 2D, hidden] then.
     The norms add ``norm_shift`` to their weights.
     """
 
@@ -308,6 +309,11 @@ class Family(ABC):
             None if query_norm is None else query_norm.weight,
             self.norm_shift,
         )
+
+    def linear_module(self, model: Any, layer: int) -> Any:
+        """The module of a layer of linear attention that takes the place of the attention."""
+        layers: Any = self.text_model(model).layers
+        return layers[layer].linear_attn
 
     def rotary_embedding(self, model: Any) -> nn.Module:
         """The decoder's rotary embedding: from a tensor and positions [B, S] to cosine and sine [B, S, D]."""

@@ -53,7 +53,7 @@ def write_processor(directory: Path, config: Any) -> None:
         marks = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
         files = _files("<IMG_CONTEXT>", {"context_image_token": "<IMG_CONTEXT>", **marks})
         files.images = GotOcr2ImageProcessorPil(size={"height": height, "width": width})
-    elif config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    elif config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         marks = {"video_token": "<|video_pad|>"}

@@ -27,7 +27,7 @@ _TINY_GLM_ROPE = {
     "partial_rotary_factor": 0.5,
 }
 _TINY_PIXTRAL = {**_TINY_VISION, "model_type": "pixtral", "image_size": 112, "patch_size": 14}
-_WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+_WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
 _TINY_SIGLIP = {
     **_TINY_VISION,
     "model_type": "siglip_vision_model",
@@ -330,6 +330,36 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "rope_theta": 10000.0,
                 "mrope_section": [12, 10, 10],
                 "mrope_interleaved": True,
+            },
+        },
+    },
+    "tiny-qwen3.5": {
+        "model_type": "qwen3_5",
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 96,
+            "out_hidden_size": 256,
+            "num_position_embeddings": 36,
+        },
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 4,  # the last one is full attention
+            "hidden_size": 256,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 48,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
             },
         },
     },

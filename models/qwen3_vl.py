@@ -41,10 +41,15 @@ class Qwen3VL(GridFamily):
         """Embeddings and features beside each other: [tokens, hidden * (1 + deepstack)]."""
         import torch
 
+        output = self.tower(model, *pixel_inputs)
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
+
+    def tower(self, model: Any, *pixel_inputs: Tensor) -> Any:
+        """What the tower makes of a picture, as transformers' module gives it."""
         from vkvx.models.graph.vision import Whole
 
         pixels, positions, index, weight = pixel_inputs
-        output = model.model.visual(
+        return model.model.visual(
             pixels,
             None,
             cu_seqlens=Whole(),
@@ -53,4 +58,3 @@ class Qwen3VL(GridFamily):
             interp_indices=index,
             interp_weights=weight,
         )
-        return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)

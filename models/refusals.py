@@ -30,7 +30,6 @@ _REMOTE = f"it exists only as remote code, which cannot be exported; {_OTHERS}"
 
 REFUSALS = {
     # Layers that are not attention over keys and values.
-    "Qwen3_5ForConditionalGeneration": _RECURRENT,
     "Qwen3_5MoeForConditionalGeneration": _RECURRENT,
     "Qwen4ExpForConditionalGeneration": _RECURRENT,
     "MiniCPMV4_6ForConditionalGeneration": _RECURRENT,

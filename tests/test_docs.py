@@ -14,12 +14,12 @@ import tomllib
 from vkvx import cli
 from vkvx.cli import terminal
 from vkvx.cli.models import describe_families
-from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
+from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE, STATE_NAMES
 from vkvx.manifest import FORMAT, FORMAT_VERSION, LayerInfo, Manifest, ModelInfo, Quantization
 from vkvx.models.preset_processors import write_processor
 from vkvx.models.presets import preset_config
 from vkvx.models.refusals import REFUSALS
-from vkvx.plugins import operator
+from vkvx.plugins import delta_rule, operator
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -58,6 +58,8 @@ def test_examples(page: Path) -> None:
         ("metric input", operator.METRIC_INPUTS),
         ("window input", operator.WINDOW_INPUTS),
         ("output", operator.OUTPUTS),
+        ("rule input", delta_rule.INPUTS),
+        ("rule output", delta_rule.OUTPUTS),
     ],
 )
 def test_tensors_of_the_operator(column: str, definitions: tuple[operator.TensorDefinition, ...]) -> None:
@@ -80,6 +82,8 @@ def test_cache_tensors_of_the_format() -> None:
     caches = {d.name: f"[{', '.join(d.shape)}]" for d in operator.INPUTS if d.name.startswith(("visual_", "text_"))}
     del caches["visual_index"], caches["text_index"]
     assert documented == caches
+    states = [name.strip("`") for name, *_ in table("docs/format.md", "state")]
+    assert tuple(states) == STATE_NAMES
 
 
 def test_defaults_of_the_quantisers() -> None:

@@ -26,10 +26,11 @@ _TOKENS = keyword("tokens_per_picture")
 class PlanRow:
     """The cache at one number of bits. Bytes count all layers, keys and values, params and padding to groups.
 
-    ``max_slots`` is how many sequences of the planned length fit beside the weights; ``max_pictures`` how many pictures
-    one sequence can hold; ``max_context`` the tokens of that sequence. ``limited_by`` says what ends it: "memory" or
-    "positions" (of the model). ``break_even_slots`` is the number of sequences from which a decode step reads more
-    bytes of cache than of weights, so that the cache decides the speed.
+    ``bytes_per_slot`` has the states of linear attention with it. ``max_slots`` is how many sequences of the
+    planned length fit beside the weights; ``max_pictures`` how many pictures one sequence can hold; ``max_context``
+    the tokens of that sequence. ``limited_by`` says what ends it: "memory" or "positions" (of the model).
+    ``break_even_slots`` is the number of sequences from which a decode step reads more bytes of cache than of
+    weights, so that the cache decides the speed.
     """
 
     bits: int
@@ -168,8 +169,9 @@ def _row(
     quantization = options.resolve(info.cached_layers, info.typical_tokens)
     layout = CacheLayout(info, quantization)
     picture, text = layout.visual_bytes_per_picture(tokens), layout.text_bytes_per_token
-    slot = pictures * picture + text_tokens * text
-    by_memory = max(0, free - text_tokens * text) // picture
+    rest = text_tokens * text + layout.state_bytes
+    slot = pictures * picture + rest
+    by_memory = max(0, free - rest) // picture
     by_positions = max(0, info.max_positions - text_tokens) // tokens
     most = min(by_memory, by_positions)
     return PlanRow(

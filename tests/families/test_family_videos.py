@@ -19,7 +19,7 @@ from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.runtime.sessions.processor import PLACEHOLDER, VIDEO_PLACEHOLDER
 from vkvx.runtime.sessions.session import Session
 
-PRESETS = ("tiny-qwen2-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-llava-onevision")
+PRESETS = ("tiny-qwen2-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-qwen3.5", "tiny-llava-onevision")
 ATOL = 1e-4
 RATE = 2.0
 FRAMES = [picture(150, 90, seed) for seed in range(10, 15)]

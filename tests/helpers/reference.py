@@ -77,7 +77,7 @@ class Reference:
             if self.kind == "internvl":
                 tokens = int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
                 return transformers.InternVLProcessor(**parts, video_processor=None, image_seq_length=tokens)
-            if self.kind == "qwen3_vl":
+            if self.kind in ("qwen3_vl", "qwen3_5"):
                 return transformers.Qwen3VLProcessor(**parts, video_processor=self.videos)
             if self.kind == "qwen2_5_vl":
                 return transformers.Qwen2_5_VLProcessor(**parts, video_processor=self.videos)

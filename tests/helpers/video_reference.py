@@ -17,6 +17,7 @@ KINDS = {
     "qwen2_5_vl": ("qwen2_vl", "Qwen2VLVideoProcessor"),
     "llava_onevision": ("llava_onevision", "LlavaOnevisionVideoProcessor"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VLVideoProcessor"),
+    "qwen3_5": ("qwen3_vl", "Qwen3VLVideoProcessor"),
 }
 """Modules and classes of the video processors, by the model's type."""
 _TORCHVISION = (

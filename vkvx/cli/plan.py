@@ -110,11 +110,12 @@ def _lines(plan: Plan) -> list[str]:
                 f"{row.max_pictures:,} ({row.limited_by})",
             )
         )
+    build = f"{size(_build_memory(plan))} of main memory to build the engines (`vkvx build`)"
     return [
         f"model        {model.name}: {model.architecture}, {model.dtype}, {len(model.layers)} layers, "
         f"{terminal.heads([vars(layer) for layer in model.layers], model.query_heads)}",
         f"weights      {size(plan.weights)}: decoder {size(plan.decoder_bytes)}, vision {size(plan.vision_bytes)}",
-        f"build        {size(_build_memory(plan))} of main memory to build the engines (`vkvx build`)",
+        f"build        {'no engines of linear attention are built' if model.linear_layers else build}",
         f"GPU          {size(plan.memory)}: {size(plan.reserve)} in reserve, {size(plan.cache)} for the cache",
         f"a sequence   {plan.pictures} x {plan.tokens_per_picture} visual tokens, {plan.text_tokens} text tokens",
         "",

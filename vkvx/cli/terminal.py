@@ -107,9 +107,12 @@ def heads(layers: Sequence[Mapping[str, Any]], query_heads: int) -> str:
     def each(name: str) -> str:
         return " or ".join(str(value) for value in dict.fromkeys(layer[name] for layer in layers))
 
+    linear = [layer for layer in layers if layer["linear"] is not None]
+    layers = [layer for layer in layers if layer["linear"] is None]
     text = f"{query_heads} query heads, {each('kv_heads')} KV heads, head dim {each('head_dim')}"
     windows = [layer["sliding_window"] for layer in layers if layer["sliding_window"]]
-    return f"{text}, a window of {windows[0]:,} tokens in {len(windows)} of {len(layers)} layers" if windows else text
+    text += f", a window of {windows[0]:,} tokens in {len(windows)} of {len(layers)} layers" if windows else ""
+    return f"{text}, linear attention in {len(linear)} layers" if linear else text
 
 
 class ProgressBar:

@@ -141,8 +141,6 @@ def _read_metrics(bundle: Path, manifest: Manifest, device: str) -> tuple[tuple[
     path = bundle / METRICS_FILE
     try:
         stored = load_file(path, device)
-        return tuple(
-            (stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in range(manifest.model.cached_layers)
-        )
+        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in manifest.model.caches)
     except (OSError, KeyError, SafetensorError) as error:
         raise BundleError(f"cannot read {path} ({error}); export the model again") from error

@@ -31,7 +31,7 @@ def test_tokens_and_bytes_of_each_family(case: Case, tmp_path: Path) -> None:
     size = found.group_size
     assert found.model is not None
     assert size == typical_group_size(found.model.typical_tokens)
-    cached = found.model.layers[: found.model.cached_layers]
+    cached = [found.model.layers[i] for i in found.model.caches]
     heads_dim = sum(layer.kv_heads * layer.head_dim for layer in cached)
     for picture in found.pictures:
         assert picture.padded_tokens == size
