@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from engine_calls import build
@@ -25,7 +24,6 @@ from vkvx import ExportOptions, evaluate, quantize_visual_cache
 from vkvx.errors import BuildError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends import golden
-from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.engines.manifest import VISION, EngineManifest
 from vkvx.runtime.sessions.processor import PLACEHOLDER
 from vkvx.runtime.sessions.session import Session
@@ -97,67 +95,6 @@ def test_second_turn_with_another_picture(reference: Reference, session: Session
         np.testing.assert_allclose(np.stack(recorded.logits[conversation.slot]), logits[0], rtol=0, atol=ATOL)
 
 
-def test_states_belong_to_slots(session: Session, exact: Path) -> None:
-    """Linear attention: what slots held before, idle rows and cuts of a prompt do not count, and a fork has its own."""
-    info, backend = session.manifest.model, session.backend
-    if not info.linear_layers:
-        pytest.skip("no layer has a state")
-    graph = onnx.load(exact / "decoder.onnx", load_external_data=False).graph
-    for state in (entry.name for entry in graph.input if entry.name.endswith("_state")):
-        # Read once, as a whole, before it is written: the two may share their memory.
-        assert sorted(node.op_type for node in graph.node if state in node.input) == ["Gather", "ScatterND"]
-    ids = np.arange(10, 100, dtype=np.int32)
-    cache = backend.cache
-
-    def feed(*rows: tuple[int, np.ndarray]) -> np.ndarray:
-        given = [cache.row(slot, tokens) if slot >= 0 else Row(-1, tokens) for slot, tokens in rows]
-        call = build_call(given, group_size=cache.group_size, image_token_id=info.image_token_id)
-        return backend.step(call, None)
-
-    first, second = cache.acquire(), cache.acquire()
-    try:
-        expected = feed((second, ids))[0]
-        for slot in (first, second):
-            cache.reset(slot)
-            for buffer in cache.buffers.values():
-                buffer[slot] = np.nan if buffer.dtype.kind == "f" else -1
-        feed((first, ids[:7]), (second, ids[:70]))
-        feed((-1, ids[:0]), (second, ids[70:89]))
-        np.testing.assert_allclose(feed((second, ids[89:]))[0], expected, rtol=0, atol=ATOL)
-        cache.fork(second, first)
-        same = feed((first, ids[:1]), (second, ids[:1]))
-        np.testing.assert_allclose(same[0], same[1], rtol=0, atol=ATOL)
-        feed((first, ids[:20]))
-        after = feed((second, ids[1:2]))[0]
-        cache.reset(first)
-        whole = np.concatenate([ids, ids[:2]])
-        np.testing.assert_allclose(after, feed((first, whole))[0], rtol=0, atol=ATOL)
-    finally:
-        cache.release(first)
-        cache.release(second)
-
-
-def test_torch_updates_states_in_place(session: Session, exact: Path) -> None:
-    """The same answers of a batch, and of a conversation and its fork, as onnxruntime gives."""
-    if not session.manifest.model.linear_layers:
-        pytest.skip("no layer has a state")
-
-    def answers(opened: Session) -> list[tuple[int, ...]]:
-        options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
-        given = [answer.token_ids for answer in opened.generate(list(PROMPTS), list(PICTURES), **options)]
-        with opened.conversation() as conversation:
-            given.append(conversation.generate(PROMPTS[1], TALL, **options).token_ids)
-            with conversation.fork() as twin:
-                given.append(twin.generate("And?", **options).token_ids)
-            given.append(conversation.generate(PROMPTS[0], [WIDE, TALL], **options).token_ids)
-        return given
-
-    with Session.load(exact, **ROOM, backend="torch", provider="cpu") as other:
-        for buffer in other.backend.cache.buffers.values():
-            buffer[...] = np.nan if buffer.dtype.kind == "f" else -1
-        assert answers(other) == answers(session)
-
-
 def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:
     manifest = Manifest.load(packed)
     inputs = reference.inputs(reference_prompts(reference), PICTURES)
@@ -202,7 +139,7 @@ def test_engines_are_built(case: Case, packed: Path, plugin_file: Path, capabili
     if Manifest.load(bundle).model.linear_layers:
         with pytest.raises(BuildError, match="linear attention"):
             build(bundle, plugin_file, compute_capabilities=(capability,))
-        return
+        pytest.skip("refused: TensorRT for linear attention")
     result = build(bundle, plugin_file, compute_capabilities=(capability,))
     manifest, model = EngineManifest.load(result.directory), Manifest.load(bundle)
     manifest.check_bundle(bundle)
