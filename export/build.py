@@ -117,7 +117,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
         )
         keys, values = compute_metrics(layers, layer_rotary(family, model), info)
         named = (("key", keys), ("value", values))
-        return {f"{kind}.{i}": t for kind, found in named for i, t in zip(info.caches, found, strict=True)}
+        return {f"{kind}.{i}": t for kind, each in named for i, t in zip(info.caches, each, strict=True)}
 
     return BuiltModel(
         info,
