@@ -144,7 +144,7 @@ def _follow(session: Session, prepared: Sequence[Prepared], answers: Sequence[li
             cache.release(slot)
     stacked = [np.stack(rows).astype(np.float32) for rows in found]
     for logits in stacked:
-        logits[:, model.image_token_id] = -np.inf  # never chosen, as in a session
+        logits[:, session.processor.placeholder_ids] = -np.inf  # never chosen, as in a session
     return stacked
 
 

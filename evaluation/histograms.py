@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,24 +18,25 @@ BINS = 40
 
 
 def worst_channels(
-    cache: PackedVisualCache, prompt: Sequence[tuple[Tensor, Tensor]], visual_index: Tensor, setting: str
+    cache: PackedVisualCache, prompt: Mapping[int, tuple[Tensor, Tensor]], visual_index: Tensor, setting: str
 ) -> list[dict[str, Any]]:
     """The channel of keys and that of values with the largest RMS error, in the first and the last cache.
 
-    ``cache`` holds a prompt under a packed setting, ``prompt`` the exact keys and values [B, Hkv, S, D] of each layer,
+    ``cache`` holds a prompt under a packed setting, ``prompt`` the exact keys and values [B, Hkv, S, D] by layer,
     ``visual_index`` the positions of row 0's visual tokens, in whole groups that -1 fills up. Row 0 counts. Each entry
     has KV head, channel, edges and counts of a histogram of the exact elements of the group in which the channel errs
     most, and the levels that the codes stand for there.
     """
-    q = cache.layout.quantization
-    positions = visual_index.unflatten(0, (-1, q.group_size)).to(prompt[0][0].device)
+    q, caches = cache.layout.quantization, cache.layout.info.caches
+    positions = visual_index.unflatten(0, (-1, q.group_size)).to(prompt[caches[0]][0].device)
     positions = positions[(positions >= 0).any(1)].long()  # rows of a batch have the groups of the fullest
     valid = positions >= 0
     found = []
-    for layer in dict.fromkeys((0, cache.layout.info.cached_layers - 1)):
-        buffers = cache.buffers(layer, prompt[layer][0])
+    for number in dict.fromkeys((0, len(caches) - 1)):
+        layer = caches[number]
+        buffers = cache.buffers(number, prompt[layer][0])
         for kind, exact in zip(("key", "value"), prompt[layer], strict=True):
-            bits = (q.key_bits if kind == "key" else q.value_bits)[layer]
+            bits = (q.key_bits if kind == "key" else q.value_bits)[number]
             unpack = quantization.unpack_keys if kind == "key" else quantization.unpack_values
             params = buffers[f"visual_{kind}_params"][0].float()
             scale, offset = params[:, :, 0], params[:, :, 1]

@@ -36,7 +36,7 @@ class SettingResult:
 
     ``token_agreement`` is the share of the reference's answer tokens that are the likeliest when its answer is fed,
     ``equal_answers`` the share of answers that have all tokens equal, ``kl`` the mean KL(reference || setting) in nats
-    a token, ``attention_error`` by layer and query head ||o - o_exact|| / ||o_exact|| over all tokens fed.
+    a token, ``attention_error`` by attention layer and query head ||o - o_exact|| / ||o_exact|| over all tokens fed.
     ``bits_per_element`` and ``visual_bytes`` (a sample) count scales, offsets and padding; ``seconds`` is the time to
     answer all samples.
     """

@@ -15,7 +15,9 @@ from vkvx.format import BASELINE_BITS
 from vkvx.manifest import Quantization
 from vkvx.options import keyword
 
-_NOT_OF_THE_CACHE = ("dtype", "opset", "force", "cache_dir", "revision", "trust_remote_code")
+_NOT_OF_THE_CACHE = (
+    *("dtype", "opset", "min_pixels", "max_pixels", "force", "cache_dir", "revision", "trust_remote_code"),
+)
 FIELDS = tuple(entry.name for entry in fields(ExportOptions) if entry.name not in _NOT_OF_THE_CACHE)
 """The fields of ExportOptions that say how the cache is quantised."""
 _DEFAULTS = {entry.name: entry.default for entry in fields(ExportOptions)}

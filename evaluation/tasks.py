@@ -13,7 +13,8 @@ from vkvx.errors import InputError, OptionError
 from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS
 from vkvx.manifest import Progress
 from vkvx.packages import missing
-from vkvx.runtime.sessions.processor import PLACEHOLDER, Picture, Processor, load_picture
+from vkvx.runtime.sessions.pictures import Picture, load_picture
+from vkvx.runtime.sessions.processor import Processor
 
 DIGITS_PROMPT = "Transcribe the page."
 DIGITS_SAMPLES = 100
@@ -152,6 +153,6 @@ def _are_texts(value: Any) -> bool:
 def prompt_of(sample: Sample, processor: Processor) -> str:
     """The whole prompt, by the chat template as in ``vkvx run``; for a model without one, the pictures come first."""
     if not processor.has_chat_template:
-        return f"{PLACEHOLDER}\n" * len(sample.pictures) + sample.prompt
+        return processor.plain_picture * len(sample.pictures) + sample.prompt
     content: list[dict[str, str]] = [{"type": "image"}] * len(sample.pictures)
     return processor.format([{"role": "user", "content": [*content, {"type": "text", "text": sample.prompt}]}])

@@ -60,9 +60,9 @@ class Batch:
     """Prompts of some samples, and what the 16-bit model makes of them.
 
     ``ids`` and ``mask`` are INT64 [B, S], padded on the left; ``kinds`` and ``positions`` are what a cache takes.
-    ``first`` FP32 [B, V] are the logits after the prompt, ``prompt`` the keys and values of each layer,
-    [B, Hkv, S, D]. ``answers`` are the reference's tokens, and ``expected`` its log-probabilities for each of them,
-    FP32 [tokens, V] a row. ``exact`` holds the prompt unquantised.
+    ``first`` FP32 [B, V] are the logits after the prompt, ``prompt`` the keys and values of each attention layer,
+    [B, Hkv, S, D], and ``states`` those of linear attention behind it. ``answers`` are the reference's tokens, and
+    ``expected`` its log-probabilities for each of them, FP32 [tokens, V] a row. ``exact`` holds the prompt unquantised.
     """
 
     samples: Sequence[Sample]
@@ -72,7 +72,8 @@ class Batch:
     first: Tensor
     kinds: Tensor
     positions: Tensor
-    prompt: list[tuple[Tensor, Tensor]]
+    prompt: dict[int, tuple[Tensor, Tensor]]
+    states: list[list[Tensor]]
     exact: ObservedCache
     prefill_seconds: float
     reference_seconds: float = 0.0
@@ -109,11 +110,11 @@ class TorchRunner:
         for row, entry in enumerate(prepared):
             ids[row, width - len(entry.token_ids) :] = torch.from_numpy(entry.token_ids)
             mask[row, width - len(entry.token_ids) :] = 1
-        prompt: list[tuple[Tensor, Tensor]] = []
+        prompt: dict[int, tuple[Tensor, Tensor]] = {}
         begun_by: list[CacheCall] = []
 
         def keep(call: CacheCall, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-            prompt.append((key, value))
+            prompt[layer] = (key, value)
             begun_by[:] = [call]
 
         ids, mask = ids.to(self.device), mask.to(self.device)
@@ -133,7 +134,7 @@ class TorchRunner:
             call = begun_by[0]
             assert call.positions is not None
             batch = Batch(
-                *(samples, prepared, ids, mask, first, call.kinds, call.positions, prompt, cache),
+                *(samples, prepared, ids, mask, first, call.kinds, call.positions, prompt, cache.states(), cache),
                 prefill_seconds=self._clock() - begun,
             )
             known = [answer for answer in answers if answer is not None]
@@ -154,7 +155,7 @@ class TorchRunner:
         self, batch: Batch, setting: Setting, *, generate: bool = True, histograms: bool = False
     ) -> list[Record]:
         """Run the batch under a packed setting: a record a sample. Without ``generate`` the answers stay empty."""
-        layers, heads = len(self.info.layers), self.info.query_heads
+        layers, heads = len(self.info.attention_layers), self.info.query_heads
         errors = torch.zeros(len(batch.samples), layers, heads, 2, device=self.device)
         with self._handle(setting) as handle, torch.no_grad():
             begun = self._clock()
@@ -199,7 +200,9 @@ class TorchRunner:
     def _handle(self, setting: Setting | None) -> VisualCacheHandle:
         if setting is None:
             return quantize_visual_cache(self.model, bits=16)
-        return quantize_visual_cache(self.model, **{name: getattr(setting.options, name) for name in FIELDS})
+        options = {name: getattr(setting.options, name) for name in FIELDS}
+        # The plug-in does not see the image processor, whose limits "auto" follows.
+        return quantize_visual_cache(self.model, **{**options, "group_size": setting.quantization.group_size})
 
     def _prepare(self, sample: Sample) -> Prepared:
         prepared = self.processor.prepare(prompt_of(sample, self.processor), sample.pictures)
@@ -220,8 +223,8 @@ class TorchRunner:
         return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
     def _allowed(self, logits: Tensor) -> Tensor:
-        """An image token without a picture means nothing, so it is never chosen; as in :mod:`vkvx.runtime`."""
-        logits[..., self.info.image_token_id] = -torch.inf
+        """Tokens of pictures without a picture mean nothing, so they are never chosen; as in :mod:`vkvx.runtime`."""
+        logits[..., list(self.processor.placeholder_ids)] = -torch.inf
         return logits
 
     def _generate(self, batch: Batch, cache: ObservedCache) -> list[list[int]]:
@@ -241,10 +244,10 @@ class TorchRunner:
                 repetition_penalty=1.0,
                 eos_token_id=list(ends) or None,
                 pad_token_id=self.info.pad_token_id,
-                suppress_tokens=[self.info.image_token_id],
+                suppress_tokens=list(self.processor.placeholder_ids),
             )
             new = output[:, batch.ids.shape[1] :]
-            cache.crop(batch.ids.shape[1] - cache.get_seq_length())
+            cache.rewind(cache.get_seq_length() - batch.ids.shape[1], batch.states)
         answers = []
         for row in new.tolist():
             end = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
@@ -254,7 +257,7 @@ class TorchRunner:
     def _follow(self, batch: Batch, cache: ObservedCache, errors: Tensor | None = None) -> list[Tensor]:
         """Logits FP32 [tokens, V] before each token of the reference's answers, over a cache that holds the prompt.
 
-        ``errors`` [B, layers, Hq, 2] takes up squared norms of the attention's error and of the exact attention.
+        ``errors`` [B, attention layers, Hq, 2] takes up squared norms of the error and of the exact attention.
         """
         length = max(map(len, batch.answers)) - 1  # the last token is not fed
         logits = batch.first[:, None]
@@ -274,8 +277,9 @@ class TorchRunner:
                 if not shadow:
                     shadow.append(batch.exact.begin(call.kinds))
                 exact = shadow[0](layer, query, key, value).float()
-                errors[:, layer, :, 0] += (output.float() - exact).square().sum((2, 3))
-                errors[:, layer, :, 1] += exact.square().sum((2, 3))
+                number = self.info.attention_layers.index(layer)
+                errors[:, number, :, 0] += (output.float() - exact).square().sum((2, 3))
+                errors[:, number, :, 1] += exact.square().sum((2, 3))
 
             cache.observer = compare_attention if errors is not None else None
             # Tokens of one call see each other both ways there.
@@ -291,9 +295,9 @@ class TorchRunner:
                     batch.exact.finish(shadow.pop(), succeeded=True)
                 logits = torch.cat([logits, self._allowed(output.logits.float())], 1)
             cache.observer = None
-            cache.crop(-length)
+            cache.rewind(length, batch.states)
             if errors is not None:
-                batch.exact.crop(-length)
+                batch.exact.rewind(length, batch.states)
         return [logits[row, : len(answer)] for row, answer in enumerate(batch.answers)]
 
     def _record(
@@ -322,7 +326,8 @@ def fill(cache: ObservedCache, batch: Batch) -> Tensor:
     Returns the positions of the visual tokens, INT32 [B, Nv], in whole groups that -1 fills up.
     """
     call = cache.begin(batch.kinds, batch.positions)
-    for layer, (key, value) in enumerate(batch.prompt):
+    cache.set_states(batch.states)
+    for layer, (key, value) in batch.prompt.items():
         heads = cache.layout.info.query_heads
         query = key.new_zeros(1).expand(key.shape[0], heads, *key.shape[2:])  # what it would attend to is known
         call(layer, query, key, value)

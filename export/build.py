@@ -25,7 +25,8 @@ from vkvx.models.graph.metric import METRICS_FILE, compute_metrics, layer_rotary
 from vkvx.models.graph.skeleton import DTYPES, build_model, fake_weight
 from vkvx.models.graph.vision import VisionGraph, vision_outputs
 from vkvx.plugins.function import attention_function
-from vkvx.plugins.operator import DOMAIN, VERSION, OperatorAttributes, model_attributes
+from vkvx.plugins.function.delta_rule import delta_rule_function
+from vkvx.plugins.operator import DOMAIN, NAME, VERSION, OperatorAttributes, model_attributes
 
 IR_VERSION = 10
 """The first that tells functions of one name apart by overload."""
@@ -68,7 +69,8 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     found = match_parameters(model, stored)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()
     if attributes[0].needs_metrics:
-        sizes = [(one.kv_heads, one.head_dim, one.head_dim) for one in info.layers[: info.cached_layers]]
+        cached = (info.layers[i] for i in info.caches)
+        sizes = [(one.kv_heads, one.head_dim, one.head_dim) for one in cached]
         weight = partial(fake_weight, model, dtype=DTYPES["float16"])
         metrics = tuple((weight(size), weight(size)) for size in sizes)
     report("decoder", 0, 1)
@@ -78,7 +80,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     names = {
         id(parameter): f"{kind}.{layer}"
         for kind, parameters in (("key", graph.key_metrics), ("value", graph.value_metrics))
-        for layer, parameter in enumerate(parameters)
+        for layer, parameter in zip(info.caches, parameters, strict=bool(metrics))
     }
     decoder = trace(
         graph,
@@ -111,10 +113,11 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
 
         layers = (
             AttentionWeights(*(load(parameter) for parameter in vars(family.attention_weights(model, i)).values()))
-            for i in range(info.cached_layers)
+            for i in info.caches
         )
         keys, values = compute_metrics(layers, layer_rotary(family, model), info)
-        return {f"{kind}.{i}": t for kind, all_ in (("key", keys), ("value", values)) for i, t in enumerate(all_)}
+        named = (("key", keys), ("value", values))
+        return {f"{kind}.{i}": t for kind, found in named for i, t in zip(info.caches, found, strict=True)}
 
     return BuiltModel(
         info,
@@ -166,18 +169,21 @@ def write_graph(model: ir.Model, path: Path, functions: Sequence[onnx.FunctionPr
 def operator_functions(built: Built, model: BuiltModel) -> list[onnx.FunctionProto]:
     """One function of standard ops for each kind of layer; points the decoder's nodes to them."""
     attributes, info = model.attributes, model.info
-    kinds = [(entry, layer.kv_heads, layer.head_dim) for entry, layer in zip(attributes, info.layers, strict=True)]
+    layers = [info.layers[i] for i in info.attention_layers]
+    kinds = [(entry, layer.kv_heads, layer.head_dim) for entry, layer in zip(attributes, layers, strict=True)]
     overloads: dict[tuple[OperatorAttributes, int, int], str] = {}
     for kind in dict.fromkeys(kinds):
         name = f"k{kind[0].key_bits}v{kind[0].value_bits}"
         more = sum(other.partition("_")[0] == name for other in overloads.values())
         overloads[kind] = f"{name}_{more}" if more else name
-    nodes = [node for node in built.traced.model.graph if node.domain == DOMAIN]
+    own = [node for node in built.traced.model.graph if node.domain == DOMAIN]
+    nodes = [node for node in own if node.op_type == NAME]
     if len(nodes) != len(attributes):
         raise ModelError(f"the decoder has {len(nodes)} attention nodes in {len(attributes)} layers, expected one each")
     for node, kind in zip(nodes, kinds, strict=True):
         node.overload = overloads[kind]
-    return [
+    linear = [delta_rule_function(built.graph.opset)] if info.linear_layers else []
+    return linear + [
         attention_function(
             entry,
             query_heads=info.query_heads,

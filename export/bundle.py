@@ -67,6 +67,7 @@ def export_model(
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    source = replace(source, limits=options.limits)
     stored = read_checkpoint(source.directory)
     processor = source.processor()
     report("load", 1, 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vkvx.errors import OptionError
 from vkvx.manifest import FLOAT_DTYPES
+from vkvx.models.pictures.limits import PixelLimits
 from vkvx.options import QuantizationOptions
 
 OPSETS = range(17, 24)
@@ -19,12 +20,16 @@ class ExportOptions(QuantizationOptions):
     Attributes:
         dtype: of weights, activations and text cache: float16, bfloat16 or float32.
         opset: of the graphs, 17 to 23.
+        min_pixels, max_pixels: of a picture once it is resized, where the model's image processor limits them; None
+            keeps its own. The bundle's image processor gets them, and ``group_size`` "auto" follows them.
         force: replace an existing bundle.
         cache_dir, revision, trust_remote_code: as in transformers.
     """
 
     dtype: str = "float16"
     opset: int = 18
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     force: bool = False
     cache_dir: str | Path | None = None
     revision: str | None = None
@@ -40,4 +45,10 @@ class ExportOptions(QuantizationOptions):
             raise OptionError(
                 f"opset {self.opset} is not supported; give opset= (--opset) from {OPSETS[0]} to {OPSETS[-1]}"
             )
+        self.limits.check()
         super().check()
+
+    @property
+    def limits(self) -> PixelLimits:
+        """Of the pixels of pictures."""
+        return PixelLimits(self.min_pixels, self.max_pixels)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -22,9 +23,10 @@ from vkvx.models.graph.skeleton import DTYPES
 from vkvx.opset import lower_opset
 from vkvx.plugins import (
     operator,
-    torch_op,  # noqa: F401 (registers the operator)
+    torch_delta_rule,  # noqa: F401 (registers the operator)
+    torch_op,  # noqa: F401
 )
-from vkvx.plugins.schema import operator_schema
+from vkvx.plugins.schema import delta_rule_schema, operator_schema
 
 IR_DTYPES = {
     "float16": ir.DataType.FLOAT16,
@@ -75,7 +77,10 @@ def trace(
                 opset_version=max(opset, NATIVE_OPSET),
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
-                custom_translation_table={torch.ops.vkvx.visual_kv_attention.default: _emit_operator},
+                custom_translation_table={
+                    torch.ops.vkvx.visual_kv_attention.default: partial(_emit, operator_schema()),
+                    torch.ops.vkvx.gated_delta_rule.default: partial(_emit, delta_rule_schema()),
+                },
                 optimize=False,
                 verbose=False,
             )
@@ -93,12 +98,12 @@ def trace(
     return Traced(model, {value.name: parameters[value.name] for value in weights if value.uses()})
 
 
-def _emit_operator(*tensors: ir.Value | None, **attributes: int | float | str) -> Sequence[ir.Value]:
-    """Translation of the torch op: one node, which has no inputs in place of those that it does without."""
+def _emit(schema: Any, *tensors: ir.Value | None, **attributes: int | float | str) -> Sequence[ir.Value]:
+    """Translation of a torch op: one node, which has no inputs in place of those that it does without."""
     from onnxscript import values
 
     domain = values.Opset(operator.DOMAIN, operator.VERSION)
-    return values.Op(domain, operator.NAME, operator_schema())(*(x for x in tensors if x is not None), **attributes)
+    return values.Op(domain, schema.name, schema)(*(x for x in tensors if x is not None), **attributes)
 
 
 def _symbols(inputs: Sequence[TensorSpec], group_size: int) -> tuple[dict[str, int], dict[str, Any]]:

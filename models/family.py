@@ -15,6 +15,8 @@ from vkvx.errors import ModelError, VkvxError
 from vkvx.format import WORD_BITS
 from vkvx.manifest import LayerInfo, ModelInfo, PromptInfo, TensorSpec
 from vkvx.models.pictures.kinds import Kind, describe
+from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
+from vkvx.models.videos import open_videos
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +40,7 @@ class Source:
 
     ``name`` is for people; ``origin`` is what :func:`vkvx.models.registry.resolve` finds the same checkpoint by: an
     alias, a hub id, or an absolute path; ``revision`` is the commit of a hub checkpoint; ``config`` is transformers'.
+    ``limits`` are those of pictures, in place of the image processor's own.
     """
 
     name: str
@@ -47,10 +50,19 @@ class Source:
     family: Family
     revision: str | None
     trust_remote_code: bool = False
+    limits: PixelLimits = NO_LIMITS
 
     def info(self, dtype: str) -> ModelInfo:
-        """The facts that the runtime needs. Raises ModelError if generation_config.json cannot be read."""
+        """The facts that the runtime needs.
+
+        Raises ModelError if generation_config.json or the image processor cannot be read, OptionError for ``limits``
+        that do not suit.
+        """
         info = self.family.info(self.config, dtype, self._generation_config())
+        limited = self.family.pictures(self.config).limited
+        if self.limits or (limited and self._has("image processor")):
+            images = self._limited(self._images())
+            info = replace(info, typical_tokens=self.family.limited_tokens(images))
         return replace(info, name=self.name, source=self.origin, revision=self.revision)
 
     def processor(self) -> ProcessorFiles:
@@ -63,12 +75,11 @@ class Source:
             raise
         except Exception as error:  # transformers and tokenizers raise whatever they come across
             for part, names in PROCESSOR_FILES.items():
-                if not any((self.directory / name).is_file() for name in names):
+                if not self._has(part):
                     raise ModelError(
                         f"{self.directory} holds no {part}: no {one_of(names)}; download the checkpoint again"
                     ) from error
-            reason = " ".join(str(error).split())
-            raise ModelError(f"transformers cannot read the processor files in {self.directory}: {reason}") from error
+            raise self._unreadable(error) from error
         token = files.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
         if self.config.image_token_id not in files.tokenizer.added_tokens_decoder:
             raise ModelError(
@@ -76,7 +87,33 @@ class Source:
                 f"'{token}', a piece of plain text; fix image_token_id (image_token_index in older files)"
             )
         self.family.prepare_processor(files, self.config)
+        if open_videos(self.family.pictures(self.config), files.videos, files.images) is None:
+            files.videos = None
+        self._limited(files.images)
         return files
+
+    def _has(self, part: str) -> bool:
+        return any((self.directory / name).is_file() for name in PROCESSOR_FILES[part])
+
+    def _images(self) -> Any:
+        from vkvx.models.processor_files import load_images
+
+        try:
+            return load_images(self.directory, self.trust_remote_code)
+        except VkvxError:
+            raise
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ModelError:
+        reason = " ".join(str(error).split())
+        return ModelError(f"transformers cannot read the processor files in {self.directory}: {reason}")
+
+    def _limited(self, images: Any) -> Any:
+        """An image processor, with the limits that were asked for."""
+        if self.limits:
+            images.size = self.limits.size(images, self.family.pictures(self.config).limited)
+        return images
 
     def _generation_config(self) -> dict[str, Any]:
         path = self.directory / "generation_config.json"
@@ -95,6 +132,7 @@ class AttentionWeights:
 
     ``query`` is [Hq * D, hidden], ``query_bias`` [Hq * D] or None, ``norm`` [hidden] the weight of the norm before the
     projection, ``output`` [hidden, Hq * D], ``query_norm`` [D] the weight of a norm of each head's query, or None.
+    What the projection makes besides queries (a gate) stands behind the query of each head: [Hq * 2D, hidden] then.
     The norms add ``norm_shift`` to their weights.
     """
 
@@ -233,6 +271,10 @@ class Family(ABC):
     def typical_tokens(self, config: Any) -> tuple[int, ...]:
         """Visual tokens of usual pictures, ascending."""
 
+    def limited_tokens(self, images: Any) -> tuple[int, ...]:
+        """The same within the limits of an image processor, of pictures that are ``limited``."""
+        raise NotImplementedError
+
     @abstractmethod
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """Inputs of the vision graph, named as the image processor names them."""
@@ -267,6 +309,11 @@ class Family(ABC):
             None if query_norm is None else query_norm.weight,
             self.norm_shift,
         )
+
+    def linear_module(self, model: Any, layer: int) -> Any:
+        """The module of a layer of linear attention that takes the place of the attention."""
+        layers: Any = self.text_model(model).layers
+        return layers[layer].linear_attn
 
     def rotary_embedding(self, model: Any) -> nn.Module:
         """The decoder's rotary embedding: from a tensor and positions [B, S] to cosine and sine [B, S, D]."""

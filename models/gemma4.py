@@ -10,8 +10,7 @@ import numpy as np
 from vkvx.errors import ModelError
 from vkvx.manifest import LayerInfo, TensorSpec
 from vkvx.models.family import Family, VisionCalls, filled, softcapped
-from vkvx.models.gemma3 import SLIDING
-from vkvx.models.graph.vision import Whole
+from vkvx.models.gemma3 import SLIDING, Gemma3
 from vkvx.models.pictures.pooled import PooledPatches
 from vkvx.models.processor_files import ProcessorFiles
 
@@ -29,6 +28,7 @@ class Gemma4(Family):
     text_models = tested_models = ("gemma4_text",)
     aliases = {f"gemma4-{size}": f"google/gemma-4-{size.upper()}-it" for size in ("e2b", "e4b", "31b")}
     packed_vision = True
+    rotary_options = Gemma3.rotary_options
 
     def check(self, config: Any) -> None:
         """Refuse experts, and decoders whose text sees later text."""
@@ -59,10 +59,6 @@ class Gemma4(Family):
             for i, kind in enumerate(text.layer_types)
         )
 
-    def rotary_options(self, config: Any, layer: int) -> dict[str, Any]:
-        """Sliding and full layers have rotary embeddings of their own."""
-        return {"layer_type": config.text_config.layer_types[layer]}
-
     def pictures(self, config: Any) -> PooledPatches:
         """Patches averaged to tokens, between marks."""
         return PooledPatches(config.vision_config.pooling_kernel_size, BEGIN, END)
@@ -79,26 +75,26 @@ class Gemma4(Family):
 
     def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """Tower, average and projector for patches without padding, which ``get_image_features`` looks for."""
+        from vkvx.models.graph.vision import Whole
+
         pixels, positions, index = pixel_inputs
         tower, padding = model.model.vision_tower, positions[None, :, 0] < 0
         hidden = tower.patch_embedder(pixels[None], positions[None], padding)
-        dtype = hidden.dtype
         hidden = tower.encoder(
             inputs_embeds=hidden, attention_mask=None, pixel_position_ids=positions[None], cu_seq_lens_q=Whole()
         ).last_hidden_state[0]
-        pooled = hidden.index_select(0, index.flatten()).unflatten(0, index.shape).float().mean(1).to(dtype)
+        pooled = hidden.index_select(0, index.flatten()).unflatten(0, index.shape).float().mean(1).to(pixels.dtype)
         pooled = pooled.float() * tower.config.hidden_size**0.5
         if tower.config.standardize:
             pooled = (pooled - tower.std_bias.float()) * tower.std_scale.float()
-        return model.model.embed_vision(pooled.to(dtype))
+        return model.model.embed_vision(pooled.to(pixels.dtype))
 
     def text_inputs(self, text_model: nn.Module, config: Any, input_ids: Tensor) -> dict[str, Tensor]:
         """Embeddings of the tokens for each layer, in models that have them; pictures have that of padding."""
         text = config.text_config
         if not text.hidden_size_per_layer_input:
             return {}
-        others = (config.image_token_id, config.video_token_id, config.audio_token_id)
-        for token in others:
+        for token in (config.image_token_id, config.video_token_id, config.audio_token_id):
             input_ids = input_ids.masked_fill(input_ids == token, text.pad_token_id)
         return {"per_layer_inputs": text_model.get_per_layer_inputs(input_ids)}  # type: ignore[operator]
 

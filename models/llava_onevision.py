@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vkvx.errors import ModelError
 from vkvx.models.llava_next import LlavaNext
+from vkvx.models.pictures.anyres import AnyRes
 
 
 class LlavaOneVision(LlavaNext):
@@ -23,6 +25,10 @@ class LlavaOneVision(LlavaNext):
         """Refuse other ways with large grids."""
         super().check(config)
         self.most_tiles(config)
+
+    def pictures(self, config: Any) -> AnyRes:
+        """Videos are taken, too."""
+        return replace(super().pictures(config), video_mark="<video>")
 
     def most_tiles(self, config: Any) -> int:
         """The number in ``vision_aspect_ratio``, such as "anyres_max_9"."""

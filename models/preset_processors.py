@@ -13,11 +13,11 @@ _TURNS = (
     "{%- for message in messages -%}{{- '" + _BEGIN + "' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
     "{%- for part in message['content'] -%}"
-    "{{- 'IMAGE\n' if part['type'] == 'image' else part['text'] -}}"
+    "{{- 'IMAGE\n' if part['type'] == 'image' else 'VIDEO\n' if part['type'] == 'video' else part['text'] -}}"
     "{%- endfor -%}{%- endif -%}{{- '" + _END + "\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '" + _BEGIN + "assistant\n' -}}{%- endif -%}"
 )
-"""A chat template; ``IMAGE`` is the family's image token."""
+"""A chat template; ``IMAGE`` and ``VIDEO`` are the family's tokens for a picture and a video."""
 
 
 def write_processor(directory: Path, config: Any) -> None:
@@ -53,10 +53,11 @@ def write_processor(directory: Path, config: Any) -> None:
         marks = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
         files = _files("<IMG_CONTEXT>", {"context_image_token": "<IMG_CONTEXT>", **marks})
         files.images = GotOcr2ImageProcessorPil(size={"height": height, "width": width})
-    elif config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    elif config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        files = _files("<|image_pad|>", {}, before="<|vision_start|>", after="<|vision_end|>")
+        marks = {"video_token": "<|video_pad|>"}
+        files = _files("<|image_pad|>", marks, before="<|vision_start|>", after="<|vision_end|>")
         files.images = Qwen2VLImageProcessorPil(
             patch_size=config.vision_config.patch_size, merge_size=config.vision_config.spatial_merge_size
         )
@@ -131,4 +132,8 @@ def _files(
         additional_special_tokens=[token for token in (before, after) if token],
         padding_side="left",
     )
-    return ProcessorFiles(wrapped, None, _TURNS.replace("IMAGE", before + (picture or image_token) + after))
+    video = marks.get("video_token", image_token)
+    template = _TURNS.replace("IMAGE", before + (picture or image_token) + after).replace(
+        "VIDEO", before + video + after
+    )
+    return ProcessorFiles(wrapped, None, template)

@@ -27,6 +27,7 @@ _TINY_GLM_ROPE = {
     "partial_rotary_factor": 0.5,
 }
 _TINY_PIXTRAL = {**_TINY_VISION, "model_type": "pixtral", "image_size": 112, "patch_size": 14}
+_WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
 _TINY_SIGLIP = {
     **_TINY_VISION,
     "model_type": "siglip_vision_model",
@@ -332,6 +333,36 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "tiny-qwen3.5": {
+        "model_type": "qwen3_5",
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 96,
+            "out_hidden_size": 256,
+            "num_position_embeddings": 36,
+        },
+        "text_config": {
+            **_TINY_TEXT,
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 4,  # the last one is full attention
+            "hidden_size": 256,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 48,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    },
     "tiny-glm-4.1v": {
         "model_type": "glm4v",
         "vision_config": {
@@ -537,6 +568,8 @@ def preset_config(preset: str, layers: int | None = None) -> Any:
     if layers is not None:
         text["num_hidden_layers"] = layers
     given = {key: value for key, value in sizes.items() if key not in ("model_type", "text_config")}
+    if sizes["model_type"] in _WITH_VIDEOS:
+        given["video_token_id"] = 4
     config = CONFIG_MAPPING[sizes["model_type"]](text_config=text, image_token_id=3, **given)
     if config.vision_config.model_type == "clip_vision_model" and sizes["model_type"] == "llava":
         vision = config.vision_config

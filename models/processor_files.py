@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vkvx.errors import ModelError
+from vkvx.models.videos import FILE as VIDEO_FILE
+from vkvx.models.videos import read_settings
 from vkvx.packages import missing
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
@@ -20,33 +22,49 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.jso
 
 @dataclass
 class ProcessorFiles:
-    """``tokenizer`` and ``images`` (an image processor for Pillow) of transformers, and the chat template if any."""
+    """``tokenizer`` and ``images`` (an image processor for Pillow) of transformers, and the chat template if any.
+
+    ``videos`` are the settings of the video processor, if there is one.
+    """
 
     tokenizer: Any
     images: Any
     chat_template: str | None
+    videos: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, directory: Path, trust_remote_code: bool = False) -> ProcessorFiles:
         """Load what the directory holds; whatever transformers and its libraries raise for damaged files comes out."""
-        tokenizers, images = _auto_classes()
-        given = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        tokenizer = tokenizers.from_pretrained(str(directory), **given)
-        # The PIL variant gives the same pixels whether or not torchvision is installed.
-        processor = images.from_pretrained(str(directory), backend="pil", **given)
-        return cls(tokenizer, processor, _read_template(directory) or tokenizer.chat_template)
+        tokenizers, _ = _auto_classes()
+        tokenizer = tokenizers.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        images = load_images(directory, trust_remote_code)
+        template = _read_template(directory) or tokenizer.chat_template
+        return cls(tokenizer, images, template, read_settings(directory))
 
     def save(self, directory: Path) -> None:
         """Write them into a new directory, from which :meth:`load` reads the same."""
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(directory)
         self.images.save_pretrained(directory)
+        if self.videos is not None:
+            (directory / VIDEO_FILE).write_text(json.dumps(self.videos, indent=2) + "\n", encoding="utf-8")
 
     def require_tokens(self, *marks: str) -> None:
         """Raise ModelError unless each mark is one token of the tokenizer."""
         for mark in marks:
             if len(self.tokenizer(mark, add_special_tokens=False)["input_ids"]) != 1:
                 raise ModelError(f"the tokenizer has no token '{mark}'; download its files again")
+
+
+def load_images(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The image processor alone; raises as :meth:`ProcessorFiles.load`."""
+    _, images = _auto_classes()
+    # The PIL variant gives the same pixels whether or not torchvision is installed.
+    return images.from_pretrained(
+        str(directory), backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
+    )
 
 
 def _read_template(directory: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vkvx.models.pictures.grid import Grid
-from vkvx.models.qwen_vl import GridFamily
+from vkvx.models.qwen_vl import VIDEO_MARK, GridFamily
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +20,18 @@ class Qwen3VL(GridFamily):
     text_models = tested_models = ("qwen3_vl_text",)
 
     def pictures(self, config: Any) -> Grid:
-        """The corners of the learnt table are those of the picture."""
+        """The corners of the learnt table are those of the picture. Before each frame of a video stands its time."""
         vision = config.vision_config
         side = int(vision.num_position_embeddings**0.5)
-        return Grid(vision.spatial_merge_size, table=side, kernel="bilinear", corners=1)
+        return Grid(
+            vision.spatial_merge_size,
+            table=side,
+            kernel="bilinear",
+            corners=1,
+            video_mark=VIDEO_MARK,
+            frame_start="<|vision_start|>",
+            frame_end="<|vision_end|>",
+        )
 
     def deepstack(self, config: Any) -> int:
         """As many layers of the tower as its config names."""
@@ -33,10 +41,15 @@ class Qwen3VL(GridFamily):
         """Embeddings and features beside each other: [tokens, hidden * (1 + deepstack)]."""
         import torch
 
+        output = self.tower(model, *pixel_inputs)
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
+
+    def tower(self, model: Any, *pixel_inputs: Tensor) -> Any:
+        """What the tower makes of a picture, as transformers' module gives it."""
         from vkvx.models.graph.vision import Whole
 
         pixels, positions, index, weight = pixel_inputs
-        output = model.model.visual(
+        return model.model.visual(
             pixels,
             None,
             cu_seqlens=Whole(),
@@ -45,4 +58,3 @@ class Qwen3VL(GridFamily):
             interp_indices=index,
             interp_weights=weight,
         )
-        return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)

@@ -16,6 +16,7 @@ from vkvx.models.processor_files import ProcessorFiles
 if TYPE_CHECKING:
     from torch import Tensor
 
+VIDEO_MARK = "<|video_pad|>"
 USUAL_SIZES = ((480, 640), (960, 1280), (1080, 1920))
 """Height and width in pixels of usual pictures."""
 
@@ -34,6 +35,11 @@ class GridFamily(Family):
         """Of pictures of ``USUAL_SIZES``, as long as nobody limits their pixels."""
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         return tuple(max(1, round(height / side)) * max(1, round(width / side)) for height, width in USUAL_SIZES)
+
+    def limited_tokens(self, images: Any) -> tuple[int, ...]:
+        """As many as the image processor says of ``USUAL_SIZES``."""
+        unit = images.merge_size**2
+        return tuple(sorted(images.get_number_of_image_patches(*size) // unit for size in USUAL_SIZES))
 
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """Patches ``pixel_values`` [merge² M, ...], and the geometry of the picture that :class:`Grid` tells."""
@@ -72,6 +78,10 @@ class Qwen2VL(GridFamily):
     architecture = "Qwen2VLForConditionalGeneration"
     text_models = tested_models = ("qwen2_vl_text",)
 
+    def pictures(self, config: Any) -> Grid:
+        """Frames of a video are one position apart."""
+        return Grid(config.vision_config.spatial_merge_size, video_mark=VIDEO_MARK)
+
     def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """The tower merges patches itself."""
         from vkvx.models.graph.vision import Whole
@@ -89,9 +99,10 @@ class Qwen25VL(GridFamily):
     text_models = tested_models = ("qwen2_5_vl_text",)
 
     def pictures(self, config: Any) -> Grid:
-        """The side of a window counts tokens."""
+        """The side of a window counts tokens. Frames of a video are as many positions apart as their time says."""
         vision = config.vision_config
-        return Grid(vision.spatial_merge_size, vision.window_size // vision.patch_size // vision.spatial_merge_size)
+        window = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        return Grid(vision.spatial_merge_size, window, pace=vision.tokens_per_second, video_mark=VIDEO_MARK)
 
     def patch_shape(self, vision: Any) -> tuple[int, ...]:
         """Its config calls the channels by another name than Qwen2-VL's."""

@@ -27,6 +27,10 @@ STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _BLOCK = 1 << 22
 _GEMMA4 = {"put_min": -1.0, "put_max": 1.0, "layer_scalar": 0.75, "q_norm.weight": 0.15}
 """Values by the ends of names: bounds close to what they bound; norms of queries make up for a scale of 1."""
+_QWEN35 = {"A_log": -3.0, "layernorm.weight": 0.1, "q_norm.weight": 0.1, "k_norm.weight": 0.1, "model.norm.weight": 0.1}
+"""States that last for some tens of tokens; norms that add 1 to their weights."""
+_CONSTANTS = {"gemma4": _GEMMA4, "qwen3_5": _QWEN35}
+"""By model type."""
 
 
 def write_checkpoint(
@@ -68,7 +72,7 @@ def write_checkpoint(
         file = sharded if len(shards) > 1 else SINGLE_FILE
         places |= dict.fromkeys(shard, file)
         rng = None if sparse else np.random.default_rng((seed, number))
-        total += _write_shard(directory / file, shard, dtype, rng, _GEMMA4 if config.model_type == "gemma4" else {})
+        total += _write_shard(directory / file, shard, dtype, rng, _CONSTANTS.get(config.model_type, {}))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ _ATTENDING = "give a model whose layers all attend, such as qwen3-vl-8b"
 _OTHERS = "`vkvx models` lists what can be exported"
 
 _EXPERTS = f"its layers {_DENSE} qwen3-vl-8b"
-_RECURRENT = f"some of its layers are recurrent and keep a state instead of keys and values; {_ATTENDING}"
+_RECURRENT = "some of its layers are recurrent, which is supported in Qwen3.5 alone; give qwen3.5-9b or qwen3-vl-8b"
 _CONVOLUTIONS = f"some of its layers are convolutions and keep a state instead of keys and values; {_ATTENDING}"
 _LATENTS = "its layers cache latents that keys and values are made of; give another model, such as qwen3-vl-8b"
 _NO_ROTATION = (
@@ -30,8 +30,6 @@ _REMOTE = f"it exists only as remote code, which cannot be exported; {_OTHERS}"
 
 REFUSALS = {
     # Layers that are not attention over keys and values.
-    "Qwen3_5ForConditionalGeneration": _RECURRENT,
-    "Qwen3_5MoeForConditionalGeneration": _RECURRENT,
     "Qwen4ExpForConditionalGeneration": _RECURRENT,
     "MiniCPMV4_6ForConditionalGeneration": _RECURRENT,
     "MiniCPMV4_7ForConditionalGeneration": _RECURRENT,
@@ -48,6 +46,7 @@ REFUSALS = {
     "Qwen3VLMoeForConditionalGeneration": _EXPERTS,
     "Qwen3OmniMoeThinkerForConditionalGeneration": _EXPERTS,
     "Qwen3OmniMoeForConditionalGeneration": _EXPERTS,
+    "Qwen3_5MoeForConditionalGeneration": f"its layers {_DENSE} qwen3.5-9b",
     "Glm4vMoeForConditionalGeneration": f"its layers {_DENSE} glm-4.1v-9b or glm-4.6v-flash",
     "Ernie4_5_VLMoeForConditionalGeneration": _EXPERTS,
     "Llama4ForConditionalGeneration": _EXPERTS,

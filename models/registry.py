@@ -24,6 +24,7 @@ from vkvx.models.llava_onevision import LlavaOneVision
 from vkvx.models.paddleocr_vl import PaddleOcrVL
 from vkvx.models.paligemma import PaliGemma
 from vkvx.models.pixtral import Mistral3
+from vkvx.models.qwen3_5 import Qwen35
 from vkvx.models.qwen3_vl import Qwen3VL
 from vkvx.models.qwen_vl import Qwen2VL, Qwen25VL
 from vkvx.models.refusals import REFUSALS
@@ -31,7 +32,7 @@ from vkvx.packages import missing
 
 _KNOWN = (
     *(Llava, LlavaNext, LlavaOneVision, InternVL, Idefics3, SmolVLM),
-    *(Qwen2VL, Qwen25VL, Qwen3VL, Glm4V, Glm46V, GlmOcr, PaddleOcrVL, Mistral3, LightOnOcr),
+    *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen35, Glm4V, Glm46V, GlmOcr, PaddleOcrVL, Mistral3, LightOnOcr),
     *(Gemma3, PaliGemma, Gemma4),
 )
 FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}

@@ -210,8 +210,9 @@ class OperatorAttributes:
 
 
 def model_attributes(layout: CacheLayout) -> tuple[OperatorAttributes, ...]:
-    """The operator's attributes in each layer of a model; layers that read another one's cache have its bits."""
-    packing = layer_attributes(layout.quantization, 1.0)
+    """The operator's attributes in each attention layer of a model; one that reads another's cache has its bits."""
+    info = layout.info
+    packing = dict(zip(info.caches, layer_attributes(layout.quantization, 1.0), strict=True))
     return tuple(
         replace(
             packing[i if layer.keys_of is None else layer.keys_of],
@@ -222,7 +223,8 @@ def model_attributes(layout: CacheLayout) -> tuple[OperatorAttributes, ...]:
             sliding_window=layer.sliding_window,
             visual_mask=layer.visual_mask,
         )
-        for i, layer in enumerate(layout.info.layers)
+        for i, layer in enumerate(info.layers)
+        if layer.linear is None
     )
 
 

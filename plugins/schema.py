@@ -1,4 +1,4 @@
-"""The operator as an ONNX schema, built from its definition table."""
+"""The operators as ONNX schemas, built from their definition tables."""
 
 from __future__ import annotations
 
@@ -7,38 +7,50 @@ from typing import Any
 
 import onnx
 
-from vkvx.plugins import operator
+from vkvx.plugins import delta_rule, operator
 
+_OPTION = onnx.defs.OpSchema.FormalParameterOption
 _FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
 
 
 @lru_cache(maxsize=1)
 def operator_schema() -> onnx.defs.OpSchema:
     """Schema of ``vkvx::VisualKVAttention``. It is not registered: ``onnx.defs.register_schema`` does that."""
-
-    option = onnx.defs.OpSchema.FormalParameterOption
-
-    def parameter(definition: operator.TensorDefinition, kind: Any = option.Single) -> Any:
-        dtype = "T" if definition.dtype == "T" else f"tensor({definition.dtype.replace('float32', 'float')})"
-        shape = f"[{', '.join(definition.shape)}]"
-        return onnx.defs.OpSchema.FormalParameter(definition.name, dtype, shape, param_option=kind)
-
     return onnx.defs.OpSchema(
         operator.NAME,
         operator.DOMAIN,
         operator.VERSION,
         doc="Attention over a packed visual and a 16-bit text cache, which are then extended by this call's tokens.",
         inputs=[
-            *(parameter(definition) for definition in operator.INPUTS),
+            *(_parameter(definition) for definition in operator.INPUTS),
             *(
-                parameter(definition, option.Optional)
+                _parameter(definition, _OPTION.Optional)
                 for definition in (*operator.METRIC_INPUTS, *operator.WINDOW_INPUTS)
             ),
         ],
-        outputs=[parameter(definition) for definition in operator.OUTPUTS],
+        outputs=[_parameter(definition) for definition in operator.OUTPUTS],
         type_constraints=[("T", _FLOATS, "The model's float type")],
         attributes=[
             onnx.defs.OpSchema.Attribute(name, onnx.helper.make_attribute(name, value))
             for name, value in operator.OperatorAttributes().to_dict().items()
         ],
     )
+
+
+@lru_cache(maxsize=1)
+def delta_rule_schema() -> onnx.defs.OpSchema:
+    """Schema of ``vkvx::GatedDeltaRule``, not registered either."""
+    return onnx.defs.OpSchema(
+        delta_rule.NAME,
+        operator.DOMAIN,
+        operator.VERSION,
+        doc="The recurrence of gated delta-rule linear attention.",
+        inputs=[_parameter(definition) for definition in delta_rule.INPUTS],
+        outputs=[_parameter(definition) for definition in delta_rule.OUTPUTS],
+    )
+
+
+def _parameter(definition: operator.TensorDefinition, kind: Any = _OPTION.Single) -> Any:
+    dtype = "T" if definition.dtype == "T" else f"tensor({definition.dtype.replace('float32', 'float')})"
+    shape = f"[{', '.join(definition.shape)}]"
+    return onnx.defs.OpSchema.FormalParameter(definition.name, dtype, shape, param_option=kind)

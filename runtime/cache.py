@@ -2,7 +2,8 @@
 
 One row of every buffer is a *slot*; a slot holds one sequence. Visual tokens fill groups of ``group_size`` entries,
 text tokens fill rows. Counts say what is valid; whatever lies at or past them is unspecified and is never read, so
-resetting a slot means no more than setting its counts to zero.
+resetting a slot means no more than setting its counts to zero. The states of linear attention hold all of a sequence in
+one piece: counts above zero must not be lowered then.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from vkvx.cache_layout import CacheLayout, tensor_bytes
 from vkvx.errors import CapacityError
-from vkvx.format import CACHE_NAMES, TILE
+from vkvx.format import CACHE_NAMES, STATE_NAMES, TILE
 from vkvx.runtime.calls import Call, Row, window_starts
 
 Shape = tuple[int, ...]
@@ -90,6 +91,9 @@ class PackedCache:
         self._storage: Storage = HostStorage() if storage is None else storage
         tensors = layout.tensors(slots, self.visual_capacity, self.text_capacity)
         self.buffers: dict[str, Any] = {name: self._storage.allocate(*tensor) for name, tensor in tensors.items()}
+        # States of linear attention are copied as a whole, all of axis 2.
+        states = [f"{layer}.{name}" for layer in layout.info.linear_layers for name in STATE_NAMES]
+        self._state_entries = {name: tensors[name][1][2] for name in states}
         self.visual_count = np.zeros((slots, self.groups), np.int32)
         self.text_count = np.zeros(slots, np.int32)
         self.next_position = np.zeros(slots, np.int32)  # of the rotary embedding
@@ -139,7 +143,7 @@ class PackedCache:
         tiles = groups * (self.group_size // TILE)
         entries = dict(zip(CACHE_NAMES, (tiles, groups, tiles, groups, rows, rows), strict=True))
         for name, buffer in self.buffers.items():
-            used = entries[name.partition(".")[2]]
+            used = entries.get(name.partition(".")[2], self._state_entries.get(name, 0))
             if used:
                 self._storage.copy(buffer, source, target, used)
         self.visual_count[target] = self.visual_count[source]
@@ -268,8 +272,9 @@ class PackedCache:
         return self.group_count(slot) * self.layout.bytes_per_group + inline
 
     def bytes_used(self, slot: int) -> int:
-        """Bytes of the slot that hold tokens of either kind, all layers."""
-        return self.visual_bytes_used(slot) + self.text_tokens(slot) * self.layout.text_bytes_per_token
+        """Bytes of the slot that hold tokens of either kind, all layers, and states of linear attention."""
+        text = self.text_tokens(slot) * self.layout.text_bytes_per_token
+        return self.visual_bytes_used(slot) + text + (self.layout.state_bytes if self.length(slot) else 0)
 
     def read(self, name: str) -> np.ndarray:
         """One buffer as an array, for inspection: a view where it is in host memory, a copy where it is on a device."""

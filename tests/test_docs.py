@@ -14,12 +14,12 @@ import tomllib
 from vkvx import cli
 from vkvx.cli import terminal
 from vkvx.cli.models import describe_families
-from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE
-from vkvx.manifest import FORMAT, FORMAT_VERSION, Manifest, ModelInfo, Quantization
+from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE, STATE_NAMES
+from vkvx.manifest import FORMAT, FORMAT_VERSION, LayerInfo, Manifest, ModelInfo, Quantization
 from vkvx.models.preset_processors import write_processor
 from vkvx.models.presets import preset_config
 from vkvx.models.refusals import REFUSALS
-from vkvx.plugins import operator
+from vkvx.plugins import delta_rule, operator
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -58,6 +58,8 @@ def test_examples(page: Path) -> None:
         ("metric input", operator.METRIC_INPUTS),
         ("window input", operator.WINDOW_INPUTS),
         ("output", operator.OUTPUTS),
+        ("rule input", delta_rule.INPUTS),
+        ("rule output", delta_rule.OUTPUTS),
     ],
 )
 def test_tensors_of_the_operator(column: str, definitions: tuple[operator.TensorDefinition, ...]) -> None:
@@ -80,6 +82,8 @@ def test_cache_tensors_of_the_format() -> None:
     caches = {d.name: f"[{', '.join(d.shape)}]" for d in operator.INPUTS if d.name.startswith(("visual_", "text_"))}
     del caches["visual_index"], caches["text_index"]
     assert documented == caches
+    states = [name.strip("`") for name, *_ in table("docs/format.md", "state")]
+    assert tuple(states) == STATE_NAMES
 
 
 def test_defaults_of_the_quantisers() -> None:
@@ -89,13 +93,14 @@ def test_defaults_of_the_quantisers() -> None:
 
 
 def test_keys_of_the_manifest() -> None:
-    """The page has three tables of keys: of the manifest, of ``model``, and of ``quantization``."""
+    """The page has tables of keys: of the manifest, of ``model``, of its ``layers``, and of ``quantization``."""
     text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
     tables = re.findall(r"^\| key \| type \| meaning \|\n\|.*\n((?:\|.*\n)+)", text, flags=re.M)
     documented = [[line.split("`")[1] for line in rows.splitlines()] for rows in tables]
     assert documented == [
         ["format", "format_version", *(field.name for field in fields(Manifest))],
         [field.name for field in fields(ModelInfo)],
+        [field.name for field in fields(LayerInfo)],
         [field.name for field in fields(Quantization)],
     ]
     assert f"`{FORMAT}`" in text

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from vkvx.format import BASELINE_BITS, CACHE_NAMES, TILE, WORD_BITS
+from vkvx.format import BASELINE_BITS, CACHE_NAMES, STATE_NAMES, TILE, WORD_BITS
 
 if TYPE_CHECKING:
     from vkvx.manifest import ModelInfo, Quantization
@@ -30,7 +30,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache tensors of a model. All bytes count every layer, keys and values.
+    """The cache tensors of a model. Bytes count the keys and values of every layer.
 
     ``tokens`` are those of one picture, by default a usual one.
     """
@@ -46,11 +46,20 @@ class CacheLayout:
     def layer_tensors(
         self, layer: int, slots: Size, tiles: Size, groups: Size, rows: Size
     ) -> dict[str, tuple[str, tuple[Size | int, ...]]]:
-        """Dtype name and shape of the six cache tensors of a layer, by ``CACHE_NAMES``. All else follows from these."""
+        """Dtype name and shape of a layer's cache tensors: six by ``CACHE_NAMES``, or two by ``STATE_NAMES`` in a layer
+        of linear attention. All else follows from these."""
+        linear = self.info.layers[layer].linear
+        if linear is not None:
+            states: tuple[tuple[str, tuple[Size | int, ...]], ...] = (
+                (self.info.dtype, (slots, linear.conv_channels, linear.conv_width)),
+                ("float32", (slots, linear.heads, linear.key_dim, linear.value_dim)),
+            )
+            return dict(zip(STATE_NAMES, states, strict=True))
         heads, dim = self.info.layers[layer].kv_heads, self.info.layers[layer].head_dim
+        number = self.info.caches.index(layer)
         # Where nothing is packed there are no tiles, but shapes still have an axis for the planes.
         key_planes, value_planes = (
-            1 if bits[layer] == BASELINE_BITS else bits[layer]
+            1 if bits[number] == BASELINE_BITS else bits[number]
             for bits in (self.quantization.key_bits, self.quantization.value_bits)
         )
         text: tuple[str, tuple[Size | int, ...]] = (self.info.dtype, (slots, heads, rows, dim))
@@ -75,9 +84,23 @@ class CacheLayout:
         sizes = (slots, visual_capacity // TILE, visual_capacity // size, text_capacity)
         return {
             f"{layer}.{name}": tensor
-            for layer in range(self.info.cached_layers)
+            for layer in self.stored_layers
             for name, tensor in self.layer_tensors(layer, *sizes).items()
         }
+
+    @property
+    def stored_layers(self) -> tuple[int, ...]:
+        """The layers that have tensors in the cache: keys and values of their own, or a state."""
+        return tuple(sorted((*self.info.caches, *self.info.linear_layers)))
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes that the states of linear attention take in a slot, however long its sequence is."""
+        return sum(
+            tensor_bytes(*tensor)
+            for layer in self.info.linear_layers
+            for tensor in self.layer_tensors(layer, 1, 0, 0, 0).values()
+        )
 
     @cached_property
     def bytes_per_group(self) -> int:
@@ -113,7 +136,8 @@ class CacheLayout:
         return 16 * self.visual_bytes_per_picture(tokens) / self.sixteen_bit_bytes_per_picture(tokens)
 
     def _bytes(self, visual_capacity: int, text_capacity: int) -> int:
-        return sum(tensor_bytes(*tensor) for tensor in self.tensors(1, visual_capacity, text_capacity).values())
+        tensors = self.tensors(1, visual_capacity, text_capacity).values()
+        return sum(tensor_bytes(*tensor) for tensor in tensors) - self.state_bytes
 
     def _picture_tokens(self, tokens: int | None) -> int:
         return tokens or self.info.usual_tokens

@@ -62,6 +62,18 @@ class BatchError(VkvxError):
         return f"{failed}, first prompts[{row}]: {describe(first)}"
 
 
+class RequestCancelledError(VkvxError):
+    """A request to a server was cancelled before its answer ended."""
+
+
+class ServerClosedError(VkvxError):
+    """A server was closed before an answer ended, or takes no requests any more."""
+
+
+class QueueFullError(VkvxError):
+    """As many requests wait for a server as it lets wait."""
+
+
 class DependencyError(VkvxError):
     """A package or device that the operation needs is missing."""
 

@@ -25,6 +25,8 @@ VISUAL_MASKS = ("causal", "run", "prefix")
 """Which tokens of its own call a position sees; see ``docs/operator.md``. Ordered likewise."""
 CACHE_NAMES = ("visual_key", "visual_key_params", "visual_value", "visual_value_params", "text_key", "text_value")
 """Cache tensors of a layer, in the order of the operator's outputs."""
+STATE_NAMES = ("conv_state", "recurrent_state")
+"""Those of a layer of linear attention."""
 
 MAX_AUTO_GROUP = 1024
 _PARAMS = 40

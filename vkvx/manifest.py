@@ -75,6 +75,21 @@ class PromptInfo:
 
 
 @dataclass(frozen=True)
+class LinearInfo:
+    """Sizes of the state of a linear attention layer, which stands in the place of keys and values.
+
+    A causal convolution keeps the last ``conv_width`` inputs of ``conv_channels`` channels; a recurrence keeps a matrix
+    of ``key_dim`` x ``value_dim`` for each of ``heads``.
+    """
+
+    conv_channels: int
+    conv_width: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class LayerInfo:
     """Attention of one decoder layer; ``scale`` is the factor of its scores.
 
@@ -83,6 +98,7 @@ class LayerInfo:
     turns the first ``rotary_dim`` channels of a head (0: all), pairs of halves, or of neighbours with
     ``rotary_interleaved``.
     ``keys_of`` is the earlier layer whose keys, values and cache this one reads; it has none of its own then.
+    A layer of linear attention has a state in place of a cache: ``linear`` tells its sizes, all else is 0.
     """
 
     kv_heads: int
@@ -94,6 +110,7 @@ class LayerInfo:
     rotary_dim: int = 0
     rotary_interleaved: bool = False
     keys_of: int | None = None
+    linear: LinearInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ class ModelInfo:
     ``tokens_per_picture`` is None where pictures vary in size; ``typical_tokens`` are those of usual pictures,
     ascending: group sizes follow from them, and default capacities from the largest. ``position_rows`` is 4 where the
     rotary embedding tells time, rows and columns of a picture apart (``position_ids`` [B, 4, S], the plain index first)
-    and 1 where it does not. Layers without a cache of their own come last.
+    and 1 where it does not.
     """
 
     name: str
@@ -140,9 +157,24 @@ class ModelInfo:
         return self.typical_tokens[-1]
 
     @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that attend to what is cached."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.linear is None)
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """The layers of linear attention, which have a state."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.linear is not None)
+
+    @property
+    def caches(self) -> tuple[int, ...]:
+        """The layers that have an attention cache of their own."""
+        return tuple(i for i in self.attention_layers if self.layers[i].keys_of is None)
+
+    @property
     def cached_layers(self) -> int:
-        """The number of layers that have a cache of their own, which come first."""
-        return sum(layer.keys_of is None for layer in self.layers)
+        """The number of layers that have an attention cache of their own."""
+        return len(self.caches)
 
 
 @dataclass(frozen=True)
@@ -425,10 +457,16 @@ class Manifest(ManifestFile):
         require(inside, "processor", "a folder with files of the bundle", self.processor)
 
     def _check_layers(self) -> None:
-        model, require, caches = self.model, self.kind.require, self.model.cached_layers
-        require(bool(model.layers), "model.layers", "a list of one entry a layer", [])
+        model, require, caches = self.model, self.kind.require, self.model.caches
+        require(bool(caches), "model.layers", "a list of one entry a layer, one of them with a cache", [])
         for i, layer in enumerate(model.layers):
             where = f"model.layers[{i}]"
+            if layer.linear is not None:
+                for name, size in vars(layer.linear).items():
+                    require(0 < size < 2**31, f"{where}.linear.{name}", "positive and less than 2**31", size)
+                alone = replace(layer, linear=None) == LayerInfo(0, 0, 0.0)
+                require(alone, where, "0 but for linear, in a layer of linear attention", layer)
+                continue
             for name in ("kv_heads", "head_dim"):
                 size = getattr(layer, name)
                 require(0 < size < 2**31, f"{where}.{name}", "positive and less than 2**31", size)
@@ -444,9 +482,8 @@ class Manifest(ManifestFile):
             require(layer.softcap >= 0, f"{where}.softcap", "0 or positive", layer.softcap)
             turned = 0 <= layer.rotary_dim <= layer.head_dim and layer.rotary_dim % 2 == 0
             require(turned, f"{where}.rotary_dim", "an even number up to head_dim", layer.rotary_dim)
-            expected = "null" if i < caches else f"less than {caches}, the layers with a cache, which come first"
-            fits = (layer.keys_of is None) if i < caches else layer.keys_of is not None and 0 <= layer.keys_of < caches
-            require(fits, f"{where}.keys_of", expected, layer.keys_of)
+            fits = layer.keys_of is None or (layer.keys_of < i and layer.keys_of in caches)
+            require(fits, f"{where}.keys_of", f"null or an earlier one of {list(caches)}", layer.keys_of)
             same = layer.keys_of is None or replace(layer, keys_of=None) == model.layers[layer.keys_of]
             require(same, where, "like the layer whose keys it reads", layer)
 
@@ -471,8 +508,10 @@ def _version_3(data: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_heads", "head_dim", "rotary_dim", "rotary_interleaved")
     layer = {**asdict(LayerInfo(1, 1, 1.0)), **{name: model[name] for name in names}}
     layer["scale"] = model["attention_scale"] or model["head_dim"] ** -0.5
-    count = min(model["layers"], len(data["quantization"]["key_bits"]) + 1)  # more is wrong, however many there are
-    return {**data, "model": {**model, "layers": [layer] * count, "prompt": asdict(PromptInfo())}}
+    layers = model["layers"]
+    if isinstance(layers, int):  # more than there are bits is wrong, however many there are
+        layers = [layer] * min(layers, len(data["quantization"]["key_bits"]) + 1)
+    return {**data, "model": {**model, "layers": layers, "prompt": asdict(PromptInfo())}}
 
 
 def sha256(path: Path, report: Callable[[int], None] | None = None, chunk: int = 4 << 20) -> str:

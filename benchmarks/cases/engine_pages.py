@@ -111,7 +111,7 @@ def prepare(directory: Path, bundles: Sequence[Path], pages: int) -> None:
     from PIL import ImageOps
 
     from vkvx.evaluation.tasks import open_task, prompt_of
-    from vkvx.runtime.sessions.processor import load_picture
+    from vkvx.runtime.sessions.pictures import load_picture
 
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PAGES

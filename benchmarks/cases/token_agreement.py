@@ -20,7 +20,7 @@ from vkvx.evaluation.run import run as run_plan
 from vkvx.evaluation.tasks import Task, open_task, prompt_of
 from vkvx.models.registry import resolve
 from vkvx.runtime.backends.torch.loading import load_model
-from vkvx.runtime.sessions.processor import load_picture
+from vkvx.runtime.sessions.pictures import load_picture
 
 TOKENS = 48
 NAMES = ("plug-in", "bundle", "eval")

@@ -6,9 +6,10 @@ operator through :class:`Attention`, passed along as a keyword argument of the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
-from vkvx.format import CACHE_NAMES
+from vkvx.format import CACHE_NAMES, STATE_NAMES
 from vkvx.manifest import LayerInfo, TensorSpec
 from vkvx.models.family import Family
+from vkvx.models.graph.linear import LinearStates, mixing
 from vkvx.models.graph.metric import layer_rotary, rotations
 from vkvx.plugins import torch_op  # noqa: F401 (registers the operator)
 from vkvx.plugins.operator import METRIC_INPUTS, OperatorAttributes
@@ -33,7 +35,8 @@ SINKS = "s_aux"
 class LayerAttention(Protocol):
     """What the attention function hands a layer's query, key and value to."""
 
-    attributes: Sequence[OperatorAttributes]
+    attributes: Mapping[int, OperatorAttributes] | Sequence[OperatorAttributes]
+    """By layer."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
@@ -44,18 +47,19 @@ class Attention:
 
     def __init__(
         self,
-        attributes: Sequence[OperatorAttributes],
+        attributes: Mapping[int, OperatorAttributes],
         indices: Sequence[Tensor],
         visual_count: Tensor,
         text_count: Tensor,
-        caches: Sequence[Tensor],
-        metrics: Sequence[Sequence[Tensor]],
-        cache_of: Sequence[int],
+        caches: Sequence[Sequence[Tensor]],
+        metrics: Mapping[int, Sequence[Tensor]],
+        cache_of: Mapping[int, int],
         window_start: Tensor | None = None,
         in_place: bool = False,
     ) -> None:
-        """``metrics`` are the operator's inputs ``METRIC_INPUTS`` of each layer, or none; ``cache_of`` is the cache
-        that each layer reads; ``window_start`` is that of layers with a sliding window.
+        """``attributes``, ``metrics`` and ``cache_of`` are those of each attention layer: ``metrics`` the operator's
+        inputs ``METRIC_INPUTS``, or none, ``cache_of`` which of ``caches`` (each by ``CACHE_NAMES``) the layer reads.
+        ``window_start`` is that of layers with a sliding window.
 
         With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
         """
@@ -66,13 +70,15 @@ class Attention:
         self.window_start = window_start
         self.indices = indices
         self.visual_count, self.text_count = visual_count, text_count
-        self.caches = [caches[i : i + len(CACHE_NAMES)] for i in range(0, len(caches), len(CACHE_NAMES))]
+        self.caches = caches
         self.presents: list[Sequence[Tensor]] = [()] * len(self.caches)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
         cache, attributes = self.cache_of[layer], self.attributes[layer].to_dict()
-        visual, text = self.caches[cache][:4], self.caches[cache][4:]
+        # A layer that reads another one's cache is given its keys and values again, and makes the same of it again.
+        before = self.presents[cache] or self.caches[cache]
+        visual, text = before[:4], before[4:]
         inputs = (
             *(query, key, value),
             *self.indices,
@@ -81,16 +87,17 @@ class Attention:
             self.window_start if attributes["sliding_window"] else None,
         )
         if self.in_place:
-            self.presents[cache] = self.caches[cache]
+            self.presents[cache] = before
             return torch.ops.vkvx.visual_kv_attention_(*inputs, **attributes)
-        # A layer that reads another one's cache is given its keys and values again: it makes the same of the cache.
         output, *self.presents[cache] = torch.ops.vkvx.visual_kv_attention(*inputs, **attributes)
         return output
 
 
-def cache_of(layers: Sequence[LayerInfo]) -> tuple[int, ...]:
-    """The cache that each layer reads: its own, or that of the layer whose keys it takes."""
-    return tuple(i if layer.keys_of is None else layer.keys_of for i, layer in enumerate(layers))
+def cache_of(layers: Sequence[LayerInfo]) -> dict[int, int]:
+    """Which of the attention caches each attention layer reads: its own, or that of the layer whose keys it takes."""
+    attending = [(i, layer) for i, layer in enumerate(layers) if layer.linear is None]
+    own = [i for i, layer in attending if layer.keys_of is None]
+    return {i: own.index(i if layer.keys_of is None else layer.keys_of) for i, layer in attending}
 
 
 def use_attention_function(model: Any) -> None:
@@ -110,13 +117,18 @@ def _attention_function(
     if attention is None:
         raise ModelError("the decoder was called by itself; call the whole model, or remove() its packed cache first")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    scale = attention.attributes[layer].scale
-    if kwargs["scaling"] != scale:
-        raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {scale}")
+    attributes = attention.attributes[layer]
+    if kwargs["scaling"] != attributes.scale:
+        raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {attributes.scale}")
     for name in BOUNDS:
-        wanted, known = kwargs.get(name) or 0, getattr(attention.attributes[layer], name)
+        wanted, known = kwargs.get(name) or 0, getattr(attributes, name)
         if wanted != known:
             raise ModelError(f"layer {layer} attends with {name} {wanted}, expected {known}")
+    # Masks that show whole pictures to their tokens are made outside of the decoder, whose layers are causal.
+    prefix = attributes.visual_mask == "prefix"
+    if getattr(module, "is_causal", not prefix) == prefix:
+        ways = ("both ways", "to earlier ones only")
+        raise ModelError(f"layer {layer} has tokens attend {ways[prefix]}, expected {ways[not prefix]}")
     if kwargs.get(SINKS) is not None:
         raise ModelError(f"layer {layer} attends with {SINKS} (attention sinks), which is not supported")
     return attention(layer, query, key, value).transpose(1, 2), None
@@ -125,9 +137,9 @@ def _attention_function(
 class DecoderGraph(nn.Module):
     """The decoder as one function of a call's arrays and the caches; runs eagerly and can be exported.
 
-    ``attributes`` holds the operator's attributes of each layer, ``metrics`` the key and value metric of each layer if
-    the quantiser needs them. ``model`` is set to the attention function ``vkvx``. With ``in_place`` the caches given
-    are updated and returned, which cannot be exported.
+    ``attributes`` holds the operator's attributes of each attention layer, ``metrics`` the key and value metric of each
+    cache if the quantiser needs them. ``model`` is set to the attention function ``vkvx``. With ``in_place`` the caches
+    given are updated and returned, which cannot be exported.
     """
 
     def __init__(
@@ -144,12 +156,19 @@ class DecoderGraph(nn.Module):
         self.in_place = in_place
         self.text_model = family.text_model(model)
         self.rotary = layer_rotary(family, model)
-        self.cache_of = cache_of(family.layers(model.config))
+        layers = family.layers(model.config)
+        self.cache_of = cache_of(layers)
+        linear = [i for i, layer in enumerate(layers) if layer.linear is not None]
+        self.linear_modules = {i: family.linear_module(model, i) for i in linear}
+        # By layer, in order: how many cache tensors it has.
+        sizes = {i: len(STATE_NAMES if layer.linear else CACHE_NAMES) for i, layer in enumerate(layers)}
+        self.tensor_counts = {i: size for i, size in sizes.items() if layers[i].keys_of is None}
         self.head = family.head(model)
         self.first_position = family.first_position
         self.text_inputs = partial(family.text_inputs, self.text_model, model.config)
         self.finish_logits = partial(family.logits, model.config)
-        self.attributes = tuple(attributes)
+        self.attributes = dict(zip(self.cache_of, attributes, strict=True))
+        self.packing = attributes[0]  # the same in all, but for bits
         # Parameters, so that the exporter takes them for weights.
         self.key_metrics, self.value_metrics = (
             nn.ParameterList(nn.Parameter(pair[i], requires_grad=False) for pair in metrics) for i in range(2)
@@ -173,7 +192,7 @@ class DecoderGraph(nn.Module):
         Where layers have a sliding window, ``window_start`` comes before the caches.
         """
         window_start = None
-        if any(entry.sliding_window for entry in self.attributes):
+        if any(entry.sliding_window for entry in self.attributes.values()):
             window_start, *caches = caches  # type: ignore[assignment]
         position_ids = position_ids + self.first_position if self.first_position else position_ids
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
@@ -185,13 +204,18 @@ class DecoderGraph(nn.Module):
         features = [embeds[..., start : start + width] for start in range(width, width + more, width)]
         embeds = embeds[..., :width] if more else embeds
         indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
+        given = iter(caches)
+        stored = {layer: list(islice(given, count)) for layer, count in self.tensor_counts.items()}
+        own = [tensors for layer, tensors in stored.items() if layer not in self.linear_modules]
         attention = Attention(
-            *(self.attributes, indices, visual_count, text_count, caches, metrics, self.cache_of, window_start),
+            *(self.attributes, indices, visual_count, text_count, own, metrics, self.cache_of, window_start),
             in_place=self.in_place,
         )
+        linear = self._linear_states(stored, *indices, visual_count, text_count) if self.linear_modules else None
+        states = {} if linear is None else linear.presents
         # transformers wants the rows of positions first.
         rows = position_ids if position_ids.dim() == 2 else position_ids.transpose(0, 1)
-        with self._adding(features):
+        with self._adding(features), mixing(self.linear_modules, linear):
             hidden = self.text_model(
                 inputs_embeds=embeds,
                 position_ids=rows,
@@ -199,15 +223,34 @@ class DecoderGraph(nn.Module):
                 vkvx_attention=attention,
                 **self.text_inputs(input_ids),
             ).last_hidden_state
-        if not all(attention.presents):
+        if not all(attention.presents) or len(states) < len(self.linear_modules):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
         batch, positions, width = hidden.shape
         # The head is by far the largest product of a prefill: give it one position per row.
         last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index
         logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last))
         logits = self.finish_logits(logits).float()
-        counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, caches[4].shape[2])
-        return logits, *counts, *(tensor for present in attention.presents for tensor in present)
+        counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, own[0][4].shape[2])
+        presents = iter(attention.presents)
+        updated = (states[layer] if layer in states else next(presents) for layer in stored)
+        return logits, *counts, *(tensor for present in updated for tensor in present)
+
+    def _linear_states(
+        self,
+        stored: Mapping[int, Sequence[Tensor]],
+        visual_index: Tensor,
+        text_index: Tensor,
+        slot: Tensor,
+        visual_count: Tensor,
+        text_count: Tensor,
+    ) -> LinearStates:
+        """The states of this call's layers of linear attention."""
+        states = {layer: tensors for layer, tensors in stored.items() if layer in self.linear_modules}
+        lengths = (text_index >= 0).sum(1, dtype=torch.int32) + (visual_index >= 0).sum(1, dtype=torch.int32)
+        empty = text_count == 0
+        if self.packing.is_packed:
+            empty = empty & (visual_count.sum(1) == 0)
+        return LinearStates(states, slot, lengths, empty, in_place=self.in_place)
 
     @contextmanager
     def _adding(self, features: Sequence[Tensor]) -> Iterator[None]:
@@ -223,17 +266,15 @@ class DecoderGraph(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def _metrics(self, position_ids: Tensor, last_index: Tensor) -> list[tuple[Tensor, ...]]:
-        """Metrics of each layer's cache, and the layer's rotation at each row's last position."""
+    def _metrics(self, position_ids: Tensor, last_index: Tensor) -> dict[int, tuple[Tensor, ...]]:
+        """Metrics of each attention layer's cache, and the layer's rotation at each row's last position."""
         if not self.key_metrics:
-            return [()] * len(self.attributes)
+            return dict.fromkeys(self.attributes, ())
         # A call ends with text, which is at the same time, row and column.
         plain = position_ids if position_ids.dim() == 2 else position_ids[:, 1]
         last = plain.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
         turns = rotations(self.rotary, last)
-        return [
-            (self.key_metrics[i], self.value_metrics[i], turn) for i, turn in zip(self.cache_of, turns, strict=True)
-        ]
+        return {layer: (self.key_metrics[i], self.value_metrics[i], turns[layer]) for layer, i in self.cache_of.items()}
 
     def _updated_counts(
         self,
@@ -245,7 +286,7 @@ class DecoderGraph(nn.Module):
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         """Counts after the call. Sums over one-hot tables: idle rows and what does not fit match no entry."""
-        packed, size = self.attributes[0].is_packed, self.attributes[0].group_size
+        packed, size = self.packing.is_packed, self.packing.group_size
         slots, groups = visual_count.shape
         owner = slot.unsqueeze(0) == _range(slots, slot).unsqueeze(1)  # [Bc, B]
         valid = (visual_index >= 0).int()
@@ -311,7 +352,7 @@ def _counts(suffix: str) -> tuple[TensorSpec, ...]:
 def _caches(prefix: str, layout: CacheLayout) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(f"{prefix}.{layer}.{name}", dtype, shape)
-        for layer in range(layout.info.cached_layers)
+        for layer in layout.stored_layers
         for name, (dtype, shape) in layout.layer_tensors(layer, "Bc", "T", "G", "N").items()
     )
 

@@ -12,7 +12,7 @@ Both are summed over the query heads of a KV head. Nothing here needs data; a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +35,14 @@ FLOOR = 0.1
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of keys and values of each cache, FP16 [Hkv, D, D], and the rotary embedding of each layer."""
+    """Metrics of keys and values of each cache, FP16 [Hkv, D, D], and the rotary embedding of each attention layer."""
 
     key: tuple[Tensor, ...]
     value: tuple[Tensor, ...]
-    rotary: tuple[Rotary, ...]
+    rotary: Mapping[int, Rotary]
 
-    def rotations(self, positions: Tensor) -> list[Tensor]:
-        """Cosine and sine in each layer at a position of each row, positions [B]: FP32 [B, 2, D]."""
+    def rotations(self, positions: Tensor) -> dict[int, Tensor]:
+        """Cosine and sine by layer at a position of each row, positions [B]: FP32 [B, 2, D]."""
         return rotations(self.rotary, positions)
 
 
@@ -55,43 +55,44 @@ class Rotary:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-def layer_rotary(family: Family, model: Any) -> tuple[Rotary, ...]:
-    """The rotary embedding of each layer of a model."""
+def layer_rotary(family: Family, model: Any) -> dict[int, Rotary]:
+    """The rotary embedding of each attention layer of a model."""
     embedding, config = family.rotary_embedding(model), model.config
-    return tuple(
-        Rotary(embedding, layer.head_dim, tuple(family.rotary_options(config, i).items()))
+    return {
+        i: Rotary(embedding, layer.head_dim, tuple(family.rotary_options(config, i).items()))
         for i, layer in enumerate(family.layers(config))
-    )
+        if layer.linear is None
+    }
 
 
 def model_metrics(family: Family, model: Any, info: ModelInfo) -> Metrics:
     """Metrics from the weights of a loaded model, on the devices of its layers."""
     rotary = layer_rotary(family, model)
-    layers = (family.attention_weights(model, layer) for layer in range(info.cached_layers))
+    layers = (family.attention_weights(model, layer) for layer in info.caches)
     return Metrics(*compute_metrics(layers, rotary, info), rotary)
 
 
 def compute_metrics(
-    layers: Iterable[AttentionWeights], rotary: Sequence[Rotary], info: ModelInfo
+    layers: Iterable[AttentionWeights], rotary: Mapping[int, Rotary], info: ModelInfo
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Metrics of keys and of values of each cache, FP16 [Hkv, D, D]; the layers that have one come one at a time."""
     window = torch.from_numpy(np.unique(np.geomspace(1, REACH, 64).astype(np.int64)))
     pairs = []
-    for weights, layer, one in zip(layers, info.layers, rotary, strict=False):
-        turns = rotation(one, window.to(weights.query.device))
-        heads = info.query_heads
+    for weights, i in zip(layers, info.caches, strict=True):
+        turns = rotation(rotary[i], window.to(weights.query.device))
+        layer, heads = info.layers[i], info.query_heads
         pairs.append((_key_metric(weights, layer, heads, turns), _value_metric(weights, layer, heads)))
     keys, values = zip(*pairs, strict=True)
     return keys, values
 
 
-def rotations(rotary: Sequence[Rotary], positions: Tensor) -> list[Tensor]:
+def rotations(rotary: Mapping[int, Rotary], positions: Tensor) -> dict[int, Tensor]:
     """Cosine and sine of each layer at positions [B]: FP32 [B, 2, D]; layers that are alike share a tensor."""
     made: dict[Rotary, Tensor] = {}
-    for one in rotary:
+    for one in rotary.values():
         if one not in made:
             made[one] = rotation(one, positions)
-    return [made[one] for one in rotary]
+    return {layer: made[one] for layer, one in rotary.items()}
 
 
 def rotation(rotary: Rotary, positions: Tensor) -> Tensor:
@@ -103,11 +104,11 @@ def rotation(rotary: Rotary, positions: Tensor) -> Tensor:
 
 
 def _key_metric(weights: AttentionWeights, layer: LayerInfo, query_heads: int, turns: Tensor) -> Tensor:
-    heads = (query_heads, layer.head_dim, -1)
-    query = (weights.query.float() * (weights.norm.float() + weights.norm_shift)).reshape(heads)
+    query = weights.query.float() * (weights.norm.float() + weights.norm_shift)
+    query = query.unflatten(0, (query_heads, -1))[:, : layer.head_dim]
     moment = query @ query.transpose(1, 2)
     if weights.query_bias is not None:
-        bias = weights.query_bias.float().reshape(heads)
+        bias = weights.query_bias.float().reshape(query_heads, -1, 1)[:, : layer.head_dim]
         moment = moment + bias @ bias.transpose(1, 2)
     if weights.query_norm is not None:  # each query has the norm's length, whatever its size was before
         size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]

@@ -5,17 +5,17 @@ The arithmetic is that of ``select_best_resolution`` and ``pack_image_features``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any, ClassVar
 
 import numpy as np
 
 from vkvx.errors import InputError
 from vkvx.manifest import TensorSpec
-from vkvx.models.pictures.base import Encoded, pattern, taps
+from vkvx.models.pictures.base import Encoded, Taken, pattern, taps
 
 SLACK = 1.1
 """Features are scaled down where their side is more than this times that of the most tiles."""
@@ -28,13 +28,20 @@ class AnyRes:
     A tile of ``tile_pixels`` squared has ``side`` squared tokens. ``grids`` are the grids to choose from, rows and
     columns, such as ``"1x2 2x1"``. Tokens of the tiles that show padding alone are dropped. What is more than
     ``most_tiles`` is scaled down to them (0: nothing is).
+
+    ``video_mark`` is the token for a video ("": there are none). A frame of it is one tile, whose features are scaled
+    down to half on each side; the mark of a row stands behind the last one alone.
     """
 
     side: int
     tile_pixels: int
     grids: str
     most_tiles: int = 0
+    video_mark: str = ""
+    frame_start: ClassVar[str] = ""
+    frame_options: ClassVar[Mapping[str, Any]] = {}
     call_options: ClassVar[Mapping[str, Any]] = {}
+    limited: ClassVar[bool] = False
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 
@@ -61,6 +68,27 @@ class AnyRes:
         arrays = {"pixel_values": pixels, **self.packing(height, width)}
         tokens = len(arrays["pack_index"])
         return Encoded(arrays, tokens, image_token * tokens)
+
+    def frame_tokens(self, height: int, width: int, patch_size: int) -> int:
+        """A frame has one tile, whatever its size was."""
+        return ceil(self.side / 2) ** 2
+
+    def encode_video(
+        self, frames: Iterable[Mapping[str, Any]], taken: Taken, image_token: str, temporal: int, patch_size: int
+    ) -> Iterator[Encoded]:
+        """A picture a frame, from ``pixel_values`` [1, tiles, channels, height, width]: the first tile is the whole."""
+        half, area = ceil(self.side / 2), self.side**2
+        index, weight = _resampled(np.arange(area).reshape(self.side, self.side), half, half)
+        mark, one = np.full((1, 4), area), np.array([[1, 0, 0, 0]], np.float32)
+        for number, features in enumerate(frames, 1):
+            last = int(number == len(taken.indices))
+            arrays = {
+                "pixel_values": np.asarray(features["pixel_values"])[0][:1],
+                "pack_index": np.concatenate([index.reshape(-1, 4), *[mark] * last]).astype(np.int32),
+                "pack_weight": np.concatenate([weight.reshape(-1, 4), *[one] * last]),
+            }
+            tokens = half**2 + last
+            yield Encoded(arrays, tokens, image_token * tokens)
 
     def join(self, pictures: Sequence[Encoded]) -> tuple[dict[str, np.ndarray], ...]:
         """A call each: an index counts from the first tile of its call."""
@@ -95,12 +123,7 @@ class AnyRes:
         tile = 1 + row // self.side * columns + column // self.side
         cells = self._unpadded(tile * area + row % self.side * self.side + column % self.side, height, width)
         high, wide = self._scaled(*cells.shape)
-        (row_taps, row_weight), (column_taps, column_weight) = (
-            taps(np.arange(size), size, entries, "bilinear")
-            for size, entries in zip((high, wide), cells.shape, strict=True)
-        )
-        index = cells[row_taps[:, None, :, None], column_taps[None, :, None, :]].reshape(high, wide, 4)
-        weight = (row_weight[:, None, :, None] * column_weight[None, :, None, :]).reshape(high, wide, 4)
+        index, weight = _resampled(cells, high, wide)
         mark = np.full((high, 1, 4), (1 + rows * columns) * area)
         one = np.array([1, 0, 0, 0], np.float32)
         index = np.concatenate([index, mark], 1).reshape(-1, 4)
@@ -136,3 +159,13 @@ class AnyRes:
         """Rows and columns of tokens that are left of so many."""
         ratio = sqrt(high * wide / (self.most_tiles * self.side**2)) if self.most_tiles else 0.0
         return (int(high // ratio), int(wide // ratio)) if ratio > SLACK else (high, wide)
+
+
+def _resampled(cells: np.ndarray, high: int, wide: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of INT cells [rows, columns] make each of high x wide cells: INT and FP32 [high, wide, taps]."""
+    sizes = zip((high, wide), cells.shape, strict=True)
+    pairs = [taps(np.arange(size), size, entries, "bilinear") for size, entries in sizes]
+    (row_taps, row_weight), (column_taps, column_weight) = pairs
+    index = cells[row_taps[:, None, :, None], column_taps[None, :, None, :]].reshape(high, wide, 4)
+    weight = (row_weight[:, None, :, None] * column_weight[None, :, None, :]).reshape(high, wide, 4)
+    return index, weight

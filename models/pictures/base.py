@@ -7,7 +7,8 @@ transformers' processors do it, so that the tokens are theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +26,8 @@ class Encoded:
     """A picture, ready: inputs of the vision graph, its number of visual tokens, and its ``text`` in a prompt.
 
     ``positions`` INT32 [3, tokens] are where each visual token is in time, rows and columns, from 0: for models whose
-    rotary embedding tells these apart. ``size`` is the picture's height and width in pixels, before it was resized.
+    rotary embedding tells these apart; those of what follows go on by ``advance`` (None: behind the largest of these).
+    ``size`` is the picture's height and width in pixels, before it was resized.
     """
 
     arrays: dict[str, np.ndarray]
@@ -33,10 +35,35 @@ class Encoded:
     text: str
     positions: np.ndarray | None = None
     size: tuple[int, int] = (0, 0)
+    advance: int | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which frames of a video are taken: INT ``indices`` [n] of ``total``, of which there are ``rate`` in a second."""
+
+    indices: np.ndarray
+    total: int
+    rate: float | None
+
+    def seconds(self, temporal: int) -> list[float]:
+        """When each ``temporal`` frames are, the mean of the first and the last; 0 where nobody knows."""
+        last = int(self.indices[-1])
+        indices = [*self.indices.tolist(), *[last] * (-len(self.indices) % temporal)]
+        times = [index / (self.rate or math.inf) for index in indices]
+        return [(times[i] + times[i + temporal - 1]) / 2 for i in range(0, len(times), temporal)]
+
+    def interval(self, temporal: int) -> float:
+        """Seconds from one of them to the next."""
+        return temporal / (len(self.indices) / self.total * (self.rate or math.inf))
 
 
 class Pictures(Protocol):
     """One way to turn pictures into tokens; made by ``kinds.open_pictures``."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether the image processor keeps the pixels of a picture within limits (``limits.PixelLimits``)."""
 
     @property
     def call_options(self) -> Mapping[str, Any]:
@@ -76,10 +103,38 @@ class Sized(Protocol):
         """Visual tokens of a picture of so many pixels, as ``image_sizes`` of transformers have them."""
 
 
+@runtime_checkable
+class Filmed(Protocol):
+    """Pictures that may also be frames of videos."""
+
+    @property
+    def video_mark(self) -> str:
+        """The token that stands for a video in a chat template; "" where there are no videos."""
+
+    @property
+    def frame_start(self) -> str:
+        """What stands before each frame of a video, behind its time; "" where frames follow each other."""
+
+    def frame_tokens(self, height: int, width: int, patch_size: int) -> int:
+        """Visual tokens of the frames that share patches of ``patch_size`` pixels, each of so many pixels."""
+
+    @property
+    def frame_options(self) -> Mapping[str, Any]:
+        """What the image processor is to be called with for a frame of a video, which has its size already."""
+
+    def encode_video(
+        self, frames: Iterable[Mapping[str, Any]], taken: Taken, image_token: str, temporal: int, patch_size: int
+    ) -> Iterator[Encoded]:
+        """The pictures of a video one after another, from what the image processor gives for each frame taken.
+
+        ``temporal`` frames share patches of ``patch_size`` pixels.
+        """
+
+
 def prompt_positions(visual: np.ndarray, pictures: Sequence[Encoded]) -> np.ndarray | None:
     """Positions INT32 [3, n] of a prompt whose BOOL ``visual`` [n] tokens are those of the pictures, from 0.
 
-    A picture has the positions of its tokens behind those before it; what follows goes on behind the largest of them.
+    A picture has the positions of its tokens behind those before it; what follows goes on as its ``advance`` says.
     None where the pictures have none.
     """
     if not pictures or pictures[0].positions is None:
@@ -89,8 +144,10 @@ def prompt_positions(visual: np.ndarray, pictures: Sequence[Encoded]) -> np.ndar
     for picture in pictures:
         assert picture.positions is not None
         first = int(places[taken])
-        pieces += [np.tile(np.arange(start, start + first - done), (3, 1)), picture.positions + (start + first - done)]
-        start = int(pieces[-1].max()) + 1
+        pieces.append(np.tile(np.arange(start, start + first - done), (3, 1)))
+        start += first - done
+        pieces.append(picture.positions + start)
+        start = int(pieces[-1].max()) + 1 if picture.advance is None else start + picture.advance
         taken, done = taken + picture.tokens, first + picture.tokens
     pieces.append(np.tile(np.arange(start, start + len(visual) - done), (3, 1)))
     return np.concatenate(pieces, axis=1).astype(np.int32)

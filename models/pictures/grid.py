@@ -5,14 +5,15 @@ The arithmetic is that of ``vision_utils`` in transformers, for one picture at a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from vkvx.errors import InputError
 from vkvx.manifest import TensorSpec
-from vkvx.models.pictures.base import KERNELS, Encoded, pattern, runs, taps
+from vkvx.models.pictures.base import KERNELS, Encoded, Taken, pattern, runs, taps
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Grid:
     ``window`` is the side in tokens of the windows that some layers of the tower attend within (0: there are none).
     ``table`` is the side of a learnt table of positions that is resampled by ``kernel`` (0: there is none); with
     ``corners`` its corner entries are those of the corner patches. With ``raster`` patches come row by row.
+
+    ``video_mark`` is the token for a video ("": there are none), whose frames, some to a patch, follow each other by
+    ``pace`` positions a second (0: by one), or each behind its time, between ``frame_start`` and ``frame_end``.
     """
 
     merge: int
@@ -30,7 +34,13 @@ class Grid:
     raster: int = 0
     kernel: str = ""
     corners: int = 0
+    pace: int = 0
+    video_mark: str = ""
+    frame_start: str = ""
+    frame_end: str = ""
     call_options: ClassVar[Mapping[str, Any]] = {}
+    frame_options: ClassVar[Mapping[str, Any]] = {"do_resize": False}
+    limited: ClassVar[bool] = True
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 
@@ -61,6 +71,38 @@ class Grid:
         arrays = {"pixel_values": np.asarray(features["pixel_values"]), **self.geometry(height, width)}
         tokens = height * width // self.merge**2
         return Encoded(arrays, tokens, image_token * tokens, self.positions(height, width))
+
+    def frame_tokens(self, height: int, width: int, patch_size: int) -> int:
+        """As those of a picture."""
+        return height * width // (patch_size * self.merge) ** 2
+
+    def encode_video(
+        self, frames: Iterable[Mapping[str, Any]], taken: Taken, image_token: str, temporal: int, patch_size: int
+    ) -> Iterator[Encoded]:
+        """A picture for every ``temporal`` frames, which are given as pictures; the last one fills up.
+
+        Time counts from the first frame of the video, row and column as in a picture.
+        """
+        if taken.rate is None and (self.pace or self.frame_start):
+            raise InputError("this model is told when frames were; give fps= (--fps), how many a second there are")
+        seconds = taken.seconds(temporal)
+        interval = np.float32(self.pace) * np.float32(taken.interval(temporal)) if self.pace else np.float32(1)
+        for number, features in enumerate(_batched(frames, temporal)):
+            one = self.encode(features[0], image_token)
+            assert one.positions is not None
+            # A picture repeats itself in each of its patches: [N, channels, temporal, pixels].
+            shape = (one.arrays["pixel_values"].shape[0], -1, temporal, patch_size**2)
+            parts = [np.asarray(frame["pixel_values"]).reshape(shape)[:, :, 0] for frame in features]
+            pixels = np.stack(parts, 2).reshape(shape[0], -1)
+            text, positions, advance = one.text, one.positions, int(one.positions.max()) + 1
+            if self.frame_start:
+                text = f"<{seconds[number]:.1f} seconds>{self.frame_start}{text}{self.frame_end}"
+            else:
+                start = int(np.float32(number) * interval)
+                positions = positions + np.array([[start], [0], [0]], np.int32)
+                advance = 0 if (number + 1) * temporal < len(taken.indices) else advance
+            arrays = {**one.arrays, "pixel_values": pixels}
+            yield replace(one, arrays=arrays, text=text, positions=positions, advance=advance)
 
     def geometry(self, height: int, width: int) -> dict[str, np.ndarray]:
         """What the vision graph takes besides pixels: ``position_ids`` INT32 [N, 2], and what the options ask for.
@@ -139,3 +181,15 @@ def _blocks(height: int, width: int, merge: int) -> np.ndarray:
     """Patches, counted row by row, in blocks of merge x merge."""
     grid = np.arange(height * width).reshape(height // merge, merge, width // merge, merge)
     return grid.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def _batched(frames: Iterable[Mapping[str, Any]], count: int) -> Iterator[list[Mapping[str, Any]]]:
+    """So many frames at a time; the last one stands for those that are missing."""
+    batch: list[Mapping[str, Any]] = []
+    for frame in frames:
+        batch.append(frame)
+        if len(batch) == count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch + [batch[-1]] * (count - len(batch))

@@ -20,6 +20,7 @@ class PooledPatches:
     before: str
     after: str
     call_options: ClassVar[Mapping[str, Any]] = {}
+    limited: ClassVar[bool] = False
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 

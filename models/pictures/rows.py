@@ -27,6 +27,7 @@ class PatchRows:
     row_end: str = ""
     end: str = ""
     call_options: ClassVar[Mapping[str, Any]] = {}
+    limited: ClassVar[bool] = False
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 

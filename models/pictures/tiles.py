@@ -28,6 +28,7 @@ class Tiles:
         _check_tiles(self.tile_tokens)
 
     call_options: ClassVar[Mapping[str, Any]] = {}
+    limited: ClassVar[bool] = False
 
     @property
     def rows(self) -> str:
@@ -79,6 +80,7 @@ class TileGrid:
         _check_tiles(self.tile_tokens)
 
     call_options: ClassVar[Mapping[str, Any]] = {"return_row_col_info": True}
+    limited: ClassVar[bool] = False
 
     @property
     def rows(self) -> str:

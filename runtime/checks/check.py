@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import BundleError, InputError, ModelError, OptionError
 from vkvx.format import BASELINE_BITS, BITS
 from vkvx.manifest import ModelInfo
+from vkvx.models.pictures.limits import PixelLimits
 from vkvx.models.registry import locate, read_source
 from vkvx.options import QuantizationOptions
 from vkvx.packages import missing
@@ -56,6 +57,8 @@ def check_model(
     *,
     dtype: str = "float16",
     group_size: str | int = "auto",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -67,10 +70,11 @@ def check_model(
         pictures: width and height in pixels of pictures whose tokens and bytes are wanted.
         dtype: of the cache at 16 bits; the packed cache has the same size in each.
         group_size: as in :class:`vkvx.ExportOptions`.
+        min_pixels, max_pixels: as in :class:`vkvx.ExportOptions`.
         cache_dir, revision, trust_remote_code: as in transformers.
 
     Raises:
-        OptionError: for a size of pictures or groups that is not supported.
+        OptionError: for a size of pictures or groups, or limits of pixels, that are not supported.
         ModelError: if there is no such checkpoint or it cannot be downloaded; what cannot be exported is no error here.
         DependencyError: without a package that is needed.
     """
@@ -79,9 +83,11 @@ def check_model(
     options = [QuantizationOptions(bits=bits, group_size=group_size) for bits in (*BITS, BASELINE_BITS)]
     for option in options:
         option.check()
+    limits = PixelLimits(min_pixels, max_pixels)
+    limits.check()
     place = locate(name, cache_dir=cache_dir, revision=revision)
     try:
-        source = read_source(place, trust_remote_code)
+        source = replace(read_source(place, trust_remote_code), limits=limits)
         info = source.info(dtype)
         processor = Processor.of_checkpoint(source, info)
         tokens = [_tokens(processor, *size) for size in pictures]

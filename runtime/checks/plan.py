@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vkvx.cache_layout import ITEM_BYTES, CacheLayout
@@ -11,6 +11,7 @@ from vkvx.errors import CapacityError, OptionError
 from vkvx.format import BASELINE_BITS
 from vkvx.manifest import ModelInfo
 from vkvx.models.family import Source
+from vkvx.models.pictures.limits import PixelLimits
 from vkvx.models.registry import resolve
 from vkvx.options import QuantizationOptions, keyword
 from vkvx.packages import missing
@@ -25,10 +26,11 @@ _TOKENS = keyword("tokens_per_picture")
 class PlanRow:
     """The cache at one number of bits. Bytes count all layers, keys and values, params and padding to groups.
 
-    ``max_slots`` is how many sequences of the planned length fit beside the weights; ``max_pictures`` how many pictures
-    one sequence can hold; ``max_context`` the tokens of that sequence. ``limited_by`` says what ends it: "memory" or
-    "positions" (of the model). ``break_even_slots`` is the number of sequences from which a decode step reads more
-    bytes of cache than of weights, so that the cache decides the speed.
+    ``bytes_per_slot`` has the states of linear attention with it. ``max_slots`` is how many sequences of the
+    planned length fit beside the weights; ``max_pictures`` how many pictures one sequence can hold; ``max_context``
+    the tokens of that sequence. ``limited_by`` says what ends it: "memory" or "positions" (of the model).
+    ``break_even_slots`` is the number of sequences from which a decode step reads more bytes of cache than of
+    weights, so that the cache decides the speed.
     """
 
     bits: int
@@ -81,6 +83,8 @@ def plan_model(
     text_tokens: int = 1024,
     tokens_per_picture: int | None = None,
     reserve: float = DEFAULT_RESERVE,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -94,6 +98,7 @@ def plan_model(
         pictures, text_tokens: of one sequence.
         tokens_per_picture: where the model's pictures vary in size; by default those of a usual one.
         reserve: share of the memory that is kept free, 0 to less than 1.
+        min_pixels, max_pixels: as in :class:`vkvx.ExportOptions`.
         cache_dir, revision, trust_remote_code: as in transformers.
 
     Raises:
@@ -112,6 +117,7 @@ def plan_model(
         trust_remote_code=trust_remote_code,
         weights=False,
     )
+    source = replace(source, limits=PixelLimits(min_pixels, max_pixels))
     info = source.info(dtype)
     tokens = tokens_per_picture or info.usual_tokens
     if tokens_per_picture is not None and info.tokens_per_picture not in (None, tokens_per_picture):
@@ -163,8 +169,9 @@ def _row(
     quantization = options.resolve(info.cached_layers, info.typical_tokens)
     layout = CacheLayout(info, quantization)
     picture, text = layout.visual_bytes_per_picture(tokens), layout.text_bytes_per_token
-    slot = pictures * picture + text_tokens * text
-    by_memory = max(0, free - text_tokens * text) // picture
+    rest = text_tokens * text + layout.state_bytes
+    slot = pictures * picture + rest
+    by_memory = max(0, free - rest) // picture
     by_positions = max(0, info.max_positions - text_tokens) // tokens
     most = min(by_memory, by_positions)
     return PlanRow(

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import OptionError
-from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS
+from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS, STATE_NAMES
 from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, open_backend
 from vkvx.runtime.calls import build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
-from vkvx.runtime.sessions.processor import Picture, Prepared, Processor
+from vkvx.runtime.sessions.pictures import Picture
+from vkvx.runtime.sessions.processor import Prepared, Processor
 
 COMPARED = ("onnxruntime", *ENGINE_BACKENDS)
 """Backends that can be validated."""
@@ -208,7 +209,7 @@ def _turn(processor: Processor, picture: Picture, *, first: bool) -> Prepared:
     content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
     if processor.has_chat_template:
         return processor.prepare(processor.format([{"role": "user", "content": content}]), [picture], first=first)
-    return processor.prepare(f"<image>\n{PROMPT}", [picture], first=first)
+    return processor.prepare(f"{processor.plain_picture}{PROMPT}", [picture], first=first)
 
 
 class _Comparison:
@@ -256,7 +257,11 @@ class _Comparison:
             self._add(name, phase, None, different, 0, "counts that differ")
         groups, rows = theirs.group_count(self.SLOT), int(theirs.text_count[self.SLOT])
         shares: dict[int, list[float]] = {}
-        for layer in range(self.manifest.model.cached_layers):
+        for layer in self.manifest.model.linear_layers:
+            for name in STATE_NAMES:
+                actual, expected = (c.read(f"{layer}.{name}")[self.SLOT] for c in (ours, theirs))
+                self._close(name, phase, layer, actual, expected, self.tolerances.cache)
+        for layer in self.manifest.model.caches:
             for kind in ("key", "value"):
                 if groups:
                     bits, share = self._codes(layer, kind, phase)
@@ -283,7 +288,8 @@ class _Comparison:
     def _codes(self, layer: int, kind: str, phase: str) -> tuple[int, float]:
         """Compare the codes of a layer's keys or values; returns their bits and the share that differs."""
         quantization = self.manifest.quantization
-        bits = (quantization.key_bits if kind == "key" else quantization.value_bits)[layer]
+        number = self.manifest.model.caches.index(layer)
+        bits = (quantization.key_bits if kind == "key" else quantization.value_bits)[number]
         assert bits != BASELINE_BITS
         actual, expected = (self._read_codes(side, layer, kind).astype(int) for side in (self.backend, self.reference))
         steps = np.abs(actual - expected)

@@ -128,6 +128,11 @@ def predicted_memory(library: TensorRTLibrary, bundle: Path, manifest: Manifest,
 
 def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], verbose: bool) -> _Job:
     manifest = Manifest.load(bundle)
+    if manifest.model.linear_layers:
+        raise BuildError(
+            f"{len(manifest.model.linear_layers)} layers of the model are linear attention, whose states no engine "
+            "updates in place; run the bundle with --backend torch or onnxruntime"
+        )
     gpus = list_gpus()
     native = capabilities_of(gpus)
     library = load(options.backend, has_gpu=bool(native))

@@ -2,123 +2,147 @@
 
 from __future__ import annotations
 
-import copy
+import atexit
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vkvx.errors import InputError, VkvxError, describe
-from vkvx.runtime.sessions.generation import Chunk, Failure, Generation, Request, Scheduler
-from vkvx.runtime.sessions.processor import Pictures, listed
+from vkvx.errors import OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError, describe
+from vkvx.runtime.serving.answer import Answer, ChunkStream
+from vkvx.runtime.sessions.generation import Chunk, Failure, Request, Scheduler
+from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
+from vkvx.runtime.sessions.videos import Video, listed_videos
 
 LOG = logging.getLogger("vkvx.runtime.serving")
 """Each failure is one record, with the numbers of the requests it ended and the traceback."""
+MAX_WAITING = 256
 
 
-class Answer:
-    """What a request gets: iterate over its chunks as they come, or wait for :meth:`result`.
+@dataclass(frozen=True)
+class ServerStats:
+    """What a server does now, and what it has done since it started.
 
-    ``number`` is the request's in the log of the server.
+    ``waiting`` requests have no slot yet, ``live`` ones have one of ``slots``. All else only grows: requests that were
+    ``submitted``, and of them those that ``finished``, ``failed`` or were ``cancelled``; those ``refused`` because too
+    many waited; tokens of prompts and of answers; ``first_tokens`` requests that got their first token, after
+    ``first_token_seconds`` in all since they were submitted.
     """
 
-    def __init__(self, server: Server, request: Request) -> None:
-        self._server = server
-        self._request = request
-        self.number = request.row
-        self._chunks: queue.SimpleQueue[Chunk | VkvxError] = queue.SimpleQueue()
+    slots: int
+    waiting: int = 0
+    live: int = 0
+    submitted: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_tokens: int = 0
+    first_token_seconds: float = 0.0
 
-    def __iter__(self) -> Iterator[Chunk]:
-        """Chunks up to the last, which holds the whole generation. Raises VkvxError if the request failed.
 
-        What came once does not come again, except the last chunk or the error.
-        """
-        while True:
-            chunk = self._chunks.get()
-            if isinstance(chunk, VkvxError):
-                self._chunks.put(chunk)  # the end stays, for whoever else waits or asks again
-                raise chunk
-            if chunk.generation is not None:
-                self._chunks.put(chunk)
-            yield chunk
-            if chunk.generation is not None:
-                return
+@dataclass
+class _Running:
+    """A request that has not ended, and when it was submitted."""
 
-    def result(self) -> Generation:
-        """Wait for the whole answer."""
-        *_, last = self
-        assert last.generation is not None
-        return last.generation
-
-    def cancel(self) -> None:
-        """End the request; its slot is free after the step that runs."""
-        self._server._cancel(self)
+    request: Request
+    stream: ChunkStream
+    submitted: float
+    is_started: bool = False
 
 
 class Server:
     """A thread that runs the steps of a session for requests from any thread; the session is its own until it closes.
 
-    A request that would not fit an empty slot is refused at once; others wait for a slot. What one gets does not depend
-    on the others: if something of one request fails (its pictures, its logits, its text), its answer raises a VkvxError
-    from the cause, its slot is free again, and the others go on. If a whole step fails, all requests that run or wait
-    get its error, and all slots are free again. If the thread itself fails, they do too, and the server takes no more
-    requests. The logger ``vkvx.runtime.serving`` has each failure with its traceback.
+    A request that would not fit an empty slot is refused at once; others wait for a slot, first come, first served, at
+    most ``max_waiting`` of them. Prompts take no more than half of the time while answers run. What a request gets does
+    not depend on the others: if something of one fails (its pictures, its logits, its text), its answer raises a
+    VkvxError from the cause, its slot is free again, and the others go on. If a whole step fails, all requests that run
+    or wait get its error, and all slots are free again. If the thread itself fails, they do too, and the server takes
+    no more requests. The logger ``vkvx.runtime.serving`` has each failure with its traceback.
+
+    A process that ends closes its servers: after the step that runs.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, max_waiting: int = MAX_WAITING) -> None:
+        """Raises OptionError for a ``max_waiting`` below 1."""
+        if max_waiting < 1:
+            raise OptionError(f"max_waiting must be at least 1, got {max_waiting}")
         self._session = session
+        self._max_waiting = max_waiting
         self._scheduler = Scheduler(session.backend)
-        self._answers: dict[int, Answer] = {}
-        self._changed = threading.Condition()
-        self._joining: list[Answer] = []
-        self._leaving: list[Answer] = []
+        self._running: dict[int, _Running] = {}
+        self._lock = threading.RLock()
+        self._joining: dict[int, _Running] = {}
+        # Numbers of requests to cancel; None wakes the thread. To put takes no lock: an answer may be dropped anywhere.
+        self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._closed = False
         self._broken: BaseException | None = None  # what ended the thread, if not close()
-        self._count = 0
+        self._stats = ServerStats(session.backend.cache.slots)
         self._thread = threading.Thread(target=self._serve, name="vkvx-server", daemon=True)
         self._thread.start()
+        # A thread that the interpreter stops inside of a backend's C++ aborts the process.
+        atexit.register(self.close)
 
     def submit(
         self,
         prompt: str,
         images: Pictures = None,
+        videos: str | Path | Sequence[Video] | None = None,
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
     ) -> Answer:
         """Queue a prompt, as in :meth:`Session.generate`. Raises InputError, OptionError and CapacityError at once.
 
-        Raises VkvxError if the server's thread has failed.
+        Raises QueueFullError if too many requests wait, ServerClosedError after :meth:`close`, and VkvxError if the
+        server's thread has failed.
         """
         session = self._session
-        pictures = listed(images)
+        with self._lock:
+            self._check_open()
         chosen = session.options(options, changes)
-        prepared = session.processor.prepare(prompt, pictures)
-        with self._changed:
-            if self._broken is not None:
-                raise VkvxError(
-                    f"the server has failed ({describe(self._broken)}); start another one"
-                ) from self._broken
-            if self._closed:
-                raise InputError("the server is closed; start another one")
-            request = Request(self._count, prepared, chosen, session.processor, session.backend)
+        prepared = session.processor.prepare(
+            prompt, listed(images), listed_videos(videos), limits=chosen.limits, fps=chosen.fps
+        )
+        with self._lock:
+            self._check_open()
+            number = self._stats.submitted
+            request = Request(number, prepared, chosen, session.processor, session.backend)
             request.check()
-            self._count += 1
-            answer = Answer(self, request)
-            self._joining.append(answer)
-            self._changed.notify()
-        return answer
+            waiting = self._scheduler.waiting + len(self._joining)
+            if waiting >= self._max_waiting:
+                self._count(refused=1)
+                raise QueueFullError(f"{waiting} requests wait already; try again later (max_waiting={waiting})")
+            stream = ChunkStream()
+            self._count(submitted=1, prompt_tokens=len(prepared.token_ids))
+            self._joining[number] = _Running(request, stream, time.perf_counter())
+        self._events.put(None)
+        return Answer(number, stream, self._events.put)
+
+    @property
+    def stats(self) -> ServerStats:
+        """Counters, for a page of metrics."""
+        with self._lock:
+            waiting = self._scheduler.waiting + len(self._joining)
+            return replace(self._stats, waiting=waiting, live=self._scheduler.live)
 
     def close(self) -> None:
         """End all requests and the thread. The session stays open."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify()
+        self._events.put(None)
         self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Server:
         return self
@@ -128,21 +152,22 @@ class Server:
     ) -> None:
         self.close()
 
-    def _cancel(self, answer: Answer) -> None:
-        with self._changed:
-            self._leaving.append(answer)
-            self._changed.notify()
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise VkvxError(f"the server has failed ({describe(self._broken)}); start another one") from self._broken
+        if self._closed:
+            raise ServerClosedError("the server is closed; start another one")
 
     def _serve(self) -> None:
         try:
             while self._take_changes():
                 if self._scheduler.busy:
                     self._step()
-            self._end_all(InputError("the server was closed before the answer ended"))
+            self._end_all(ServerClosedError("the server was closed before the answer ended"))
         except BaseException as error:  # nothing may end the thread while clients wait for it
-            with self._changed:
+            with self._lock:
                 self._broken = error
-                self._answers.update((answer.number, answer) for answer in self._joining)
+                self._running.update(self._joining)
             LOG.critical("the server has failed, and with it %s: %s", self._numbers(), describe(error), exc_info=error)
             self._end_all(error)
 
@@ -153,48 +178,57 @@ class Server:
             LOG.error("a step failed, and with it %s: %s", self._numbers(), describe(error), exc_info=error)
             self._end_all(error)
             return
-        for result in results:
-            if isinstance(result, Failure):
-                LOG.error("request %d failed: %s", result.row, describe(result.error), exc_info=result.error)
-                self._answers.pop(result.row)._chunks.put(_for_client(result.error))
-            else:
-                answer = self._answers[result.row]
-                if result.generation is not None:
-                    del self._answers[result.row]
-                answer._chunks.put(result)
+        with self._lock:
+            for result in results:
+                if isinstance(result, Failure):
+                    LOG.error("request %d failed: %s", result.row, describe(result.error), exc_info=result.error)
+                    self._count(failed=1)
+                    self._running.pop(result.row).stream.fail(result.error)
+                else:
+                    self._hand_over(result)
+
+    def _hand_over(self, chunk: Chunk) -> None:
+        running = self._running[chunk.row]
+        self._count(new_tokens=len(chunk.token_ids), finished=int(chunk.generation is not None))
+        if not running.is_started:
+            running.is_started = True
+            self._count(first_tokens=1, first_token_seconds=time.perf_counter() - running.submitted)
+        if chunk.generation is not None:
+            del self._running[chunk.row]
+        running.stream.put(chunk)
 
     def _take_changes(self) -> bool:
         """Let requests join and leave; wait if there is nothing to do. False once the server is closed."""
-        with self._changed:
-            while not (self._closed or self._joining or self._leaving or self._scheduler.busy):
-                self._changed.wait()
-            for answer in self._joining:
-                self._answers[answer.number] = answer
-                self._scheduler.submit(answer._request)
+        leaving = [] if self._scheduler.busy or self._closed else [self._events.get()]
+        while not self._events.empty():
+            leaving.append(self._events.get())
+        with self._lock:
+            for number, running in self._joining.items():
+                self._running[number] = running
+                self._scheduler.submit(running.request)
             self._joining.clear()
-            for answer in self._leaving:
-                if answer.number in self._answers:
-                    self._scheduler.cancel(answer._request)
-                    del self._answers[answer.number]
-                    answer._chunks.put(InputError("the request was cancelled"))
-            self._leaving.clear()
+            for cancelled in leaving:
+                if cancelled is not None and cancelled in self._running:
+                    running = self._running[cancelled]
+                    self._scheduler.cancel(running.request)
+                    del self._running[cancelled]
+                    self._count(cancelled=1)
+                    running.stream.fail(RequestCancelledError("the request was cancelled"))
             return not self._closed
 
     def _end_all(self, error: BaseException) -> None:
         """Free all slots, and give the error to all who wait."""
-        answers, self._answers = self._answers, {}
+        with self._lock:
+            ended, self._running = self._running, {}
+            self._count(failed=len(ended))
         try:
             self._scheduler.close()
         finally:
-            for answer in answers.values():
-                answer._chunks.put(_for_client(error))
+            for running in ended.values():
+                running.stream.fail(error)
+
+    def _count(self, **more: float) -> None:
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + by for name, by in more.items()})
 
     def _numbers(self) -> str:
-        return f"requests {', '.join(map(str, self._answers))}" if self._answers else "no request"
-
-
-def _for_client(error: BaseException) -> VkvxError:
-    """A VkvxError from this one: each client gets its own, since to raise an error changes its traceback."""
-    own = copy.copy(error) if isinstance(error, VkvxError) else VkvxError(describe(error))
-    own.__cause__ = error if error.__traceback__ else None  # what was never raised tells nothing more
-    return own
+        return f"requests {', '.join(map(str, self._running))}" if self._running else "no request"

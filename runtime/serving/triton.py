@@ -6,7 +6,6 @@ a session of its own; requests share its slots.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import threading
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import InputError, VkvxError, describe
-from vkvx.runtime.serving.server import LOG, Answer, Server
+from vkvx.runtime.serving.answer import Answer
+from vkvx.runtime.serving.server import LOG, Server
 from vkvx.runtime.sessions.sampling import GenerationOptions
 
 OPTIONS = {
@@ -28,8 +28,14 @@ OPTIONS = {
     "seed": "TYPE_INT64",
     "stop": "TYPE_STRING",
     "ignore_eos": "TYPE_BOOL",
+    "min_pixels": "TYPE_INT64",
+    "max_pixels": "TYPE_INT64",
 }
-"""Optional inputs: the fields of GenerationOptions, and their types."""
+"""Optional inputs: the fields of GenerationOptions but for those of videos, and their types."""
+
+
+CANCEL_SECONDS = 0.1
+"""How often a request that waits is asked whether its client has gone."""
 
 
 class TritonPythonModel:
@@ -91,7 +97,7 @@ class TritonPythonModel:
             if value is not None:
                 options[name] = tuple(_text(name, entry) for entry in value) if name == "stop" else value
         text = _text("prompt", self._value(request, "prompt"))
-        images = [_picture(data) for data in self._value(request, "images", whole=True) or []]
+        images = list(self._value(request, "images", whole=True) or [])
         if not self._value(request, "raw_prompt"):
             content = [{"type": "image"}] * len(images)
             text = self._session.format([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
@@ -115,9 +121,15 @@ class TritonPythonModel:
     def _send(self, sender: Any, request: Any, answer: Answer, stream: bool) -> None:
         final = self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         tokens: list[int] = []
-        for chunk in answer:
+        done, index = None, 0
+        while done is None:
             if request.is_cancelled():
                 answer.cancel()
+            try:
+                chunk = answer.chunk(index, CANCEL_SECONDS)
+            except TimeoutError:  # it still waits for a slot, or for a step
+                continue
+            index += 1
             done = chunk.generation
             tokens += chunk.token_ids
             if stream and done is None:
@@ -153,14 +165,3 @@ def _text(name: str, value: Any) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"'{name}' is not valid UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def _picture(data: bytes) -> Any:
-    from PIL import Image
-
-    try:
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-    except Exception as error:  # pillow raises many types for damaged files
-        raise InputError(f"an entry of 'images' is no readable picture ({error}); send the bytes of a file") from error
-    return picture

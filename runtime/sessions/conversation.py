@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from vkvx.errors import InputError
+from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
-from vkvx.runtime.sessions.processor import PLACEHOLDER, Message, Picture, Prepared, Processor, listed
+from vkvx.runtime.sessions.pictures import Picture, listed
+from vkvx.runtime.sessions.processor import (
+    VIDEO_PLACEHOLDER,
+    Message,
+    Prepared,
+    Processor,
+    user_message,
+)
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+from vkvx.runtime.sessions.videos import Video, listed_videos
 
 _ANSWER = "\x02answer\x03"
 """Stands for the last answer when a chat template is asked what follows one."""
@@ -40,20 +50,23 @@ class Conversation:
         self,
         text: str,
         images: Picture | Sequence[Picture] = (),
+        videos: str | Path | Sequence[Video] = (),
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
     ) -> Generator[str, None, None]:
         """Ask as a user, by the model's chat template, and iterate over pieces of the answer.
 
-        Pictures go before the text, unless the text says where by ``<image>``. Options as in
+        Pictures and videos go before the text, unless the text says where by ``<image>`` and ``<video>``. Options as in
         :meth:`Session.generate`. Errors (InputError, OptionError, CapacityError) come at once and change nothing.
         Asking again ends an answer that is still being read.
         """
-        pictures = listed(images)
+        pictures, clips = listed(images), listed_videos(videos)
         self._stop_running()
-        message = self._message(text, len(pictures))
-        chunks = self._start(self._turn(message), pictures, options, changes)
+        if clips:
+            self._processor.check_videos()
+        message = user_message(text, len(pictures), len(clips))
+        chunks = self._start(self._turn(message), pictures, clips, options, changes)
         answer = self._answer(message, chunks)
         self._running = answer
         return answer
@@ -62,28 +75,35 @@ class Conversation:
         self,
         prompt: str,
         images: Picture | Sequence[Picture] = (),
+        videos: str | Path | Sequence[Video] = (),
         *,
         options: GenerationOptions | None = None,
         **changes: Any,
     ) -> Generation:
-        """Continue the history by a prompt as it is (no chat template, one ``<image>`` per picture) and answer it."""
+        """Continue the history by a prompt as it is (no chat template, one ``<image>`` a picture) and answer it."""
         generation = None
-        for chunk in self.stream(prompt, images, options=options, **changes):
+        for chunk in self.stream(prompt, images, videos, options=options, **changes):
             generation = chunk.generation
         assert generation is not None
         return generation
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Prepared,
         images: Picture | Sequence[Picture] = (),
+        videos: str | Path | Sequence[Video] = (),
         *,
         options: GenerationOptions | None = None,
+        progress: Progress | None = None,
         **changes: Any,
     ) -> Generator[Chunk, None, None]:
-        """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts."""
+        """Like :meth:`generate`, step by step. Errors come at once, the cache changes when the iteration starts.
+
+        What :meth:`Processor.prepare` made of a prompt and its pictures may stand for them. ``progress`` is called with
+        the stages "frames" and "vision".
+        """
         self._stop_running()
-        self._running = chunks = self._start(prompt, listed(images), options, changes)
+        self._running = chunks = self._start(prompt, listed(images), listed_videos(videos), options, changes, progress)
         return chunks
 
     def fork(self) -> Conversation:
@@ -142,12 +162,26 @@ class Conversation:
             self._running = None
 
     def _start(
-        self, prompt: str, images: list[Picture], options: GenerationOptions | None, changes: dict[str, Any]
+        self,
+        prompt: str | Prepared,
+        images: list[Picture],
+        videos: list[Video],
+        options: GenerationOptions | None,
+        changes: dict[str, Any],
+        progress: Progress | None = None,
     ) -> Generator[Chunk, None, None]:
         slot = self._open_slot()
         chosen = changed_options(options, changes)
-        prepared = self._without_repeated_end(self._processor.prepare(prompt, images, first=not self._history))
-        request = Request(0, prepared, chosen, self._processor, self._backend, slot=slot, history=self._history)
+        prepared = prompt
+        if not isinstance(prepared, Prepared):
+            first = not self._history
+            prepared = self._processor.prepare(
+                prepared, images, videos, first=first, limits=chosen.limits, fps=chosen.fps, progress=progress
+            )
+        prepared = self._without_repeated_end(prepared)
+        request = Request(
+            *(0, prepared, chosen, self._processor, self._backend), slot=slot, history=self._history, progress=progress
+        )
         request.check()
         return self._remember(run(self._backend, [request]))
 
@@ -169,12 +203,6 @@ class Conversation:
             if len(self._history) > known:
                 self._messages += [message, {"role": "assistant", "content": said}]
 
-    def _message(self, text: str, pictures: int) -> Message:
-        if PLACEHOLDER in text:
-            return {"role": "user", "content": text}
-        content: list[dict[str, str]] = [{"type": "image"}] * pictures
-        return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-
     def _turn(self, message: Message) -> str:
         """The text to feed for a message: all of it at first, later what follows the last answer."""
         processor = self._processor
@@ -182,7 +210,8 @@ class Conversation:
             content = message["content"]
             if isinstance(content, str):
                 return content
-            return "".join(part.get("text", PLACEHOLDER + "\n") for part in content)
+            marks = {"image": processor.plain_picture, "video": f"{VIDEO_PLACEHOLDER}\n"}
+            return "".join(marks.get(part["type"]) or part["text"] for part in content)
         if not self._messages:
             return processor.format([message])
         earlier = [*self._messages[:-1], {"role": "assistant", "content": _ANSWER}]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import BatchError, CapacityError
+from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.sessions.processor import Prepared, Processor
@@ -69,7 +70,7 @@ class Request:
 
     ``history`` holds every token of the sequence and is extended in place. What of it is not in the cache yet is what
     the next call feeds; that is at least the token chosen last. ``slot`` None asks for a free slot, which is given
-    back at the end.
+    back at the end. ``progress`` is called with the stage "vision".
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Request:
         *,
         slot: int | None = None,
         history: list[int] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         model = backend.manifest.model
         self.row = row
@@ -91,9 +93,10 @@ class Request:
         self.options = options
         self.history = [] if history is None else history
         self._backend = backend
+        self._progress = progress
         self._eos = () if options.ignore_eos else model.eos_token_ids
-        # An image token without a picture means nothing to the decoder, so it is never chosen.
-        self._sampler = Sampler(options, model.vocab_size, (model.image_token_id,))
+        # The token of a picture or a video without one means nothing to the decoder, so it is never chosen.
+        self._sampler = Sampler(options, model.vocab_size, processor.placeholder_ids)
         self._decoder = IncrementalDecoder(processor.decode)
         self._stops = StopStrings(options.stop)
         self._base = len(self.history)
@@ -128,6 +131,15 @@ class Request:
             self.slot = self._backend.cache.acquire()
         self.history.extend(self.prepared.token_ids.tolist())
         self._sampler.observe(self.history)
+
+    def encode(self) -> list[Any]:
+        """Embeddings of the prompt's pictures, a call after another, so that memory for one of them suffices."""
+        found = []
+        for number, inputs in enumerate(self.prepared.vision_calls, 1):
+            found.append(self._backend.encode(inputs))
+            if self._progress is not None:
+                self._progress("vision", number, len(self.prepared.vision_calls))
+        return found
 
     def next_row(self) -> Row:
         """What the next call feeds of this request."""
@@ -190,17 +202,31 @@ class Request:
 
 
 class Scheduler:
-    """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for."""
+    """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for.
+
+    Prompts do not starve answers: after a prefill, rows that were running before get as much time as it took.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._waiting = deque[Request]()
         self._live = list[Request]()
+        self._owed = 0.0  # seconds of decoding, before the next prefill
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._waiting or self._live)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def live(self) -> int:
+        """Requests that run."""
+        return len(self._live)
 
     def submit(self, request: Request) -> None:
         """Queue a request that was checked; it starts as soon as a slot is free."""
@@ -222,7 +248,9 @@ class Scheduler:
         check_open(self._backend)
         backend, live, waiting = self._backend, self._live, self._waiting
         starting = list[Request]()
-        while waiting and _may_start(backend, waiting[0], starting, live):
+        had_live = bool(live)
+        is_paid = not live or self._owed <= 0
+        while is_paid and waiting and _may_start(backend, waiting[0], starting, live):
             starting.append(waiting.popleft())
             live.append(starting[-1])
             starting[-1].admit()
@@ -231,7 +259,7 @@ class Scheduler:
         embeds = list[Any]()
         for request in list(starting):
             try:
-                embeds += [backend.encode(inputs) for inputs in request.prepared.vision_calls]
+                embeds += request.encode()
             except Exception as error:
                 starting.remove(request)
                 results.append(self._fail(request, error))
@@ -240,6 +268,10 @@ class Scheduler:
             return results
         logits = _step(backend, running, embeds)
         seconds = time.perf_counter() - started
+        if starting:
+            self._owed = seconds if had_live else 0.0
+        else:
+            self._owed -= seconds
         for request, row in zip(running, logits, strict=True):
             try:
                 results.append(request.accept(row, seconds))

@@ -9,6 +9,14 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import OptionError, VkvxError
+from vkvx.models.pictures.limits import PixelLimits
+
+_TYPES: dict[str, tuple[tuple[type, ...], type, str]] = {
+    "int": ((int, np.integer), int, "a whole number"),
+    "float": ((int, float, np.integer, np.floating), float, "a number"),
+    "bool": ((bool, np.bool_), bool, "True or False"),
+}
+"""By annotation of an option: what may be given, what it becomes, and the words for it."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,11 @@ class GenerationOptions:
     probability (1: all). ``repetition_penalty`` divides positive and multiplies negative logits of tokens seen in
     prompt or answer (1: off; Keskar et al., arXiv 1909.05858). ``seed`` makes sampling repeatable. ``stop`` strings
     end the answer and are not part of it. ``ignore_eos`` goes on past the end-of-sequence token.
+
+    ``min_pixels`` and ``max_pixels`` limit the pixels of the prompt's pictures once they are resized, in place of the
+    bundle's image processor; they may be narrower or wider than its own. Only for models that have such limits.
+    ``fps`` is how many frames a second are taken of a video file (None: as the checkpoint's video processor says), and
+    of frames that are given as pictures how many there were.
     """
 
     max_new_tokens: int = 256
@@ -30,12 +43,23 @@ class GenerationOptions:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        if not isinstance(self.stop, (str, list, tuple)):
+            raise OptionError(f"stop (--stop) must be strings that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), str(entry.type)
+            known = _TYPES.get(kind.removesuffix(" | None"))
+            if known is None or (value is None and kind.endswith("None")):
+                continue
+            allowed, convert, noun = known
+            if not isinstance(value, allowed) or (isinstance(value, bool) and convert is not bool):
+                raise OptionError(f"{entry.name} ({_flag(entry.name)}) must be {noun}, got {value!r}")
+            object.__setattr__(self, entry.name, convert(value))
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
@@ -43,12 +67,22 @@ class GenerationOptions:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive (1 is off)"),
             ("seed", self.seed >= 0, "0 or positive"),
+            ("fps", self.fps is None or 0 < self.fps < float("inf"), "a positive number"),
             ("stop", all(isinstance(text, str) and text for text in self.stop), "strings that are not empty"),
         )
         for name, valid, expected in checks:
             if not valid:
-                flag = "--" + name.replace("_", "-")
-                raise OptionError(f"{name} ({flag}) must be {expected}, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} ({_flag(name)}) must be {expected}, got {getattr(self, name)!r}")
+        self.limits.check()
+
+    @property
+    def limits(self) -> PixelLimits:
+        """Of the pixels of pictures."""
+        return PixelLimits(self.min_pixels, self.max_pixels)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:

@@ -13,8 +13,10 @@ from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
-from vkvx.runtime.sessions.processor import Message, Pictures, Processor, listed
+from vkvx.runtime.sessions.pictures import Pictures, listed
+from vkvx.runtime.sessions.processor import Message, Processor
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+from vkvx.runtime.sessions.videos import Video, listed_videos
 
 __all__ = ["Chunk", "Conversation", "Generation", "GenerationOptions", "Session"]
 
@@ -50,6 +52,7 @@ class Session:
         threads: int | None = None,
         verify: bool = True,
         progress: Progress | None = None,
+        processor: Processor | None = None,
     ) -> Session:
         """Open a bundle directory.
 
@@ -58,13 +61,13 @@ class Session:
         "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
         a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
-        sample.
+        sample. ``processor`` is the bundle's, where it is open already and the files were compared before that.
 
         Raises BundleError, EngineError, OptionError, DependencyError, DeviceError, CapacityError.
         """
         directory = Path(bundle)
         manifest = Manifest.load(directory)
-        if verify:
+        if verify and processor is None:
             manifest.verify(directory, progress)
         if slots < 1:
             raise OptionError(f"slots must be at least 1, got {slots}")
@@ -85,11 +88,17 @@ class Session:
                 capacity = limits.text_tokens - (0 if manifest.layout.is_packed else visual_tokens)
                 text_tokens = max(1, min(text_tokens, capacity))
         opened = found.open(slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, verify=verify)
-        return cls(manifest, opened, Processor.of_bundle(directory, manifest), found.reason)
+        return cls(manifest, opened, processor or Processor.of_bundle(directory, manifest), found.reason)
 
     @overload
     def generate(
-        self, prompts: str, images: Pictures = None, *, options: GenerationOptions | None = None, **changes: Any
+        self,
+        prompts: str,
+        images: Pictures = None,
+        videos: str | Path | Sequence[Video] | None = None,
+        *,
+        options: GenerationOptions | None = None,
+        **changes: Any,
     ) -> Generation: ...
 
     @overload
@@ -97,19 +106,23 @@ class Session:
         self,
         prompts: Sequence[str],
         images: Sequence[Pictures] | None = None,
+        videos: Sequence[str | Path | Sequence[Video] | None] | None = None,
         *,
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         **changes: Any,
     ) -> list[Generation]: ...
 
-    def generate(self, prompts: Any, images: Any = None, *, options: Any = None, **changes: Any) -> Any:
+    def generate(
+        self, prompts: Any, images: Any = None, videos: Any = None, *, options: Any = None, **changes: Any
+    ) -> Any:
         """Answer one prompt, or several at once.
 
-        A prompt is text with one ``<image>`` for each of its pictures (:meth:`format` applies the chat template). A
-        picture is a path or a PIL image. For one prompt ``images`` is a picture or a list of them, for a list of
-        prompts a list with such an entry (or None) for each. Options are fields of :class:`GenerationOptions`, given
-        as keywords or as ``options`` (for a list of prompts also one per prompt, for instance to give each its own
-        seed).
+        A prompt is text with one ``<image>`` for each of its pictures and one ``<video>`` for each of its videos
+        (:meth:`format` applies the chat template). A picture is a path or a PIL image. A video is the path of a file or
+        of a folder of frames; or it is a list of frames, in a list of videos. For one prompt ``images`` is a picture or
+        a list of them, for a list of prompts a list with such an entry (or None) for each, and so are ``videos``.
+        Options are fields of :class:`GenerationOptions`, given as keywords or as ``options`` (for a list of prompts
+        also one per prompt, for instance to give each its own seed).
 
         A row gets in a batch what it gets alone. With more prompts than free slots, the next prompt starts when a row
         ends.
@@ -121,7 +134,7 @@ class Session:
         """
         single = isinstance(prompts, str)
         results: dict[int, Generation] = {}
-        for chunk in self.stream(prompts, images, options=options, **changes):
+        for chunk in self.stream(prompts, images, videos, options=options, **changes):
             if chunk.generation is not None:
                 results[chunk.row] = chunk.generation
         return results[0] if single else [results[row] for row in range(len(results))]
@@ -130,6 +143,7 @@ class Session:
         self,
         prompts: str | Sequence[str],
         images: Any = None,
+        videos: Any = None,
         *,
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         **changes: Any,
@@ -141,11 +155,13 @@ class Session:
         """
         check_open(self.backend)
         if isinstance(prompts, str):
-            prompts, images = [prompts], [images]
-        elif images is None:
-            images = [None] * len(prompts)
-        if not isinstance(images, Sequence) or len(images) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts need a list of as many entries of pictures (None for no picture)")
+            prompts, images, videos = [prompts], [images], [videos]
+        images, videos = ([None] * len(prompts) if given is None else given for given in (images, videos))
+        for given, noun in ((images, "picture"), (videos, "video")):
+            if not isinstance(given, Sequence) or len(given) != len(prompts):
+                raise InputError(
+                    f"{len(prompts)} prompts need a list of as many entries of {noun}s (None for no {noun})"
+                )
         if options is None or isinstance(options, GenerationOptions):
             options = [self.options(options, changes)] * len(prompts)
         elif len(options) != len(prompts):
@@ -153,8 +169,10 @@ class Session:
         else:
             options = [self.options(one, changes) for one in options]
         requests = []
-        for row, (prompt, pictures, chosen) in enumerate(zip(prompts, images, options, strict=True)):
-            prepared = self.processor.prepare(prompt, listed(pictures))
+        for row, (prompt, pictures, clips, chosen) in enumerate(zip(prompts, images, videos, options, strict=True)):
+            prepared = self.processor.prepare(
+                prompt, listed(pictures), listed_videos(clips), limits=chosen.limits, fps=chosen.fps
+            )
             requests.append(Request(row, prepared, chosen, self.processor, self.backend))
             requests[-1].check()
         return run(self.backend, requests)

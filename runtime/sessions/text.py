@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from vkvx.errors import InputError
+
 REPLACEMENT = "\ufffd"
 """What a tokenizer puts where bytes do not (yet) form a character."""
+
+
+def check_text(text: object, what: str) -> None:
+    """Raise InputError unless it is text that has a form in UTF-8: lone surrogates come from bytes that were none."""
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        reason = f"{error.reason} at character {error.start}"
+        raise InputError(f"{what} is not valid Unicode ({reason}); give text in UTF-8") from None
 
 
 class IncrementalDecoder:

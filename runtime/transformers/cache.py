@@ -6,13 +6,15 @@ and values through. Shapes and symbols are those of ``docs/format.md``; row b of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache
+from transformers import Cache, DynamicLayer
+from transformers.cache_utils import LinearAttentionLayer
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import InputError, ModelError, OptionError
@@ -34,14 +36,14 @@ class PackedVisualCache(Cache):
     Buffers are allocated by the first call, on the device of each layer, for its number of rows. They grow when a call
     needs more: visual groups to exactly what is needed, text rows by a quarter more (at least 64), so that decoding
     seldom copies. All rows have the capacity of the fullest one. ``metrics`` are the model's, if the quantiser needs
-    them.
+    them. Layers of linear attention keep their states as transformers' own caches do, in ``layers``.
     """
 
     def __init__(self, layout: CacheLayout, metrics: Metrics | None = None) -> None:
         super().__init__(layers=[])
         self.layout = layout
         self.metrics = metrics
-        self.attributes = model_attributes(layout)
+        self.attributes = dict(zip(layout.info.attention_layers, model_attributes(layout), strict=True))
         self.cache_of = cache_of(layout.info.layers)
         self._running: CacheCall | None = None
         self._clear(0)
@@ -52,7 +54,11 @@ class PackedVisualCache(Cache):
         self._text_count = torch.zeros(rows, dtype=torch.int32)
         self._next_position = torch.zeros(rows, dtype=torch.int64)  # of the rotary embedding
         self._text_capacity = 0
-        self._buffers: list[dict[str, Tensor]] = [{} for _ in self.attributes]
+        self._buffers: list[dict[str, Tensor]] = [{} for _ in self.layout.info.caches]
+        self._is_broken = False
+        if linear := self.layout.info.linear_layers:
+            # transformers finds a state by the number of its layer; layers of attention stay empty there.
+            self.layers = [LinearAttentionLayer() if i in linear else DynamicLayer() for i in range(len(self))]
 
     # What a forward call of the model does
 
@@ -62,8 +68,11 @@ class PackedVisualCache(Cache):
         ``positions``, [B or 1, S], are those of the rotary embedding, or [4, B, S]: the plain index, time, row and
         column; without them each row counts its own tokens.
 
-        Raises InputError for another number of rows than the cache has, or visual tokens without a first one.
+        Raises InputError for another number of rows than the cache has, visual tokens without a first one, or a cache
+        with states that a failed call has changed.
         """
+        if self._is_broken:
+            raise InputError("a call failed and has changed states of linear attention; reset() and feed all again")
         if not self.get_seq_length():
             self._clear(len(kinds))
         elif len(kinds) != len(self._kinds):
@@ -102,8 +111,9 @@ class PackedVisualCache(Cache):
         """
         self._running = None
         if not succeeded:
+            self._is_broken = bool(self._states())
             return
-        if call.layers_done != set(range(len(self))):
+        if call.layers_done != set(self.attributes):
             raise ModelError(
                 "not every layer used the packed cache; leave the attention implementation alone until remove()"
             )
@@ -112,14 +122,14 @@ class PackedVisualCache(Cache):
         fed = (call.kinds != PADDING).any(1)
         self._next_position = torch.where(fed, call.last + 1, self._next_position)
 
-    def buffers(self, layer: int, key: Tensor) -> dict[str, Tensor]:
-        """The cache tensors of a layer, in the order of the operator's outputs, with room for the running call.
+    def buffers(self, number: int, key: Tensor) -> dict[str, Tensor]:
+        """The tensors of an attention cache, in the order of the operator's outputs, with room for the running call.
 
         Text rows take the dtype of ``key``; what lies at or past the counts is unspecified.
         """
         groups = self._visual_count.shape[1]
         tiles = groups * self.layout.quantization.group_size // TILE
-        old = self._buffers[layer]
+        old, layer = self._buffers[number], self.layout.info.caches[number]
         specs = self.layout.layer_tensors(layer, len(self._visual_count), tiles, groups, self._text_capacity)
         grown: dict[str, Tensor] = {}
         for name, (kind, shape) in specs.items():
@@ -131,7 +141,7 @@ class PackedVisualCache(Cache):
                 if name in old:
                     tensor[:, :, : old[name].shape[2]] = old[name]
             grown[name] = tensor
-        self._buffers[layer] = grown
+        self._buffers[number] = grown
         return grown
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -186,8 +196,9 @@ class PackedVisualCache(Cache):
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all buffers, what is there for growth and for shorter rows included."""
-        return sum(tensor.nbytes for layer in self._buffers for tensor in layer.values())
+        """Bytes of all buffers and states, what is there for growth and for shorter rows included."""
+        states = sum(tensor.nbytes for layer in self._states() for tensor in layer)
+        return sum(tensor.nbytes for layer in self._buffers for tensor in layer.values()) + states
 
     @property
     def batch_size(self) -> int:
@@ -206,7 +217,7 @@ class PackedVisualCache(Cache):
 
     def __len__(self) -> int:
         """The number of layers."""
-        return len(self.attributes)
+        return len(self.layout.info.layers)
 
     def __repr__(self) -> str:
         return (
@@ -223,7 +234,8 @@ class PackedVisualCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last positions of all rows; as in transformers the number is negative or 0.
 
-        Raises OptionError for a positive number, more positions than there are, and packed visual tokens among them.
+        Raises OptionError for a positive number, more positions than there are, packed visual tokens among them, and
+        models with linear attention, whose states hold all of a sequence in one piece.
         """
         removed = -tokens_to_remove
         if not 0 <= removed <= self.get_seq_length():
@@ -231,6 +243,32 @@ class PackedVisualCache(Cache):
                 f"crop({tokens_to_remove}) is not possible with {self.get_seq_length()} positions; "
                 "give the number to remove, as a negative one"
             )
+        if removed and self.layout.info.linear_layers:
+            raise OptionError("crop cannot take back tokens of a model with linear attention; reset() and feed again")
+        self._take_back(removed)
+
+    def rewind(self, removed: int, states: Sequence[Sequence[Tensor]]) -> None:
+        """Take back the last ``removed`` positions of all rows, with what :meth:`states` gave before these."""
+        self._take_back(removed)
+        self.set_states(states)
+
+    def states(self) -> list[list[Tensor]]:
+        """Copies of the states of each layer of linear attention, once there are any."""
+        return [[tensor.clone() for tensor in layer] for layer in self._states()]
+
+    def set_states(self, states: Sequence[Sequence[Tensor]]) -> None:
+        """Put back what :meth:`states` gave."""
+        for i, (conv_state, recurrent_state) in zip(self.layout.info.linear_layers, states, strict=True):
+            layer = self.layers[i]
+            layer.reset()
+            layer.update_conv_state(conv_state)
+            layer.update_recurrent_state(recurrent_state)
+
+    def _states(self) -> list[list[Tensor]]:
+        layers = [self.layers[i] for i in self.layout.info.linear_layers]
+        return [[layer.conv_states[0], layer.recurrent_states[0]] for layer in layers if layer.has_previous_state[0]]
+
+    def _take_back(self, removed: int) -> None:
         kept = self.get_seq_length() - removed
         kinds = self._kinds[:, kept:]
         if self.layout.is_packed and (kinds >= VISUAL).any():
@@ -260,6 +298,9 @@ class PackedVisualCache(Cache):
             {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in layer.items()}
             for layer in self._buffers
         ]
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                layer.reorder_cache(rows)
 
 
 class CacheCall:
@@ -299,7 +340,7 @@ class CacheCall:
         else:
             self.text_count = cache._text_count + (kinds != PADDING).sum(1, dtype=torch.int32)
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
-        self._rotations: dict[torch.device, list[Tensor]] = {}
+        self._rotations: dict[torch.device, dict[int, Tensor]] = {}
         self._window_starts: dict[torch.device, Tensor] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from vkvx import cli as command_line
 from vkvx import packages
 from vkvx.cli import doctor, generation, main, terminal
 from vkvx.errors import CapacityError
+from vkvx.runtime.sessions.processor import user_message
 
 HEAVY = (
     *("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"),
@@ -42,9 +43,9 @@ def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
 
 def test_pictures_come_first_unless_the_prompt_says_where() -> None:
     picture, text = {"type": "image"}, {"type": "text", "text": "What differs?"}
-    assert generation.message("What differs?", 2) == {"role": "user", "content": [picture, picture, text]}
+    assert user_message("What differs?", 2) == {"role": "user", "content": [picture, picture, text]}
     told = "This <image> or that <image>?"
-    assert generation.message(told, 2) == {"role": "user", "content": told}
+    assert user_message(told, 2) == {"role": "user", "content": told}
 
 
 def test_help_of_every_verb_loads_nothing_heavy() -> None:

@@ -29,7 +29,9 @@ LAYER = {
     "rotary_dim": 0,
     "rotary_interleaved": False,
     "keys_of": None,
+    "linear": None,
 }
+LINEAR = {"conv_channels": 40, "conv_width": 3, "heads": 2, "key_dim": 8, "value_dim": 12}
 
 
 def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
@@ -307,6 +309,34 @@ def test_layers_with_windows_and_shared_keys() -> None:
         broken["model"]["layers"][4][name] = value
         with pytest.raises(BundleError, match=r"model\.layers\[|quantization.key_bits"):
             Manifest.from_json(broken)
+
+
+def test_layers_of_linear_attention() -> None:
+    data = example(layers=2)
+    nothing = LAYER | {"kv_heads": 0, "head_dim": 0, "scale": 0.0, "linear": dict(LINEAR)}
+    layers = data["model"]["layers"]
+    data["model"]["layers"] = [nothing, layers[0], copy.deepcopy(nothing), layers[1], layers[1] | {"keys_of": 3}]
+    manifest = Manifest.from_json(data)
+    model, layout = manifest.model, manifest.layout
+    assert (model.attention_layers, model.linear_layers, model.caches) == ((1, 3, 4), (0, 2), (1, 3))
+    tensors = layout.tensors(5, 640, 7)
+    assert list(tensors)[:3] == ["0.conv_state", "0.recurrent_state", "1.visual_key"]
+    assert tensors["2.conv_state"] == ("float16", (5, 40, 3))
+    assert tensors["2.recurrent_state"] == ("float32", (5, 2, 8, 12))
+    assert len(tensors) == 2 * 2 + 2 * 6
+    assert layout.state_bytes == 2 * (40 * 3 * 2 + 2 * 8 * 12 * 4)
+    assert layout.text_bytes_per_token == Manifest.from_json(example(layers=2)).layout.text_bytes_per_token
+    for layer, name, value in ((0, "head_dim", 64), (0, "keys_of", 1), (3, "keys_of", 0), (1, "keys_of", 3)):
+        broken = copy.deepcopy(data)
+        broken["model"]["layers"][layer][name] = value
+        with pytest.raises(BundleError, match=r"model\.layers\[|quantization.key_bits"):
+            Manifest.from_json(broken)
+    data["model"]["layers"][2]["linear"]["heads"] = 0
+    with pytest.raises(BundleError, match=r"model\.layers\[2\]\.linear\.heads must be positive"):
+        Manifest.from_json(data)
+    data["model"]["layers"] = [nothing]
+    with pytest.raises(BundleError, match="one of them with a cache"):
+        Manifest.from_json(data)
 
 
 def older(version: int, layers: Any = 2) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vkvx.evaluation.records import Record, Records
 from vkvx.evaluation.run import make_plan, run
 from vkvx.evaluation.tasks import open_task, prompt_of
 from vkvx.evaluation.torch_runner import choose_device, compare
-from vkvx.runtime.sessions.processor import load_picture
+from vkvx.runtime.sessions.pictures import load_picture
 
 TOKENS = 40
 

@@ -21,6 +21,7 @@ from PIL import Image
 from reference import Reference, joined
 
 from vkvx import ExportOptions, evaluate, quantize_visual_cache
+from vkvx.errors import BuildError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends import golden
 from vkvx.runtime.engines.manifest import VISION, EngineManifest
@@ -97,7 +98,7 @@ def test_second_turn_with_another_picture(reference: Reference, session: Session
 def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:
     manifest = Manifest.load(packed)
     inputs = reference.inputs(reference_prompts(reference), PICTURES)
-    with quantize_visual_cache(reference.model, bits=1) as handle:
+    with quantize_visual_cache(reference.model, bits=1, group_size=manifest.quantization.group_size) as handle:
         assert handle.layout.quantization == manifest.quantization
         expected, logits = reference.generate(inputs, 16)
     _, exact = reference.generate(inputs, 16)
@@ -135,6 +136,10 @@ def test_evaluation_of_bundle_and_checkpoint(packed: Path, family_checkpoint: Pa
 def test_engines_are_built(case: Case, packed: Path, plugin_file: Path, capability: str, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(packed, tmp_path / "bundle"))
     pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx-cu13")
+    if Manifest.load(bundle).model.linear_layers:
+        with pytest.raises(BuildError, match="linear attention"):
+            build(bundle, plugin_file, compute_capabilities=(capability,))
+        pytest.skip("refused: TensorRT for linear attention")
     result = build(bundle, plugin_file, compute_capabilities=(capability,))
     manifest, model = EngineManifest.load(result.directory), Manifest.load(bundle)
     manifest.check_bundle(bundle)

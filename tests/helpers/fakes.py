@@ -88,8 +88,11 @@ class FakeProcessor:
     """One token a byte; the tokens 0 to 3 are special. A picture is a number, and so is its pixel."""
 
     has_chat_template = True
+    placeholder_ids = (IMAGE,)
 
-    def prepare(self, prompt: str, images: Sequence[float] = (), *, first: bool = True) -> Prepared:
+    def prepare(
+        self, prompt: str, images: Sequence[float] = (), videos: object = (), *, first: bool = True, **options: object
+    ) -> Prepared:
         ids = [BOS] if first else []
         for number, part in enumerate(prompt.split(PLACEHOLDER)):
             ids += [IMAGE] * PICTURE_TOKENS if number else []

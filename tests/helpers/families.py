@@ -33,6 +33,7 @@ CASES = (
     Case("tiny-qwen2-vl", (15, 10)),
     Case("tiny-qwen2.5-vl", (15, 10)),
     Case("tiny-qwen3-vl", (15, 8)),
+    Case("tiny-qwen3.5", (15, 8)),
     Case("tiny-glm-4.1v", (15, 10)),
     Case("tiny-glm-4.6v", (15, 10)),
     Case("tiny-glm-ocr", (15, 10)),

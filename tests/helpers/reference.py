@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.processing_utils import ProcessorMixin
+from video_reference import KINDS, video_processor
 
 IMAGE_TOKEN = 3
 """Of all checkpoints that ``vkvx.models.presets`` describes."""
@@ -28,6 +29,7 @@ class Reference:
         self.kind: str = config.model_type
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self.images: Any = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True)
+        self.videos: Any = video_processor(directory, self.kind) if self.kind in KINDS else None
         self.processor = self._processor(config)
         self.picture = str(self.tokenizer.convert_ids_to_tokens(IMAGE_TOKEN))
         """Stands for a picture in a prompt."""
@@ -67,7 +69,7 @@ class Reference:
             if self.kind == "llava_onevision":
                 return transformers.LlavaOnevisionProcessor(
                     **parts,
-                    video_processor=None,
+                    video_processor=self.videos,
                     num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
                     vision_feature_select_strategy=config.vision_feature_select_strategy,
                     vision_aspect_ratio=config.vision_aspect_ratio,
@@ -75,10 +77,12 @@ class Reference:
             if self.kind == "internvl":
                 tokens = int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
                 return transformers.InternVLProcessor(**parts, video_processor=None, image_seq_length=tokens)
-            if self.kind == "qwen3_vl":
-                return transformers.Qwen3VLProcessor(**parts, video_processor=None)
-            if self.kind in ("qwen2_vl", "qwen2_5_vl"):
-                return transformers.Qwen2VLProcessor(**parts, video_processor=None)
+            if self.kind in ("qwen3_vl", "qwen3_5"):
+                return transformers.Qwen3VLProcessor(**parts, video_processor=self.videos)
+            if self.kind == "qwen2_5_vl":
+                return transformers.Qwen2_5_VLProcessor(**parts, video_processor=self.videos)
+            if self.kind == "qwen2_vl":
+                return transformers.Qwen2VLProcessor(**parts, video_processor=self.videos)
             if self.kind in ("glm4v", "glm46v", "glm_ocr"):
                 kind = transformers.Glm4vProcessor if self.kind == "glm4v" else transformers.Glm46VProcessor
                 return kind(**parts, video_processor=None)
@@ -95,11 +99,18 @@ class Reference:
             return transformers.Idefics3Processor(**parts, image_seq_len=tokens)
 
     def inputs(
-        self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], *, first: bool = True
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Sequence[Image.Image]],
+        *,
+        first: bool = True,
+        videos: Sequence[np.ndarray] = (),
+        rate: float = 2.0,
     ) -> dict[str, torch.Tensor]:
         """Model inputs of prompts that have ``picture`` once a picture, padded on the left.
 
-        Those that go on with a conversation, not ``first``, get no begin-of-sequence token.
+        Those that go on with a conversation, not ``first``, get no begin-of-sequence token. ``videos`` are frames UINT8
+        [T, height, width, 3], ``rate`` of them a second.
         """
         if self.kind == "paligemma" and not any(pictures):  # which its processor refuses
             (prompt,) = prompts
@@ -107,7 +118,14 @@ class Reference:
         given: Any = [list(row) for row in pictures]
         if self.kind not in ("idefics3", "smolvlm", "gemma3", "gemma4"):
             given = [picture for row in pictures for picture in row]
+        clips: dict[str, Any] = {}
+        if videos:
+            facts = [
+                {"total_num_frames": len(one), "fps": rate, "frames_indices": [*range(len(one))]} for one in videos
+            ]
+            clips = {"videos": list(videos), "video_metadata": facts}
         made = self.processor(
+            **clips,
             images=given if any(pictures) else None,
             text=list(prompts),
             padding=True,
@@ -142,7 +160,7 @@ class Reference:
                 **inputs,
                 max_new_tokens=tokens,
                 do_sample=False,
-                suppress_tokens=[IMAGE_TOKEN],
+                suppress_tokens=[IMAGE_TOKEN] if self.videos is None else [IMAGE_TOKEN, self.config.video_token_id],
                 output_logits=True,
                 return_dict_in_generate=True,
             )
@@ -165,7 +183,10 @@ def joined(
 ) -> dict[str, torch.Tensor]:
     """Inputs of a conversation: those of its first prompt, the answer INT [tokens], those of its second prompt."""
     whole = {}
-    for name in first:
+    for name in {**first, **second}:
+        if name not in first or name not in second:  # pictures or videos of one of them
+            whole[name] = first.get(name, second.get(name))
+            continue
         between = [torch.tensor(answer)[None]] if name == "input_ids" else []
         if name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             between = [torch.full((1, len(answer)), int(name == "attention_mask"))]

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
 from vkvx.manifest import Manifest
-from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs, decoder_outputs, place_embeds
+from vkvx.models.graph.decoder import (
+    DecoderGraph,
+    _attention_function,
+    decoder_inputs,
+    decoder_outputs,
+    place_embeds,
+)
 from vkvx.models.graph.metric import model_metrics
 from vkvx.models.registry import resolve
-from vkvx.plugins.operator import layer_attributes
+from vkvx.plugins.operator import OperatorAttributes, layer_attributes
 from vkvx.runtime.backends.torch.loading import load_reference
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.calls import place_embeds as gather_embeds
@@ -215,6 +222,28 @@ def test_other_scales_are_refused(checkpoint: Path, model: Any) -> None:
             decoder([Row(0, np.array([1]))])
     finally:
         model.model.language_model.layers[1].self_attn.scaling = decoder.info.layers[0].scale
+
+
+@pytest.mark.parametrize(
+    ("declared", "causal", "given", "words"),
+    [
+        ({}, True, {"sliding_window": 24}, "layer 0 attends with sliding_window 24, expected 0"),
+        ({"sliding_window": 24}, True, {"sliding_window": 25}, "sliding_window 25, expected 24"),
+        ({"sliding_window": 24}, True, {"sliding_window": None}, "sliding_window 0, expected 24"),
+        ({}, True, {"softcap": 50.0}, r"softcap 50\.0, expected 0"),
+        ({}, False, {}, "attend both ways, expected to earlier ones only"),
+        ({"visual_mask": "prefix"}, True, {}, "attend to earlier ones only, expected both ways"),
+        ({}, True, {"s_aux": torch.zeros(4)}, "s_aux"),
+    ],
+)
+def test_other_attention_than_declared_is_refused(
+    declared: dict[str, Any], causal: bool, given: dict[str, Any], words: str
+) -> None:
+    layer, attention = nn.Module(), SimpleNamespace(attributes=[OperatorAttributes(**declared)])
+    layer.layer_idx, layer.is_causal = 0, causal  # type: ignore[assignment]
+    tensors = (torch.zeros(1, 1, 1, 32),) * 3
+    with pytest.raises(ModelError, match=words):
+        _attention_function(layer, *tensors, None, scaling=1.0, vkvx_attention=attention, **given)
 
 
 def test_a_layer_that_bypasses_the_attention_function_is_noticed(checkpoint: Path, model: Any) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from fakes import manifest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from vkvx import ExportOptions, export_model
 from vkvx.export.build import METRICS_FILE
-from vkvx.manifest import Manifest
-from vkvx.models.graph.metric import FLOOR, REACH, model_metrics
+from vkvx.manifest import LayerInfo, Manifest
+from vkvx.models.family import AttentionWeights
+from vkvx.models.graph.metric import FLOOR, REACH, Rotary, compute_metrics, model_metrics
 from vkvx.models.registry import resolve
 from vkvx.runtime.backends.torch.loading import load_model
 
@@ -103,3 +107,24 @@ def test_other_quantisers_need_no_metrics(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / METRICS_FILE).exists()
     nodes = [n for n in onnx.load(tmp_path / "b" / "decoder.onnx", load_external_data=False).graph.node if n.domain]
     assert {len(node.input) for node in nodes} == {14}
+
+
+def test_a_gate_behind_the_queries_of_a_head_does_not_count() -> None:
+    info = replace(manifest().model, layers=(LayerInfo(kv_heads=2, head_dim=32, scale=1.0),), query_heads=4)
+    random = torch.Generator().manual_seed(0)
+    query, gate = torch.randn(2, 4, 32, 8, generator=random)
+    norm, output = torch.randn(8, generator=random), torch.randn(8, 4 * 32, generator=random)
+    both = AttentionWeights(torch.cat([query, gate], 1).flatten(0, 1), None, norm, output, norm_shift=1.0)
+    alone = AttentionWeights(query.flatten(0, 1), None, norm + 1, output)
+
+    def still(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A rotary embedding that turns nothing."""
+        return torch.ones(len(positions), 1, 32), torch.zeros(len(positions), 1, 32)
+
+    (found,), _ = compute_metrics([both], {0: Rotary(still, 32)}, info)
+    (expected,), _ = compute_metrics([alone], {0: Rotary(still, 32)}, info)
+    assert torch.equal(found, expected)
+    moment = (query * (norm + 1)) @ (query * (norm + 1)).transpose(1, 2)
+    moment = moment.unflatten(0, (2, 2)).mean(1)[0]
+    wanted = moment / moment.diagonal().mean() + FLOOR * torch.eye(32)
+    torch.testing.assert_close(found[0].float(), wanted, rtol=2e-3, atol=2e-3)

@@ -10,6 +10,7 @@ from fakes import GROUP, IMAGE, manifest
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import CapacityError
+from vkvx.manifest import LayerInfo, LinearInfo
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape
 from vkvx.runtime.calls import Row, build_call
 
@@ -224,3 +225,23 @@ def test_storage_may_be_elsewhere() -> None:
     cache.fork(0, 1)
     assert storage.copies == 4  # text keys and values of two layers
     assert (cache.read("1.text_key")[1, :, :3] == 2).all()
+
+
+def test_states_of_linear_attention_are_forked_whole() -> None:
+    made = manifest()
+    linear = LayerInfo(0, 0, 0.0, linear=LinearInfo(conv_channels=6, conv_width=3, heads=2, key_dim=4, value_dim=5))
+    layout = CacheLayout(replace(made.model, layers=(linear, *made.model.layers)), made.quantization)
+    cache = PackedCache(layout, 3, GROUP, 8)
+    fill(cache, 0, [GROUP], 2)
+    cache.fork(0, 2)
+    for name in ("0.conv_state", "0.recurrent_state"):
+        buffer = cache.buffers[name]
+        np.testing.assert_array_equal(buffer[2], buffer[0])
+        assert not buffer[1].any()
+    np.testing.assert_array_equal(cache.buffers["1.text_key"][2, :, :2], cache.buffers["1.text_key"][0, :, :2])
+    assert not cache.buffers["1.text_key"][2, :, 2:].any()
+    assert cache.bytes_used(0) == layout.bytes_per_group + 2 * layout.text_bytes_per_token + layout.state_bytes
+    assert cache.bytes_used(1) == 0
+    other = PackedCache(layout, 3, GROUP, 8)
+    other.load(cache)
+    np.testing.assert_array_equal(other.buffers["0.recurrent_state"], cache.buffers["0.recurrent_state"])

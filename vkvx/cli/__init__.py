@@ -6,7 +6,9 @@ A verb imports what it needs when it runs, so that ``vkvx --help`` loads nothing
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -120,4 +122,18 @@ def _fail(message: str, code: int) -> int:
 
 def entry() -> NoReturn:
     """Console script."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever has started this
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what an encoding lacks shall not end a command
+    for number in (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not if it is to be ignored, as under nohup
+            signal.signal(number, _stop)
     sys.exit(main())
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """End like after Ctrl-C, so that nothing half-written stays."""
+    raise KeyboardInterrupt

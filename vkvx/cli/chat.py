@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,24 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import generation, terminal
-from vkvx.errors import VkvxError
+from vkvx.errors import CapacityError, InputError, VkvxError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vkvx.runtime.sessions.sampling import GenerationOptions
     from vkvx.runtime.sessions.session import Session
+    from vkvx.runtime.sessions.videos import Video
 
 TEXT_TOKENS = 4096
 """Default capacity for text: several turns need more than one question."""
 
 HELP = """\
 /image PATH   add a picture to the next message
+/video PATH   add a video file or a folder of frames to it
+/drop         take back pictures and videos that wait for the next message
 /reset        forget everything
 /stats        tokens and bytes in the cache, speed of the last answer
 /help         this text
 /quit         leave (so does the end of the input)
-Ctrl-C stops an answer. Anything else is a message."""
+PATH may be quoted, as terminals paste it; Tab completes paths and commands. Ctrl-C stops an answer, or clears the line;
+Ctrl-D leaves. Anything else is a message."""
+COMMANDS = ("/image", "/video", "/drop", "/reset", "/stats", "/help", "/quit")
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:
@@ -62,13 +70,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """A conversation, and the pictures that wait for the next message."""
+    """A conversation, and the pictures and videos that wait for the next message."""
 
     def __init__(self, session: Session, options: GenerationOptions) -> None:
         self._session = session
         self._options = options
         self._conversation = session.conversation()
         self._pictures: list[Image] = []
+        self._videos: list[Video] = []
 
     def take(self, line: str) -> bool:
         """Carry out one line; False if the chat ends. What goes wrong in a turn is told and changes nothing."""
@@ -77,7 +86,11 @@ class Chat:
             if command == "/quit":
                 return False
             if command == "/image":
-                self._add_picture(argument.strip())
+                self._add_picture(_path(command, argument))
+            elif command == "/video":
+                self._add_video(_path(command, argument))
+            elif command == "/drop":
+                self._pictures, self._videos = [], []
             elif command == "/reset":
                 self._reset()
             elif command == "/stats":
@@ -93,30 +106,39 @@ class Chat:
         sys.stdout.flush()
         return True
 
-    def _add_picture(self, path: str) -> None:
-        from vkvx.runtime.sessions.processor import load_picture
+    def _add_picture(self, path: Path) -> None:
+        from vkvx.runtime.sessions.pictures import load_picture
 
-        picture = load_picture(Path(path).expanduser())
+        picture = load_picture(path)
         self._pictures.append(picture)
         terminal.note(f"picture of {picture.width} x {picture.height} pixels goes with the next message")
 
+    def _add_video(self, video: Path) -> None:
+        from vkvx.runtime.sessions.videos import open_clip
+
+        clip = open_clip(video, self._options.fps)
+        self._videos.append(video)
+        terminal.note(f"video of {clip.total} frames of {clip.width} x {clip.height} pixels goes with the next message")
+
     def _reset(self) -> None:
         self._conversation.close()
-        self._conversation, self._pictures = self._session.conversation(), []
+        self._conversation, self._pictures, self._videos = self._session.conversation(), [], []
         terminal.note("everything is forgotten")
 
     def _answer(self, text: str) -> None:
-        pictures, self._pictures = self._pictures, []
         try:
-            pieces = self._conversation.ask(text, pictures, options=self._options)
-        except VkvxError:
-            if pictures:
-                terminal.note("the message was not sent; its pictures are dropped")
+            pieces = self._conversation.ask(text, self._pictures, self._videos, options=self._options)
+        except VkvxError as error:
+            kept = "; what was to go with it waits for the next one, /drop takes it back"
+            terminal.note(f"the message was not sent{kept if self._pictures or self._videos else ''}")
+            if isinstance(error, CapacityError) and self._conversation.last is not None:
+                terminal.note("/reset makes room: it forgets what was said before")
             raise
+        self._pictures, self._videos = [], []
         stopped = False
         with _interruption() as asked:
             for piece in generation.without_leading_space(pieces):
-                print(piece, end="", flush=True)
+                print(terminal.printable(piece), end="", flush=True)
                 if asked():
                     stopped = True
                     break
@@ -142,15 +164,86 @@ def _interruption() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _path(command: str, text: str) -> Path:
+    """A path as people type it, or as terminals paste it: quoted, or with blanks escaped. Raises InputError."""
+    try:
+        parts = shlex.split(text) if "'" in text or '"' in text or "\\" in text else [text.strip()]
+    except ValueError as error:
+        raise InputError(f"the path {text} is not understood ({error}); quote it as in a shell") from error
+    if len(parts) != 1 or not parts[0]:
+        raise InputError(f"{command} wants one path, such as `{command} page.png`; quote a path that has blanks in it")
+    return Path(parts[0]).expanduser()
+
+
+def completions(line: str) -> list[str]:
+    """What a line can become: a command, and behind ``/image`` and ``/video`` a path."""
+    command, blank, begun = line.partition(" ")
+    if not blank:
+        return [f"{known} " for known in COMMANDS if known.startswith(line)] if line.startswith("/") else []
+    if command not in ("/image", "/video"):
+        return []
+    begun = begun.lstrip().replace("\\ ", " ")
+    found = sorted(glob.glob(f"{glob.escape(os.path.expanduser(begun))}*"))
+    words = [(f"{path}/" if os.path.isdir(path) else path).replace(" ", "\\ ") for path in found]
+    return [f"{command} {word}" for word in words]
+
+
+def _complete(text: str, state: int) -> str | None:
+    import readline
+
+    found = completions(readline.get_line_buffer())
+    return found[state] if state < len(found) else None
+
+
 def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
     with suppress(ImportError):
-        import readline  # noqa: F401 (gives input() a history)
-    while True:
+        import readline
+
+        readline.set_completer(_complete)
+        readline.set_completer_delims("\n")
+        readline.parse_and_bind("tab: complete")
+    with _prompts() as read:
+        told = False
+        while True:
+            try:
+                line = read("> ")
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                if not told:
+                    terminal.note("Ctrl-D leaves")
+                told = True
+            else:
+                yield line
+
+
+@contextmanager
+def _prompts() -> Iterator[Callable[[str], str]]:
+    """Gives a way to read a line, which Ctrl-C ends. A moment before or after, Ctrl-C does nothing the first time."""
+    reading = noted = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal noted
+        if reading or noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    def read(prompt: str) -> str:
+        nonlocal reading, noted
+        noted = False
+        reading = True
         try:
-            yield input("> ")
-        except EOFError:
-            print()
-            return
+            return input(prompt)
+        finally:
+            reading = False
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield read
+    finally:
+        signal.signal(signal.SIGINT, before)

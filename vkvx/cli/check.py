@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
+from vkvx.cli.limits import add_pixel_limits
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the cache at 16 bits (default: float16)")
     parser.add_argument("--group-size", default="auto", metavar="N", help="a multiple of 128, or auto (the default)")
+    add_pixel_limits(parser)
     parser.add_argument("--cache-dir", metavar="DIR", help="where downloaded checkpoints are kept")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint's own Python code run")
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         DEFAULT_PICTURES if args.picture is None else [_size(text) for text in args.picture],
         dtype=args.dtype,
         group_size=group_size(args.group_size),
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
         cache_dir=args.cache_dir,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,

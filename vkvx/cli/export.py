@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
+from vkvx.cli.limits import add_pixel_limits
 from vkvx.errors import OptionError
 from vkvx.format import QUANTIZERS, SCORE_CORRECTIONS
 
@@ -28,6 +29,8 @@ _PLAIN_OPTIONS = (
     "tau",
     "correction_limit",
     "opset",
+    "min_pixels",
+    "max_pixels",
     "cache_dir",
     "revision",
 )
@@ -65,6 +68,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
     source = parser.add_argument_group("source and graph")
     source.add_argument("--opset", type=int, metavar="N", help="ONNX opset of the graphs (default: 18)")
+    add_pixel_limits(source)
     source.add_argument("--cache-dir", metavar="DIR", help="where downloaded checkpoints are kept")
     source.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     source.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint's own Python code run")

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
+from vkvx.cli.limits import add_pixel_limits
 
 if TYPE_CHECKING:
     from vkvx.runtime.sessions.conversation import Conversation
+    from vkvx.runtime.sessions.processor import Processor
     from vkvx.runtime.sessions.sampling import GenerationOptions
     from vkvx.runtime.sessions.session import Session
 
@@ -30,6 +32,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
+    )
+
+    pictures = parser.add_argument_group("pictures and videos")
+    add_pixel_limits(pictures)
+    pictures.add_argument(
+        "--fps",
+        type=float,
+        metavar="N",
+        help="frames a second to take of a video file (default: the model's), or that a folder of frames has",
     )
 
     machine = parser.add_argument_group("machine")
@@ -58,10 +69,18 @@ def options(args: argparse.Namespace) -> GenerationOptions:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         stop=tuple(args.stop),
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        fps=args.fps,
     )
 
 
-def load_session(args: argparse.Namespace, visual_tokens: int | None = None, text_tokens: int | None = None) -> Session:
+def load_session(
+    args: argparse.Namespace,
+    visual_tokens: int | None = None,
+    text_tokens: int | None = None,
+    processor: Processor | None = None,
+) -> Session:
     """The bundle, ready to answer. The two sizes count where no option asks for others."""
     from vkvx.runtime.sessions.session import Session
 
@@ -75,15 +94,8 @@ def load_session(args: argparse.Namespace, visual_tokens: int | None = None, tex
             threads=args.threads,
             verify=not args.no_verify,
             progress=progress,
+            processor=processor,
         )
-
-
-def message(prompt: str, pictures: int) -> dict[str, Any]:
-    """A user's message for the chat template: pictures first, unless the prompt says where by ``<image>``."""
-    if "<image>" in prompt:
-        return {"role": "user", "content": prompt}
-    content: list[dict[str, str]] = [{"type": "image"}] * pictures
-    return {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
 
 
 def without_leading_space(pieces: Iterable[str]) -> Iterator[str]:
@@ -136,6 +148,8 @@ def figure_lines(found: dict[str, Any]) -> list[str]:
             f"{found['new_tokens']} tokens at {found['tokens_per_second']:.1f} tokens/s ({found['finish_reason']}),"
             f" {found['prompt_tokens']} tokens of prompt in {found['prefill_seconds']:.2f} s"
         )
+    if "frames" in found:
+        lines.append(f"{found['frames']} frames of video")
     if found["visual_tokens"]:
         plain = found["sixteen_bit_bytes_per_visual_token"]
         lines.append(

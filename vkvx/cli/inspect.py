@@ -112,6 +112,7 @@ def cache_costs(manifest: Manifest) -> dict[str, Any]:
         "bits_per_element": layout.bits_per_element(tokens),
         "bytes_per_visual_token": picture / tokens,
         "bytes_per_text_token": layout.text_bytes_per_token,
+        "state_bytes": layout.state_bytes,
     }
 
 
@@ -170,6 +171,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         _row("a visual token", size(cache["bytes_per_visual_token"])),
         _row("a text token", size(cache["bytes_per_text_token"]), "not quantised"),
     ]
+    if cache["state_bytes"]:
+        lines.append(_row("states of a sequence", size(cache["state_bytes"]), "linear attention, any length"))
     for name, graph in report["graphs"].items():
         lines += ["", f"{name} graph", *_graph_lines(graph)]
     return lines

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
+from vkvx.cli.limits import add_pixel_limits
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the memory, kept for the driver, activations and workspaces (default: 0.1)",
     )
+    add_pixel_limits(parser)
     parser.add_argument("--cache-dir", metavar="DIR", help="where downloaded checkpoints are kept")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint's own Python code run")
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         text_tokens=args.text_tokens,
         tokens_per_picture=args.tokens_per_picture,
         reserve=args.reserve,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
         cache_dir=args.cache_dir,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
@@ -106,11 +110,12 @@ def _lines(plan: Plan) -> list[str]:
                 f"{row.max_pictures:,} ({row.limited_by})",
             )
         )
+    build = f"{size(_build_memory(plan))} of main memory to build the engines (`vkvx build`)"
     return [
         f"model        {model.name}: {model.architecture}, {model.dtype}, {len(model.layers)} layers, "
         f"{terminal.heads([vars(layer) for layer in model.layers], model.query_heads)}",
         f"weights      {size(plan.weights)}: decoder {size(plan.decoder_bytes)}, vision {size(plan.vision_bytes)}",
-        f"build        {size(_build_memory(plan))} of main memory to build the engines (`vkvx build`)",
+        f"build        {'no engines of linear attention are built' if model.linear_layers else build}",
         f"GPU          {size(plan.memory)}: {size(plan.reserve)} in reserve, {size(plan.cache)} for the cache",
         f"a sequence   {plan.pictures} x {plan.tokens_per_picture} visual tokens, {plan.text_tokens} text tokens",
         "",

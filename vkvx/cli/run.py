@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import generation, terminal
+from vkvx.errors import OptionError
+from vkvx.options import keyword
 
 if TYPE_CHECKING:
     from vkvx.manifest import Manifest
@@ -23,12 +27,20 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         description="Ask one question, with or without pictures. The answer goes to stdout, figures go to stderr.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
-    parser.add_argument("prompt", metavar="PROMPT", help="the question; pictures are put before it")
+    parser.add_argument("prompt", metavar="PROMPT", help="the question; pictures and videos are put before it")
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; may be repeated")
+    parser.add_argument(
+        "--video",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a video, or a folder of frames; may be repeated",
+    )
     parser.add_argument(
         "--raw-prompt",
         action="store_true",
-        help="take PROMPT as it is, without the chat template; it then holds one <image> for each picture",
+        help="take PROMPT as it is, without the chat template; it then holds one <image> for each picture and one "
+        "<video> for each video",
     )
     generation.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print answer and figures as JSON when all is done")
@@ -38,23 +50,48 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Answer one question."""
     from vkvx.manifest import Manifest
-    from vkvx.runtime.sessions.processor import load_picture
+    from vkvx.runtime.sessions.pictures import load_picture
+    from vkvx.runtime.sessions.processor import Processor, user_message
 
     options = generation.options(args)
+    _check_idle(args)
     manifest = Manifest.load(args.bundle)
     pictures = [load_picture(path) for path in args.image]  # before the weights: a wrong path is told at once
-    text_tokens = min(manifest.model.max_positions, PROMPT_TOKENS + args.max_new_tokens)
-    with generation.load_session(args, _visual_tokens(manifest, len(pictures)), text_tokens) as session:
-        raw = args.raw_prompt
-        prompt = args.prompt if raw else session.format([generation.message(args.prompt, len(pictures))])
-        with session.conversation() as conversation:
-            chunks = conversation.stream(prompt, pictures, options=options)
-            answer = ""
+    with terminal.ProgressBar("run", announce=False) as progress:
+        if not args.no_verify:  # before anything of the bundle is used
+            manifest.verify(args.bundle, progress)
+    processor, prompt = Processor.of_bundle(Path(args.bundle), manifest), args.prompt
+    if args.video:
+        processor.check_videos()
+    if not args.raw_prompt:
+        prompt = processor.format([user_message(prompt, len(pictures), len(args.video))])
+    with terminal.ProgressBar("run", announce=False) as progress:
+        prepared = processor.prepare(
+            prompt, pictures, args.video, limits=options.limits, fps=options.fps, progress=progress
+        )
+    prompt_text = len(prepared.token_ids) - sum(prepared.picture_lengths)
+    text_tokens = min(manifest.model.max_positions, max(PROMPT_TOKENS, prompt_text) + args.max_new_tokens)
+    room = _visual_tokens(manifest, prepared.picture_lengths)
+    with (
+        generation.load_session(args, room, text_tokens, processor) as session,
+        session.conversation() as conversation,
+        terminal.ProgressBar("run", announce=False) as progress,
+    ):
+        chunks = conversation.stream(prepared, options=options, progress=progress)
+        answer = ""
+        try:
             for piece in generation.without_leading_space(chunk.text for chunk in chunks):
+                progress.close()  # before the answer, on the same terminal
                 answer += piece
                 if not args.json:
-                    print(piece, end="", flush=True)
-            figures = generation.figures(session, conversation)
+                    print(terminal.printable(piece), end="", flush=True)
+        except BaseException:
+            if answer and not args.json:
+                print(flush=True)  # so that the error has a line of its own
+            raise
+        figures = generation.figures(session, conversation)
+        if args.video:
+            figures["frames"] = prepared.frames
     if args.json:
         terminal.print_json({"text": answer, **figures})
         return 0
@@ -65,7 +102,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _visual_tokens(manifest: Manifest, pictures: int) -> int | None:
-    """Room for exactly these pictures, where they vary in size for so many large ones."""
+def _check_idle(args: argparse.Namespace) -> None:
+    """Raise OptionError for options of pictures or videos without any."""
+    if args.fps is not None and not args.video:
+        raise OptionError("fps= (--fps) has no effect without a video; give --video as well, or leave it out")
+    for name in ("min_pixels", "max_pixels"):
+        if getattr(args, name) is not None and not args.image:
+            raise OptionError(f"{keyword(name)} has no effect without a picture; give --image as well, or leave it out")
+
+
+def _visual_tokens(manifest: Manifest, lengths: Sequence[int]) -> int:
+    """Room for exactly these pictures, in whole groups."""
     size = manifest.quantization.group_size
-    return pictures * -(-manifest.model.usual_tokens // size) * size
+    return sum(-(-length // size) * size for length in lengths)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,13 @@ def note(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """Text of a model for a terminal: without control characters, which move the cursor and worse; else as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
 def human_bytes(count: float) -> str:
     """``1,234 B``, ``95.0 KiB``, ``12.3 MiB``, ``4.56 GiB``."""
     for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
@@ -99,9 +107,12 @@ def heads(layers: Sequence[Mapping[str, Any]], query_heads: int) -> str:
     def each(name: str) -> str:
         return " or ".join(str(value) for value in dict.fromkeys(layer[name] for layer in layers))
 
+    linear = [layer for layer in layers if layer["linear"] is not None]
+    layers = [layer for layer in layers if layer["linear"] is None]
     text = f"{query_heads} query heads, {each('kv_heads')} KV heads, head dim {each('head_dim')}"
     windows = [layer["sliding_window"] for layer in layers if layer["sliding_window"]]
-    return f"{text}, a window of {windows[0]:,} tokens in {len(windows)} layers" if windows else text
+    text += f", a window of {windows[0]:,} tokens in {len(windows)} of {len(layers)} layers" if windows else ""
+    return f"{text}, linear attention in {len(linear)} layers" if linear else text
 
 
 class ProgressBar:

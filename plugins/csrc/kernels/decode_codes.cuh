@@ -80,7 +80,7 @@ __device__ __forceinline__ void set_rows(CodeBytes<kBits> (&rows)[4],
 }
 
 // kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the
-// parameters. kMask: with windows, masks and bounds of scores, for kBits 0.
+// parameters. kMask: with windows, masks and bounds of scores.
 template <int kBits, int kWords, int kSets, bool kMask = false>
 struct CodesEngine {
   static constexpr bool kAny = kBits == 0, kMasked = kMask;

@@ -11,10 +11,16 @@ constexpr int kCounters = 16384;  // at the start of the workspace, zero between
 // Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for
 // their start and their end.
 inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
-  const int64_t units = p.visual_capacity / kTile + divide_up(p.text_capacity, kRowsAtOnce) + 1;
-  int64_t splits = p.splits > 0 ? p.splits : divide_up(processors, tiles > 0 ? tiles : 1);
-  const int64_t most =
-      p.splits > 0 ? divide_up(units, kLeastUnits) : divide_up(units, 2 * kLeastUnits);
+  const int seen = p.sliding_window ? p.sliding_window : INT32_MAX;  // tokens of a kind, at most
+  const int64_t units = divide_up(min(p.visual_capacity, seen), kTile) +
+                        divide_up(min(p.text_capacity, seen), kRowsAtOnce) + 1;
+  const int64_t each = tiles > 0 ? tiles : 1;
+  // Windows have few units: smaller parts pay, but no second wave of blocks.
+  int64_t splits = p.splits > 0       ? p.splits
+                   : p.sliding_window ? processors / each
+                                      : divide_up(processors, each);
+  const bool small = p.splits > 0 || p.sliding_window;
+  const int64_t most = divide_up(units, small ? kLeastUnits : 2 * kLeastUnits);
   splits = splits < most ? splits : most;
   return tiles > kCounters || splits < 1 ? 1 : static_cast<int>(splits);
 }

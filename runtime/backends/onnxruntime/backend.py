@@ -26,6 +26,7 @@ from vkvx.errors import DependencyError
 from vkvx.manifest import Manifest
 from vkvx.packages import missing, requirement
 from vkvx.runtime.backends.base import check_machine
+from vkvx.runtime.backends.onnxruntime import overloads
 from vkvx.runtime.backends.onnxruntime.faults import explain
 from vkvx.runtime.backends.onnxruntime.threads import default_threads
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage, numpy_dtype
@@ -203,6 +204,9 @@ class OnnxRuntimeBackend:
             model, values = widen(path)
             options.add_external_initializers(list(values), [_ort_value(ort, array) for array in values.values()])
             self._weights.append(values)  # onnxruntime does not copy them
+        elif not overloads.are_known(ort.__version__):
+            model = overloads.read_separated(path)
+            options.add_session_config_entry(overloads.FOLDER_ENTRY, str(path.parent))
         with explain(ort, f"onnxruntime cannot load {path}"):
             session = ort.InferenceSession(model, options, providers=providers)
         if self.provider == "cuda" and "CUDAExecutionProvider" not in session.get_providers():

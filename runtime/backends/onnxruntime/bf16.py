@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vkvx.packages import missing
+from vkvx.runtime.backends.onnxruntime.overloads import separate
 
 
 def widen(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
@@ -40,6 +41,7 @@ def widen(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
             _widen_infos(infos, onnx)
         for tensor in graph.initializer:
             _widen_tensor(tensor, onnx)
+    separate(model)
     return model.SerializeToString(), values
 
 

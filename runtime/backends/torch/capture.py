@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vkvx.format import STATE_NAMES
 from vkvx.manifest import ModelInfo
 from vkvx.models.graph.decoder import DecoderGraph
 from vkvx.runtime.cache import PackedCache
@@ -36,6 +37,8 @@ class DecodeSteps:
         stream: torch.cuda.Stream,
     ) -> None:
         self._decoder, self._buffers, self._cache, self._stream = decoder, buffers, cache, stream
+        named = zip(cache.buffers, buffers, strict=True)
+        self._states = [buffer for name, buffer in named if name.endswith(STATE_NAMES)]
         slots, device = cache.slots, stream.device
         self._rows = model.position_rows
         self._windows = 2 if model.sliding_window else 0
@@ -82,8 +85,11 @@ class DecodeSteps:
     def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
         """The graph of a step; the step itself is done when it is replayed."""
         # Loads kernels and allocates workspaces, which must not happen within a capture. What it stores in the caches
-        # lies past the counts, and the step will store the same there.
+        # lies past the counts, and the step will store the same there; but states of linear attention move on.
+        before = [state.clone() for state in self._states]
         self._forward(rows)
+        for state, old in zip(self._states, before, strict=True):
+            state.copy_(old)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             logits, visual_count, text_count = self._forward(rows)

@@ -134,13 +134,13 @@ def _needs_metrics(manifest: Manifest) -> bool:
 
 
 def _read_metrics(bundle: Path, manifest: Manifest, device: str) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Key and value metric of each layer, FP16 [Hkv, D, D], as exported."""
+    """Key and value metric of each cached layer, FP16 [Hkv, D, D], as exported."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = bundle / METRICS_FILE
     try:
         stored = load_file(path, device)
-        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in range(len(manifest.model.layers)))
+        return tuple((stored[f"key.{layer}"], stored[f"value.{layer}"]) for layer in manifest.model.caches)
     except (OSError, KeyError, SafetensorError) as error:
         raise BundleError(f"cannot read {path} ({error}); export the model again") from error

@@ -16,8 +16,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from vkvx import ExportOptions, Session, export_model
 from vkvx.errors import DependencyError, OptionError
 from vkvx.manifest import Manifest
+from vkvx.runtime.backends.onnxruntime import overloads
 from vkvx.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend, OrtStorage
 from vkvx.runtime.backends.onnxruntime.bf16 import widen
 
@@ -227,3 +229,27 @@ def open_with(**options: Any) -> OnnxRuntimeBackend:
     manifest: Any = None
     typed: Manifest = manifest  # refused before it is looked at
     return OnnxRuntimeBackend(Path(), typed, slots=1, visual_tokens=1, text_tokens=1, **options)
+
+
+@pytest.mark.parametrize(("version", "known"), [("1.23.2", False), ("1.26.0", False), ("1.27.0", True), ("2.0", True)])
+def test_versions_that_know_overloads(version: str, known: bool) -> None:
+    assert overloads.are_known(version) is known
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_layers_of_different_bits_where_overloads_are_not_known(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in onnxruntime 1.23 to 1.26; that bundles run there is tried with these versions by hand."""
+    bundle = tmp_path / "mixed"
+    export_model("tiny-llava", bundle, ExportOptions(bits_per_layer="0:8,1-:2", dtype=dtype))
+    answers = []
+    for known in (True, False):
+        monkeypatch.setattr(overloads, "are_known", lambda version, known=known: known)
+        with Session.load(bundle, backend="onnxruntime", provider="cpu") as session:
+            answers.append(session.generate("What is 2 + 2?", max_new_tokens=6, ignore_eos=True).token_ids)
+    assert answers[0] == answers[1]
+    model = onnx.load_model_from_string(overloads.read_separated(bundle / "decoder.onnx"))
+    names = [function.name for function in model.functions]
+    assert len(set(names)) == len(names) == 2
+    assert {node.op_type for node in model.graph.node if node.domain} == set(names)

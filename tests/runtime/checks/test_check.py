@@ -12,10 +12,9 @@ from families import CASES, Case
 from vkvx.errors import ModelError, OptionError
 from vkvx.format import typical_group_size
 from vkvx.manifest import Manifest
-from vkvx.models.family import head_dim
 from vkvx.models.preset_processors import write_processor
 from vkvx.models.presets import preset_config
-from vkvx.models.registry import FAMILIES, TINY_LLAVA
+from vkvx.models.registry import TINY_LLAVA
 from vkvx.runtime.checks.check import DEFAULT_PICTURES, check_model
 
 
@@ -29,10 +28,11 @@ def test_tokens_and_bytes_of_each_family(case: Case, tmp_path: Path) -> None:
     assert (found.supported, found.reason) == (True, None)
     assert (found.name, found.decoder) == (tmp_path.name, config.text_config.model_type)
     assert tuple(picture.tokens for picture in found.pictures) == case.tokens
-    text, size = config.text_config, found.group_size
-    family = FAMILIES[config.architectures[0]].variant(config)
-    assert size == typical_group_size(family.typical_tokens(config))
-    heads_dim = text.num_hidden_layers * text.num_key_value_heads * head_dim(text)
+    size = found.group_size
+    assert found.model is not None
+    assert size == typical_group_size(found.model.typical_tokens)
+    cached = [found.model.layers[i] for i in found.model.caches]
+    heads_dim = sum(layer.kv_heads * layer.head_dim for layer in cached)
     for picture in found.pictures:
         assert picture.padded_tokens == size
         packed = {bits: heads_dim * (size * 2 * bits // 8 + 10) for bits in (1, 2, 4, 8)}

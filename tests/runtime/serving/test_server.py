@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from fakes import FakeBackend, FakeProcessor, manifest
 
-from vkvx import CapacityError, InputError, OptionError, VkvxError
+from vkvx import CapacityError, OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError
 from vkvx.runtime.serving.server import Server
-from vkvx.runtime.sessions.generation import Request
+from vkvx.runtime.sessions import generation
+from vkvx.runtime.sessions.generation import Failure, Request, Scheduler
+from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
 
 
@@ -72,10 +79,10 @@ def test_a_cancelled_request_frees_its_slot() -> None:
     with Server(loaded) as server:
         endless = server.submit("[endless]", max_new_tokens=900, ignore_eos=True)
         waiting = server.submit("[next]", max_new_tokens=3)
-        next(iter(endless))
+        endless.chunk(0)
         endless.cancel()
         assert waiting.result().token_ids
-        with pytest.raises(InputError, match="cancelled"):
+        with pytest.raises(RequestCancelledError):
             endless.result()
     assert loaded.backend.cache.free_slots == (0,)
 
@@ -87,7 +94,7 @@ def test_the_end_of_an_answer_stays() -> None:
         failed = server.submit("[x]", max_new_tokens=900, ignore_eos=True)
         failed.cancel()
         for _ in range(2):
-            with pytest.raises(InputError, match="cancelled"):
+            with pytest.raises(RequestCancelledError):
                 failed.result()
 
 
@@ -98,7 +105,7 @@ def test_wrong_requests_are_refused_at_once() -> None:
         with pytest.raises(OptionError):
             server.submit("[x]", heat=1)
         assert server.submit("[x]", max_new_tokens=2).result().token_ids
-    with pytest.raises(InputError, match="closed"):
+    with pytest.raises(ServerClosedError, match="start another"):
         server.submit("[x]")
 
 
@@ -155,9 +162,9 @@ def test_a_failed_step_ends_its_requests_only(caplog: pytest.LogCaptureFixture) 
 def test_closing_ends_what_runs() -> None:
     server = Server(session())
     answer = server.submit("[long]", max_new_tokens=900, ignore_eos=True)
-    next(iter(answer))
+    answer.chunk(0)
     server.close()
-    with pytest.raises(InputError, match="closed"):
+    with pytest.raises(ServerClosedError):
         answer.result()
 
 
@@ -173,7 +180,7 @@ def test_a_server_whose_thread_fails_tells_all_who_wait(where: str, caplog: pyte
         server._scheduler.cancel = fail  # type: ignore[assignment]
     running = server.submit("[running]", max_new_tokens=900, ignore_eos=True)
     waiting = server.submit("[waiting]", max_new_tokens=900, ignore_eos=True)
-    next(iter(running))
+    running.chunk(0)
     if where == "cancel":
         running.cancel()
     else:
@@ -200,8 +207,173 @@ def test_a_request_that_joins_a_failing_server_is_told() -> None:
         schedule(request)
 
     server._scheduler.submit = fail  # type: ignore[method-assign]
-    with server._changed:  # all three join at once
+    with server._lock:  # all three join at once
         answers = [server.submit("[x]", max_new_tokens=900, ignore_eos=True) for _ in range(3)]
     for answer in answers:
         with pytest.raises(VkvxError, match="unforeseen"):
             answer.result()
+
+
+def test_an_answer_can_be_read_again_and_by_many() -> None:
+    with Server(session()) as server:
+        answer = server.submit("[x]", max_new_tokens=6, ignore_eos=True)
+        with ThreadPoolExecutor(4) as pool:
+            read = list(pool.map(lambda _: [chunk.text for chunk in answer], range(4)))
+        assert read == [[chunk.text for chunk in answer]] * 4
+        assert answer.result() is answer.result(timeout=0)
+        with pytest.raises(IndexError, match="6 chunks"):
+            answer.chunk(6)
+
+
+def held_back(loaded: Session, after: int) -> threading.Event:
+    """Lets the backend's steps wait, after so many of them, until the event is set."""
+    go_on, step = threading.Event(), loaded.backend.step
+
+    def slow(call, embeds):  # type: ignore[no-untyped-def]
+        assert len(loaded.backend.calls) < after or go_on.wait(30)  # type: ignore[attr-defined]
+        return step(call, embeds)
+
+    loaded.backend.step = slow  # type: ignore[method-assign]
+    return go_on
+
+
+def test_waiting_for_a_result_can_end() -> None:
+    loaded = session()
+    go_on = held_back(loaded, 2)
+    with Server(loaded) as server:
+        answer = server.submit("[x]", max_new_tokens=5, ignore_eos=True)
+        with pytest.raises(TimeoutError, match="cancel"):
+            answer.result(timeout=0.01)
+        go_on.set()
+        assert len(answer.result(timeout=30).token_ids) == 5
+
+
+@pytest.mark.parametrize("how", ["break", "drop"])
+def test_an_answer_that_nobody_reads_is_cancelled(how: str) -> None:
+    loaded = session(1)
+    with Server(loaded) as server:
+        answer = server.submit("[endless]", max_new_tokens=900, ignore_eos=True)
+        if how == "break":
+            for _ in answer:
+                break
+            with pytest.raises(RequestCancelledError):
+                answer.result(timeout=30)
+        del answer
+        assert server.submit("[next]", max_new_tokens=3).result(timeout=30).token_ids
+        assert server.stats.cancelled == 1
+        assert len(loaded.backend.calls) < 900  # type: ignore[attr-defined]
+
+
+def test_requests_that_were_cancelled_while_they_waited_never_run() -> None:
+    loaded = session(1)
+    go_on = held_back(loaded, 1)
+    with Server(loaded) as server:
+        first = server.submit("[first]", max_new_tokens=4, ignore_eos=True)
+        first.chunk(0)
+        waiting = [server.submit("<image>", [1.0], max_new_tokens=4) for _ in range(24)]
+        last = server.submit("[last]", max_new_tokens=4, ignore_eos=True)
+        for answer in waiting:
+            answer.cancel()
+        go_on.set()
+        assert len(last.result(30).token_ids) == len(first.result(30).token_ids) == 4
+    assert len(loaded.backend.calls) == 8  # type: ignore[attr-defined]
+
+
+def test_the_queue_is_bounded_and_counted() -> None:
+    loaded = session(1)
+    go_on = held_back(loaded, 1)
+    with Server(loaded, max_waiting=2) as server:
+        answers = [server.submit("[a]", max_new_tokens=3, ignore_eos=True)]
+        answers[0].chunk(0)
+        answers += [server.submit("[b]", max_new_tokens=3, ignore_eos=True) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="2 requests wait"):
+            server.submit("[c]")
+        stats = server.stats
+        assert (stats.slots, stats.live, stats.waiting, stats.submitted, stats.refused) == (1, 1, 2, 3, 1)
+        go_on.set()
+        prompts = [answer.result(30).prompt_tokens for answer in answers]
+        stats = server.stats
+    assert (stats.finished, stats.live, stats.waiting, stats.first_tokens, stats.new_tokens) == (3, 0, 0, 3, 9)
+    assert stats.prompt_tokens == sum(prompts)
+    assert stats.first_token_seconds > 0
+    with pytest.raises(OptionError, match="max_waiting"):
+        Server(loaded, max_waiting=0)
+
+
+def test_coroutines_read_answers_without_threads() -> None:
+    alone = session(1).generate("[x]", max_new_tokens=9, ignore_eos=True)
+
+    async def read(server: Server) -> tuple[list[str], tuple[int, ...], int]:
+        answers = [server.submit("[x]", max_new_tokens=9, ignore_eos=True) for _ in range(5)]
+        texts = [chunk.text async for chunk in answers[0]]
+        results = await asyncio.gather(*answers)
+        endless = server.submit("[endless]", max_new_tokens=900, ignore_eos=True)
+        task = asyncio.ensure_future(endless._whole())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(RequestCancelledError):
+            await endless
+        return texts, results[4].token_ids, threading.active_count()
+
+    before = threading.active_count()
+    with Server(session()) as server:
+        texts, tokens, threads = asyncio.run(read(server))
+    assert "".join(texts) == alone.text
+    assert tokens == alone.token_ids
+    assert threads == before + 1  # the server's
+
+
+def test_prompts_do_not_starve_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prompts always waiting, an answer that runs gets half of the time: by a clock that counts work."""
+    loaded = session(4)
+    now, step, kinds = [0.0], loaded.backend.step, list[bool]()
+
+    def timed(call, embeds):  # type: ignore[no-untyped-def]
+        kinds.append(call.input_ids.shape[1] > 1)
+        now[0] += 1.0 if kinds[-1] else 0.1
+        return step(call, embeds)
+
+    loaded.backend.step = timed  # type: ignore[method-assign]
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
+    scheduler = Scheduler(loaded.backend)
+    for row in range(12):
+        prepared = loaded.processor.prepare("<image>question", [1.0])  # type: ignore[list-item]
+        options = GenerationOptions(max_new_tokens=40 if row == 0 else 2, ignore_eos=True)
+        scheduler.submit(Request(row, prepared, options, loaded.processor, loaded.backend))
+    started = []
+    while scheduler.busy:
+        for result in scheduler.step():
+            assert not isinstance(result, Failure)
+            if result.row not in started:
+                started.append(result.row)
+    assert started == sorted(started)
+    first = kinds.index(False)
+    between = "".join("p" if kind else "d" for kind in kinds[first:]).split("p")[:-1]
+    assert all(len(steps) >= 10 for steps in between[1:] if steps), between
+    assert "pp" not in "".join("p" if kind else "d" for kind in kinds[1:])
+
+
+def test_a_process_may_end_without_closing() -> None:
+    """In a backend's C++ a thread that the interpreter stops would abort the process."""
+    code = """
+import atexit, sys
+from test_server import session
+from vkvx import Server
+atexit.register(lambda: print("alive" if server._thread.is_alive() else "gone"))
+server = Server(session())
+answer = server.submit("[endless]", max_new_tokens=900, ignore_eos=True)
+answer.chunk(3)
+"""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1] / "helpers")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "gone\n", "")

@@ -21,7 +21,8 @@ from PIL import Image
 import vkvx.models.tiny_llava
 from vkvx.errors import BundleError, InputError
 from vkvx.manifest import Manifest, PictureInfo, TensorSpec
-from vkvx.runtime.sessions.processor import Processor, load_picture
+from vkvx.runtime.sessions.pictures import load_picture
+from vkvx.runtime.sessions.processor import Processor
 
 MODEL = Path(vkvx.models.tiny_llava.__file__).parent
 TOKENS = 576

@@ -118,3 +118,32 @@ def test_refuses_senseless_options(name: str, value: object) -> None:
 def test_a_stop_string_may_come_alone() -> None:
     assert GenerationOptions(stop="###").stop == ("###",)  # type: ignore[arg-type]
     assert GenerationOptions(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_new_tokens", 2.5, "a whole number"),
+        ("max_new_tokens", True, "a whole number"),
+        ("top_k", 2.0, "a whole number"),
+        ("seed", "7", "a whole number"),
+        ("temperature", "hot", "a number"),
+        ("temperature", None, "a number"),
+        ("top_p", float("nan"), "above 0"),
+        ("repetition_penalty", False, "a number"),
+        ("ignore_eos", 1, "True or False"),
+        ("stop", 5, "strings"),
+        ("stop", [5], "strings"),
+    ],
+)
+def test_options_of_other_types_are_refused(name: str, value: object, words: str) -> None:
+    with pytest.raises(OptionError, match=rf"^{name} \(--{name.replace('_', '-')}\) must be {words}"):
+        GenerationOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    options = GenerationOptions(
+        max_new_tokens=np.int64(3), top_p=np.float32(0.5), temperature=1, ignore_eos=np.bool_(True)
+    )
+    assert options == GenerationOptions(max_new_tokens=3, top_p=0.5, temperature=1.0, ignore_eos=True)
+    assert [type(x) for x in (options.max_new_tokens, options.temperature, options.ignore_eos)] == [int, float, bool]

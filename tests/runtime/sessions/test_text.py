@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings
+from vkvx.errors import InputError
+from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings, check_text
 
 
 def byte_decode(tokens: Sequence[int]) -> str:
@@ -97,3 +99,10 @@ def test_pieces_do_not_matter_and_stops_never_show(text: str, strings: list[str]
     if stops.found is None:
         out += stops.flush()
     assert (out, stops.found) == (expected, whole.found)
+
+
+@pytest.mark.parametrize("text", ["\udc80", "a\ud800b", 7, None, b"bytes"])
+def test_what_is_no_text_is_refused(text: object) -> None:
+    with pytest.raises(InputError, match=r"^a prompt (is not valid Unicode|must be a string)"):
+        check_text(text, "a prompt")
+    check_text("fine: \U0001f600 \ufffd", "a prompt")
