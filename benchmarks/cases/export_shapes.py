@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=DEFAULT, help="sizes of models")
     parser.add_argument("--bits", type=int, default=1, help="bits of the visual cache (default 1)")
-    parser.add_argument(
-        "--folder", type=Path, help="where checkpoints and bundles are made (default: of temporary files)"
-    )
+    parser.add_argument("--folder", help="where checkpoints and bundles are made (default: of temporary files)")
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
