@@ -133,28 +133,33 @@ def runs(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.P
     return pytester
 
 
+def run(runs: pytest.Pytester, *options: str) -> pytest.RunResult:
+    """In this process, where a module of the same name may have been imported."""
+    return runs.runpytest("--import-mode=importlib", *options)
+
+
 def test_whole_runs(runs: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = runs.runpytest()
+    result = run(runs)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*is not what the tests found*--write-matrix*writes it*"])
-    assert runs.runpytest("--write-matrix").ret == 0
-    assert runs.runpytest().ret == 0
+    assert run(runs, "--write-matrix").ret == 0
+    assert run(runs).ret == 0
     monkeypatch.setenv("FAIL", LAST)
-    result = runs.runpytest()
+    result = run(runs)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines([f"*what the tests found ({PRESETS[-1]})*"])
 
 
 def test_whole_runs_of_several_processes(runs: pytest.Pytester) -> None:
-    assert runs.runpytest("-n", "2", "--write-matrix").ret == 0
+    assert run(runs, "-n", "2", "--write-matrix").ret == 0
     rows = matrix.table_of((runs.path / matrix.PAGE).read_text(encoding="utf-8"))
     assert [row[-1] for row in rows[1:]] == ["yes", "yes"]
 
 
 def test_a_part_of_the_tests_says_nothing(runs: pytest.Pytester) -> None:
-    result = runs.runpytest("-k", PRESETS[-1])
+    result = run(runs, "-k", PRESETS[-1])
     assert result.ret == 0
     result.stdout.no_fnmatch_line("*matrix*")
-    result = runs.runpytest("-k", PRESETS[-1], "--write-matrix")
+    result = run(runs, "-k", PRESETS[-1], "--write-matrix")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["the matrix was not written: not all of *"])

@@ -17,6 +17,7 @@ from commands import listing, run_process
 from samples import CHECKPOINT, Page
 
 from vkvx.cli import main
+from vkvx.manifest import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -181,9 +182,9 @@ def test_directory_that_is_no_bundle(refused: Callable, tmp_path: Path, reader: 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader[0])
 def test_manifest_of_a_newer_version(refused: Callable, bundle: Path, reader: tuple[str, ...]) -> None:
-    edit(bundle / "vkvx.json", lambda manifest: manifest.update(format_version=3))
+    edit(bundle / "vkvx.json", lambda manifest: manifest.update(format_version=FORMAT_VERSION + 1))
     message = refused(reader[0], bundle, *reader[1:])
-    assert "format version 3" in message
+    assert f"format version {FORMAT_VERSION + 1}" in message
     assert "upgrade" in message
 
 

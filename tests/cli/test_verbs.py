@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,6 +273,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line(tiny_bundle: Path) -> None:
     read_until(master, "never sent")
     os.write(master, b"\x03")
     read_until(master, "Ctrl-D leaves")
+    read_until(master, "> ")
     os.write(master, b"\x03")
     again = read_until(master, "> ")
     assert "Ctrl-D" not in again
@@ -285,7 +287,8 @@ def test_ctrl_c_at_the_prompt_clears_the_line(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_leave_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vkvx", "export", "tiny-llava", "-o", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heeded = partial(signal.signal, number, signal.SIG_DFL)  # not under nohup
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
         while process.poll() is None and not any(tmp_path.iterdir()):
             time.sleep(0.01)
         process.send_signal(number)

@@ -20,7 +20,7 @@ def names(options: list[ExportOptions]) -> list[str]:
 
 
 def test_every_field_of_the_cache_is_an_option_and_explained() -> None:
-    others = {"dtype", "opset", "force", "cache_dir", "revision", "trust_remote_code"}
+    others = {"dtype", "opset", "force", "cache_dir", "revision", "trust_remote_code", "min_pixels", "max_pixels"}
     assert set(HELP) == set(settings.FIELDS) == {f.name for f in fields(ExportOptions)} - others
 
 

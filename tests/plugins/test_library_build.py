@@ -151,7 +151,7 @@ def _params(**changes: object) -> Params:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"head_dim": 100}, "head_dim is 100; give a multiple of 32 up to 256"),
+        ({"head_dim": 100}, "head_dim is 100; give a multiple of 32 up to 512"),
         ({"key_bits": 3}, "key_bits is 3"),
         ({"key_bits": 16}, "key_bits is 16"),
         ({"query_heads": 5}, "query_heads is 5; give a multiple of kv_heads"),

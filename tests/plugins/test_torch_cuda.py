@@ -34,8 +34,8 @@ def call(
         ("shaped", 4224, "p5 t1", 32, False),
         ("shaped", 4224, "t2", 32, True),
         ("lloyd", 4224, "p5 t1", 32, True),
-        ("lloyd", 128, "t2", 256, True),
-        ("lloyd", 128, "t2", 288, False),
+        ("lloyd", 128, "t2", 512, True),
+        ("lloyd", 128, "t2", 544, False),
     ],
 )
 def test_which_calls_are_taken(
