@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator
@@ -162,10 +163,12 @@ def build(architectures: str = "native", *, force: bool = False, jobs: int | Non
 
     Raises:
         DependencyError: without nvcc or CMake, or if the compiler refuses the sources.
-        OptionError: for architectures that are not understood.
+        OptionError: for architectures that are not understood or that nvcc does not know, and fewer than 1 job.
         StorageError: if the cache folder cannot be written.
     """
     chosen = resolve_architectures(architectures)
+    if jobs is not None and jobs < 1:
+        raise OptionError(f"jobs= (--jobs) {jobs} is not supported: give at least 1")
     definitions = {"CMAKE_CUDA_ARCHITECTURES": ";".join(chosen)}
     return _build(_folder(chosen), (KERNELS, LIBRARY), definitions, force, jobs)
 
@@ -205,6 +208,7 @@ def _build(target: Path, names: tuple[str, ...], definitions: dict[str, str], fo
     nvcc, cmake = _nvcc(), shutil.which("cmake")
     if cmake is None:
         raise DependencyError("CMake is missing; install it, for example with `pip install cmake`")
+    _check_architectures(nvcc, target.name.split("-")[1:])
     with contextlib.ExitStack() as stack:
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -243,9 +247,30 @@ def _nvcc() -> str:
     raise DependencyError("the CUDA compiler nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
 
 
+def _check_architectures(nvcc: str, architectures: Collection[str]) -> None:
+    """Raise OptionError for compute capabilities that the compiler does not name when it is asked for its own."""
+    done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = re.findall(r"^compute_(\d+)$", done.stdout, re.MULTILINE)
+    unknown = [name for name in architectures if name not in known]
+    if known and unknown:
+        raise OptionError(
+            f"{nvcc} does not know compute capability {', '.join(unknown)}; give --arch some of {', '.join(known)}, or "
+            "install a newer CUDA toolkit"
+        )
+
+
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        errors = [line.strip() for line in done.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
-        reason = errors[0] if errors else done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output"
+    """Run a program. It is the leader of a group of its own, so that what it has started ends with it."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:  # Ctrl-C, or a signal that ends like it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        errors = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
+        reason = errors[0] if errors else output.strip().splitlines()[-1] if output.strip() else "no output"
         raise DependencyError(f"`{Path(command[0]).name}` failed to build the library: {reason}")

@@ -34,6 +34,8 @@ class Kind:
 
 
 BUNDLE = Kind("bundle", FILE_NAME, FORMAT, "give another output= (--output)")
+_unfinished: set[Path] = set()
+"""Hidden directories that this process writes into now."""
 
 
 def check_output(target: Path, force: bool, kind: Kind = BUNDLE) -> None:
@@ -64,7 +66,11 @@ def new_directory(target: Path, force: bool = False, kind: Kind = BUNDLE) -> Ite
     except OSError as error:
         raise _storage_error(target, error) from error
     try:
-        yield partial
+        _unfinished.add(partial)
+        try:
+            yield partial
+        finally:
+            _unfinished.discard(partial)
         partial.chmod(0o777 & ~_umask())
         _flush(partial)
         _replace(partial, target, force, kind)
@@ -77,6 +83,14 @@ def new_directory(target: Path, force: bool = False, kind: Kind = BUNDLE) -> Ite
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def discard_unfinished() -> bool:
+    """Remove what :func:`new_directory` has begun in this process, for one that ends at once; whether there was any."""
+    found = list(_unfinished)
+    for partial in found:
+        shutil.rmtree(partial, ignore_errors=True)
+    return bool(found)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,47 @@ def test_ctrl_c_exits_130() -> None:
         error = process.stderr.read()
         assert process.wait() == 130
     assert error == b"vkvx: error: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "exec('send()')",
+        "with storage.new_directory(target) as folder, contextlib.suppress(BaseException):\n"
+        "        (folder / 'half').touch(); send()",
+    ],
+    ids=["text", "swallowed"],
+)
+def test_signals_end_a_command(work: str, number: signal.Signals, tmp_path: Path) -> None:
+    """Python itself notes a KeyboardInterrupt that leaves exec() of text; a library may swallow what we raise."""
+    (tmp_path / "program.py").write_text(f"""\
+import contextlib, os, sys, time
+from pathlib import Path
+from vkvx import storage
+from vkvx.cli import doctor, entry
+target = Path("results", "out")
+target.parent.mkdir()
+def send():
+    os.kill(os.getpid(), {number.value})
+    time.sleep(60)
+def work(args):
+    {work}
+doctor.run = work
+sys.argv[1:] = ["doctor"]
+entry()
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "program"],
+        cwd=tmp_path,
+        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),  # not under nohup
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (130, "vkvx: error: interrupted\n")
+    assert not any((tmp_path / "results").iterdir())
 
 
 def test_doctor(cli: Callable) -> None:

@@ -289,7 +289,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line(tiny_bundle: Path) -> None:
     os.close(master)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vkvx", "export", "tiny-llava", "-o", str(tmp_path / "out")]
     heeded = partial(signal.signal, number, signal.SIG_DFL)  # not under nohup

@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +52,56 @@ def test_native_follows_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert build.resolve_architectures("native") == ["86", "90"]
     program.write_text("#!/bin/sh\nexit 9\n")
     assert build.resolve_architectures("native") == list(build.ARCHITECTURES)
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the front of the path, with an nvcc that knows two architectures."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    _write_program(folder / "nvcc", "printf 'compute_90\\ncompute_120\\n'")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def _write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_architectures_that_the_compiler_does_not_know(cache: Path, compiler: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"nvcc does not know compute capability 80, 999; give --arch some of 90, 120"
+    ):
+        build.build("80,90,999")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_no_jobs(cache: Path, jobs: int) -> None:
+    with pytest.raises(OptionError, match=rf"\(--jobs\) {jobs}"):
+        build.build("90", jobs=jobs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_a_build_runs_ends_with_it(cache: Path, compiler: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """CMake starts compilers: these have to go, too."""
+    started = tmp_path / "started"
+    _write_program(compiler / "cmake", f"sleep 600 & echo $! > {started}.part; mv {started}.part {started}; wait")
+    command = [sys.executable, "-m", "vkvx", "plugin", "build", "--arch", "90"]
+    heeded = partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
+        while process.poll() is None and not started.exists():
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "vkvx: error: interrupted\n")
+    assert not list(cache.glob("build-*"))
+    state = Path(f"/proc/{int(started.read_text())}/stat")
+    ends = time.monotonic() + 60  # whoever adopts it takes note of its end
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def test_a_build_is_found_by_the_hash_of_its_sources(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

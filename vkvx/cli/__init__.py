@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from vkvx import __version__, packages
+from vkvx import __version__, packages, storage
 from vkvx.cli import (
     bench,
     build,
@@ -128,12 +128,25 @@ def entry() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what an encoding lacks shall not end a command
-    for number in (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not if it is to be ignored, as under nohup
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # Not if it is to be ignored, as under nohup.
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
     sys.exit(main())
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Where KeyboardInterrupt itself has left an exec() of text, Python ends by SIGINT, though it was caught later."""
+
+
 def _stop(number: int, frame: object) -> NoReturn:
-    """End like after Ctrl-C, so that nothing half-written stays."""
-    raise KeyboardInterrupt
+    """End with nothing half-written.
+
+    While an export or a build runs, torch is at work: it may catch an exception that comes from here, and go on, or
+    abort the process. So what is half-written goes at once, and the process with it.
+    """
+    if storage.discard_unfinished():
+        os.write(2, b"\nvkvx: error: interrupted\n" if sys.stderr.isatty() else b"vkvx: error: interrupted\n")
+        os._exit(EXIT_INTERRUPT)
+    raise _Interrupted

@@ -183,7 +183,7 @@ class _Progress(terminal.ProgressBar):
         super().__init__("eval")
         self._output = args.output
 
-    def __exit__(self, kind: object, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         super().__exit__(kind, *rest)
-        if kind is KeyboardInterrupt and self._output:
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._output:
             terminal.note(f"what is done is in {self._output}; the same command goes on from there")
