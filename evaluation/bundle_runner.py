@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vkvx.errors import CapacityError
 from vkvx.evaluation.records import Record
 from vkvx.evaluation.settings import Setting
-from vkvx.evaluation.tasks import Sample, prompt_of
+from vkvx.evaluation.tasks import Sample, prepare, prompt_of
 from vkvx.manifest import Manifest
 from vkvx.runtime.calls import build_call
 from vkvx.runtime.sessions.processor import Prepared, Processor
@@ -44,10 +43,9 @@ class BundleRunner:
         Raises InputError for prompts and pictures that cannot be used, CapacityError for those that are too long.
         """
         prompts = [prompt_of(sample, self.processor) for sample in samples]
-        prepared = [
-            self.processor.prepare(prompt, sample.pictures) for prompt, sample in zip(prompts, samples, strict=True)
-        ]
-        session = self._open(samples, prepared)
+        positions = self.manifest.model.max_positions
+        prepared = [prepare(sample, self.processor, positions, self.max_new_tokens) for sample in samples]
+        session = self._open(prepared)
         pictures = [list(sample.pictures) for sample in samples]
         begun = time.perf_counter()
         generations = session.generate(prompts, pictures, max_new_tokens=self.max_new_tokens)
@@ -86,18 +84,12 @@ class BundleRunner:
         if self._session is not None:
             self._session.close()
 
-    def _open(self, samples: Sequence[Sample], prepared: Sequence[Prepared]) -> Session:
+    def _open(self, prepared: Sequence[Prepared]) -> Session:
         """A session whose slots have room for each prompt with its answer."""
-        model, size = self.manifest.model, self.manifest.quantization.group_size
+        size = self.manifest.quantization.group_size
         visual = text = 0
-        for sample, entry in zip(samples, prepared, strict=True):
+        for entry in prepared:
             needed = len(entry.token_ids) + self.max_new_tokens - 1
-            if needed > model.max_positions:
-                raise CapacityError(
-                    f"sample {sample.index} and its answer take {needed} positions, the model knows "
-                    f"{model.max_positions}; shorten the prompt, give fewer pictures, or lower "
-                    "max_new_tokens= (--max-new-tokens)"
-                )
             visual = max(visual, sum(-(-length // size) * size for length in entry.picture_lengths))
             text = max(text, needed - sum(entry.picture_lengths))
         if self._session is not None:

@@ -90,4 +90,6 @@ def _best(score: Callable[[str, str], float]) -> Scorer:
 
 DIGIT_METRICS: dict[str, Scorer] = {"per_digit": _best(right_digits), "exact": _best(_page_exact)}
 """Share of right digits, and whether the whole page is right."""
+METRIC_MODULES = {"anls": "rapidfuzz", "cider": "pycocoevalcap"}
+"""What some metrics need besides NumPy."""
 TEXT_METRICS: dict[str, Scorer] = {"exact": _best(exact), "anls": _best(anls), "f1": _best(f1), "cider": cider}

@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vkvx.evaluation.report import TITLES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -69,7 +71,7 @@ def human_bytes(count: float) -> str:
 
 
 def accuracy(settings: list[dict[str, Any]], metric: str) -> str | None:
-    """A metric with its intervals against the bytes of visual cache a sample, one series a method."""
+    """A metric in percent with its intervals against the bytes of visual cache a sample, one series a method."""
     series: dict[str, list[dict[str, Any]]] = {}
     for setting in settings:
         if _number(setting["metrics"].get(metric, {}).get("mean")) and setting["visual_bytes"] > 0:
@@ -86,10 +88,10 @@ def accuracy(settings: list[dict[str, Any]], metric: str) -> str | None:
         values = [s["metrics"][metric] for s in points]
         # Settings of equal size would hide each other.
         x = [s["visual_bytes"] * 1.025 ** (i - (len(series) - 1) / 2) for s in points]
-        y = [v["mean"] for v in values]
+        y = [100 * v["mean"] for v in values]
         style = _series_style(i, points[0]["reference"])
-        spread = [[max(0, v["mean"] - _or(v["low"], v["mean"])) for v in values]]
-        spread.append([max(0, _or(v["high"], v["mean"]) - v["mean"]) for v in values])
+        spread = [[100 * max(0, v["mean"] - _or(v["low"], v["mean"])) for v in values]]
+        spread.append([100 * max(0, _or(v["high"], v["mean"]) - v["mean"]) for v in values])
         axes.errorbar(x, y, yerr=spread, capsize=2.5, elinewidth=1, lw=1.4, ms=5, **style)
         (right if points[0]["reference"] else left).append((x[0], y[0], name, style["color"]))
     axes.set_xscale("log", base=2)
@@ -98,7 +100,7 @@ def accuracy(settings: list[dict[str, Any]], metric: str) -> str | None:
     axes.set_xticks(ticks, [human_bytes(size) for size in ticks])
     axes.minorticks_off()
     axes.set_xlabel("visual cache a sample, bytes (logarithmic)")
-    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_ylabel(TITLES.get(metric, f"{metric.replace('_', ' ')} %"))
     # Names stand left of the smallest caches, where methods differ most, in a quarter of the width; 16 bits right.
     octaves = max(1.0, math.log2(sizes[-1] / sizes[0]))
     axes.set_xlim(sizes[0] / 2 ** (0.42 * octaves), sizes[-1] * 2 ** (0.16 * octaves))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 from vkvx.errors import InputError, StorageError
+from vkvx.storage import check_file
 
 FORMAT, VERSION = "vkvx-eval-records", 1
 
@@ -56,28 +57,27 @@ class Records:
     """All records of a run, kept in a file if there is one. Use as a context manager."""
 
     def __init__(self, path: str | Path | None, fingerprint: Mapping[str, Any], *, force: bool = False) -> None:
-        """Open the file, or begin it. Raises StorageError if it holds anything else, or another evaluation.
+        """Read the file. Raises StorageError if it holds anything else, or another evaluation, or cannot be written.
 
-        With ``force`` another evaluation is replaced. A last line that is not whole is dropped.
+        With ``force`` another evaluation or a damaged file is replaced. A last line that is not whole is dropped.
+        Nothing is written before the first record is.
         """
         self.path = None if path is None else Path(path)
         self._found: dict[tuple[int, str], Record] = {}
         self._file: IO[bytes] | None = None
+        self._header = {"format": FORMAT, "version": VERSION, "fingerprint": dict(fingerprint)}
+        self._end = 0
         if self.path is None:
             return
-        header = {"format": FORMAT, "version": VERSION, "fingerprint": dict(fingerprint)}
-        end = self._read(header, force) if self.path.exists() and self.path.stat().st_size else 0
-        self._file = self.path.open("r+b" if end else "wb")
-        self._file.truncate(end)
-        self._file.seek(end)
-        if not end:
-            self._write([header])
+        check_file(self.path, "output= (--output)")
+        if self.path.exists() and self.path.stat().st_size:
+            self._end = self._read(force)
 
     def add(self, records: Iterable[Record]) -> None:
         """Keep records; they are in the file when this returns."""
         fresh = [record for record in records if record.key not in self._found]
         self._found |= {record.key: record for record in fresh}
-        self._write(map(asdict, fresh))
+        self._write([asdict(record) for record in fresh])
 
     def get(self, sample: int, setting: str) -> Record | None:
         """The record of a sample and setting, if it is there."""
@@ -97,15 +97,20 @@ class Records:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        if self._file is None:
+    def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        if self.path is None or not entries:
             return
+        if self._file is None:
+            self._file = self.path.open("r+b" if self._end else "wb")
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+            entries = entries if self._end else [self._header, *entries]
         for entry in entries:
             self._file.write(json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self, header: Mapping[str, Any], force: bool) -> int:
+    def _read(self, force: bool) -> int:
         """Take over what the file holds; returns the bytes of its whole lines, 0 to begin anew."""
         assert self.path is not None
         content = self.path.read_bytes()
@@ -117,11 +122,11 @@ class Records:
             if len(lines) == 1 and not content.endswith(b"\n") and content.startswith(beginning):
                 return 0
             raise StorageError(f"{self.path} holds no records of `vkvx eval`; choose another output= (--output)")
-        if force:
-            return 0
-        if first != json.loads(json.dumps(header)):
+        if first != json.loads(json.dumps(self._header)):
+            if force:
+                return 0
             raise StorageError(
-                f"{self.path} is of another evaluation ({_difference(first, header)}); "
+                f"{self.path} is of another evaluation ({_difference(first, self._header)}); "
                 "choose another output= (--output), or start anew with force= (--force)"
             )
         end = len(lines[0])
@@ -130,6 +135,9 @@ class Records:
             if not line.endswith(b"\n") and number == len(lines):
                 break
             if not isinstance(entry, dict) or set(entry) != _NAMES:
+                if force:
+                    self._found.clear()
+                    return 0
                 raise InputError(f"{self.path}:{number} is no record; start anew with force= (--force)")
             record = Record(**entry)
             self._found[record.key] = record

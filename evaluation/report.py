@@ -9,18 +9,24 @@ import numpy as np
 from vkvx.evaluation.result import Metric, Result, SettingResult
 
 TITLES = {"per_digit": "digits %", "exact": "exact %", "f1": "F1 %", "anls": "ANLS %", "cider": "CIDEr-D x100"}
+"""Of metrics; their figures are shown times 100."""
 
 
 def table(result: Result) -> list[str]:
     """A line a setting, and above it what was run; metrics and differences in percent, with half their interval."""
-    compared = any(setting.kl is not None for setting in result.settings)
-    rows = [_row(setting, compared) for setting in result.settings]
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name, "-") for row in rows] for name in names}
-    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    shown = columns(result.settings)
     engine = f"{result.kind}, {result.device}, {result.dtype}"
     head = f"{result.target} ({engine}), {result.task}: {count_samples(result.samples)}"
-    return [head, "", *align(list(columns), zip(*columns.values(), strict=True))]
+    return [head, "", *align(list(shown), zip(*shown.values(), strict=True))]
+
+
+def columns(settings: Sequence[SettingResult]) -> dict[str, list[str]]:
+    """The columns of the table by their titles, a cell a setting; those that nothing is known of are left out."""
+    compared = any(setting.kl is not None for setting in settings)
+    rows = [_row(setting, compared) for setting in settings]
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {name: [row.get(name, "-") for row in rows] for name in names}
+    return {name: cells for name, cells in found.items() if set(cells) != {"-"}}
 
 
 def count_samples(count: int) -> str:
@@ -41,7 +47,7 @@ def align(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _row(setting: SettingResult, compared: bool) -> dict[str, str]:
     row = {"setting": setting.name}
     for name, metric in setting.metrics.items():
-        title = TITLES[name]
+        title = TITLES.get(name, f"{name} %")
         row[title] = _interval(metric.mean, metric.low, metric.high)
         if compared:
             row[f"{title} - 16 bits"] = _difference(metric)

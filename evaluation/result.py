@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vkvx import __version__
-from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS
+from vkvx.evaluation.examples import Example
 from vkvx.evaluation.records import Record, Records
 from vkvx.evaluation.settings import Setting
 from vkvx.evaluation.statistics import estimate
@@ -56,7 +56,10 @@ class SettingResult:
 
 @dataclass(frozen=True)
 class Result:
-    """An evaluation. ``histograms`` are those of :func:`vkvx.evaluation.histograms.worst_channels`."""
+    """An evaluation. ``histograms`` are those of :func:`vkvx.evaluation.histograms.worst_channels`.
+
+    ``examples`` are some samples with what was answered, for the report; the JSON document is without them.
+    """
 
     target: str
     kind: str
@@ -67,22 +70,24 @@ class Result:
     environment: dict[str, Any]
     settings: list[SettingResult]
     histograms: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``vkvx eval --json``."""
-        return {"format": FORMAT, "version": VERSION, "vkvx_version": __version__, **asdict(self)}
+        found = asdict(replace(self, examples=[]))
+        del found["examples"]
+        return {"format": FORMAT, "version": VERSION, "vkvx_version": __version__, **found}
 
 
 def summarise(records: Records, settings: Sequence[Setting], task: Task) -> tuple[list[SettingResult], list[Any]]:
     """The figures of each setting and all histograms; every record must be there."""
-    scorers = DIGIT_METRICS if task.name == "digits" else TEXT_METRICS
     baseline: dict[str, np.ndarray] = {}
     results: list[SettingResult] = []
     histograms: list[Any] = []
     for setting in settings:
         found = records.of(setting.name, task.count)
         texts, answers = [r.text for r in found], [r.answers for r in found]
-        scores = {name: scorers[name](texts, answers) for name in task.metrics}
+        scores = {name: task.scorers[name](texts, answers) for name in task.metrics}
         metrics = {name: _metric(values, baseline.get(name)) for name, values in scores.items()}
         if setting.reference:
             baseline = scores

@@ -6,22 +6,26 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx import __version__
 from vkvx.errors import CapacityError, OptionError
+from vkvx.evaluation.examples import choose_examples
+from vkvx.evaluation.metrics import METRIC_MODULES
 from vkvx.evaluation.records import Record, Records
 from vkvx.evaluation.result import Result, summarise
 from vkvx.evaluation.settings import Setting, options_of, product, setting_name, settle
-from vkvx.evaluation.tasks import Sample, Task, open_task
+from vkvx.evaluation.tasks import Sample, Task, open_task, prepare
 from vkvx.export.options import ExportOptions
 from vkvx.manifest import FILE_NAME, FLOAT_DTYPES, Manifest, Progress
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.family import Source
 from vkvx.models.registry import ALIASES, resolve
+from vkvx.packages import require
+from vkvx.runtime.sessions.processor import Processor
 
 if TYPE_CHECKING:
     from vkvx.evaluation.bundle_runner import BundleRunner
@@ -50,6 +54,7 @@ def evaluate(
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    examples: int = 0,
 ) -> Result:
     """Measure what quantising the visual cache costs a model.
 
@@ -68,12 +73,14 @@ def evaluate(
         model: of a bundle: where its checkpoint is, if not where the manifest says.
         reference: of a bundle: whether its checkpoint is run, too, to compare with.
         output: file that keeps a record for each sample and setting; the same call goes on where it ended.
-        force: start that file anew.
+        force: start that file anew if it is of another evaluation, or damaged.
         progress: called as progress(stage, done, total).
+        examples: so many samples with their pictures and answers are kept in the result.
 
     Raises VkvxError: OptionError, ModelError, BundleError, InputError, CapacityError, StorageError, DependencyError.
     """
-    asked = open_task(task, data, samples, metrics, progress)
+    asked = open_task(task, data, samples, metrics)
+    require("eval", *needed_modules(asked, bundle=is_bundle(target), reference=reference))
     plan = make_plan(
         target, asked, settings, device=device, dtype=dtype, batch=batch, max_new_tokens=max_new_tokens,
         model=model, reference=reference, progress=progress,
@@ -83,7 +90,8 @@ def evaluate(
     with Records(output, plan.fingerprint, force=force) as records:
         run(plan, records, progress)
         figures, histograms = summarise(records, plan.settings, asked)
-    return plan.result(figures, histograms)
+        shown = choose_examples(records, plan.settings, asked, examples)
+    return replace(plan.result(figures, histograms), examples=shown)
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,14 @@ class EvaluationPlan:
             settings=figures,
             histograms=histograms,
         )
+
+
+def needed_modules(task: Task, *, bundle: bool = False, reference: bool = True) -> list[str]:
+    """The Python modules that an evaluation takes, so that missing ones are told before anything is read."""
+    found = ["transformers", "jinja2"] if task.is_given else ["transformers", "jinja2", "sklearn"]
+    found += ["torch", "safetensors"] if reference or not bundle else []
+    found += ["onnxruntime", "onnx"] if bundle else []
+    return found + [METRIC_MODULES[name] for name in task.metrics if name in METRIC_MODULES]
 
 
 def make_plan(
@@ -236,13 +252,18 @@ def _plan_bundle(
 
 
 def run(plan: EvaluationPlan, records: Records, progress: Progress | None = None) -> None:
-    """Make the records that are not there yet: all settings of a batch, then the next batch."""
+    """Make the records that are not there yet: all settings of a batch, then the next batch.
+
+    Samples of a user are prepared once before weights are read, so that one that cannot be used is told at once.
+    """
     count, names = plan.task.count, [setting.name for setting in plan.settings]
     missing = [i for i in range(count) if any(records.get(i, name) is None for name in names)]
     done, total = (count - len(missing)) * len(names), count * len(names)
     if not missing:
         return
     report: Progress = progress or (lambda stage, done, total: None)
+    if plan.task.is_given:
+        _check_samples(plan, missing, report)
     report("load", 0, 1)
     engine = _Engine(plan)
     report("load", 1, 1)
@@ -260,6 +281,21 @@ def run(plan: EvaluationPlan, records: Records, progress: Progress | None = None
         raise CapacityError(f"no room on the GPU for {plan.batch} samples at a time; lower batch= (--batch)") from error
     finally:
         engine.close()
+
+
+def _check_samples(plan: EvaluationPlan, indices: Sequence[int], report: Progress) -> None:
+    """Prepare each sample once: raises what :func:`vkvx.evaluation.tasks.prepare` raises."""
+    if plan.bundle is not None:
+        assert plan.manifest is not None
+        info, processor = plan.manifest.model, Processor.of_bundle(plan.bundle, plan.manifest)
+    else:
+        assert plan.source is not None
+        info = plan.source.info(plan.dtype)
+        processor = Processor.of_checkpoint(plan.source, info)
+    for done, sample in enumerate(plan.task.samples(indices)):
+        report("check samples", done, len(indices))
+        prepare(sample, processor, info.max_positions, plan.max_new_tokens)
+    report("check samples", len(indices), len(indices))
 
 
 class _Engine:

@@ -14,12 +14,13 @@ from vkvx.cache_layout import CacheLayout
 from vkvx.errors import OptionError
 from vkvx.evaluation.records import Records
 from vkvx.evaluation.result import mean_divergence
-from vkvx.evaluation.run import BATCH, MAX_NEW_TOKENS, is_bundle, make_plan, run
+from vkvx.evaluation.run import BATCH, MAX_NEW_TOKENS, is_bundle, make_plan, needed_modules, run
 from vkvx.evaluation.tasks import open_task
 from vkvx.export.options import ExportOptions
 from vkvx.format import BITS
 from vkvx.manifest import Progress
 from vkvx.models.registry import resolve
+from vkvx.packages import require
 
 FORMAT, VERSION = "vkvx-sensitivity", 1
 STEPS = 2
@@ -101,6 +102,8 @@ def measure_sensitivity(
         )
     if force and output is None:
         raise OptionError("force= (--force) has no effect without output= (--output); leave it out, or give both")
+    asked = open_task(task, data, samples, None)
+    require("eval", *needed_modules(asked))
     source = resolve(target)
     info = source.info("float16")  # bits an element are those of the packed cache in any dtype
     raised = {
@@ -116,7 +119,6 @@ def measure_sensitivity(
         budget = sizes[0] + (higher[0] - base.bits) / 2
     if not sizes[0] <= budget < math.inf:
         raise OptionError(f"budget= (--budget) {budget} is not above the {sizes[0]:.2f} bits per element of the base")
-    asked = open_task(task, data, samples, None, progress)
     plan = make_plan(
         target, asked, [base, *raised.values()], device=device, dtype=dtype, batch=batch,
         max_new_tokens=max_new_tokens, generate=False,

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vkvx.errors import InputError, OptionError
-from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS
-from vkvx.manifest import Progress
-from vkvx.packages import missing
-from vkvx.runtime.sessions.pictures import Picture, load_picture
-from vkvx.runtime.sessions.processor import Processor
+from vkvx.errors import CapacityError, InputError, OptionError, VkvxError
+from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS, Scorer
+from vkvx.runtime.sessions.pictures import Picture
+from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.sessions.text import check_text
 
 DIGITS_PROMPT = "Transcribe the page."
 DIGITS_SAMPLES = 100
@@ -23,23 +22,33 @@ DEFAULT_TEXT_METRICS = ("exact", "f1")
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about one or more pictures, and the answers that are right."""
+    """A question about one or more pictures, and the answers that are right; ``place`` tells people which it is."""
 
     index: int
     prompt: str
     pictures: tuple[Picture, ...]
     answers: tuple[str, ...]
+    place: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
-    """``count`` samples, made when they are needed. ``identity`` differs for tasks that ask other things."""
+    """``count`` samples, made when they are needed. ``identity`` differs for tasks that ask other things.
+
+    ``is_given`` tells samples of a user, which may be anything, from our own.
+    """
 
     name: str
     identity: str
     count: int
     metrics: tuple[str, ...]
     make: Callable[[int], Sample]
+    is_given: bool = False
+
+    @property
+    def scorers(self) -> Mapping[str, Scorer]:
+        """The metrics that there are for it."""
+        return TEXT_METRICS if self.is_given else DIGIT_METRICS
 
     def samples(self, indices: Sequence[int]) -> Iterator[Sample]:
         """The samples of these indices."""
@@ -51,12 +60,11 @@ def open_task(
     data: str | Path | None,
     samples: int | None,
     metrics: Sequence[str] | None,
-    progress: Progress | None = None,
 ) -> Task:
     """The task ``digits``, or the one in a JSON Lines file; of its samples the first ``samples``.
 
-    Raises OptionError for unknown names and for combinations that mean nothing, InputError for a file that cannot be
-    used: the message then starts with the file's name and line.
+    Pictures are not opened here, see :func:`prepare`. Raises OptionError for unknown names and for combinations that
+    mean nothing, InputError for a file that cannot be used: the message then starts with the file's name and line.
     """
     if samples is not None and samples < 1:
         raise OptionError(f"samples= (--samples) {samples} is not supported; give at least 1")
@@ -74,24 +82,20 @@ def open_task(
             raise OptionError(f"unknown metric '{metric}'; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
     if not chosen:
         raise OptionError(f"no metric is given; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
-    return _questions(Path(data), samples, chosen, progress)
+    return _questions(Path(data), samples, chosen)
 
 
 def _digits(count: int) -> Task:
-    try:
-        from sklearn import datasets  # noqa: F401 (what the pages are drawn from)
-    except ImportError as error:
-        raise missing("sklearn", error) from error
     from vkvx.models.tiny_llava import data
 
     def make(index: int) -> Sample:
         page = data.page(index, "test")
-        return Sample(index, DIGITS_PROMPT, (page.image,), (data.transcription(page.digits),))
+        return Sample(index, DIGITS_PROMPT, (page.image,), (data.transcription(page.digits),), f"page {index}")
 
     return Task("digits", "digits, held-out pages", count, tuple(DIGIT_METRICS), make)
 
 
-def _questions(path: Path, count: int | None, metrics: tuple[str, ...], progress: Progress | None) -> Task:
+def _questions(path: Path, count: int | None, metrics: tuple[str, ...]) -> Task:
     try:
         content = path.read_bytes()
         lines = content.decode("utf-8-sig").split("\n")  # not splitlines(): text may hold other line ends
@@ -104,21 +108,16 @@ def _questions(path: Path, count: int | None, metrics: tuple[str, ...], progress
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:count]
     if not numbered:
         raise InputError(f"{path} has no samples; give lines of {_EXAMPLE}")
-    found: list[Sample] = []
-    for done, (number, line) in enumerate(numbered):
-        if progress is not None:
-            progress("check pictures", done, len(numbered))
-        found.append(_read_line(path, number, line, index=done))
-    if progress is not None:
-        progress("check pictures", len(numbered), len(numbered))
-    return Task(path.name, hashlib.sha256(content).hexdigest(), len(found), metrics, found.__getitem__)
+    found = [_read_line(path, number, line, index) for index, (number, line) in enumerate(numbered)]
+    identity = hashlib.sha256(content).hexdigest()
+    return Task(path.name, identity, len(found), metrics, found.__getitem__, is_given=True)
 
 
 _EXAMPLE = '{"image": "a.png", "prompt": "What is this?", "answers": ["a cat"]}'
 
 
 def _read_line(path: Path, number: int, line: str, index: int) -> Sample:
-    """One sample; its pictures are decoded once, so that a damaged one is told before anything runs."""
+    """One sample; that its pictures are there is all that is known of them."""
     where = f"{path}:{number}"
     try:
         entry = json.loads(line)
@@ -137,13 +136,16 @@ def _read_line(path: Path, number: int, line: str, index: int) -> Sample:
     answers = entry.get("answers")
     if not _are_texts(answers) or not answers:
         raise InputError(f"{where}: 'answers' must be a list of at least one text; write {_EXAMPLE}")
-    pictures = tuple(path.parent / name for name in names)
-    for picture in pictures:
+    for text, what in ((entry["prompt"], "'prompt'"), *((answer, "an answer") for answer in answers)):
         try:
-            load_picture(picture)
+            check_text(text, what)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-    return Sample(index, entry["prompt"], pictures, tuple(answers))
+    pictures = tuple(path.parent / name for name in names)
+    for picture in pictures:
+        if not picture.is_file():
+            raise InputError(f"{where}: no picture at {picture}; paths are relative to the file of samples")
+    return Sample(index, entry["prompt"], pictures, tuple(answers), where)
 
 
 def _are_texts(value: Any) -> bool:
@@ -156,3 +158,22 @@ def prompt_of(sample: Sample, processor: Processor) -> str:
         return processor.plain_picture * len(sample.pictures) + sample.prompt
     content: list[dict[str, str]] = [{"type": "image"}] * len(sample.pictures)
     return processor.format([{"role": "user", "content": [*content, {"type": "text", "text": sample.prompt}]}])
+
+
+def prepare(sample: Sample, processor: Processor, max_positions: int, max_new_tokens: int) -> Prepared:
+    """Tokens and pixels of a sample. What is wrong with it is raised with its place in front.
+
+    Raises InputError for a prompt or a picture that cannot be used, CapacityError if it has no room with its answer.
+    """
+    try:
+        prepared = processor.prepare(prompt_of(sample, processor), sample.pictures)
+    except VkvxError as error:
+        raise type(error)(f"{sample.place}: {error}") from error
+    needed = len(prepared.token_ids) + max_new_tokens - 1  # the last token is never fed
+    if needed > max_positions:
+        raise CapacityError(
+            f"{sample.place}: prompt and answer take {needed} positions, {sum(prepared.picture_lengths)} of them for "
+            f"pictures, the model knows {max_positions}; give fewer pictures, shorten the prompt, or lower "
+            "max_new_tokens= (--max-new-tokens)"
+        )
+    return prepared

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from vkvx.cache_layout import CacheLayout
-from vkvx.errors import CapacityError, DependencyError
+from vkvx.errors import DependencyError
 from vkvx.evaluation.histograms import worst_channels
 from vkvx.evaluation.records import Record
 from vkvx.evaluation.settings import FIELDS, Setting
-from vkvx.evaluation.tasks import Sample, prompt_of
+from vkvx.evaluation.tasks import Sample, prepare
 from vkvx.models.family import Source
 from vkvx.models.graph.metric import Metrics
 from vkvx.runtime.backends.torch.loading import load_model
@@ -205,15 +205,7 @@ class TorchRunner:
         return quantize_visual_cache(self.model, **{**options, "group_size": setting.quantization.group_size})
 
     def _prepare(self, sample: Sample) -> Prepared:
-        prepared = self.processor.prepare(prompt_of(sample, self.processor), sample.pictures)
-        needed = len(prepared.token_ids) + self.max_new_tokens - 1  # the last token is never fed
-        if needed > self.info.max_positions:
-            raise CapacityError(
-                f"sample {sample.index} and its answer take {needed} positions, the model knows "
-                f"{self.info.max_positions}; shorten the prompt, give fewer pictures, or lower "
-                "max_new_tokens= (--max-new-tokens)"
-            )
-        return prepared
+        return prepare(sample, self.processor, self.info.max_positions, self.max_new_tokens)
 
     def _pixels(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         inputs = self._family.model_inputs(

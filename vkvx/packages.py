@@ -32,6 +32,23 @@ def requirement(package: str) -> str:
     return package
 
 
+def extra(name: str) -> str:
+    """The command that installs an extra of vkvx, with the marks around it."""
+    return f"`pip install 'vkvx[{name}]'`"
+
+
+def require(extra_name: str, *modules: str) -> None:
+    """Raise a DependencyError that names all of these modules that are not there, and the extra that brings them.
+
+    None of them is imported: whether they work, :func:`missing` tells where they are used.
+    """
+    absent = [pip_name(module) for module in modules if not _is_there(module)]
+    if absent:
+        *others, last = [f"'{name}'" for name in absent]
+        listed = f"packages {', '.join(others)} and {last} are" if others else f"package {last} is"
+        raise DependencyError(f"the Python {listed} missing; run {extra(extra_name)}")
+
+
 def missing(module: str, error: BaseException | None = None) -> DependencyError:
     """The error for a module that cannot be imported; ``error`` is what its import raised, None if it is not there.
 

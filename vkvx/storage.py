@@ -52,6 +52,19 @@ def check_output(target: Path, force: bool, kind: Kind = BUNDLE) -> None:
         raise StorageError(f"{target} exists; give force= (--force) to replace it, or {kind.remedy}")
 
 
+def check_file(target: Path, option: str) -> None:
+    """Raise StorageError unless a file can be written at ``target``, a new one or in place of an older one."""
+    remedy = f"choose another {option}"
+    if not target.absolute().parent.is_dir():
+        raise StorageError(f"there is no directory for {target}; create it, or {remedy}")
+    if target.is_dir():
+        raise StorageError(f"{target} is a directory; {remedy}")
+    if target.exists() and not target.is_file():
+        raise StorageError(f"{target} is no plain file; {remedy}")
+    if not os.access(target.absolute().parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+        raise StorageError(f"no permission for {target}; change its rights, or {remedy}")
+
+
 @contextmanager
 def new_directory(target: Path, force: bool = False, kind: Kind = BUNDLE) -> Iterator[Path]:
     """A hidden directory beside ``target`` to write into; at the end it takes the place of ``target``.

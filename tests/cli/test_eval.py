@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from samples import Page
 
+from vkvx import evaluation
 from vkvx.cli import main
+from vkvx.errors import StorageError
+from vkvx.evaluation import html, tasks
 from vkvx.evaluation import run as module
 
 FAST = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", "30")
@@ -24,9 +29,15 @@ def questions(tmp_path: Path, pages: list[Page]) -> Path:
     return path
 
 
-def test_table(cli: Callable) -> None:
-    result = cli("eval", "tiny-llava", "--samples", "1", "--bits", "16,8", *FAST)
+def test_table_and_report(cli: Callable, tmp_path: Path, pages: list[Page]) -> None:
+    report = tmp_path / "report.html"
+    result = cli("eval", "tiny-llava", "--samples", "1", "--bits", "16,8", *FAST, "--html", report)
     assert result.code == 0, result.err
+    text = report.read_text(encoding="utf-8")
+    assert f"vkvx eval tiny-llava --samples 1 --bits 16,8 {' '.join(FAST)} --html {report}</code>" in text
+    assert text.count('<img src="data:image/jpeg;base64,') == 1
+    assert text.count(f"<td>{pages[0].truth}</td>") == 3  # right, and as both settings answer
+    assert '<td data-title="digits %">100.00 ± 0.00</td>' in text
     head, empty, titles, *rows = result.out.splitlines()
     assert (head, empty) == ("tiny-llava (torch, cpu, float32), digits: 1 sample", "")
     assert titles.split("  ")[0] == "setting"
@@ -36,6 +47,57 @@ def test_table(cli: Callable) -> None:
     assert packed[:4] == ["8", "bits,", "shaped,", "expected"]
     assert packed[4:10] == ["100.00", "±", "0.00", "+0.00", "±", "0.00"]
     assert len({len(line.rstrip()) for line in (titles, *rows)}) == 1  # aligned
+
+
+def test_results_are_told_even_if_the_report_fails(
+    cli: Callable, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("no room left")
+
+    found = SimpleNamespace(to_json=lambda: {"figures": 1}, examples=[])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: found)
+    monkeypatch.setattr(html, "write_html", fail)
+    result = cli("eval", "tiny-llava", "--data", questions, "--json", "--html", tmp_path / "report.html")
+    assert (result.code, json.loads(result.out)) == (2, {"figures": 1})
+    assert result.err.splitlines() == ["vkvx: error: no room left"]
+
+
+def test_a_sample_that_cannot_be_used_is_told_before_weights_are_read(
+    cli: Callable, questions: Path, tmp_path: Path, pages: list[Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_Engine", None)
+    output = tmp_path / "records.jsonl"
+    arguments = ("eval", "tiny-llava", "--data", questions, "-o", output)
+    result = cli(*arguments, "--max-new-tokens", "4000")
+    assert result.code == 2
+    assert f"error: {questions}:1: prompt and answer take " in result.err
+    (tmp_path / "bad.png").write_bytes(pages[0].path.read_bytes()[:3000])
+    line = {"image": "bad.png", "prompt": "What?", "answers": ["x"]}
+    questions.write_text(f"{questions.read_text()}\n{json.dumps(line)}\n")
+    result = cli(*arguments)
+    assert result.code == 2
+    assert f"error: {questions}:3: {tmp_path / 'bad.png'} cannot be read as a picture" in result.err
+    assert not output.exists()
+
+
+def test_packages_come_first(
+    cli: Callable, questions: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are not opened, and all that is missing is named at once."""
+    monkeypatch.setattr(tasks, "prepare", None)
+    for name in ("rapidfuzz", "pycocoevalcap", "sklearn", "torch", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    metrics = ("--metrics", "anls,cider")
+    for arguments, absent in (
+        (("tiny-llava", "--data", questions, *metrics), "'torch', 'rapidfuzz' and 'pycocoevalcap' are"),
+        ((tiny_bundle, "--data", questions, "--no-reference"), "'onnxruntime' is"),
+        (("tiny-llava",), "'scikit-learn' and 'torch' are"),
+        (("tiny-llava", "--sensitivity"), "'scikit-learn' and 'torch' are"),
+    ):
+        result = cli("eval", *arguments)
+        assert result.code == 2
+        assert f"{absent} missing; run `pip install 'vkvx[eval]'`" in result.err
 
 
 def test_json_is_all_there_is_on_stdout(cli: Callable, questions: Path, tmp_path: Path) -> None:
@@ -113,8 +175,13 @@ def test_ctrl_c_says_where_the_records_are(
         (["tiny-llava", "--setting", "quantiser=lloyd"], "'quantiser=lloyd' in --setting"),
         (["tiny-llava", "--batch", "0"], "--batch 0"),
         (["tiny-llava", "--budget", "2"], "--budget has no effect without --sensitivity"),
-        (["tiny-llava", "--force"], "force= (--force) has no effect without output="),
+        (["tiny-llava", "--force"], "--force has no effect without --output or --html"),
+        (["tiny-llava", "--sensitivity", "--force"], "--force has no effect without --output"),
+        (["tiny-llava", "--sensitivity", "--bits", "16"], "--bits 16 has no effect with --sensitivity"),
         (["tiny-llava", "--html", "/nowhere/report.html"], "no directory for /nowhere/report.html"),
+        (["tiny-llava", "--data", "QUESTIONS", "--html", "QUESTIONS"], "is no report of `vkvx eval`"),
+        (["tiny-llava", "--data", "QUESTIONS", "--html", "QUESTIONS", "--force"], "is no report of `vkvx eval`"),
+        (["tiny-llava", "-o", "new", "--html", "./new"], "--html and --output name the same file"),
         (["tiny-llava", "-o", "/nowhere/records.jsonl"], "/nowhere/records.jsonl"),
         (["tiny-llava", "-o", "QUESTIONS"], "holds no records of `vkvx eval`"),
         (["tiny-llava", "--no-reference"], "--no-reference has no effect on a checkpoint"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import itertools
 import os
@@ -17,7 +16,8 @@ from typing import Any
 import pytest
 
 from vkvx.errors import DependencyError, InputError, StorageError
-from vkvx.evaluation.html import write_html
+from vkvx.evaluation.examples import Example
+from vkvx.evaluation.html import check_report, write_html
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -91,14 +91,14 @@ def without_nulls_to_show() -> dict[str, Any]:
         for name in ("token_agreement", "equal_answers", "kl", "attention_error"):
             s[name] = None
         for m in s["metrics"].values():
-            m.update(dict.fromkeys(m, None) | {"mean": m["mean"]})
+            m.update(dict.fromkeys(("difference", "difference_low", "difference_high")))
     return document
 
 
 class Page(HTMLParser):
     """Everything of a page that a browser would fetch or run, and whether its elements close in order."""
 
-    VOID = ("meta",)
+    VOID = ("meta", "img")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "iframe", "img", "object", "base")
+        assert tag not in ("script", "link", "iframe", "object", "base")
         self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
         self.ids += [v or "" for k, v in attrs if k == "id"]
         if tag not in self.VOID:
@@ -147,13 +147,13 @@ def test_the_whole_page(tmp_path: Path) -> None:
     assert "<expected>" not in text
     assert "<tiny>" not in text
     assert "<X>" not in text
-    # 0.8 with its interval, and its difference from 0.9.
-    assert "<td>0.800 <small>[0.770, 0.830]</small></td>" in text
-    assert "<td>−0.100 <small>[−0.120, −0.080]</small></td>" in text
+    # 0.8 with its interval, and its difference from 0.9, as in the terminal.
+    assert '<td data-title="digits %">80.00 ± 3.00</td>' in text
+    assert '<td data-title="digits % − 16 bits">−10.00 ± 2.00</td>' in text
     figures = figures_of(text)
     assert len(figures) == text.count("<figure") == 5
     curve, maps, lines, bars, channels = (words_of(figure) for figure in figures)
-    assert {"16 bits", "lloyd, expected", "shrink, affine, tau 2.0", "per digit"} <= set(curve)
+    assert {"16 bits", "lloyd, expected", "shrink, affine, tau 2.0", "digits %", "80"} <= set(curve)
     for words in (maps, lines, bars):
         assert "16 bits" not in words
         assert {s["name"] for s in document["settings"][1:]} <= set(words)
@@ -190,9 +190,9 @@ def test_levels_lie_where_they_belong(tmp_path: Path) -> None:
 def test_what_is_null_is_left_out(tmp_path: Path) -> None:
     text = page_of(without_nulls_to_show(), tmp_path)
     assert len(figures_of(text)) == 1
-    for heading in ("KL", "equal tokens", "difference</th>", "None", "null", "nan"):
+    for heading in ("KL", "tokens %", "− 16 bits", "None", "null", "nan"):
         assert heading not in text
-    assert "<td>0.800</td>" in text
+    assert "80.00 ± 3.00" in text
 
 
 def test_no_metric_and_one_null_among_numbers(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_no_metric_and_one_null_among_numbers(tmp_path: Path) -> None:
     document["settings"][1]["kl"] = None
     text = page_of(document, tmp_path)
     assert len(figures_of(text)) == 4
-    assert "<td>–</td>" in text
+    assert ">–</td>" in text
 
 
 def test_many_settings_and_large_models(tmp_path: Path) -> None:
@@ -261,19 +261,62 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ModuleNotFoundError(f"No module named '{name}'", name="matplotlib")
-        return real(name, *rest)
-
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DependencyError, match="pip install 'matplotlib"):
-        write_html(result(), tmp_path / "page.html")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for act in (lambda path: check_report(path, False), lambda path: write_html(result(), path)):
+        with pytest.raises(DependencyError, match=r"'matplotlib' is missing.*vkvx\[eval\]"):
+            act(tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
+
+
+EXAMPLE = Example(
+    place="questions.jsonl:7",
+    prompt="What is <this>?",
+    pictures=("data:image/jpeg;base64,AAAA",) * 2,
+    picture_count=5,
+    answers=("a cat", "cat & dog"),
+    metric="f1",
+    given={"16 bits": ("a cat", 1.0), "1 bit, lloyd, <expected>": ("two\nlines", 0.25)},
+)
+
+
+def test_examples_and_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_html(result(), path, examples=[EXAMPLE], command="vkvx eval 'a <b>' --html page.html")
+    text = path.read_text(encoding="utf-8")
+    assert '<code class="command">vkvx eval &#x27;a &lt;b&gt;&#x27; --html page.html</code>' in text
+    assert "questions.jsonl:7: What is &lt;this&gt;?" in text
+    assert "<td>a cat | cat &amp; dog</td><td>F1 %</td>" in text
+    assert "<td>16 bits</td><td>a cat</td><td>100.00</td>" in text
+    assert "<td>two\nlines</td><td>25.00</td>" in text
+    assert "and 3 more" in text
+    page = Page(text)
+    assert page.open == []
+    assert page.fetched.count("data:image/jpeg;base64,AAAA") == 2
+
+
+def test_where_a_report_may_go(tmp_path: Path) -> None:
+    page, other = tmp_path / "page.html", tmp_path / "questions.jsonl"
+    check_report(page, False)
+    write_html(result(), page)
+    other.write_text("{}")
+    check_report(page, True)
+    for path, force, words in (
+        (page, False, "page.html exists; give --force"),
+        (other, False, "is no report of `vkvx eval`"),
+        (other, True, "is no report of `vkvx eval`"),
+        (tmp_path, True, "is a directory"),
+        (tmp_path / "absent" / "page.html", False, "there is no directory for"),
+        (Path("/dev/null"), True, "is no plain file"),
+    ):
+        with pytest.raises(StorageError, match=words):
+            check_report(path, force)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in, since nothing is forbidden to root."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(StorageError, match="no permission for"):
+        check_report(tmp_path / "page.html", False)
 
 
 @pytest.mark.parametrize("wrong", [{"format": "other"}, {"version": 2}])

@@ -77,7 +77,22 @@ def test_another_evaluation(path: Path) -> None:
     assert path.read_bytes() == before
     with Records(path, {**PRINT, "target": "y"}, force=True) as records:
         assert len(records) == 0
-    assert json.loads(path.read_text())["fingerprint"]["target"] == "y"
+        assert path.read_bytes() == before  # until there is something in its place
+        records.add([RECORD])
+    header, record = map(json.loads, path.read_text().splitlines())
+    assert (header["fingerprint"]["target"], record["text"]) == ("y", RECORD.text)
+
+
+def test_the_same_evaluation_goes_on_with_force(path: Path) -> None:
+    fill(path)
+    with Records(path, PRINT, force=True) as records:
+        assert len(records) == 3
+
+
+def test_nothing_is_written_before_the_first_record(path: Path) -> None:
+    with Records(path, PRINT):
+        pass
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("content", ["hello\n", '{"format": "other"}\n', "[]", "\x00" * 10])
@@ -95,6 +110,8 @@ def test_a_damaged_line_in_the_middle(path: Path) -> None:
     path.write_bytes(b"".join([*lines[:2], b"{}\n", *lines[3:]]))
     with pytest.raises(InputError, match=r"records\.jsonl:3 is no record"):
         Records(path, PRINT)
+    with Records(path, PRINT, force=True) as records:
+        assert len(records) == 0
 
 
 def test_without_a_file() -> None:

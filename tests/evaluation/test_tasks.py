@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from samples import Page
 
-from vkvx.errors import InputError, OptionError
-from vkvx.evaluation.tasks import open_task
+from vkvx.errors import CapacityError, InputError, OptionError
+from vkvx.evaluation.tasks import Sample, open_task, prepare
 
 
 @pytest.fixture
@@ -39,6 +41,7 @@ def test_questions(write: Callable[..., Path]) -> None:
     first, second = task.samples([0, 1])
     assert (first.prompt, first.answers, len(first.pictures)) == ("Wh\u2028at?", ("x", "y"), 1)
     assert second.pictures == (path.parent / "page.png",) * 2
+    assert [sample.place for sample in (first, second)] == [f"{path}:1", f"{path}:3"]
     assert open_task(None, path, None, None).metrics == ("exact", "f1")
 
 
@@ -57,12 +60,41 @@ def test_questions(write: Callable[..., Path]) -> None:
         ({**GOOD, "answers": "x"}, "'answers' must be a list"),
         ({**GOOD, "answers": []}, "at least one text"),
         ({**GOOD, "image": "absent.png"}, "no picture at .*absent.png"),
-        ({**GOOD, "image": "bad.png"}, "bad.png cannot be read as a picture"),
+        ({**GOOD, "prompt": "caf\ud800"}, "'prompt' is not valid Unicode"),
+        ({**GOOD, "answers": ["x", "\udfff"]}, "an answer is not valid Unicode"),
     ],
 )
 def test_a_bad_line_is_named(write: Callable[..., Path], line: Any, words: str) -> None:
     with pytest.raises(InputError, match=rf"questions\.jsonl:2: .*{words}"):
         open_task(None, write(GOOD, line), None, None)
+
+
+def test_what_is_wrong_with_a_sample_comes_with_its_place() -> None:
+    """Of what only a model's processor knows, from the prompt or from a picture, or of its room."""
+
+    class Wrong:
+        has_chat_template, plain_picture = False, "<image>"
+
+        def prepare(self, prompt: str, pictures: object) -> Any:
+            if prompt == "<image>short":
+                return SimpleNamespace(token_ids=[0] * 30, picture_lengths=(16,))
+            raise InputError("the prompt has 2 <image>")
+
+    processor: Any = Wrong()
+    sample = Sample(6, "short", ("page.png",), ("x",), "questions.jsonl:7")
+    assert len(prepare(sample, processor, 32, 3).token_ids) == 30
+    with pytest.raises(
+        CapacityError, match=r"^questions\.jsonl:7: prompt and answer take 33 .* 16 of them .* knows 32"
+    ):
+        prepare(sample, processor, 32, 4)
+    with pytest.raises(InputError, match=r"^questions\.jsonl:7: the prompt has 2 <image>$"):
+        prepare(replace(sample, prompt="other"), processor, 32, 3)
+
+
+def test_a_file_of_the_name_of_a_task(write: Callable[..., Path]) -> None:
+    path = write(GOOD)
+    task = open_task(None, path.rename(path.with_name("digits")), None, ["anls"])
+    assert task.scorers["anls"](["x"], [["x", "y"]]) == [1.0]
 
 
 def test_files_that_hold_nothing(write: Callable[..., Path], tmp_path: Path) -> None:

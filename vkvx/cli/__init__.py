@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         args = build_parser().parse_args(arguments)
+        args.arguments = arguments
         terminal.quieten(debug)
         code = args.execute(args)
         sys.stdout.flush()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
 from vkvx.cli.export import DTYPES
 from vkvx.cli.generation import PROVIDERS
-from vkvx.errors import OptionError, StorageError
+from vkvx.errors import OptionError
 from vkvx.evaluation.settings import FIELDS, option_name
 from vkvx.format import BASELINE_BITS, QUANTIZERS, SCORE_CORRECTIONS
 
@@ -31,6 +33,8 @@ HELP = {
 }
 """What to say of the fields of ExportOptions that are options here."""
 REPEATED = ("bits_per_layer",)
+EXAMPLES = 6
+"""Samples that a report shows."""
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:
@@ -74,7 +78,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
     results = parser.add_argument_group("results")
     results.add_argument("-o", "--output", metavar="FILE", help="keep a record a sample; the same command goes on")
-    results.add_argument("--force", action="store_true", help="start the file of --output anew")
+    results.add_argument("--force", action="store_true", help="replace a report, and records of another evaluation")
     results.add_argument("--json", action="store_true", help="print the result as JSON")
     results.add_argument("--html", metavar="FILE", help="write a report")
     return parser
@@ -86,10 +90,14 @@ def run(args: argparse.Namespace) -> int:
         return _sensitivity(args)
     if args.budget is not None:
         raise OptionError("--budget has no effect without --sensitivity; leave it out, or give that as well")
+    if args.force and args.output is None and args.html is None:
+        raise OptionError("--force has no effect without --output or --html; leave it out, or give one of them")
     if args.html is not None:  # before anything runs: what cannot be written is told at once
-        if not Path(args.html).absolute().parent.is_dir():
-            raise StorageError(f"there is no directory for {args.html}; create it, or choose another --html")
-        from vkvx.evaluation.html import write_html
+        from vkvx.evaluation.html import check_report, write_html
+
+        if args.output is not None and Path(args.html).resolve() == Path(args.output).resolve():
+            raise OptionError("--html and --output name the same file; give each its own")
+        check_report(Path(args.html), args.force)
     from vkvx.evaluation import evaluate
     from vkvx.evaluation.report import table
 
@@ -101,14 +109,17 @@ def run(args: argparse.Namespace) -> int:
             metrics=None if args.metrics is None else [name.strip() for name in args.metrics.split(",")],
             model=args.model,
             reference=not args.no_reference,
+            examples=0 if args.html is None else EXAMPLES,
             **_common(args, progress),
         )
-    if args.html is not None:
-        write_html(result.to_json(), Path(args.html))
     if args.json:
         terminal.print_json(result.to_json())
     else:
         print("\n".join(table(result)))
+    if args.html is not None:  # last, so that nothing is lost if the disk is full by now
+        sys.stdout.flush()
+        command = shlex.join(["vkvx", *args.arguments])
+        write_html(result.to_json(), Path(args.html), examples=result.examples, command=command)
     return 0
 
 
@@ -133,11 +144,15 @@ def _sensitivity(args: argparse.Namespace) -> int:
     for name in ("metrics", "model", "html"):
         if getattr(args, name) is not None:
             raise OptionError(f"--{name} has no effect with --sensitivity; leave it out")
+    if args.force and args.output is None:
+        raise OptionError("--force has no effect without --output; leave it out, or give both")
     if args.no_reference:
         raise OptionError("--sensitivity compares with the 16-bit model; leave out --no-reference")
     from vkvx.evaluation.sensitivity import measure_sensitivity
 
-    given = [entry for entry in settings(args) or () if entry.bits != BASELINE_BITS]
+    given = settings(args) or []
+    if any(entry.bits == BASELINE_BITS for entry in given):
+        raise OptionError("--bits 16 has no effect with --sensitivity, which always compares with it; leave it out")
     if len(given) > 1:
         raise OptionError(f"--sensitivity starts from one setting, not from {len(given)}; give one value an option")
     with _Progress(args) as progress:
@@ -172,8 +187,9 @@ def _sensitivity_lines(result: Sensitivity) -> list[str]:
 
 def _common(args: argparse.Namespace, progress: terminal.ProgressBar) -> dict[str, Any]:
     """Arguments that both kinds of run take."""
-    names = ("data", "samples", "device", "dtype", "batch", "max_new_tokens", "output", "force")
-    return {**{name: getattr(args, name) for name in names}, "progress": progress}
+    names = ("data", "samples", "device", "dtype", "batch", "max_new_tokens", "output")
+    force = args.force and args.output is not None
+    return {**{name: getattr(args, name) for name in names}, "force": force, "progress": progress}
 
 
 class _Progress(terminal.ProgressBar):
