@@ -23,8 +23,8 @@ from vkvx.export.options import ExportOptions
 from vkvx.manifest import FILE_NAME, FLOAT_DTYPES, Manifest, Progress
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.family import Source
-from vkvx.models.registry import ALIASES, resolve
-from vkvx.packages import require
+from vkvx.models.registry import ALIASES, resolve, resolve_origin
+from vkvx.packages import RUN, TORCH, require
 from vkvx.runtime.sessions.processor import Processor
 
 if TYPE_CHECKING:
@@ -157,10 +157,9 @@ class EvaluationPlan:
 
 def needed_modules(task: Task, *, bundle: bool = False, reference: bool = True) -> list[str]:
     """The Python modules that an evaluation takes, so that missing ones are told before anything is read."""
-    found = ["transformers", "jinja2"] if task.is_given else ["transformers", "jinja2", "sklearn"]
-    found += ["torch", "safetensors"] if reference or not bundle else []
-    found += ["onnxruntime", "onnx"] if bundle else []
-    return found + [METRIC_MODULES[name] for name in task.metrics if name in METRIC_MODULES]
+    found = [*(RUN if bundle else ()), *(TORCH if reference or not bundle else ())]
+    found += [] if task.is_given else ["sklearn"]
+    return list(dict.fromkeys(found + [METRIC_MODULES[name] for name in task.metrics if name in METRIC_MODULES]))
 
 
 def make_plan(
@@ -240,7 +239,7 @@ def _plan_bundle(
         )
     from vkvx.runtime.backends.torch.loading import check_same_model
 
-    source = resolve(model or info.source, revision=None if model else info.revision)
+    source = resolve_origin(bundle, info, model, "--no-reference")
     check_same_model(source, manifest)
     (base,) = settle([], info.cached_layers, info.typical_tokens)
     if base.name == name:

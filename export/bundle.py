@@ -19,7 +19,7 @@ from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_c
 from vkvx.models.family import Source
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.registry import resolve
-from vkvx.packages import missing
+from vkvx.packages import EXPORT, missing, require
 from vkvx.plugins.operator import VERSION
 from vkvx.storage import check_output, check_room, new_directory
 
@@ -53,6 +53,7 @@ def export_model(
     """
     options = options or ExportOptions()
     report: Progress = progress or (lambda stage, done, total: None)
+    require("export", *EXPORT)
     options.check()
     target = Path(output).expanduser().absolute()
     check_output(target, options.force)

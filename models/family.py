@@ -388,14 +388,17 @@ def filled(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(array, [(0, most) for most in sizes - array.shape]) for array in arrays])
 
 
-def check_image_size(given: Mapping[str, int], size: int) -> None:
-    """Raise ModelError unless pictures that the image processor makes have this many pixels on each side."""
+def check_image_size(given: Mapping[str, int], size: int, file: str) -> None:
+    """Raise ModelError unless pictures that the image processor makes have this many pixels on each side.
+
+    ``file`` holds its settings.
+    """
     found = {given.get("height", given.get("longest_edge", given.get("shortest_edge")))}
     found.add(given.get("width", *found))
     if found != {size}:
         raise ModelError(
             f"the image processor gives pictures of {sorted(found, key=str)} pixels, the vision tower takes {size}; "
-            "fix preprocessor_config.json"
+            f"fix {file}"
         )
 
 

@@ -81,7 +81,7 @@ class Gemma3(Family):
 
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """Pictures are not cut: crops would need a text of their own around them."""
-        check_image_size(files.images.size, config.vision_config.image_size)
+        check_image_size(files.images.size, config.vision_config.image_size, files.image_file)
         files.require_tokens(BEGIN, END)
         if files.images.do_pan_and_scan:
-            raise ModelError("pan and scan is not supported; set do_pan_and_scan to false in preprocessor_config.json")
+            raise ModelError(f"pan and scan is not supported; set do_pan_and_scan to false in {files.image_file}")

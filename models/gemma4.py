@@ -109,7 +109,7 @@ class Gemma4(Family):
         if given != (vision.patch_size, vision.pooling_kernel_size):
             raise ModelError(
                 f"the image processor makes patches of {given[0]} pixels, pooled by {given[1]}; the tower takes "
-                f"{vision.patch_size} and {vision.pooling_kernel_size}; fix preprocessor_config.json"
+                f"{vision.patch_size} and {vision.pooling_kernel_size}; fix {files.image_file}"
             )
 
     def model_inputs(

@@ -87,7 +87,7 @@ class Idefics3(Family):
 
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """The tower takes tiles of one size."""
-        check_image_size(files.images.max_image_size, config.vision_config.image_size)
+        check_image_size(files.images.max_image_size, config.vision_config.image_size, files.image_file)
         files.require_tokens("<fake_token_around_image>")
 
     def model_inputs(

@@ -53,6 +53,6 @@ class InternVL(Family):
 
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """Pictures are cut into tiles unless somebody asks otherwise: InternVLProcessor's default, not the file's."""
-        check_image_size(files.images.size, config.vision_config.image_size[0])
+        check_image_size(files.images.size, config.vision_config.image_size[0], files.image_file)
         files.require_tokens("<img>", "</img>")
         files.images.crop_to_patches = True

@@ -27,5 +27,5 @@ class LightOnOcr(Mistral3):
         if any(own % side for own in sides):
             raise ModelError(
                 f"the image processor makes patches of {sorted(sides)} pixels, the vision tower takes {side}; "
-                "fix preprocessor_config.json"
+                f"fix {files.image_file}"
             )

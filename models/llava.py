@@ -75,7 +75,7 @@ class Llava(Family):
         """The tower takes pictures of one size."""
         images = files.images
         size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
-        check_image_size(size, config.vision_config.image_size)
+        check_image_size(size, config.vision_config.image_size, files.image_file)
 
 
 def projected_features(model: Any, pixels: Tensor) -> Tensor:

@@ -89,10 +89,10 @@ class LlavaNext(Family):
         """Tiles and grids of the image processor must be those of the model."""
         images = files.images
         size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
-        check_image_size(size, config.vision_config.image_size)
+        check_image_size(size, config.vision_config.image_size, files.image_file)
         if [list(size) for size in images.image_grid_pinpoints] != [list(size) for size in config.image_grid_pinpoints]:
             raise ModelError(
-                "image_grid_pinpoints of the image processor and of the model differ; fix preprocessor_config.json"
+                f"image_grid_pinpoints of the image processor and of the model differ; fix {files.image_file}"
             )
 
     def model_inputs(

@@ -88,5 +88,5 @@ class PaliGemma(Family):
 
     def prepare_processor(self, files: ProcessorFiles, config: Any) -> None:
         """The tower takes pictures of one size."""
-        check_image_size(files.images.size, config.vision_config.image_size)
+        check_image_size(files.images.size, config.vision_config.image_size, files.image_file)
         files.require_tokens(self.prompt.begin)

@@ -16,7 +16,8 @@ from vkvx.models.videos import FILE as VIDEO_FILE
 from vkvx.models.videos import read_settings
 from vkvx.packages import missing
 
-_TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
+IMAGE_FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", NESTED_FILE)
 """Files that may hold the template of a processor, the newest kind first."""
 
 
@@ -24,13 +25,15 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.jso
 class ProcessorFiles:
     """``tokenizer`` and ``images`` (an image processor for Pillow) of transformers, and the chat template if any.
 
-    ``videos`` are the settings of the video processor, if there is one.
+    ``videos`` are the settings of the video processor, if there is one. ``image_file`` is the name of the file that
+    those of the image processor are in.
     """
 
     tokenizer: Any
     images: Any
     chat_template: str | None
     videos: dict[str, Any] | None = None
+    image_file: str = IMAGE_FILE
 
     @classmethod
     def load(cls, directory: Path, trust_remote_code: bool = False) -> ProcessorFiles:
@@ -41,7 +44,7 @@ class ProcessorFiles:
         )
         images = load_images(directory, trust_remote_code)
         template = _read_template(directory) or tokenizer.chat_template
-        return cls(tokenizer, images, template, read_settings(directory))
+        return cls(tokenizer, images, template, read_settings(directory), image_settings_file(directory))
 
     def save(self, directory: Path) -> None:
         """Write them into a new directory, from which :meth:`load` reads the same."""
@@ -65,6 +68,14 @@ def load_images(directory: Path, trust_remote_code: bool = False) -> Any:
     return images.from_pretrained(
         str(directory), backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
     )
+
+
+def image_settings_file(directory: Path) -> str:
+    """The file that transformers reads the settings of the image processor from."""
+    nested = directory / NESTED_FILE
+    if nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
+        return NESTED_FILE
+    return IMAGE_FILE
 
 
 def _read_template(directory: Path) -> str | None:

@@ -58,7 +58,7 @@ class GridFamily(Family):
         if given != (vision.patch_size, vision.spatial_merge_size):
             raise ModelError(
                 f"the image processor makes patches of {given[0]} pixels and merges {given[1]}, the vision tower takes "
-                f"{vision.patch_size} and {vision.spatial_merge_size}; fix preprocessor_config.json"
+                f"{vision.patch_size} and {vision.spatial_merge_size}; fix {files.image_file}"
             )
 
     def model_inputs(

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vkvx.errors import ModelError
+from vkvx.errors import BundleError, ModelError
 from vkvx.manifest import FILE_NAME as BUNDLE_FILE
+from vkvx.manifest import ModelInfo
 from vkvx.models.checkpoint import CONFIG_FILE
 from vkvx.models.family import Family, Source
 from vkvx.models.gemma3 import Gemma3
@@ -89,6 +90,8 @@ def locate(name_or_path: str | Path, *, cache_dir: str | Path | None = None, rev
     if directory.is_dir():
         if revision is not None:
             raise ModelError(f"'{name}' is on this machine and has no revisions; leave out --revision")
+        if cache_dir is not None:
+            raise ModelError(f"'{name}' is on this machine, nothing is downloaded; leave out cache_dir= (--cache-dir)")
         directory = directory.resolve()
         label, origin = (name, name) if name in ALIASES else (directory.name, str(directory))
         return Location(label, origin, _with_config(directory), None)
@@ -101,6 +104,34 @@ def locate(name_or_path: str | Path, *, cache_dir: str | Path | None = None, rev
     hub_id = str(target)
     directory = _with_config(_download(hub_id, CONFIG_FILES, cache_dir, revision))
     return Location(name if name in ALIASES else hub_id.split("/")[1], hub_id, directory, directory.name)
+
+
+def resolve_origin(bundle: Path, info: ModelInfo, model: str | None, otherwise: str) -> Source:
+    """The checkpoint ``model``, or where that is None the one that a bundle was exported from.
+
+    ``otherwise`` is what people can do without one. Raises ModelError as :func:`resolve`.
+    """
+    if model is not None:
+        return resolve(model)
+    try:
+        return resolve(info.source, revision=info.revision)
+    except ModelError as error:
+        reason = str(error).partition(";")[0]
+        raise ModelError(
+            f"the checkpoint that {bundle} was exported from is not there ({reason}); give model= (--model) with its "
+            f"place, or {otherwise}"
+        ) from error
+
+
+def read_bundle(bundle: Path) -> Source:
+    """The model in a bundle, whose weights and config are those of a checkpoint. Raises BundleError and ModelError."""
+    if not (bundle / CONFIG_FILE).is_file():
+        raise BundleError(
+            f"{bundle} holds no {CONFIG_FILE}, which older exports left out and torch needs; export the model again, "
+            "or give --backend onnxruntime"
+        )
+    directory = bundle.resolve()
+    return read_source(Location(directory.name, str(directory), directory, None))
 
 
 def read_source(place: Location, trust_remote_code: bool = False) -> Source:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vkvx.errors import OptionError
 from vkvx.format import (
@@ -101,14 +101,16 @@ class QuantizationOptions:
             raise OptionError(reason)
 
     def with_bits(self, bits: int) -> Self:
-        """The same options with this many bits throughout."""
-        return replace(self, bits=bits, key_bits=None, value_bits=None, bits_per_layer=None)
+        """The same options with this many bits throughout; those that have no effect at 16 are left out there."""
+        other: dict[str, Any] = {**dict.fromkeys(_METHODS), "group_size": "auto"} if bits == BASELINE_BITS else {}
+        return replace(self, bits=bits, key_bits=None, value_bits=None, bits_per_layer=None, **other)
 
     def without_effect(self) -> dict[str, str]:
         """The options given that would change nothing, and for each the line that says so."""
         given = {name for name in _METHODS if getattr(self, name) is not None}
         if self._pair == (BASELINE_BITS, BASELINE_BITS):
-            return {n: f"{keyword(n)} has no effect at 16 bits; leave it out" for n in _METHODS if n in given}
+            idle = [name for name in _METHODS if name in given] + (["group_size"] if self.group_size != "auto" else [])
+            return {name: f"{keyword(name)} has no effect at 16 bits; leave it out" for name in idle}
         reasons = {}
         for name, (of, needed, *_) in _NUMBERS.items():
             chosen = getattr(self, of) or _DEFAULTS[of]

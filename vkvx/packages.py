@@ -11,6 +11,12 @@ from vkvx.errors import DependencyError
 
 PIP_NAMES = {"PIL": "pillow", "cuda": "cuda-python", "onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
 """Modules whose package has another name."""
+RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
+"""Modules that running a bundle in onnxruntime takes."""
+TORCH = ("numpy", "PIL", "jinja2", "safetensors", "torch", "transformers")
+"""The same in torch."""
+EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
+"""Modules that an export takes."""
 
 
 def pip_name(module: str) -> str:

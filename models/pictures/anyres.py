@@ -63,7 +63,7 @@ class AnyRes:
         if len(pixels) != tiles:
             raise InputError(
                 f"the image processor cuts the picture into {len(pixels)} tiles, the model wants {tiles}; "
-                "fix image_grid_pinpoints in preprocessor_config.json and export the model again"
+                "fix image_grid_pinpoints of the image processor and export the model again"
             )
         arrays = {"pixel_values": pixels, **self.packing(height, width)}
         tokens = len(arrays["pack_index"])

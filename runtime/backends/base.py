@@ -67,8 +67,8 @@ class Candidate:
 
     ``reason`` says what speaks for it, ``against`` why ``auto`` passes over it: None where it does not, "" where there
     is nothing to tell. ``limits`` are those of :attr:`Backend.limits`; ``gpu`` is the CUDA index of the GPU that it
-    uses if it uses one. ``open(slots=, visual_tokens=, text_tokens=, verify=)`` opens it, and raises what is wrong
-    where something is.
+    uses if it uses one. ``open(slots=, visual_tokens=, text_tokens=, verify=)`` opens it. ``check()`` raises what is
+    wrong with it as far as that is known without the files of the bundle: before they are read and compared.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Candidate:
     open: Callable[..., Backend]
     limits: Limits | None = None
     gpu: int = 0
+    check: Callable[[], None] = lambda: None
 
 
 def against_gpu(provider: str, threads: int | None) -> str | None:

@@ -42,7 +42,7 @@ def choose_backend(
 ) -> Candidate:
     """The backend of a name, or for "auto" the one that serves the bundle best on this machine, with the reason.
 
-    Raises OptionError; what else is wrong with it is raised when it is opened.
+    Raises OptionError, and what :attr:`Candidate.check` raises; what else is wrong is raised when it is opened.
     """
     if name not in ("auto", *BACKENDS):
         raise OptionError(f"unknown backend '{name}' (--backend): give one of auto, {', '.join(BACKENDS)}")
@@ -50,12 +50,14 @@ def choose_backend(
         check_machine(provider, threads)
         folder = next(folder for folder, names in _FOLDERS.items() if name in names)
         found = next(one for one in _find(folder, bundle, manifest, provider, threads) if one.name == name)
+        found.check()
         return replace(found, reason="it was asked for")
     reasons = dict[str, None]()
     for found in candidates(bundle, manifest, provider, threads):
         if found.against is None:
             break
         reasons[found.against] = None
+    found.check()
     return replace(found, reason="; ".join(filter(None, [*reasons, found.reason])))
 
 

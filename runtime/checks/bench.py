@@ -103,9 +103,9 @@ def bench_bundle(
     Raises what opening raises, and CapacityError if a sequence is longer than the model's positions.
     """
     manifest = Manifest.load(bundle)
+    found = choose_backend(backend, bundle, manifest, provider, threads)
     if verify:
         manifest.verify(bundle, progress)
-    found = choose_backend(backend, bundle, manifest, provider, threads)
     tokens, size = golden.picture(manifest, manifest.model.usual_tokens).tokens, manifest.quantization.group_size
     length = load.pictures * tokens + load.prompt_tokens + load.steps
     if length > manifest.model.max_positions:

@@ -103,7 +103,7 @@ def plan_model(
 
     Raises:
         OptionError, ModelError, DependencyError: for wrong options, a model that is not known, missing packages.
-        CapacityError: if the weights alone do not fit.
+        CapacityError: if the weights alone do not fit, or a sequence is longer than the model's positions.
     """
     options = options or QuantizationOptions()
     _check(bits, pictures, text_tokens, tokens_per_picture, reserve)
@@ -122,6 +122,12 @@ def plan_model(
     tokens = tokens_per_picture or info.usual_tokens
     if tokens_per_picture is not None and info.tokens_per_picture not in (None, tokens_per_picture):
         raise OptionError(f"every picture of {info.name} has {info.tokens_per_picture} tokens; leave out {_TOKENS}")
+    taken = pictures * tokens + text_tokens
+    if taken > info.max_positions:
+        raise CapacityError(
+            f"{pictures} x {tokens} visual and {text_tokens} text tokens are {taken} positions, {info.name} has "
+            f"{info.max_positions}; give fewer pictures= (--pictures) or text_tokens= (--text-tokens)"
+        )
     decoder, vision = (count * ITEM_BYTES[dtype] for count in count_parameters(source, dtype))
     kept = math.ceil(memory * reserve)
     free = memory - kept - decoder - vision

@@ -16,9 +16,12 @@ import numpy as np
 
 from vkvx.errors import OptionError
 from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS, STATE_NAMES
-from vkvx.manifest import Manifest, Progress
+from vkvx.manifest import FILE_NAME, Manifest, Progress
+from vkvx.models.family import Source
+from vkvx.models.registry import read_bundle, resolve_origin, sample_pages
+from vkvx.packages import TORCH, require
 from vkvx.runtime.backends.base import Backend
-from vkvx.runtime.backends.registry import ENGINE_BACKENDS, open_backend
+from vkvx.runtime.backends.registry import ENGINE_BACKENDS, choose_backend, open_backend
 from vkvx.runtime.calls import build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
 from vkvx.runtime.sessions.pictures import Picture
@@ -130,7 +133,8 @@ def validate_bundle(
 
     Args:
         bundle: directory of the bundle; the hashes of its files are verified.
-        model: checkpoint directory, alias or hub id; None takes what the manifest names.
+        model: checkpoint directory, alias or hub id; None takes what the manifest names. The bundle itself holds all
+            weights, too: it can stand in where its checkpoint is gone.
         images: one picture a turn; None takes two of the bundled sample pages.
         steps: decode steps after each prefill.
         atol, rtol: tolerance atol + rtol * range in place of ``TOLERANCES``, but for the share of codes.
@@ -141,8 +145,6 @@ def validate_bundle(
         BundleError, EngineError, ModelError, InputError: if something cannot be read; DependencyError: without what the
         backend or the reference needs; OptionError: for an unusable number, or an option that would have no effect.
     """
-    from vkvx.models.registry import sample_pages
-
     if backend not in COMPARED:
         raise OptionError(f"backend '{backend}' (--backend) cannot be validated: give one of {', '.join(COMPARED)}")
     engines = backend in ENGINE_BACKENDS
@@ -157,6 +159,8 @@ def validate_bundle(
     report_progress = progress or (lambda stage, done, total: None)
     directory = Path(bundle)
     manifest = Manifest.load(directory)
+    choose_backend(backend, directory, manifest, "auto" if engines else provider)
+    source = None if engines else _reference(directory, manifest, model)
     manifest.verify(directory, report_progress)
     pictures = list(images) if images else sample_pages()[:2]
     processor = Processor.of_bundle(directory, manifest)
@@ -173,15 +177,13 @@ def validate_bundle(
     total = 1 + len(turns) * (steps + 2)
     report_progress("compare", 0, total)
     reference: Backend
-    if engines:
+    if source is None:
         opened = open_backend(backend, directory, manifest, **capacity)
         reference = open_backend("onnxruntime", directory, manifest, provider="cpu", **capacity)
         name = "onnxruntime"
     else:
-        from vkvx.models.registry import resolve
         from vkvx.runtime.backends.torch.loading import load_reference
 
-        source = resolve(model or manifest.model.source, revision=None if model else manifest.model.revision)
         reference = load_reference(source, manifest, **capacity)
         opened = open_backend(backend, directory, manifest, provider=provider, **capacity)
         name = str(source.name)
@@ -203,6 +205,14 @@ def validate_bundle(
             report_progress("compare", done, total)
         comparison.caches(f"{phase}decode {steps}")
     return report
+
+
+def _reference(bundle: Path, manifest: Manifest, model: str | None) -> Source:
+    """What a bundle is compared with: its checkpoint, or another bundle's or its own copy of one."""
+    require("export", *TORCH)
+    if model is not None and (Path(model) / FILE_NAME).is_file():
+        return read_bundle(Path(model))
+    return resolve_origin(bundle, manifest.model, model, f"--model {bundle}, which compares with its own weights")
 
 
 def _turn(processor: Processor, picture: Picture, *, first: bool) -> Prepared:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ from vkvx.runtime.engines.options import (
     configure,
 )
 from vkvx.runtime.engines.progress import BuildProgress
-from vkvx.storage import Kind, check_room, new_directory, write_file
+from vkvx.storage import Kind, check_output, check_room, new_directory, write_file
 
-KIND = Kind("engine directory", FILE_NAME, FORMAT, "move it away")
+KIND = Kind("engine directory", FILE_NAME, FORMAT, "give another output= (--output)")
 ORDER = (DECODER, VISION)
 ENGINE_REVISION = 1
 """Raise it with every change of the code that makes other engines from the same bundle and options: engines of an older
@@ -70,7 +70,7 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """A build with everything decided."""
+    """A build with everything decided; ``plugin`` and what follows from it are found last."""
 
     bundle: Path
     manifest: Manifest
@@ -79,14 +79,16 @@ class _Job:
     limits: Limits
     profiles: tuple[Profile, ...]
     options: BuildOptions
-    plugin: Path | None
-    plugin_info: PluginInfo | None
-    key: str
     verbose: bool
     gpu: Gpu | None
+    plugin: Path | None = None
+    plugin_info: PluginInfo | None = None
+    key: str = ""
 
     @property
     def directory(self) -> Path:
+        if self.options.output is not None:
+            return self.options.output.expanduser().absolute()
         return self.bundle / FOLDER / directory_name(self.library.backend, self.capabilities)
 
 
@@ -98,20 +100,23 @@ def build_engines(
     notice: Callable[[str], None] = lambda text: None,
     verbose: bool = False,
 ) -> BuildResult:
-    """Build vision and decoder engines into ``BUNDLE/engines``, unless that was done for the same inputs.
+    """Build vision and decoder engines into ``options.output``, unless that was done for the same inputs.
 
+    By default that is a directory in ``BUNDLE/engines``, where sessions look for engines.
     ``notice`` gets lines for the person who waits, such as that the plugin is compiled first; ``verbose`` prints the
     log of TensorRT. Raises BundleError, OptionError, CapacityError, DependencyError, BuildError, EngineError and
     StorageError.
     """
-    job = _plan(Path(bundle), options, notice, verbose)
+    job = _plan(Path(bundle), options, verbose)
     predicted = predicted_memory(job.library, job.bundle, job.manifest, plugin_free=options.plugin_free)
-    with _lock(job.directory):
+    with _lock(job.directory, create=options.output is None):
+        check_output(job.directory, True, KIND)
+        job = _with_plugin(job, notice)  # it may have to be compiled, so only now that engines can be written
         found = None if options.force else _up_to_date(job)
         if found is not None:
             return BuildResult(job.directory, found, False, predicted, None)
         _check_memory(predicted)
-        check_room(job.bundle, 2 * sum(_weight_bytes(job.bundle, job.manifest).values()))
+        check_room(job.directory.parent, 2 * sum(_weight_bytes(job.bundle, job.manifest).values()))
         with new_directory(job.directory, force=True, kind=KIND) as partial:
             manifest = _build(job, partial, progress)
     return BuildResult(job.directory, manifest, True, predicted, peak_memory())
@@ -126,7 +131,7 @@ def predicted_memory(library: TensorRTLibrary, bundle: Path, manifest: Manifest,
     )
 
 
-def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], verbose: bool) -> _Job:
+def _plan(bundle: Path, options: BuildOptions, verbose: bool) -> _Job:
     manifest = Manifest.load(bundle)
     if manifest.model.linear_layers:
         raise BuildError(
@@ -145,12 +150,17 @@ def _plan(bundle: Path, options: BuildOptions, notice: Callable[[str], None], ve
     # Without the plugin, the operator's function stands in, which reduces over the entries of a call.
     empty = library.takes_empty_tensors and not options.plugin_free
     profiles = build_profiles(manifest, limits, empty_indices=empty)
-    path = None if options.plugin_free else _find_plugin(library, options, capabilities, notice)
-    info = None if path is None else PluginInfo(path.name, sha256(path), options.plugin == EMBED)
-    key = _cache_key(bundle, library, capabilities, limits, options, info)
     # TensorRT builds for the GPU that is current. Where all are of one kind, that needs no choice, nor cuda-python.
     gpu = own[0] if library.needs_gpu and len(native) > 1 else None
-    return _Job(bundle, manifest, library, capabilities, limits, profiles, options, path, info, key, verbose, gpu)
+    return _Job(bundle, manifest, library, capabilities, limits, profiles, options, verbose, gpu)
+
+
+def _with_plugin(job: _Job, notice: Callable[[str], None]) -> _Job:
+    options = job.options
+    path = None if options.plugin_free else _find_plugin(job.library, options, job.capabilities, notice)
+    info = None if path is None else PluginInfo(path.name, sha256(path), options.plugin == EMBED)
+    key = _cache_key(job.bundle, job.library, job.capabilities, job.limits, options, info)
+    return replace(job, plugin=path, plugin_info=info, key=key)
 
 
 def _find_plugin(
@@ -202,18 +212,26 @@ def _cache_key(
 
 
 @contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Keep other builds out of a directory; EngineError if one is running. A killed build holds no lock."""
+def _lock(directory: Path, create: bool) -> Iterator[None]:
+    """Keep other builds out of a directory; EngineError if one is running. A killed build holds no lock.
+
+    Its parent is made with ``create``. Raises StorageError if it cannot be written to.
+    """
     from filelock import FileLock, Timeout
 
     try:
-        directory.parent.mkdir(exist_ok=True)
+        if create:
+            directory.parent.mkdir(exist_ok=True)
+        elif not directory.parent.is_dir():
+            raise StorageError(f"{directory.parent} is no directory; create it, or {KIND.remedy}")
         lock = FileLock(directory.parent / f".{directory.name}.lock", timeout=0)
         lock.acquire()
     except Timeout:
         raise EngineError(f"another build of {directory} is running; wait for its end, then run this again") from None
     except OSError as error:
-        raise StorageError(f"cannot write to {directory.parent}: {error.strerror}; change its rights") from error
+        raise StorageError(
+            f"cannot write to {directory.parent}: {error.strerror}; change its rights, or {KIND.remedy}"
+        ) from error
     try:
         yield
     finally:

@@ -21,7 +21,8 @@ class BuildOptions:
     """Options of ``vkvx build``; the flags of the same names are documented in ``docs/cli.md``.
 
     ``compute_capabilities`` are such as "8.9", none for the GPU of the machine. ``plugin`` is the path of a library,
-    "embed", or None for the one that ``vkvx plugin build`` makes. ``workspace`` is in bytes.
+    "embed", or None for the one that ``vkvx plugin build`` makes. ``workspace`` is in bytes. ``output`` is the
+    engines' directory, None for one in the bundle.
     """
 
     backend: str = "auto"
@@ -36,6 +37,7 @@ class BuildOptions:
     strip_plan: bool = False
     plugin_free: bool = False
     plugin: str | None = None
+    output: Path | None = None
     force: bool = False
 
     def recorded(self) -> dict[str, int | str | bool | None]:

@@ -115,15 +115,28 @@ class Request:
         if self._start + fed > model.max_positions:
             raise CapacityError(
                 f"prompt and answer end at position {self._start + fed}, the model knows {model.max_positions}; "
-                "shorten the prompt or lower max_new_tokens= (--max-new-tokens)"
+                f"{self._shorter}"
             )
         cache.check_capacity(self.slot, *cache.demand(lengths, fed - sum(lengths)))
         limits, prompt = self._backend.limits, fed - answer
         if limits is not None and prompt > limits.input_len:
             raise CapacityError(
                 f"the prompt has {prompt} tokens with its pictures, the engine takes {limits.input_len} in a call; "
-                f"build it with `vkvx build BUNDLE --max-input-len {prompt}`, or shorten the prompt"
+                f"build it with `vkvx build BUNDLE --max-input-len {prompt}`, or {self._shorter}"
             )
+
+    @property
+    def _shorter(self) -> str:
+        """What can be done about a prompt that is too long, what takes the most of it first."""
+        lengths, answer = self.prepared.picture_lengths, self.options.max_new_tokens - 1
+        visual = sum(lengths)
+        wishes = [
+            (visual, f"give fewer or smaller pictures ({len(lengths)} take {visual} of these tokens)"),
+            (len(self.prepared.token_ids) - visual, "shorten the prompt"),
+            (self._base, "start another conversation"),
+            (answer, "lower max_new_tokens= (--max-new-tokens)"),
+        ]
+        return ", or ".join(wish for tokens, wish in sorted(wishes, key=lambda one: -one[0]) if tokens)
 
     def admit(self) -> None:
         """Take a slot if there is none yet, and make the prompt part of the history."""

@@ -23,6 +23,7 @@ from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.videos import open_videos
+from vkvx.packages import require
 from vkvx.runtime.sessions.pictures import Picture, first_line, load_picture
 from vkvx.runtime.sessions.text import check_text
 from vkvx.runtime.sessions.videos import Video, open_clip
@@ -93,6 +94,7 @@ class Processor:
     @classmethod
     def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
         """The processor of a bundle. Raises BundleError if its files do not load."""
+        require("onnxruntime", "transformers", "jinja2")
         directory = bundle / manifest.processor
         try:
             files = ProcessorFiles.load(directory)
@@ -179,6 +181,11 @@ class Processor:
         sizes = tuple(one.size for one in encoded)
         return Prepared(ids, calls, lengths, prompt_positions(visual, encoded), sizes, frames)
 
+    def check_limits(self, limits: PixelLimits) -> None:
+        """Raise OptionError for limits of pixels that do not suit the model."""
+        if limits:
+            limits.size(self._images, self._pictures.limited)
+
     def check_videos(self) -> None:
         """Raise InputError if the model takes no videos."""
         if self._videos is None:
@@ -213,7 +220,10 @@ class Processor:
         or it refuses the messages.
         """
         if self._template is None:
-            raise InputError("this bundle has no chat template; write the prompt as the model expects it")
+            raise InputError(
+                "this bundle has no chat template; write the whole prompt as the model expects it, one <image> for a "
+                "picture, and give --raw-prompt to `vkvx run`, or the prompt as it is to generate()"
+            )
         listed = []
         for message in messages:
             content = message["content"]
@@ -294,7 +304,7 @@ class Processor:
             if any(isinstance(expected, int) and given != expected for given, expected in sizes):
                 raise InputError(
                     f"the image processor gives {spec.name} of shape {list(array.shape)}, the vision graph takes "
-                    f"{list(spec.shape)}; export the model again with its own preprocessor_config.json"
+                    f"{list(spec.shape)}; export the model again, with the settings of its own image processor"
                 )
         return replace(encoded, arrays=arrays)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -86,12 +86,27 @@ def _flag(name: str) -> str:
 
 
 def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
-    """Options with some fields changed. Raises OptionError for unknown fields and values out of range."""
+    """Options with some fields changed.
+
+    Raises OptionError for unknown fields, values out of range, and changes that have no effect on a greedy answer.
+    """
     known = [entry.name for entry in fields(GenerationOptions)]
     for name in changes:
         if name not in known:
             raise OptionError(f"unknown option '{name}': give some of {', '.join(known)}")
-    return replace(base or GenerationOptions(), **changes)
+    options = replace(base or GenerationOptions(), **changes)
+    _check_effect(options, changes)
+    return options
+
+
+def _check_effect(options: GenerationOptions, given: Mapping[str, Any]) -> None:
+    """Raise OptionError for what was given to a choice among tokens, where the likeliest one is taken."""
+    for name in ("top_k", "top_p", "seed"):
+        if options.temperature == 0 and name in given and getattr(options, name) != getattr(GenerationOptions, name):
+            raise OptionError(
+                f"{name} ({_flag(name)}) has no effect at temperature 0, which takes the likeliest token; give "
+                "temperature (--temperature) as well, such as 0.7, or leave it out"
+            )
 
 
 class Sampler:

@@ -67,8 +67,6 @@ class Session:
         """
         directory = Path(bundle)
         manifest = Manifest.load(directory)
-        if verify and processor is None:
-            manifest.verify(directory, progress)
         if slots < 1:
             raise OptionError(f"slots must be at least 1, got {slots}")
         if visual_tokens is not None and visual_tokens < 0:
@@ -77,6 +75,8 @@ class Session:
             raise OptionError(f"text_tokens (--max-text-tokens) must be at least 1, got {text_tokens}")
         model, size = manifest.model, manifest.quantization.group_size
         found = choose_backend(backend, directory, manifest, provider, threads)
+        if verify and processor is None:
+            manifest.verify(directory, progress)
         limits = found.limits
         if visual_tokens is None:
             visual_tokens = -(-model.usual_tokens // size) * DEFAULT_PICTURES * size

@@ -98,13 +98,13 @@ def test_what_is_no_bundle(cli: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("24GiB", 24 << 30), ("1.5 gib", 3 << 29), ("512MB", 512 * 10**6), ("7KiB", 7 << 10), ("1024", 1024)],
+    [("24GiB", 24 << 30), ("1.5 gib", 3 << 29), ("512MB", 512 * 10**6), ("7KiB", 7 << 10), ("1024B", 1024)],
 )
 def test_sizes(text: str, expected: int) -> None:
     assert parse_bytes(text, "--memory") == expected
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1TiB", "1 G"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1TiB", "1 G", "1024"])
 def test_sizes_that_are_not_understood(text: str) -> None:
     with pytest.raises(OptionError, match="--memory"):
         parse_bytes(text, "--memory")

@@ -17,6 +17,7 @@ from vkvx.cli import main
 from vkvx.errors import StorageError
 from vkvx.evaluation import html, tasks
 from vkvx.evaluation import run as module
+from vkvx.packages import extra
 
 FAST = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", "30")
 
@@ -60,7 +61,7 @@ def test_results_are_told_even_if_the_report_fails(
     monkeypatch.setattr(html, "write_html", fail)
     result = cli("eval", "tiny-llava", "--data", questions, "--json", "--html", tmp_path / "report.html")
     assert (result.code, json.loads(result.out)) == (2, {"figures": 1})
-    assert result.err.splitlines() == ["vkvx: error: no room left"]
+    assert result.err.splitlines() == ["vkvx: error: no room left; only the report is missing"]
 
 
 def test_a_sample_that_cannot_be_used_is_told_before_weights_are_read(
@@ -92,12 +93,12 @@ def test_packages_come_first(
     for arguments, absent in (
         (("tiny-llava", "--data", questions, *metrics), "'torch', 'rapidfuzz' and 'pycocoevalcap' are"),
         ((tiny_bundle, "--data", questions, "--no-reference"), "'onnxruntime' is"),
-        (("tiny-llava",), "'scikit-learn' and 'torch' are"),
-        (("tiny-llava", "--sensitivity"), "'scikit-learn' and 'torch' are"),
+        (("tiny-llava",), "'torch' and 'scikit-learn' are"),
+        (("tiny-llava", "--sensitivity"), "'torch' and 'scikit-learn' are"),
     ):
         result = cli("eval", *arguments)
         assert result.code == 2
-        assert f"{absent} missing; run `pip install 'vkvx[eval]'`" in result.err
+        assert f"{absent} missing; run {extra('eval')}" in result.err
 
 
 def test_json_is_all_there_is_on_stdout(cli: Callable, questions: Path, tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ def test_plan_prints_a_table_or_json(cli: Callable) -> None:
     "wrong",
     [
         ("--gpu-memory", "much"),
-        ("--gpu-memory", "0"),
+        ("--gpu-memory", "0GB"),
+        ("--gpu-memory", "24"),
+        ("--gpu-memory", "1GiB", "--pictures", "5000"),
+        ("--gpu-memory", "1GiB", "--text-tokens", "5000"),
         ("--gpu-memory", "1MiB"),
         ("--gpu-memory", "1GiB", "--bits", "1,x"),
         ("--gpu-memory", "1GiB", "--group-size", "100"),
@@ -44,7 +47,10 @@ def test_sizes() -> None:
     assert parse_bytes("24GiB", "--x") == 24 << 30
     assert parse_bytes("80GB", "--x") == 80 * 10**9
     assert parse_bytes("1.5 MiB", "--x") == 3 << 19
-    assert parse_bytes("4096", "--x") == 4096
-    for wrong in ("", "GiB", "-1GiB", "1QB", "0.1"):
+    assert parse_bytes("4096 B", "--x") == 4096
+    for bare in ("24", "1.5", "25769803776"):
+        with pytest.raises(OptionError, match=rf"--x {bare} has no unit: give a size such as {bare}GiB"):
+            parse_bytes(bare, "--x")
+    for wrong in ("", "GiB", "-1GiB", "1QB", "0.1B", "24G"):
         with pytest.raises(OptionError, match="--x"):
             parse_bytes(wrong, "--x")

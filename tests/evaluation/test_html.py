@@ -18,6 +18,7 @@ import pytest
 from vkvx.errors import DependencyError, InputError, StorageError
 from vkvx.evaluation.examples import Example
 from vkvx.evaluation.html import check_report, write_html
+from vkvx.packages import extra
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -263,7 +264,7 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for act in (lambda path: check_report(path, False), lambda path: write_html(result(), path)):
-        with pytest.raises(DependencyError, match=r"'matplotlib' is missing.*vkvx\[eval\]"):
+        with pytest.raises(DependencyError, match=re.escape(f"'matplotlib' is missing; run {extra('eval')}")):
             act(tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     load = Load(args.batch_size, args.pictures, args.prompt_tokens, args.steps, args.repeats)
     wanted = list(dict.fromkeys(args.backend or ["auto"]))
+    if ALL in wanted and len(wanted) > 1:
+        raise OptionError(f"--backend {ALL} is every backend; leave out the others")
     names = [name for name in BACKENDS if name != "auto"] if ALL in wanted else wanted
     results: list[BenchResult] = []
     skipped: dict[str, str] = {}

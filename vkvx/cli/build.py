@@ -19,8 +19,8 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "build",
         help="build TensorRT engines from a bundle",
-        description="Build the vision and decoder engines of a bundle into BUNDLE/engines. What was built before from "
-        "the same inputs is not built again.",
+        description="Build the vision and decoder engines of a bundle into BUNDLE/engines, or --output. What was built"
+        " before from the same inputs is not built again.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
     parser.add_argument(
@@ -35,6 +35,12 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         default=[],
         metavar="X.Y",
         help="of the GPU to run on, such as 8.9; with rtx also several, such as 8.6,8.9 (default: this machine's GPU)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="the engines' directory (default: one in BUNDLE/engines, where they are found)",
     )
     parser.add_argument("--force", action="store_true", help="build even if it was done")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -111,6 +117,7 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         strip_plan=args.strip_plan,
         plugin_free=args.plugin_free,
         plugin=args.plugin,
+        output=None if args.output is None else Path(args.output),
         force=args.force,
     )
 

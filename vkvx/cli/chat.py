@@ -19,6 +19,8 @@ from vkvx.errors import CapacityError, InputError, VkvxError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vkvx.manifest import Manifest
+    from vkvx.runtime.sessions.processor import Processor
     from vkvx.runtime.sessions.sampling import GenerationOptions
     from vkvx.runtime.sessions.session import Session
     from vkvx.runtime.sessions.videos import Video
@@ -59,14 +61,34 @@ def run(args: argparse.Namespace) -> int:
     from vkvx.manifest import Manifest
 
     options = generation.options(args)
-    positions = Manifest.load(args.bundle).model.max_positions
-    with generation.load_session(args, text_tokens=min(positions, TEXT_TOKENS)) as session:
+    manifest = Manifest.load(args.bundle)
+    processor = _open_processor(args, manifest, options)
+    text_tokens = min(manifest.model.max_positions, TEXT_TOKENS)
+    with generation.load_session(args, text_tokens=text_tokens, processor=processor) as session:
         chat = Chat(session, options)
         terminal.note(f"{session.manifest.model.name}; /help lists the commands")
         for line in _lines():
             if not chat.take(line.strip()):
                 break
     return 0
+
+
+def _open_processor(args: argparse.Namespace, manifest: Manifest, options: GenerationOptions) -> Processor:
+    """The bundle's processor. What would refuse each message is refused here, before weights are read."""
+    from vkvx.runtime.backends.registry import choose_backend
+    from vkvx.runtime.sessions.processor import Processor
+
+    choose_backend(args.backend, Path(args.bundle), manifest, args.provider, args.threads)
+    with terminal.ProgressBar("chat", announce=False) as progress:
+        if not args.no_verify:  # before anything of the bundle is used
+            manifest.verify(args.bundle, progress)
+    processor = Processor.of_bundle(Path(args.bundle), manifest)
+    if not processor.has_chat_template:
+        raise InputError("this bundle has no chat template, which a chat needs; ask it by `vkvx run --raw-prompt`")
+    processor.check_limits(options.limits)
+    if options.fps is not None:
+        processor.check_videos()
+    return processor
 
 
 class Chat:

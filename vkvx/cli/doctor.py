@@ -14,10 +14,8 @@ from typing import Any
 from vkvx import __version__, packages
 from vkvx.cli import terminal
 from vkvx.errors import DependencyError
+from vkvx.packages import EXPORT, RUN, TORCH
 
-RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
-TORCH = ("numpy", "PIL", "jinja2", "safetensors", "torch", "transformers")
-EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
 _MODEL = '<ir_version: 8, opset_import: ["": 13]> probe (float[1] x) => (float[1] y) { y = Identity(x) }'
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vkvx.cli import terminal
 from vkvx.cli.export import DTYPES
 from vkvx.cli.generation import PROVIDERS
-from vkvx.errors import OptionError
+from vkvx.errors import OptionError, VkvxError
 from vkvx.evaluation.settings import FIELDS, option_name
 from vkvx.format import BASELINE_BITS, QUANTIZERS, SCORE_CORRECTIONS
 
@@ -119,7 +119,11 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:  # last, so that nothing is lost if the disk is full by now
         sys.stdout.flush()
         command = shlex.join(["vkvx", *args.arguments])
-        write_html(result.to_json(), Path(args.html), examples=result.examples, command=command)
+        try:
+            write_html(result.to_json(), Path(args.html), examples=result.examples, command=command)
+        except VkvxError as error:  # told here, so that stdout stays what it is
+            terminal.note(f"vkvx: error: {error}; only the report is missing")
+            return 2
     return 0
 
 
@@ -199,7 +203,7 @@ class _Progress(terminal.ProgressBar):
         super().__init__("eval")
         self._output = args.output
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         super().__exit__(kind, *rest)
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._output:
+        if isinstance(kind, type) and issubclass(kind, KeyboardInterrupt) and self._output:
             terminal.note(f"what is done is in {self._output}; the same command goes on from there")

@@ -46,7 +46,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "model", metavar="MODEL", help="an alias of `vkvx models` such as tiny-llava, a local directory, or a hub id"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", help="the bundle's directory (default: MODEL-BITSbit here)")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="the bundle's directory (default: MODEL-Nbit here, or MODEL-mixed)"
+    )
     parser.add_argument("--force", action="store_true", help="replace the output if it is a bundle")
     parser.add_argument("--dtype", choices=DTYPES, help="type of weights and activations (default: float16)")
 
@@ -98,6 +100,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     from vkvx.export.options import ExportOptions
 
     given = {name: getattr(args, name) for name in _PLAIN_OPTIONS if getattr(args, name) is not None}
+    if {"bits", "key_bits", "value_bits"} <= set(given):
+        raise OptionError("bits= (--bits) has no effect where key_bits= and value_bits= are given; leave it out")
     if args.group_size is not None:
         given["group_size"] = group_size(args.group_size)
     return ExportOptions(force=args.force, trust_remote_code=args.trust_remote_code, **given)
@@ -114,8 +118,11 @@ def group_size(text: str) -> str | int:
 
 
 def _default_output(model: str, options: ExportOptions) -> Path:
+    """``MODEL-2bit``; ``MODEL-mixed`` where layers, or keys and values, may differ: one number would not be true."""
     name = Path(model).name or "model"
-    return Path(f"{name}-{options.bits}bit")
+    pair = {options.bits if bits is None else bits for bits in (options.key_bits, options.value_bits)}
+    uniform = len(pair) == 1 and options.bits_per_layer is None
+    return Path(f"{name}-{pair.pop()}bit" if uniform else f"{name}-mixed")
 
 
 def _summary(output: Path, manifest: Manifest, seconds: float) -> dict[str, Any]:

@@ -17,19 +17,22 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "onnxruntime", "torch", "tensorrt", "rtx")
 PROVIDERS = ("auto", "cpu", "cuda")
+OPTIONS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop"),
+    *("min_pixels", "max_pixels", "fps"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of sampling, of the machine, and of the cache's size."""
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="answer's length (default: 256)")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
-    )
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of share P")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default: 0)")
+    above = "with a temperature above 0:"
+    sampling.add_argument("--top-k", type=int, metavar="K", help=f"{above} sample among the K likeliest (0: all)")
+    sampling.add_argument("--top-p", type=float, metavar="P", help=f"{above} sample among the likeliest of share P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
+    sampling.add_argument("--seed", type=int, metavar="N", help=f"{above} seed of the sampling (default: 0)")
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
     )
@@ -58,21 +61,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options(args: argparse.Namespace) -> GenerationOptions:
-    """The sampling options, checked."""
-    from vkvx.runtime.sessions.sampling import GenerationOptions
+    """The options of generation that were given, checked."""
+    from vkvx.runtime.sessions.sampling import changed_options
 
-    return GenerationOptions(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        fps=args.fps,
-    )
+    return changed_options(None, {name: value for name in OPTIONS if (value := getattr(args, name)) is not None})
 
 
 def load_session(

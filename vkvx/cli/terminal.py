@@ -73,11 +73,16 @@ def human_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """``24GiB``, ``80GB``, ``512MiB`` or a plain number of bytes, more than 0; OptionError names the option."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?)b)?", text.strip().lower())
+    """``24GiB``, ``80GB``, ``512MiB`` or ``4096B``, in bytes, more than 0; OptionError names the option.
+
+    A number alone is none: who writes 24 for the memory of a GPU does not mean bytes.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?))?(b?)", text.strip().lower())
+    if found is not None and found[1] == text.strip():
+        raise OptionError(f"{option} {text} has no unit: give a size such as {text.strip()}GiB")
     count = 0
-    if found is not None:
-        number, prefix, binary = found.groups()
+    if found is not None and found[4]:
+        number, prefix, binary, _ = found.groups()
         count = int(float(number) * (1024 if binary else 1000) ** " kmg".index(prefix or " "))
     if count <= 0:
         raise OptionError(f"{option} {text} is not understood: give a size such as 24GiB or 80GB")

@@ -30,7 +30,11 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         default="onnxruntime",
         help="what is compared: the bundle in onnxruntime, or its engines (default: onnxruntime)",
     )
-    parser.add_argument("--model", metavar="MODEL", help="the checkpoint (default: what the manifest names)")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="the checkpoint, or BUNDLE for its own weights (default: what the manifest names)",
+    )
     parser.add_argument("--image", action="append", metavar="PATH", help="picture to use; may be repeated")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps to compare (default: 8)")
     parser.add_argument("--atol", type=float, metavar="X", help="absolute tolerance in place of the built-in ones")
@@ -47,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.steps < 1:
         raise OptionError(f"--steps {args.steps} is not supported: give at least 1")
+    if args.json and args.per_layer:
+        raise OptionError("--per-layer has no effect with --json, which has each layer; leave it out")
     with terminal.ProgressBar("validate") as progress:
         report = validate_bundle(
             Path(args.bundle),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vkvx.manifest import Manifest
+from vkvx.packages import RUN, require
 from vkvx.runtime.backends.base import Backend, Candidate
 
 
@@ -17,4 +18,13 @@ def find(bundle: Path, manifest: Manifest, provider: str, threads: int | None) -
         capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
         return OnnxRuntimeBackend(bundle, manifest, provider=provider, threads=threads, **capacity)
 
-    return [Candidate("onnxruntime", "", None, open_backend)]
+    def check() -> None:
+        require("onnxruntime", *RUN)
+        if provider == "cuda":
+            import onnxruntime
+
+            from vkvx.runtime.backends.onnxruntime.backend import choose_provider
+
+            choose_provider(onnxruntime, provider)
+
+    return [Candidate("onnxruntime", "", None, open_backend, check=check)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,7 @@ def find(bundle: Path, manifest: Manifest, provider: str, threads: int | None) -
     if unwanted is not None:
         option = "provider='cpu' (--provider cpu)" if provider == "cpu" else "threads (--threads), which a CPU has"
         error = OptionError(f"engines run on a GPU, not with {option}; leave it out, or choose another --backend")
-        return [Candidate(name, "", unwanted, _refusal(error)) for name in BACKENDS]
+        return [_refused(name, unwanted, error) for name in BACKENDS]
     found = find_engines(bundle)
     return [_candidate(bundle, manifest, name, found.get(name)) for name in BACKENDS]
 
@@ -30,9 +29,9 @@ def find(bundle: Path, manifest: Manifest, provider: str, threads: int | None) -
 def _candidate(bundle: Path, manifest: Manifest, name: str, found: Found | VkvxError | None) -> Candidate:
     if found is None:
         remedy = f"run `vkvx build {bundle} --backend {name}` on this machine"
-        return Candidate(name, "", "", _refusal(EngineError(f"{bundle} has no engines of '{name}'; {remedy}")))
+        return _refused(name, "", EngineError(f"{bundle} has no engines of '{name}'; {remedy}"))
     if isinstance(found, VkvxError):
-        return Candidate(name, "", str(found).partition(";")[0], _refusal(found))
+        return _refused(name, str(found).partition(";")[0], found)
     module = MODULES[name]
     against = None if find_spec(module) is not None else f"its engines need the Python module {module}"
     opener = partial(_open, bundle, manifest, found)
@@ -68,10 +67,10 @@ def _open(
     return backend
 
 
-def _refusal(error: VkvxError) -> Callable[..., NoReturn]:
-    """Opens nothing, but says what is wrong."""
+def _refused(name: str, against: str, error: VkvxError) -> Candidate:
+    """What cannot be opened, and says why."""
 
     def refuse(**_: object) -> NoReturn:
         raise error
 
-    return refuse
+    return Candidate(name, "", against, refuse, check=refuse)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vkvx.manifest import Manifest
 from vkvx.models.checkpoint import CONFIG_FILE
-from vkvx.packages import missing
+from vkvx.packages import TORCH, missing, require
 from vkvx.plugins.build import find_library
 from vkvx.plugins.library import MAX_HEAD_DIM
 from vkvx.runtime.backends.base import Backend, Candidate, against_gpu
@@ -27,8 +27,15 @@ def find(bundle: Path, manifest: Manifest, provider: str, threads: int | None) -
         capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
         return open_bundle(bundle, manifest, provider=provider, threads=threads, **capacity)
 
+    def check() -> None:
+        require("export", *TORCH)
+        if provider == "cuda":
+            from vkvx.runtime.backends.torch.loading import choose_device
+
+            choose_device(provider)
+
     against = against_gpu(provider, threads) or _against(manifest)
-    return [Candidate("torch", "there is a GPU, and libvkvx is built", against, open_backend)]
+    return [Candidate("torch", "there is a GPU, and libvkvx is built", against, open_backend, check=check)]
 
 
 def _against(manifest: Manifest) -> str | None:
@@ -38,7 +45,7 @@ def _against(manifest: Manifest) -> str | None:
         return f"libvkvx has no kernel for heads of {widest}"
     if CONFIG_FILE not in manifest.files:
         return "the bundle holds no config.json, which older exports left out"
-    absent = next((name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None), None)
+    absent = next((name for name in TORCH if find_spec(name) is None), None)
     if absent is not None:
         return f"{absent} is not installed"
     try:

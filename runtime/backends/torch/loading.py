@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vkvx.errors import BundleError, CapacityError, DependencyError, ModelError, OptionError
 from vkvx.manifest import Manifest, ModelInfo
-from vkvx.models.checkpoint import CONFIG_FILE, read_checkpoint
+from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.family import Source
 from vkvx.models.graph.metric import METRICS_FILE, model_metrics
-from vkvx.models.registry import Location, read_source
+from vkvx.models.registry import read_bundle
 from vkvx.plugins.operator import layer_attributes
 from vkvx.runtime.backends.base import check_machine
 from vkvx.runtime.backends.torch.backend import TorchBackend
@@ -40,14 +40,8 @@ def open_bundle(
         if device == "cuda":
             raise OptionError("threads (--threads) have no effect on a GPU; leave them out, or give --provider cpu")
         torch.set_num_threads(threads)
-    if not (bundle / CONFIG_FILE).is_file():
-        raise BundleError(
-            f"{bundle} holds no {CONFIG_FILE}, which older exports left out and torch needs; export the model again, "
-            "or give --backend onnxruntime"
-        )
     try:
-        directory = bundle.resolve()
-        source = read_source(Location(directory.name, str(directory), directory, None))
+        source = read_bundle(bundle)
         check_same_model(source, manifest)
         model = load_model(source, getattr(torch, manifest.model.dtype))
     except ModelError as error:

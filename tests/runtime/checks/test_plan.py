@@ -65,6 +65,11 @@ def test_config_files_are_enough(tmp_path: Path) -> None:
 def test_refusals() -> None:
     with pytest.raises(CapacityError, match=r"larger memory= \(--gpu-memory\)"):
         plan_model("tiny-llava", 1 << 20)
+    with pytest.raises(CapacityError, match=r"5000 x 576 visual and 1024 text tokens are 2881024 pos.* has 4096;"):
+        plan_model("tiny-llava", MEMORY, pictures=5000)
+    assert plan_model("tiny-llava", MEMORY, pictures=7, text_tokens=64).rows[0].max_pictures == 7  # all 4096
+    with pytest.raises(CapacityError, match="are 4097 positions"):
+        plan_model("tiny-llava", MEMORY, pictures=7, text_tokens=65)
     with pytest.raises(ModelError, match="unknown model"):
         plan_model("no-such-model", MEMORY)
     for wrong in (
