@@ -37,12 +37,12 @@ h2 { font-size: 1.15rem; margin: 2.75rem 0 .5rem }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem }
 p { max-width: 44rem; margin: .5rem 0 }
 .lead { opacity: .75 }
+.wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem 0 .35rem .9rem; text-align: right; border-bottom: 1px solid var(--rule) }
 th { font-weight: 600; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 .settings tr.reference { background: var(--soft) }
-.figures td:not(:first-child) { white-space: nowrap }
 .facts td, .given td { text-align: left; vertical-align: top; overflow-wrap: anywhere }
 figure { margin: 1rem 0 0; max-width: 60rem }
 figure svg { width: 100%; height: auto; display: block }
@@ -54,12 +54,11 @@ code.command { display: block; padding: .6rem .8rem; background: var(--soft); ov
 .example img { display: block; max-width: 100%; height: auto; margin: 0 0 .5rem }
 .given td { white-space: pre-wrap }
 .given td:last-child { text-align: right; white-space: nowrap }
-@media (max-width: 44rem) {
+@media (max-width: 56rem) {
   .figures, .figures tbody, .figures tr, .figures td { display: block }
   .figures tr.head { display: none }
   .figures tr { padding: .75rem 0; border-bottom: 1px solid var(--rule) }
-  .figures td, .figures td:not(:first-child) { display: flex; justify-content: space-between; gap: 1rem;
-    padding: .1rem 0; border: 0; text-align: right; white-space: normal }
+  .figures td { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0; border: 0 }
   .figures td:first-child { font-weight: 600 }
   .figures td[data-title]::before { content: attr(data-title); text-align: left; opacity: .75 }
   figure { overflow-x: auto }
@@ -200,7 +199,8 @@ def _settings_table(settings: list[dict[str, Any]]) -> str:
         )
         kind = ' class="reference"' if setting["reference"] else ""
         rows.append(f"<tr{kind}><td>{name}</td>{row}</tr>")
-    return f'<table class="settings figures">\n<tr class="head">{head}</tr>\n' + "\n".join(rows) + "\n</table>"
+    table = f'<table class="settings figures">\n<tr class="head">{head}</tr>\n' + "\n".join(rows) + "\n</table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _setting(entry: dict[str, Any]) -> SettingResult:
@@ -208,8 +208,8 @@ def _setting(entry: dict[str, Any]) -> SettingResult:
 
 
 def _typeset(text: str) -> str:
-    """A cell or title of the terminal with signs of print: a minus, a dash for what is not known."""
-    return "–" if text == "-" else re.sub(r"(?<![\w-])-(?=[\d ])", "−", text)
+    """A cell or title of the terminal with signs of print: a minus, a dash for what is not known, no break after ±."""
+    return "–" if text == "-" else re.sub(r"(?<![\w-])-(?=[\d ])|(?<=\de)-(?=\d)", "−", text).replace("± ", "±\u00a0")
 
 
 def _example(example: Example) -> str:

@@ -61,8 +61,13 @@ def check_file(target: Path, option: str) -> None:
         raise StorageError(f"{target} is a directory; {remedy}")
     if target.exists() and not target.is_file():
         raise StorageError(f"{target} is no plain file; {remedy}")
-    if not os.access(target.absolute().parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
-        raise StorageError(f"no permission for {target}; change its rights, or {remedy}")
+    try:
+        with tempfile.TemporaryFile(dir=target.absolute().parent):
+            pass
+        if target.exists():
+            target.open("ab").close()
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror}; change its rights, or {remedy}") from error
 
 
 @contextmanager

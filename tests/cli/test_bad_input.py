@@ -17,7 +17,7 @@ from commands import listing, run_process
 from samples import CHECKPOINT, Page
 
 from vkvx.cli import main
-from vkvx.manifest import FORMAT_VERSION
+from vkvx.manifest import FORMAT_VERSION, Manifest
 
 
 @pytest.fixture
@@ -80,6 +80,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (["--opset", "9"], ["opset 9", "17"]),
         (["--bits", "16", "--quantizer", "lloyd"], ["--quantizer", "16 bits"]),
         (["--revision", "main"], ["tiny-llava", "--revision"]),
+        (["--cache-dir", "x"], ["tiny-llava", "leave out cache_dir= (--cache-dir)"]),
+        (["--bits", "2", "--key-bits", "1", "--value-bits", "1"], ["(--bits) has no effect"]),
+        (["--bits", "16", "--group-size", "256"], ["(--group-size) has no effect at 16 bits"]),
     ],
 )
 def test_export_options(refused: Callable, tmp_path: Path, options: list[str], words: list[str]) -> None:
@@ -261,11 +264,60 @@ def test_more_tokens_than_capacity(
     assert flag in refused("run", tiny_bundle, "What?", *images, *options)
 
 
+@pytest.mark.parametrize(
+    "option", [("--top-k", "5"), ("--top-p", "0.9"), ("--seed", "3")], ids=lambda option: option[0]
+)
+def test_choices_among_tokens_without_a_choice(refused: Callable, tiny_bundle: Path, option: tuple[str, str]) -> None:
+    message = refused("run", tiny_bundle, "What?", *option)
+    assert f"({option[0]}) has no effect at temperature 0" in message
+    assert "(--temperature) as well" in message
+
+
+def test_more_pictures_than_positions(refused: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
+    images = [word for page in pages[:4] * 2 for word in ("--image", page.path)]
+    message = refused("run", tiny_bundle, "What?", *images)
+    assert "the model knows 4096; give fewer or smaller pictures (8 take 4608 of these tokens), or " in message
+
+
+@pytest.mark.parametrize("verb", [("run", "What?"), ("chat",), ("validate",), ("bench",)], ids=lambda verb: verb[0])
+def test_a_backend_that_is_not_there_is_told_before_files_are_read(
+    refused: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(Manifest, "verify", None)
+    assert "has no engines of 'rtx'; run `vkvx build " in refused(verb[0], tiny_bundle, *verb[1:], "--backend", "rtx")
+
+
+def test_options_that_no_turn_of_a_chat_could_take(refused: Callable, tiny_bundle: Path) -> None:
+    assert "this one is none; leave them out" in refused("chat", tiny_bundle, "--max-pixels", "100000")
+    assert "takes no videos" in refused("chat", tiny_bundle, "--fps", "2")
+
+
+def test_a_chat_without_a_template(refused: Callable, bundle: Path) -> None:
+    (bundle / "processor" / "chat_template.jinja").unlink()
+    edit(bundle / "vkvx.json", lambda manifest: manifest["files"].pop("processor/chat_template.jinja"))
+    assert "ask it by `vkvx run --raw-prompt`" in refused("chat", bundle)
+    assert "give --raw-prompt to `vkvx run`" in refused("run", bundle, "What?")
+
+
 def test_provider_that_is_not_there(refused: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "no CUDA provider" in refused("run", tiny_bundle, "What?", "--provider", "cuda")
+
+
+def test_validate_without_the_checkpoint(
+    refused: Callable, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(bundle / "vkvx.json", lambda manifest: manifest["model"].update(source=str(tmp_path / "gone")))
+    monkeypatch.setattr(Manifest, "verify", None)
+    message = refused("validate", bundle)
+    assert f"'{tmp_path / 'gone'}' is not a directory" in message
+    assert f"give model= (--model) with its place, or --model {bundle}, which" in message
+
+
+def test_validate_layers_of_json(refused: Callable, tiny_bundle: Path) -> None:
+    assert "--per-layer has no effect with --json" in refused("validate", tiny_bundle, "--json", "--per-layer")
 
 
 def test_validate_with_another_model(refused: Callable, tiny_bundle: Path) -> None:

@@ -59,6 +59,7 @@ def test_a_table_and_the_backends_that_are_not_there(
         (("--batch-size", 0), "--batch-size must be at least 1"),
         (("--pictures", -1), "--pictures must be at least 0"),
         (("--pictures", 7), "sequences of 4128 tokens are longer than the 4096 positions"),
+        (("--backend", "all", "--backend", "torch"), "--backend all is every backend"),
         (("--backend", "tensorrt"), "has no engines of 'tensorrt'; run `vkvx build"),
         (("--backend", "tensorrt", "--provider", "cpu"), "engines run on a GPU, not with provider='cpu'"),
     ],

@@ -90,6 +90,32 @@ def test_refusals_are_one_line(
     assert words in found.err
 
 
+def test_another_output(cli: Callable, built: tuple[Path, dict[str, Any]], plugin: Path, tmp_path: Path) -> None:
+    """Engines that are there already stand for those that would be built."""
+    bundle, _ = built
+    common = ("build", bundle, "--compute-capability", "8.9", "--plugin", plugin, "--output")
+    shutil.copytree(bundle / "engines" / "rtx-8.9", tmp_path / "mine")
+    found = json.loads(cli(*common, tmp_path / "mine", "--json").out)
+    assert (found["engines"], found["built"]) == (str(tmp_path / "mine"), False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert "other exists and is no engine directory; it is never" in cli(*common, tmp_path / "other").err
+    assert "absent is no directory; create it, or give another output=" in cli(*common, tmp_path / "absent" / "x").err
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_bundle_that_cannot_be_written_to_is_told_before_anything_is_compiled(
+    cli: Callable, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = link_bundle(tiny_bundle, tmp_path / "bundle")
+    (bundle / "engines").touch()  # no folder can be made, also by root
+    monkeypatch.setattr(plugin_build, "find_library", lambda *_: None)
+    monkeypatch.setattr(plugin_build, "build_plugin", None)
+    found = cli("build", bundle, "--compute-capability", "8.9")
+    assert found.code == 2
+    assert f"cannot write to {bundle / 'engines'}: File exists; change its rights, or give another output=" in found.err
+
+
 def test_what_is_no_bundle(cli: Callable, tmp_path: Path) -> None:
     found = cli("build", tmp_path, "--compute-capability", "8.9")
     assert found.code == 2

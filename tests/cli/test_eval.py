@@ -38,7 +38,7 @@ def test_table_and_report(cli: Callable, tmp_path: Path, pages: list[Page]) -> N
     assert f"vkvx eval tiny-llava --samples 1 --bits 16,8 {' '.join(FAST)} --html {report}</code>" in text
     assert text.count('<img src="data:image/jpeg;base64,') == 1
     assert text.count(f"<td>{pages[0].truth}</td>") == 3  # right, and as both settings answer
-    assert '<td data-title="digits %">100.00 ± 0.00</td>' in text
+    assert '<td data-title="digits %">100.00 ±\u00a00.00</td>' in text
     head, empty, titles, *rows = result.out.splitlines()
     assert (head, empty) == ("tiny-llava (torch, cpu, float32), digits: 1 sample", "")
     assert titles.split("  ")[0] == "setting"

@@ -23,7 +23,8 @@ import pytest
 from commands import run_process
 from samples import Page
 
-from vkvx.cli import chat, terminal, validate
+from vkvx import ExportOptions
+from vkvx.cli import chat, export, terminal, validate
 from vkvx.errors import InputError
 from vkvx.manifest import Manifest
 
@@ -37,7 +38,7 @@ def test_export_prints_a_summary(cli: Callable, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     result = cli("export", "tiny-llava", "--bits", "4", "--key-bits", "2")
     assert result.code == 0, result.err
-    output = Path("tiny-llava-4bit")  # the default: model and bits
+    output = Path("tiny-llava-mixed")  # the default: no number of bits is true of keys and values
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     assert f"next          vkvx run {output}" in result.out
     manifest = Manifest.load(output)
@@ -52,6 +53,20 @@ def test_export_prints_a_summary(cli: Callable, tmp_path: Path, monkeypatch: pyt
     assert summary["bundle"] == str(output)
     assert summary["compression"] > 12
     assert summary["bytes"] == sum(info.bytes for info in manifest.files.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "tiny-llava-1bit"),
+        ({"bits": 16}, "tiny-llava-16bit"),
+        ({"key_bits": 2, "value_bits": 2}, "tiny-llava-2bit"),
+        ({"key_bits": 2}, "tiny-llava-mixed"),
+        ({"bits_per_layer": "0:8,1-:2"}, "tiny-llava-mixed"),
+    ],
+)
+def test_default_names_of_bundles_are_true(options: dict[str, Any], name: str) -> None:
+    assert export._default_output("models/tiny-llava", ExportOptions(**options)) == Path(name)
 
 
 def test_export_options_reach_the_manifest(cli: Callable, tmp_path: Path) -> None:
@@ -384,7 +399,9 @@ def test_validate(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
     assert all(line.startswith("✓ ") for line in lines[:-1])
     assert lines[-1].endswith("comparisons are within tolerance")
     assert any("image_embeds" in line for line in lines)
-    every = cli("validate", tiny_bundle, "--steps", "1", "--image", pages[2].path, "--per-layer").out.splitlines()
+    own = ("--model", tiny_bundle)  # its own weights, where the checkpoint is gone
+    every = cli("validate", tiny_bundle, *own, "--steps", "1", "--image", pages[2].path, "--per-layer").out.splitlines()
+    assert every[-1].endswith("comparisons are within tolerance")
     assert any("visual_key, layer 3" in line for line in every)
     assert len(every) > len(lines)
 

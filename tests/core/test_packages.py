@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 from vkvx.cli import EXIT_ERROR, explain
-from vkvx.packages import missing
+from vkvx.errors import DependencyError
+from vkvx.packages import extra, missing, require
 
 FILES = {
     "whole_lacks": "import absent_package",
@@ -53,6 +55,14 @@ def test_the_package_at_fault_is_named(module: str, words: str) -> None:
     assert "\n" not in str(missing(module, error))
     if error.name:
         assert explain(error)[1] == EXIT_ERROR
+
+
+def test_all_that_is_missing_is_named_with_the_extra() -> None:
+    require("eval", "json", "numpy")
+    with pytest.raises(DependencyError, match=re.escape(f"package 'absent' is missing; run {extra('eval')}")):
+        require("eval", "json", "absent")
+    with pytest.raises(DependencyError, match="packages 'a1', 'scikit-learn2' and 'a3' are missing; run"):
+        require("eval", "a1", "numpy", "scikit-learn2", "a3")
 
 
 def test_versions_that_vkvx_allows_are_named() -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from html import escape
 from html.parser import HTMLParser
@@ -149,8 +150,8 @@ def test_the_whole_page(tmp_path: Path) -> None:
     assert "<tiny>" not in text
     assert "<X>" not in text
     # 0.8 with its interval, and its difference from 0.9, as in the terminal.
-    assert '<td data-title="digits %">80.00 ± 3.00</td>' in text
-    assert '<td data-title="digits % − 16 bits">−10.00 ± 2.00</td>' in text
+    assert '<td data-title="digits %">80.00 ±\u00a03.00</td>' in text
+    assert '<td data-title="digits % − 16 bits">−10.00 ±\u00a02.00</td>' in text
     figures = figures_of(text)
     assert len(figures) == text.count("<figure") == 5
     curve, maps, lines, bars, channels = (words_of(figure) for figure in figures)
@@ -193,7 +194,7 @@ def test_what_is_null_is_left_out(tmp_path: Path) -> None:
     assert len(figures_of(text)) == 1
     for heading in ("KL", "tokens %", "− 16 bits", "None", "null", "nan"):
         assert heading not in text
-    assert "80.00 ± 3.00" in text
+    assert "80.00 ±\u00a03.00" in text
 
 
 def test_no_metric_and_one_null_among_numbers(tmp_path: Path) -> None:
@@ -315,8 +316,14 @@ def test_where_a_report_may_go(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in, since nothing is forbidden to root."""
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(StorageError, match="no permission for"):
+
+    def forbid(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", forbid)
+    with pytest.raises(
+        StorageError, match=r"page\.html: Permission denied; change its rights, or choose"
+    ):
         check_report(tmp_path / "page.html", False)
 
 

@@ -61,7 +61,7 @@ def test_what_the_model_cannot_tell_apart_is_one_setting() -> None:
         ExportOptions(correction_limit=3.0),
         ExportOptions(key_bits=1, value_bits=1),
         ExportOptions(bits_per_layer="0-3:1"),
-        ExportOptions(bits=16, group_size=128),
+        ExportOptions(bits=16),
     ]
     assert names(given) == ["16 bits", "1 bit, shaped, expected"]
 

@@ -23,6 +23,7 @@ from vkvx.manifest import LayerInfo, Manifest
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import resolve
+from vkvx.packages import extra
 from vkvx.runtime.calls import Row, build_call, place_embeds
 from vkvx.runtime.sessions.processor import Processor
 
@@ -184,7 +185,12 @@ def test_without_a_processor(copy: Path, room: Path) -> None:
 
 def test_pictures_of_the_wrong_size(copy: Path, room: Path) -> None:
     change_processor(copy, lambda config: config.update(crop_size={"height": 70, "width": 70}))
-    refused(copy, room, r"pictures of \[70\] pixels, the vision tower takes 56")
+    refused(copy, room, r"pictures of \[70\] pixels, the vision tower takes 56; fix preprocessor_config\.json")
+    # Newer checkpoints have one file for all of a processor, which comes first.
+    path = copy / "preprocessor_config.json"
+    nested = {"image_processor": json.loads(path.read_text())}
+    (copy / "processor_config.json").write_text(json.dumps(nested))
+    refused(copy, room, r"the vision tower takes 56; fix processor_config\.json")
 
 
 def test_wrong_image_token(copy: Path, room: Path) -> None:
@@ -203,12 +209,13 @@ def change_processor(directory: Path, change: Any) -> None:
 
 def test_missing_packages_are_named(checkpoint: Path, room: Path) -> None:
     code = (
-        "import sys\nsys.modules['onnx_ir'] = None\nfrom vkvx import DependencyError, export_model\n"
+        "import sys\nsys.modules |= {'onnx_ir': None, 'onnxscript': None}\n"
+        "from vkvx import DependencyError, export_model\n"
         "try:\n    export_model(sys.argv[1], sys.argv[2])\nexcept DependencyError as error:\n    print(error)"
     )
     command = [sys.executable, "-c", code, str(checkpoint), str(room / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "the Python package 'onnx-ir' is missing; run `pip install 'onnx-ir" in done.stdout
+    assert f"the Python packages 'onnx-ir' and 'onnxscript' are missing; run {extra('export')}\n" == done.stdout
     assert list(room.iterdir()) == []
 
 
