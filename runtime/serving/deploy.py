@@ -141,7 +141,7 @@ def write_triton_repository(
             (folder / "config.pbtxt").write_text(config, encoding="utf-8")
             (version / "model.py").write_text(_MODEL, encoding="utf-8")
             if reference is None:
-                _copy(source, version / "bundle", progress or (lambda *_: None))
+                _copy(source, version / "bundle", target.parent, progress or (lambda *_: None))
             if target.exists():
                 shutil.rmtree(target)
             os.replace(folder, target)
@@ -154,14 +154,14 @@ def write_triton_repository(
     return target
 
 
-def _copy(source: Path, target: Path, progress: Progress) -> None:
-    """Copy a bundle. Raises StorageError before that if it does not fit."""
+def _copy(source: Path, target: Path, repository: Path, progress: Progress) -> None:
+    """Copy a bundle to a place in the repository. Raises StorageError before that if it does not fit."""
     sizes = [path.stat().st_size for path in source.rglob("*") if path.is_file()]
     if not can_share_blocks(source / FILE_NAME, target.parent):
         try:
-            check_room(target.parent, sum(sizes))
+            check_room(repository, sum(sizes))
         except StorageError as error:
-            raise StorageError(f"{error}; --reference copies nothing") from error
+            raise StorageError(f"{error}; or give --reference, which copies nothing") from error
     done = 0
 
     def copy(source: str, target: str) -> None:

@@ -3,6 +3,7 @@ the Python that runs it, and so does `make test`; ``running`` starts one."""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import socket
 import subprocess
@@ -18,9 +19,6 @@ from pathlib import Path
 
 # A wheel that holds Triton 24.10, and what its Python backend needs in place of numpy 2.
 SERVER, NUMPY = "nvidia-pytriton==0.7.0", "numpy==1.26.4"
-PYTHONS = ((3, 11), (3, 12))
-"""For which there are both."""
-
 FOLDER = Path(sys.prefix) / "triton"
 ENVIRONMENT = FOLDER / "environment"
 """A Python environment with numpy 1 and all other packages of this one but torch, as on a machine that only serves."""
@@ -30,8 +28,8 @@ _STUB = _SERVER / "backends/python/triton_python_backend_stub"
 
 def install() -> None:
     """Download and unpack the server (55 MB, then 144 MB), and numpy (18 MB)."""
-    if sys.version_info[:2] not in PYTHONS:
-        print("Triton's server is not for this Python: its tests are left out")
+    if (reason := _obstacle()) is not None:
+        print(f"the tests of Triton's server are left out: {reason}")
         return
     shutil.rmtree(FOLDER, ignore_errors=True)
     _pip(SERVER, FOLDER / "server")
@@ -45,6 +43,24 @@ def install() -> None:
     others = sysconfig.get_path("purelib")
     line = f"import site, sys; sys.modules['torch'] = None; site.addsitedir({others!r})\n"
     (packages / "others.pth").write_text(line)  # read after numpy's own folder, which so comes first
+
+
+def _obstacle() -> str | None:
+    """Why the wheels do not run here."""
+    libc, version = platform.libc_ver()
+    is_known = (sys.platform, platform.machine(), libc) == ("linux", "x86_64", "glibc")
+    if not is_known or tuple(map(int, version.split("."))) < (2, 35):
+        return "they need Linux on x86-64 with glibc 2.35"
+    if sys.version_info[:2] not in ((3, 11), (3, 12)):
+        return "they need Python 3.11 or 3.12"
+    return None if _libpython().is_file() else f"Python has no shared library at {_libpython()}"
+
+
+def _libpython() -> Path:
+    """The shared library of this Python, which the server's Python backend loads."""
+    folder, name = (Path(sysconfig.get_config_var(key) or "") for key in ("LIBDIR", "INSTSONAME"))
+    beside = folder / (sysconfig.get_config_var("MULTIARCH") or "") / name
+    return beside if beside.is_file() else folder / name
 
 
 def _pip(requirement: str, target: Path) -> None:
@@ -86,7 +102,7 @@ def running(repository: Path, log: Path) -> Iterator[TritonServer]:
     # The stub takes the environment of the first python3 in PATH.
     environment = {
         "PATH": f"{Path(sys.prefix) / 'bin'}:/usr/bin:/bin",
-        "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),
+        "LD_LIBRARY_PATH": str(_libpython().parent),
         "OMP_NUM_THREADS": "1",
     }
     with log.open("w") as output:
