@@ -20,7 +20,7 @@ demo: .venv/demo-ready
 	@mkdir -p build
 	@$(BIN)/python examples/demo.py
 
-test: lint
+test: lint .venv/triton-ready
 	@echo "tests: 18 to 25 minutes on 2 cores"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -30,7 +30,7 @@ lint: types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins/*.cu' 'plugins/*.cuh' 'plugins/*.cpp' 'plugins/*.h' 'plugins/*.inc')
 
-quick: lint
+quick: lint .venv/triton-ready
 	@echo "tests: 12 to 17 minutes on 2 cores"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/families
 
@@ -57,6 +57,11 @@ types: .venv/test-ready
 	@echo "installing vkvx and its development tools, about 1 minute"
 	@$(PIP) --editable ".[dev]"
 	@$(PIP) --no-deps kernel-lens # for the TensorRT headers in it; what it depends on is large, and not needed
+	@touch $@
+
+.venv/triton-ready: .venv/test-ready tests/helpers/triton_server.py
+	@echo "installing Triton Inference Server for its tests, 73 MB of downloads, into .venv/triton"
+	@$(BIN)/python tests/helpers/triton_server.py
 	@touch $@
 
 clean:

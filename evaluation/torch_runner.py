@@ -186,8 +186,8 @@ class TorchRunner:
         return records
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of an answer."""
-        return self.processor.decode(tokens)
+        """The text of an answer, as a session gives it."""
+        return self.processor.decode(tokens).lstrip()
 
     # Parts
 

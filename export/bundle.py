@@ -21,7 +21,7 @@ from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.registry import resolve
 from vkvx.packages import EXPORT, missing, require
 from vkvx.plugins.operator import VERSION
-from vkvx.storage import check_output, check_room, new_directory
+from vkvx.storage import can_share_blocks, check_output, check_room, new_directory
 
 if TYPE_CHECKING:
     from vkvx.export.build import BuiltModel
@@ -82,7 +82,7 @@ def export_model(
 
 def _check_room(directory: Path, stored: Mapping[str, StoredTensor], dtype: str) -> None:
     """Before any work: the weights take nearly all of a bundle."""
-    from vkvx.export.weights import can_share_blocks, plan_weights
+    from vkvx.export.weights import plan_weights
 
     plan = plan_weights(stored.values(), dtype)
     shared = bool(plan.copies) and can_share_blocks(plan.copies[0], directory)

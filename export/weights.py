@@ -5,13 +5,12 @@ A graph refers to its weights by file, offset and length; safetensors files serv
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -19,12 +18,12 @@ from vkvx.errors import ModelError
 from vkvx.manifest import FileInfo
 from vkvx.models.checkpoint import StoredTensor
 from vkvx.models.graph.skeleton import DTYPES
+from vkvx.storage import share_blocks
 
 STORED_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _STORED_DTYPES = {**{stored: DTYPES[name] for name, stored in STORED_NAMES.items()}, "F64": torch.float64}
 SHARD_BYTES = 4 << 30
 _BLOCK = 8 << 20
-_FICLONE = 0x40049409
 
 BytesDone = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
@@ -134,7 +133,7 @@ def copy_file(source: Path, target: Path, report: BytesDone) -> FileInfo:
     """Copy a file, sharing its blocks where the file system can, and hash it."""
     digest, size = hashlib.sha256(), 0
     with source.open("rb") as reader, target.open("xb") as writer:
-        shared = _share_blocks(reader, writer)
+        shared = share_blocks(reader, writer)
         while block := reader.read(_BLOCK):
             digest.update(block)
             if not shared:
@@ -142,29 +141,6 @@ def copy_file(source: Path, target: Path, report: BytesDone) -> FileInfo:
             size += len(block)
             report(len(block))
     return FileInfo(size, digest.hexdigest())
-
-
-def can_share_blocks(source: Path, directory: Path) -> bool:
-    """Whether a copy of ``source`` in ``directory`` takes no room."""
-    probe = directory / ".probe"
-    with source.open("rb") as reader, probe.open("xb") as writer:
-        shared = _share_blocks(reader, writer)
-    probe.unlink()
-    return shared
-
-
-def _share_blocks(reader: BinaryIO, writer: BinaryIO) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return False
-    try:
-        fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM):
-            return False
-        raise
-    return True
 
 
 def _write_shard(

@@ -107,6 +107,15 @@ def test_keys_of_the_manifest() -> None:
     assert f"version {FORMAT_VERSION}" in text.splitlines()[0]
 
 
+def test_nobody_is_told_to_install_from_an_index() -> None:
+    """None has vkvx. ``packages.extra`` knows where it came from, the README says where it comes from."""
+    sources = [path for room in (*ROOT.glob("*/__init__.py"),) for path in room.parent.rglob("*.py")]
+    assert len(sources) > 200
+    for path in {*PAGES, *sources, ROOT / "Makefile"} - {ROOT / "vkvx/packages.py"}:
+        found = re.search(r"pip install [^`\n]*?(?<![\w/-])vkvx\b(?!-)", path.read_text(encoding="utf-8"))
+        assert found is None, f"{path} says {found}"
+
+
 def test_bytes_of_a_picture_in_the_readme() -> None:
     shapes = {"LLaVA-1.5-7B": (32, 32, 128), "LLaVA-1.5-13B": (40, 40, 128), "tiny-llava": (4, 2, 64)}
     for name, tokens, *cells in table("README.md", "model"):

@@ -268,9 +268,7 @@ class ManifestKind:
 
     def other_version(self, found: str, known: str) -> VkvxError:
         """The error for a version that this vkvx does not know."""
-        return self.error(
-            f"{self.subject} {found}, this vkvx {known}; upgrade it with `pip install --upgrade vkvx`, or {self.again}"
-        )
+        return self.error(f"{self.subject} {found}, this vkvx {known}; install a newer vkvx, or {self.again}")
 
     def check_file(self, directory: Path, name: str, info: FileInfo) -> None:
         """Raise the error unless a file of this size lies in the directory."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import traceback
 from importlib import metadata, util
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from vkvx.errors import DependencyError
 
@@ -38,9 +42,22 @@ def requirement(package: str) -> str:
     return package
 
 
-def extra(name: str) -> str:
-    """The command that installs an extra of vkvx, with the marks around it."""
-    return f"`pip install 'vkvx[{name}]'`"
+def extra(names: str) -> str:
+    """The command that installs extras of vkvx, with the marks around it: from where this vkvx came."""
+    tree = Path(__file__).resolve().parents[1]
+    if (tree / "pyproject.toml").is_file():
+        return f"`pip install -e '{tree}[{names}]'`"
+    found = [place for one in metadata.distributions(name="vkvx") if (place := one.read_text("direct_url.json"))]
+    if not found:  # from an index
+        return f"`pip install 'vkvx[{names}]'`"
+    origin = json.loads(found[0])
+    url, path = origin["url"], Path(url2pathname(urlsplit(origin["url"]).path))
+    if not url.startswith("file:"):
+        kind = origin.get("vcs_info", {}).get("vcs")
+        return f"`pip install 'vkvx[{names}] @ {f'{kind}+' if kind else ''}{url}'`"
+    if not path.exists():
+        return f"`pip install 'PATH[{names}]'` with the path of a clone or a wheel of vkvx"
+    return f"`pip install '{path}[{names}]'`"
 
 
 def require(extra_name: str, *modules: str) -> None:

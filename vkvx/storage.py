@@ -19,6 +19,7 @@ from vkvx.manifest import FILE_NAME, FORMAT
 
 _PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FICLONE = 0x40049409
 _RUST_FULL = tuple(f"os error {number}" for number in _FULL)
 
 
@@ -149,6 +150,33 @@ def check_room(directory: Path, needed: int) -> None:
         raise StorageError(
             f"the output takes {_size(needed)}, {directory} has {_size(free)} left; make room, or choose another disk"
         )
+
+
+def share_blocks(reader: BinaryIO, writer: BinaryIO) -> bool:
+    """Let a new file share the disk blocks of another until one of them changes; False where that cannot be done.
+
+    Not hard links: ONNX readers refuse weights that have several, also those of the bundle that was linked.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return False
+    try:
+        fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM):
+            return False
+        raise
+    return True
+
+
+def can_share_blocks(source: Path, directory: Path) -> bool:
+    """Whether a copy of ``source`` in ``directory`` takes no room."""
+    probe = directory / ".probe"
+    with source.open("rb") as reader, probe.open("xb") as writer:
+        shared = share_blocks(reader, writer)
+    probe.unlink()
+    return shared
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -53,7 +53,7 @@ def _export(folder: str, bits: int) -> dict[str, Any]:
     """Peak memory in MiB, seconds of processors, and seconds of each stage."""
     from vkvx.export.bundle import export_model
     from vkvx.export.options import ExportOptions
-    from vkvx.export.weights import can_share_blocks
+    from vkvx.storage import can_share_blocks
 
     begun: dict[str, float] = {}
 

@@ -34,7 +34,7 @@ def open_pictures(info: PictureInfo) -> Pictures:
     """What a manifest describes. Raises BundleError for a kind or numbers that are not known."""
     if info.kind not in KINDS:
         raise BundleError(
-            f"pictures of kind '{info.kind}' are not known to this vkvx; upgrade it with `pip install --upgrade vkvx`"
+            f"pictures of kind '{info.kind}' are not known to this vkvx; install a newer one, or export the model again"
         )
     if min(info.numbers.values(), default=0) < 0:
         raise BundleError("model.pictures.numbers must not be negative; export the model again")

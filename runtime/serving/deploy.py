@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vkvx.errors import OptionError, StorageError
-from vkvx.manifest import Manifest
+from vkvx.manifest import FILE_NAME, Manifest, Progress
 from vkvx.runtime.backends.registry import BACKENDS
+from vkvx.runtime.engines.manifest import BACKENDS as ENGINE_BACKENDS
+from vkvx.storage import can_share_blocks, check_room, share_blocks
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODEL = '''"""The model of this directory; the code is in the package vkvx."""
@@ -22,6 +24,9 @@ from vkvx.runtime.serving.triton import TritonPythonModel
 __all__ = ["TritonPythonModel"]
 '''
 _REPLACEABLE = {"config.pbtxt", "1"}
+_BLOCK = 8 << 20
+MODEL_DIRECTORY = "$$TRITON_MODEL_DIRECTORY"
+"""What Triton replaces by the directory of the model at the start of an execution environment's path."""
 
 
 def triton_config(
@@ -32,30 +37,33 @@ def triton_config(
     slots: int = 8,
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
+    threads: int | None = None,
+    environment: str | None = None,
     gpus: Sequence[int] | None = None,
     instances: int = 1,
 ) -> str:
     """``config.pbtxt`` of a bundle served by Triton's Python backend.
 
-    A request has ``prompt`` and optionally ``images`` (the bytes of picture files), ``raw_prompt``, ``stream`` and the
-    fields of GenerationOptions; a response ``text``, ``finish_reason`` (empty before the end) and ``token_ids``. The
-    model is decoupled: with ``stream`` a response comes for each step, else one in all. Batches are formed over slots
-    inside an instance, so Triton does not batch. ``gpus`` None: whatever Triton finds, ``()``: the CPU.
+    A request has ``prompt`` and optionally ``images`` (picture files as bytes, in base64, or as ``data:`` URIs),
+    ``raw_prompt``, ``stream`` and the fields of GenerationOptions; a response ``text``, ``finish_reason`` (empty before
+    the end) and ``token_ids``. The model is decoupled: with ``stream`` a response comes for each step, else one in all.
+    Batches are formed over slots inside an instance, so Triton does not batch. ``gpus`` None: whatever Triton finds,
+    ``()``: the CPU. ``threads`` are those of a CPU, ``environment`` is a Python environment for Triton to run it in.
     """
-    from vkvx.runtime.serving.triton import OPTIONS
+    from vkvx.runtime.serving.triton import INPUTS, LISTS
 
-    inputs = [("prompt", "TYPE_STRING", 1, False), ("images", "TYPE_STRING", -1, True)]
-    inputs += [("raw_prompt", "TYPE_BOOL", 1, True), ("stream", "TYPE_BOOL", 1, True)]
-    inputs += [(option, dtype, -1 if option == "stop" else 1, True) for option, dtype in OPTIONS.items()]
     outputs = [("text", "TYPE_STRING", 1), ("finish_reason", "TYPE_STRING", 1), ("token_ids", "TYPE_INT32", -1)]
     parameters = {"bundle": bundle, "backend": backend, "slots": slots}
     parameters |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     parameters |= {} if text_tokens is None else {"text_tokens": text_tokens}
+    parameters |= {} if threads is None else {"threads": threads}
+    parameters |= {} if environment is None else {"EXECUTION_ENV_PATH": environment}
     kind = "KIND_AUTO" if gpus is None else "KIND_GPU" if gpus else "KIND_CPU"
     devices = f"\n    gpus: {list(gpus)}" if gpus else ""
     lines = [f"name: {json.dumps(name)}", 'backend: "python"', "max_batch_size: 0"]
-    for tensor, dtype, size, optional in inputs:
-        extra = "\n    optional: true" if optional else ""
+    for tensor, dtype in INPUTS.items():
+        size = -1 if tensor in LISTS else 1
+        extra = "" if tensor == "prompt" else "\n    optional: true"
         lines.append(f'input {{\n    name: "{tensor}"\n    data_type: {dtype}\n    dims: [{size}]{extra}\n}}')
     for tensor, dtype, size in outputs:
         lines.append(f'output {{\n    name: "{tensor}"\n    data_type: {dtype}\n    dims: [{size}]\n}}')
@@ -77,24 +85,31 @@ def write_triton_repository(
     slots: int = 8,
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
+    threads: int | None = None,
+    environment: str | None = None,
     gpus: Sequence[int] | None = None,
     instances: int = 1,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Add a bundle to a model repository; returns the model's directory ``repository/name``.
 
-    The bundle's files are hard links where the file system allows, else copies; with ``reference``, a path inside the
-    server's container, nothing is copied. The directory appears whole or not at all.
+    The bundle is copied, and shares its disk blocks where the file system can do that; with ``reference``, a path
+    inside the server's container, nothing is copied. ``environment`` is a Python environment for Triton to run the
+    model in: a directory with a ``bin/activate``, or the archive of one that conda-pack makes. It is a path as the
+    server sees it, or begins with ``$$TRITON_MODEL_DIRECTORY``. ``threads`` without ``gpus`` mean the CPU. ``progress``
+    is called with the stage "copy" and bytes. The directory appears whole or not at all.
 
     Raises:
         BundleError: if ``bundle`` is none.
         OptionError: for options that Triton or vkvx would refuse.
-        StorageError: if the place is taken or cannot be written.
+        StorageError: if the place is taken, too small for the bundle, or cannot be written.
     """
+    gpus = (None if threads is None else ()) if gpus is None else tuple(gpus)
     source = Path(bundle).expanduser().absolute()
     manifest = Manifest.load(source)
     model = name or re.sub(r"[^A-Za-z0-9._-]", "-", manifest.model.name)
-    _check(model, backend, reference, slots, visual_tokens, text_tokens, gpus, instances)
+    _check(model, backend, reference, slots, visual_tokens, text_tokens, threads, environment, gpus, instances)
     target = Path(repository).expanduser().absolute() / model
     if target.exists() and not (force and target.is_dir() and {x.name for x in target.iterdir()} <= _REPLACEABLE):
         hint = (
@@ -110,6 +125,8 @@ def write_triton_repository(
         slots=slots,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
+        threads=threads,
+        environment=environment,
         gpus=gpus,
         instances=instances,
     )
@@ -124,7 +141,7 @@ def write_triton_repository(
             (folder / "config.pbtxt").write_text(config, encoding="utf-8")
             (version / "model.py").write_text(_MODEL, encoding="utf-8")
             if reference is None:
-                shutil.copytree(source, version / "bundle", copy_function=_link)
+                _copy(source, version / "bundle", target.parent, progress or (lambda *_: None))
             if target.exists():
                 shutil.rmtree(target)
             os.replace(folder, target)
@@ -137,11 +154,28 @@ def write_triton_repository(
     return target
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
+def _copy(source: Path, target: Path, repository: Path, progress: Progress) -> None:
+    """Copy a bundle to a place in the repository. Raises StorageError before that if it does not fit."""
+    sizes = [path.stat().st_size for path in source.rglob("*") if path.is_file()]
+    if not can_share_blocks(source / FILE_NAME, target.parent):
+        try:
+            check_room(repository, sum(sizes))
+        except StorageError as error:
+            raise StorageError(f"{error}; or give --reference, which copies nothing") from error
+    done = 0
+
+    def copy(source: str, target: str) -> None:
+        nonlocal done
+        with open(source, "rb") as reader, open(target, "xb") as writer:
+            shared = share_blocks(reader, writer)
+            while not shared and (block := reader.read(_BLOCK)):
+                writer.write(block)
+                progress("copy", done + reader.tell(), sum(sizes))
+            done += reader.seek(0, os.SEEK_END)
+        shutil.copystat(source, target)
+
+    shutil.copytree(source, target, copy_function=copy)
+    progress("copy", done, sum(sizes))
 
 
 def _check(
@@ -151,6 +185,8 @@ def _check(
     slots: int,
     visual_tokens: int | None,
     text_tokens: int | None,
+    threads: int | None,
+    environment: str | None,
     gpus: Sequence[int] | None,
     instances: int,
 ) -> None:
@@ -163,10 +199,20 @@ def _check(
     for option, value, least in (
         ("--slots", slots, 1),
         ("--instances", instances, 1),
+        ("--threads", threads, 1),
         ("--max-visual-tokens", visual_tokens, 0),
         ("--max-text-tokens", text_tokens, 1),
     ):
         if value is not None and value < least:
             raise OptionError(f"{option} must be at least {least}, got {value}")
+    if threads is not None and gpus:
+        raise OptionError("--threads are those of a CPU; leave them out, or give --gpus none")
+    if backend in ENGINE_BACKENDS and (threads is not None or gpus == ()):
+        raise OptionError(f"--backend {backend} runs on a GPU; leave out --threads and --gpus none, or give another")
+    if environment is not None and not environment.startswith(("/", f"{MODEL_DIRECTORY}/")):
+        raise OptionError(
+            f"--environment {environment} must be an absolute path, as the server sees it, or begin with "
+            f"'{MODEL_DIRECTORY}/'"
+        )
     if gpus is not None and (len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus)):
         raise OptionError(f"--gpus {','.join(map(str, gpus))} must be different numbers from 0")

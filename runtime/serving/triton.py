@@ -6,11 +6,14 @@ a session of its own; requests share its slots.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import os
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
@@ -32,7 +35,18 @@ OPTIONS = {
     "max_pixels": "TYPE_INT64",
 }
 """Optional inputs: the fields of GenerationOptions but for those of videos, and their types."""
-
+LISTS = ("images", "stop")
+"""Inputs of any length; the others have one entry."""
+INPUTS = {
+    "prompt": "TYPE_STRING",
+    "images": "TYPE_STRING",
+    "raw_prompt": "TYPE_BOOL",
+    "stream": "TYPE_BOOL",
+    **OPTIONS,
+}
+"""All inputs and their types; only ``prompt`` has to be there."""
+_RESERVED = "triton_"
+"""Begins the names of parameters that Triton itself puts into requests."""
 
 CANCEL_SECONDS = 0.1
 """How often a request that waits is asked whether its client has gone."""
@@ -42,13 +56,15 @@ class TritonPythonModel:
     """What Triton calls. Inputs and outputs are those of :func:`vkvx.runtime.serving.deploy.triton_config`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the bundle on the instance's device."""
+        """Open the bundle on the instance's device. Fails with a reason where no request could be answered."""
         import triton_python_backend_utils as utils
 
         from vkvx.runtime.sessions.session import Session
 
         self._utils = utils
-        if args["model_instance_kind"] == "GPU":
+        _check_numpy(utils)
+        is_on_gpu = args["model_instance_kind"] == "GPU"
+        if is_on_gpu:
             # An instance is a process, so the device is chosen before CUDA starts in it.
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         parameters = {
@@ -56,10 +72,13 @@ class TritonPythonModel:
         }
         version = Path(args["model_repository"]) / args["model_version"]
         settings: dict[str, Any] = {
-            name: int(parameters[name]) for name in ("slots", "visual_tokens", "text_tokens") if name in parameters
+            name: int(parameters[name])
+            for name in ("slots", "visual_tokens", "text_tokens", "threads")
+            if name in parameters
         }
+        settings |= {"backend": parameters["backend"], "provider": "auto" if is_on_gpu else "cpu"}
         try:
-            session = Session.load(version / parameters["bundle"], backend=parameters["backend"], **settings)
+            session = Session.load(version / parameters["bundle"], **settings)
         except VkvxError as error:
             raise utils.TritonModelException(str(error)) from error
         self._session = session
@@ -91,25 +110,26 @@ class TritonPythonModel:
         self._session.close()
 
     def _submit(self, request: Any) -> Answer:
+        _check_parameters(request.parameters())
         options: dict[str, Any] = {}
         for name in OPTIONS:
-            value = self._value(request, name, whole=name == "stop")
+            value = self._value(request, name)
             if value is not None:
                 options[name] = tuple(_text(name, entry) for entry in value) if name == "stop" else value
         text = _text("prompt", self._value(request, "prompt"))
-        images = list(self._value(request, "images", whole=True) or [])
+        images = [_picture(number, entry) for number, entry in enumerate(self._value(request, "images") or [], 1)]
         if not self._value(request, "raw_prompt"):
             content = [{"type": "image"}] * len(images)
             text = self._session.format([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
         return self._server.submit(text, images, options=self._session.options(GenerationOptions(), options))
 
-    def _value(self, request: Any, name: str, *, whole: bool = False) -> Any:
-        """The first entry of an input as a Python object, or all of them; None if the request lacks it."""
+    def _value(self, request: Any, name: str) -> Any:
+        """The entry of an input as a Python object, all of them for one of ``LISTS``; None if the request lacks it."""
         tensor = self._utils.get_input_tensor_by_name(request, name)
         if tensor is None:
             return None
         entries = tensor.as_numpy().ravel().tolist()
-        return entries if whole else entries[0] if entries else None
+        return entries if name in LISTS else entries[0] if entries else None
 
     def _answer(self, sender: Any, request: Any, answer: Answer, stream: bool) -> None:
         try:
@@ -158,7 +178,54 @@ class TritonPythonModel:
             LOG.error("a response cannot be sent: %s", describe(failure), exc_info=failure)
 
 
+def _check_numpy(utils: Any) -> None:
+    """Raise the error of a model that cannot be loaded if Triton's Python backend cannot read arrays of this numpy.
+
+    It was compiled for the array type of one major version of numpy. That of numpy 1 takes numpy 2's arrays for empty
+    ones, or ends the process at the first request, and so up to Triton 24.10.
+    """
+    if int(np.__version__.partition(".")[0]) < 2:
+        return
+    sent = np.arange(1, 5, dtype=np.float32)
+    if not np.array_equal(utils.Tensor.from_dlpack("probe", sent).as_numpy(), sent):
+        raise utils.TritonModelException(
+            f"this Triton cannot read arrays of numpy {np.__version__}; run `pip install 'numpy<2'` in the Python "
+            "environment of the model, or take a newer Triton"
+        )
+
+
+def _check_parameters(found: str) -> None:
+    """Raise InputError for parameters of a request: Triton makes those of every field that is no input."""
+    unknown = [name for name in json.loads(found or "{}") if not name.startswith(_RESERVED)]
+    if unknown:
+        raise InputError(f"unknown field '{unknown[0]}': give some of {', '.join(INPUTS)}")
+
+
+def _picture(number: int, entry: Any) -> Any:
+    """The bytes of a picture file that comes as they are, in base64, or as a ``data:`` URI; what is none as it is."""
+    if not isinstance(entry, bytes):
+        return entry
+    head, _, data = entry.partition(b",")
+    is_uri = head[:5].lower() == b"data:"
+    if b"://" in entry[:16]:
+        raise InputError(f"picture {number} is an address; give the picture itself, in base64 or as a data: URI")
+    if not is_uri:
+        data = entry
+    elif head.lower().endswith(b";base64"):
+        data = unquote_to_bytes(data)
+    else:
+        return unquote_to_bytes(data)
+    try:  # no picture file is all letters and digits
+        return base64.b64decode(data.translate(None, b"\r\n"), validate=True)
+    except binascii.Error as error:
+        if is_uri:
+            raise InputError(f"picture {number} is a data: URI that is no base64 ({error})") from None
+        return entry
+
+
 def _text(name: str, value: Any) -> str:
+    if value is None:
+        raise InputError(f"'{name}' is missing")
     if not isinstance(value, bytes):
         raise InputError(f"'{name}' must be a string in UTF-8, got {type(value).__name__}")
     try:

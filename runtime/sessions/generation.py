@@ -24,7 +24,8 @@ _PREFILL_POSITIONS = 4096
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. ``token_ids`` are all tokens chosen, the end-of-sequence token and those of a stop string included.
+    """An answer. ``text`` is without the white space that many models begin with. ``token_ids`` are all tokens chosen,
+    the end-of-sequence token and those of a stop string included.
 
     ``finish_reason`` is "eos", "stop" or "length". ``prompt_tokens`` counts what this call fed before the answer,
     ``visual_tokens`` how many of them were visual. ``prefill_seconds`` include the vision tower; ``decode_seconds`` are
@@ -185,6 +186,8 @@ class Request:
             self.finish_reason = "stop"
         elif self.finish_reason:
             text += self._stops.flush()
+        if not any(self._text):
+            text = text.lstrip()
         self._text.append(text)
         if self.finish_reason is None:
             return Chunk(self.row, text, (token,))

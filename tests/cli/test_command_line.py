@@ -18,7 +18,7 @@ import pytest
 import vkvx
 from vkvx import cli as command_line
 from vkvx import packages
-from vkvx.cli import doctor, generation, main, terminal
+from vkvx.cli import doctor, main, terminal
 from vkvx.errors import CapacityError
 from vkvx.runtime.sessions.processor import user_message
 
@@ -274,10 +274,6 @@ def test_human_bytes() -> None:
 def test_ranges() -> None:
     assert terminal.ranges([]) == []
     assert terminal.ranges([8, 8, 1, 2, 2]) == [("0-1", 8), ("2", 1), ("3-4", 2)]
-
-
-def test_leading_space_of_an_answer() -> None:
-    assert list(generation.without_leading_space(["", " ", "\n a ", " b"])) == ["", "", "a ", " b"]
 
 
 def test_progress_without_a_terminal_is_a_line_per_stage(capsys: pytest.CaptureFixture[str]) -> None:

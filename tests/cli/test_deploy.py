@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import sys
 import threading
 import types
@@ -11,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from google.protobuf import json_format, text_format
 from samples import Page
 from tritonclient.grpc import model_config_pb2
 
 from vkvx import OptionError, Session, StorageError
+from vkvx.errors import InputError
+from vkvx.runtime.serving import triton
 from vkvx.runtime.serving.deploy import triton_config, write_triton_repository
 
 PROMPT = "Transcribe the page."
@@ -28,14 +33,17 @@ def parsed(text: str) -> Any:
 
 @pytest.mark.parametrize(("gpus", "kind"), [(None, "KIND_AUTO"), ((), "KIND_CPU"), ((0, 3), "KIND_GPU")])
 def test_config_is_what_triton_reads(gpus: tuple[int, ...] | None, kind: str) -> None:
-    config = parsed(triton_config("a.model", gpus=gpus, instances=2, slots=5, visual_tokens=640, bundle='b "c"'))
+    options: dict[str, Any] = {"slots": 5, "visual_tokens": 640, "threads": 3, "environment": "/envs/a b"}
+    config = parsed(triton_config("a.model", gpus=gpus, instances=2, bundle='b "c"', **options))
     assert (config.name, config.backend, config.max_batch_size) == ("a.model", "python", 0)
     assert config.model_transaction_policy.decoupled
     (group,) = config.instance_group
     assert model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind) == kind
     assert (group.count, tuple(group.gpus)) == (2, tuple(gpus or ()))
     values = {name: entry.string_value for name, entry in config.parameters.items()}
-    assert values == {"bundle": 'b "c"', "backend": "auto", "slots": "5", "visual_tokens": "640"}
+    options = {"slots": "5", "visual_tokens": "640", "threads": "3", "EXECUTION_ENV_PATH": "/envs/a b"}
+    assert values == {"bundle": 'b "c"', "backend": "auto", **options}
+    assert {entry.name for entry in config.input if list(entry.dims) == [-1]} == {"images", "stop"}
     assert [entry.name for entry in config.input if not entry.optional] == ["prompt"]
     assert {entry.name for entry in config.output} == {"text", "finish_reason", "token_ids"}
 
@@ -58,9 +66,46 @@ def test_repository_appears_whole_or_not_at_all(tiny_bundle: Path, tmp_path: Pat
     assert sorted(path.name for path in repository.iterdir()) == ["mine", "tiny"]
 
 
+def test_a_deployed_bundle_is_a_copy(tiny_bundle: Path, tmp_path: Path) -> None:
+    """ONNX readers refuse weights that have hard links, in the bundle that was linked as well."""
+    seen: list[tuple[str, int, int]] = []
+    model = write_triton_repository(tiny_bundle, tmp_path, name="tiny", progress=lambda *done: seen.append(done))
+    names = [path.relative_to(tiny_bundle) for path in tiny_bundle.rglob("*") if path.is_file()]
+    assert len(names) > 8
+    for name in names:
+        original, copy = tiny_bundle / name, model / "1/bundle" / name
+        assert copy.read_bytes() == original.read_bytes()
+        assert (original.stat().st_nlink, copy.stat().st_nlink) == (1, 1)
+    for bundle in (tiny_bundle, model / "1/bundle"):
+        for graph in ("decoder.onnx", "vision.onnx"):
+            assert onnx.load(bundle / graph).graph.initializer
+    total = sum((tiny_bundle / name).stat().st_size for name in names)
+    assert seen[-1] == ("copy", total, total)
+
+
+def test_no_room_is_told_before_anything_is_copied(
+    cli: Callable, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr("vkvx.runtime.serving.deploy.can_share_blocks", lambda *_: False)
+    done = cli("deploy", "triton", tiny_bundle, "-o", tmp_path / "models")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert f"the output takes 11.5 MB, {tmp_path / 'models'} has" in done.err
+    assert "or give --reference, which copies nothing" in done.err
+    assert not list((tmp_path / "models").iterdir())
+    monkeypatch.setattr("vkvx.runtime.serving.deploy.can_share_blocks", lambda *_: True)
+    assert cli("deploy", "triton", tiny_bundle, "-o", tmp_path / "models").code == 0
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"threads": 0},
+        {"threads": 2, "gpus": (0,)},
+        {"threads": 2, "backend": "rtx"},
+        {"gpus": (), "backend": "tensorrt"},
+        {"environment": "relative"},
+        {"environment": "$$TRITON_MODEL_DIRECTORYs"},
         {"name": "a/b"},
         {"slots": 0},
         {"instances": 0},
@@ -91,6 +136,10 @@ class Utils(types.ModuleType):
         def __init__(self, name: str, data: np.ndarray) -> None:
             self.name, self._data = name, data
 
+        @classmethod
+        def from_dlpack(cls, name: str, data: np.ndarray) -> Utils.Tensor:
+            return cls(name, data)
+
         def as_numpy(self) -> np.ndarray:
             return self._data
 
@@ -107,14 +156,18 @@ class Utils(types.ModuleType):
 class Request:
     """A request, and the responses to it."""
 
-    def __init__(self, **inputs: Any) -> None:
+    def __init__(self, fields: str = "", /, **inputs: Any) -> None:
         self.inputs = inputs
+        self.fields = fields
         self.responses: list[Any] = []
         self.cancelled = False
         self._done = threading.Event()
 
     def get_response_sender(self) -> Request:
         return self
+
+    def parameters(self) -> str:
+        return self.fields
 
     def is_cancelled(self) -> bool:
         return self.cancelled
@@ -134,13 +187,10 @@ def strings(*values: str | bytes) -> np.ndarray:
     return np.array([v.encode() if isinstance(v, str) else v for v in values], np.object_)
 
 
-@pytest.fixture
-def model(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
-    folder = write_triton_repository(tiny_bundle, tmp_path, name="tiny", backend="onnxruntime", slots=2, gpus=())
-    from vkvx.runtime.serving.triton import TritonPythonModel
-
-    loaded = TritonPythonModel()
+def opened(bundle: Path, repository: Path) -> Any:
+    """The model of a bundle, as Triton initializes it on a CPU; it imports Triton's module."""
+    folder = write_triton_repository(bundle, repository, name="tiny", backend="onnxruntime", slots=2, gpus=())
+    loaded = triton.TritonPythonModel()
     config = json_format.MessageToDict(parsed((folder / "config.pbtxt").read_text()), preserving_proto_field_name=True)
     loaded.initialize(
         {
@@ -151,6 +201,14 @@ def model(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "model_instance_device_id": "0",
         }
     )
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
+        loaded = opened(tiny_bundle, tmp_path_factory.mktemp("models"))
     yield loaded
     loaded.finalize()
 
@@ -212,6 +270,94 @@ def test_a_wrong_request_leaves_the_others_of_its_batch_alone(model: Any, inputs
         assert len(response.outputs["token_ids"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "unknown"),
+    [('{"max_tokens": 8}', "max_tokens"), ('{"triton_a": 1, "n": "x"}', "n"), ('{"max_new_tokens_": true}', "max_new")],
+)
+def test_unknown_fields_are_refused(model: Any, fields: str, unknown: str) -> None:
+    limit = np.array([2], np.int32)
+    wrong = Request(fields, prompt=strings(PROMPT), max_new_tokens=limit)
+    right = Request('{"triton_enable_empty_final_response": true}', prompt=strings(PROMPT), max_new_tokens=limit)
+    model.execute([wrong, right])
+    (response,) = wrong.wait()
+    assert f"unknown field '{unknown}" in str(response.error)
+    assert "give some of prompt, images, raw_prompt, stream, max_new_tokens, " in str(response.error)
+    assert right.wait()[0].error is None
+
+
+PICTURE = b"\x89PNG\r\n\x1a\n and more, \xff"
+ENCODED = base64.b64encode(PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("entry", "data"),
+    [
+        (PICTURE, PICTURE),
+        (ENCODED, PICTURE),
+        (ENCODED[:8] + b"\r\n" + ENCODED[8:] + b"\n", PICTURE),
+        (b"data:image/png;base64," + ENCODED, PICTURE),
+        (b"DATA:;Base64," + ENCODED.replace(b"=", b"%3D"), PICTURE),
+        (b"data:image/svg+xml,%3Csvg%20", b"<svg "),
+        (b"P1\n2 2\n0 1 1 0\n", b"P1\n2 2\n0 1 1 0\n"),  # a picture in plain text
+        (b"not base64", b"not base64"),
+        (ENCODED[:-1], ENCODED[:-1]),
+        (7, 7),
+    ],
+)
+def test_pictures_come_as_bytes_in_base64_or_as_data_uris(entry: Any, data: Any) -> None:
+    assert triton._picture(1, entry) == data
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (b"https://a.example/b.png", "picture 2 is an address; give the picture itself, in base64 or as a data: URI"),
+        (b"file:///etc/passwd", "picture 2 is an address"),
+        (b"data:image/png;base64,a-_b", "picture 2 is a data: URI that is no base64"),
+        (b"data:image/png;base64," + ENCODED[:-1], "picture 2 is a data: URI that is no base64"),
+    ],
+)
+def test_other_pictures_are_refused(entry: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        triton._picture(2, entry)
+
+
+@pytest.mark.parametrize(
+    ("version", "answers", "reason"),
+    [("2.4.6", False, r"numpy 2\.4\.6; run `pip install 'numpy<2'`"), ("2.4.6", True, None), ("1.26.4", False, None)],
+)
+def test_a_triton_that_cannot_read_arrays_fails_the_load(
+    version: str, answers: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utils = Utils("triton_python_backend_utils")
+    monkeypatch.setattr("numpy.__version__", version)
+    if not answers:
+        tensor = type("Tensor", (), {"from_dlpack": staticmethod(lambda name, data: Utils.Tensor(name, data * 0))})
+        monkeypatch.setattr(utils, "Tensor", tensor, raising=False)
+    if reason is None:
+        triton._check_numpy(utils)
+    else:
+        with pytest.raises(Utils.TritonModelException, match=reason):
+            triton._check_numpy(utils)
+
+
+@pytest.mark.parametrize(("kind", "provider", "devices"), [("CPU", "cpu", None), ("GPU", "auto", "3")])
+def test_an_instance_runs_where_triton_puts_it(
+    kind: str, provider: str, devices: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(Session, "load", lambda bundle, **settings: asked.update(settings))
+    monkeypatch.setattr(triton, "Server", lambda session: None)
+    config = json_format.MessageToDict(parsed(triton_config("a", threads=3)), preserving_proto_field_name=True)
+    arguments = {"model_repository": "/", "model_version": "1", "model_config": json.dumps(config)}
+    triton.TritonPythonModel().initialize({**arguments, "model_instance_kind": kind, "model_instance_device_id": "3"})
+    assert asked == {"backend": "auto", "slots": 8, "threads": 3, "provider": provider}
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == devices
+
+
 class Broken(Request):
     """A request whose client cannot be sent a second response, except errors."""
 
@@ -244,24 +390,25 @@ def test_a_client_that_is_gone_frees_its_slot(model: Any) -> None:
     assert request.wait()[-1].error is None
 
 
-def test_requests_that_still_run_at_the_end_get_a_final_response(model: Any) -> None:
+def test_requests_that_still_run_at_the_end_get_a_final_response(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
+    model = opened(tiny_bundle, tmp_path)
     requests = [long() for _ in range(3)]
     model.execute(requests)
     model.finalize()
     for request in requests:
         assert request._done.is_set()
         assert "closed" in str(request.responses[-1].error)
-    model._session.close = lambda: None  # the fixture ends the model once more
 
 
 def test_a_damaged_bundle_fails_the_load(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
-    from vkvx.runtime.serving.triton import TritonPythonModel
-
     parameters = {"bundle": {"string_value": str(tmp_path)}, "backend": {"string_value": "onnxruntime"}}
     arguments = {"model_repository": "/", "model_version": "1", "model_instance_kind": "CPU"}
     with pytest.raises(Utils.TritonModelException, match=r"vkvx\.json"):
-        TritonPythonModel().initialize({**arguments, "model_config": json.dumps({"parameters": parameters})})
+        triton.TritonPythonModel().initialize({**arguments, "model_config": json.dumps({"parameters": parameters})})
 
 
 def test_backend_is_chosen_in_the_server_by_default(cli: Callable, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -275,6 +422,12 @@ def test_the_verb(cli: Callable, tiny_bundle: Path, tmp_path: Path) -> None:
     done = cli(*arguments, "--gpus", "0,1", "--name", "tiny", "--json")
     assert json.loads(done.out) == {"model": "tiny", "directory": str(tmp_path / "models/tiny")}
     assert list(parsed((tmp_path / "models/tiny/config.pbtxt").read_text()).instance_group[0].gpus) == [0, 1]
+    environment = "$$TRITON_MODEL_DIRECTORY/python.tar.gz"
+    assert cli(*arguments, "--name", "b", "--threads", "2", "--environment", environment).code == 0
+    config = parsed((tmp_path / "models/b/config.pbtxt").read_text())
+    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+    values = {name: entry.string_value for name, entry in config.parameters.items()}
+    assert (values["threads"], values["EXECUTION_ENV_PATH"]) == ("2", environment)
     for wrong in ((), ("--gpus", "x"), ("--name", "a b", "--force")):
         refused = cli(*arguments, "--name", "tiny", *wrong)
         assert refused.code == 2

@@ -139,7 +139,7 @@ def test_no_bundle_and_no_json(tmp_path: Path) -> None:
 
 
 def test_newer_format_asks_for_an_upgrade() -> None:
-    with pytest.raises(BundleError, match="upgrade"):
+    with pytest.raises(BundleError, match="install a newer vkvx, or export the model again"):
         Manifest.from_json({"format": "vkvx-bundle", "format_version": FORMAT_VERSION + 1})
 
 
@@ -244,7 +244,9 @@ def test_values_that_cannot_be(path: tuple[str, ...], value: Any) -> None:
 
 
 def test_another_version_of_the_operator() -> None:
-    with pytest.raises(BundleError, match=r"version 99, this vkvx has 1; upgrade .*, or export the model again"):
+    with pytest.raises(
+        BundleError, match=r"version 99, this vkvx has 1; install a newer vkvx, or export the model again"
+    ):
         Manifest.from_json(example() | {"operator_version": 99})
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from vkvx import packages
 from vkvx.cli import EXIT_ERROR, explain
 from vkvx.errors import DependencyError
 from vkvx.packages import extra, missing, require
@@ -70,6 +72,38 @@ def test_versions_that_vkvx_allows_are_named() -> None:
     old = ImportError("cannot import name 'X' from 'transformers'", name="transformers")
     assert "'transformers' is installed but" in str(missing("torch", old))
     assert "pip install 'transformers<6,>=5.20'" in str(missing("torch", old))
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ({"url": "WHEEL", "archive_info": {}}, "'WHEEL[rtx,video]'"),
+        ({"url": "gone.whl", "archive_info": {}}, "'PATH[rtx,video]'"),
+        ({"url": "https://a.example/v.whl", "archive_info": {}}, "'vkvx[rtx,video] @ https://a.example/v.whl'"),
+        ({"url": "https://a.example/v", "vcs_info": {"vcs": "git"}}, "'vkvx[rtx,video] @ git+https://a.example/v'"),
+        (None, "'vkvx[rtx,video]'"),
+    ],
+)
+def test_extras_come_from_where_vkvx_came(
+    origin: dict[str, object] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel, a wheel that is gone, addresses, an index: what pip notes beside the package (PEP 610)."""
+    wheel = tmp_path / "a wheel.whl"
+    wheel.touch()
+    information = tmp_path / "vkvx-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vkvx\nVersion: 1.0\n")
+    if origin is not None:
+        url = str(origin["url"])
+        place = url if "://" in url else (wheel if url == "WHEEL" else tmp_path / url).as_uri()
+        (information / "direct_url.json").write_text(json.dumps({**origin, "url": place}))
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.setattr(packages, "__file__", str(tmp_path / "site-packages/vkvx/packages.py"))
+    assert packages.extra("rtx,video").startswith(f"`pip install {command.replace('WHEEL', str(wheel))}`")
+
+
+def test_extras_of_a_clone_come_from_the_clone() -> None:
+    assert packages.extra("video") == f"`pip install -e '{Path(__file__).parents[2]}[video]'`"
 
 
 def test_the_command_line_names_no_package_that_it_does_not_know() -> None:

@@ -159,7 +159,7 @@ class Chat:
         self._pictures, self._videos = [], []
         stopped = False
         with _interruption() as asked:
-            for piece in generation.without_leading_space(pieces):
+            for piece in pieces:
                 print(terminal.printable(piece), end="", flush=True)
                 if asked():
                     stopped = True

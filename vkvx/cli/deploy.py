@@ -29,10 +29,16 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     triton.add_argument("--slots", type=int, default=8, metavar="N", help="sequences an instance runs side by side (8)")
     triton.add_argument("--max-visual-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
     triton.add_argument("--max-text-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
+    triton.add_argument("--threads", type=int, metavar="N", help="CPU threads of an instance, which then is on the CPU")
     triton.add_argument("--gpus", metavar="LIST", help="such as 0,1; none: the CPU (default: what Triton finds)")
     triton.add_argument("--instances", type=int, default=1, metavar="N", help="on each GPU (default: 1)")
     triton.add_argument(
         "--reference", metavar="PATH", help="where the server finds the bundle; nothing is copied into the repository"
+    )
+    triton.add_argument(
+        "--environment",
+        metavar="PATH",
+        help="where the server finds the Python environment to run it in: a directory, or an archive of conda-pack",
     )
     triton.add_argument("--force", action="store_true", help="replace a model that vkvx has written there")
     triton.add_argument("--json", action="store_true", help="print JSON")
@@ -43,19 +49,23 @@ def run(args: argparse.Namespace) -> int:
     """Write the repository, then say how to start the server."""
     from vkvx.runtime.serving.deploy import write_triton_repository
 
-    model = write_triton_repository(
-        args.bundle,
-        args.output,
-        name=args.name,
-        backend=args.backend,
-        reference=args.reference,
-        slots=args.slots,
-        visual_tokens=args.max_visual_tokens,
-        text_tokens=args.max_text_tokens,
-        gpus=_gpus(args.gpus),
-        instances=args.instances,
-        force=args.force,
-    )
+    with terminal.ProgressBar("deploy", announce=False) as progress:
+        model = write_triton_repository(
+            args.bundle,
+            args.output,
+            name=args.name,
+            backend=args.backend,
+            reference=args.reference,
+            slots=args.slots,
+            visual_tokens=args.max_visual_tokens,
+            text_tokens=args.max_text_tokens,
+            threads=args.threads,
+            environment=args.environment,
+            gpus=_gpus(args.gpus),
+            instances=args.instances,
+            force=args.force,
+            progress=progress,
+        )
     if args.json:
         terminal.print_json({"model": model.name, "directory": str(model)})
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
@@ -88,15 +87,6 @@ def load_session(
             progress=progress,
             processor=processor,
         )
-
-
-def without_leading_space(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of an answer, without the space that many models begin with."""
-    begun = False
-    for piece in pieces:
-        text = piece if begun else piece.lstrip()
-        begun = begun or bool(text)
-        yield text
 
 
 def figures(session: Session, conversation: Conversation) -> dict[str, Any]:

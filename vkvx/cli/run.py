@@ -82,11 +82,11 @@ def run(args: argparse.Namespace) -> int:
         chunks = conversation.stream(prepared, options=options, progress=progress)
         answer = ""
         try:
-            for piece in generation.without_leading_space(chunk.text for chunk in chunks):
+            for chunk in chunks:
                 progress.close()  # before the answer, on the same terminal
-                answer += piece
+                answer += chunk.text
                 if not args.json:
-                    print(terminal.printable(piece), end="", flush=True)
+                    print(terminal.printable(chunk.text), end="", flush=True)
         except BaseException:
             if answer and not args.json:
                 print(flush=True)  # so that the error has a line of its own

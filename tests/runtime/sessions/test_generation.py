@@ -126,6 +126,21 @@ def test_stop_strings_never_show(answer: str, stop: tuple[str, ...], text: str, 
     assert scripted(answer).generate("[q]", **options).text == text
 
 
+def test_answers_begin_with_their_first_word() -> None:
+    """Whatever white space models put before it; streams, whole answers and conversations have the same text."""
+    answer = "\n a \n b"
+    options: dict[str, Any] = {"max_new_tokens": len(answer), "ignore_eos": True}
+    chunks = list(scripted(answer).stream("[q]", **options))
+    assert [chunk.text for chunk in chunks] == ["", "", "a", " ", "\n", " ", "b"]
+    assert chunks[-1].generation is not None
+    assert chunks[-1].generation.text == "a \n b"
+    assert bytes(chunks[-1].generation.token_ids) == answer.encode()
+    talk = scripted(answer).conversation()
+    assert "".join(talk.ask("q", **options)) == "a \n b"
+    assert talk.messages[1]["content"] == "a \n b"
+    assert scripted("  ").generate("[q]", max_new_tokens=2).text == ""
+
+
 def test_an_incomplete_character_at_the_end_is_shown_as_such() -> None:
     generation = scripted("a€").generate("[q]", max_new_tokens=3)
     assert generation.text == "a\ufffd"
