@@ -21,7 +21,7 @@ from vkvx.export.options import ExportOptions
 from vkvx.manifest import FILE_NAME, FLOAT_DTYPES, Manifest, Progress
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.family import Source
-from vkvx.models.registry import ALIASES, resolve
+from vkvx.models.registry import ALIASES, resolve, resolve_origin
 
 if TYPE_CHECKING:
     from vkvx.evaluation.bundle_runner import BundleRunner
@@ -224,7 +224,7 @@ def _plan_bundle(
         )
     from vkvx.runtime.backends.torch.loading import check_same_model
 
-    source = resolve(model or info.source, revision=None if model else info.revision)
+    source = resolve_origin(bundle, info, model)
     check_same_model(source, manifest)
     (base,) = settle([], info.cached_layers, info.typical_tokens)
     if base.name == name:

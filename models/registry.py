@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from vkvx.errors import ModelError
 from vkvx.manifest import FILE_NAME as BUNDLE_FILE
+from vkvx.manifest import ModelInfo
 from vkvx.models.checkpoint import CONFIG_FILE
 from vkvx.models.family import Family, Source
 from vkvx.models.gemma3 import Gemma3
@@ -101,6 +103,38 @@ def locate(name_or_path: str | Path, *, cache_dir: str | Path | None = None, rev
     hub_id = str(target)
     directory = _with_config(_download(hub_id, CONFIG_FILES, cache_dir, revision))
     return Location(name if name in ALIASES else hub_id.split("/")[1], hub_id, directory, directory.name)
+
+
+def origin_for(source: Source, bundle: Path) -> str:
+    """What the manifest of a bundle holds of where its checkpoint is; :func:`resolve_origin` finds it by that.
+
+    An alias or a hub id; of a directory the way there from the bundle, or "" where that leads through the root: it would
+    tell whoever gets the bundle how somebody's disk is laid out.
+    """
+    if not Path(source.origin).is_absolute():
+        return source.origin
+    here = bundle.resolve()
+    try:
+        shared = Path(os.path.commonpath([here, source.origin]))
+    except ValueError:  # two drives
+        return ""
+    return "" if shared == Path(shared.anchor) else Path(os.path.relpath(source.origin, here)).as_posix()
+
+
+def resolve_origin(bundle: Path, info: ModelInfo, model: str | None = None) -> Source:
+    """The checkpoint that a bundle was made from, or ``model``. Raises ModelError as :func:`resolve`."""
+    if model is not None:
+        return resolve(model)
+    if not info.source:
+        raise ModelError(
+            f"the manifest does not say where the checkpoint '{info.name}' is; give model= (--model) its directory"
+        )
+    if info.source.startswith("."):
+        directory = Path(os.path.normpath(bundle.resolve() / info.source))
+        if not directory.is_dir():
+            raise ModelError(f"there is no checkpoint at {directory} any more; give model= (--model) its directory")
+        return resolve(directory)
+    return resolve(info.source, revision=info.revision)
 
 
 def read_source(place: Location, trust_remote_code: bool = False) -> Source:

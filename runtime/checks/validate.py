@@ -206,10 +206,10 @@ def validate_bundle(
         reference = open_backend("onnxruntime", directory, manifest, provider="cpu", **capacity)
         name = "onnxruntime"
     else:
-        from vkvx.models.registry import resolve
+        from vkvx.models.registry import resolve_origin
         from vkvx.runtime.backends.torch.loading import load_reference
 
-        source = resolve(model or manifest.model.source, revision=None if model else manifest.model.revision)
+        source = resolve_origin(directory, manifest.model, model)
         reference = load_reference(source, manifest, **capacity)
         opened = open_backend(backend, directory, manifest, provider=provider, **capacity)
         name = str(source.name)

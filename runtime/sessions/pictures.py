@@ -55,7 +55,7 @@ def load_picture(source: Picture, *, background: tuple[int, int, int] = WHITE, n
         if isinstance(source, (str, Path)) and Path(source).is_fifo():
             with Path(source).open("rb") as pipe:
                 source = _read_through(pipe, name)
-        elif hasattr(source, "seekable") and not source.seekable():
+        elif not isinstance(source, (str, Path, bytes)) and not source.seekable():
             source = _read_through(source, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _as_rgb looks at the size
