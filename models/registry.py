@@ -108,8 +108,8 @@ def locate(name_or_path: str | Path, *, cache_dir: str | Path | None = None, rev
 def origin_for(source: Source, bundle: Path) -> str:
     """What the manifest of a bundle holds of where its checkpoint is; :func:`resolve_origin` finds it by that.
 
-    An alias or a hub id; of a directory the way there from the bundle, or "" where that leads through the root: it would
-    tell whoever gets the bundle how somebody's disk is laid out.
+    An alias or a hub id; of a directory the way there from the bundle, or "" where that leads through the root: that
+    would tell whoever gets the bundle how somebody's disk is laid out.
     """
     if not Path(source.origin).is_absolute():
         return source.origin

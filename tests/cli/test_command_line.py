@@ -106,7 +106,8 @@ def test_version(cli: Callable) -> None:
     [
         ([], "VERB"),
         (["unknown"], "invalid choice: 'unknown'"),
-        (["run"], "BUNDLE, PROMPT"),
+        (["run"], "required: BUNDLE"),
+        (["run", "b"], "neither PROMPT nor --prompt-file"),
         (["run", "b", "p", "--imag", "x"], "unrecognized arguments: --imag x"),
         (["export", "tiny-llava", "--bit", "1"], "unrecognized arguments: --bit 1"),
         (["export", "tiny-llava", "--bits", "one"], "invalid int value: 'one'"),

@@ -21,8 +21,8 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "inspect",
         help="show what a bundle or an engine directory holds",
-        description="Show the parts of a bundle, its quantisation, the bytes that its cache takes, its graphs and engines; "
-        "or of an engine directory (BUNDLE/engines/NAME) its profiles, inputs and outputs, plugin layers and sizes.",
+        description="Show the parts of a bundle, its quantisation, the bytes that its cache takes, its graphs and "
+        "engines; or of an engine directory (BUNDLE/engines/NAME) its profiles, inputs and outputs, plugin layers and sizes.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle or of engines")
     parser.add_argument("--verify", action="store_true", help="compare each file with its SHA-256")
