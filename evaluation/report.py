@@ -65,13 +65,14 @@ def _row(setting: SettingResult, compared: bool) -> dict[str, str]:
 
 
 def _difference(metric: Metric) -> str:
-    if metric.difference is None or metric.difference_low is None or metric.difference_high is None:
+    if metric.difference is None:
         return "-"
     return _interval(metric.difference, metric.difference_low, metric.difference_high, sign="+")
 
 
-def _interval(mean: float, low: float, high: float, sign: str = "") -> str:
-    return f"{100 * mean:{sign}.2f} ± {50 * (high - low):.2f}"
+def _interval(mean: float, low: float | None, high: float | None, sign: str = "") -> str:
+    text = f"{100 * mean:{sign}.2f}"
+    return text if low is None or high is None else f"{text} ± {50 * (high - low):.2f}"
 
 
 def _percent(share: float | None) -> str:

@@ -20,11 +20,14 @@ FORMAT, VERSION = "vkvx-eval", 1
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean with its 95 % interval, and its paired difference from the reference (None for the reference)."""
+    """A mean with its 95 % interval, and its paired difference from the reference (None for the reference).
+
+    Of one sample the bounds are None.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None

@@ -14,11 +14,11 @@ _CHUNK = 100
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over samples and the interval around it."""
+    """A mean over samples and the interval around it; one sample has none."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def estimate(scores: np.ndarray) -> Estimate:
@@ -26,10 +26,12 @@ def estimate(scores: np.ndarray) -> Estimate:
 
     Percentile bootstrap: n samples are drawn with replacement 2000 times, with a fixed seed, and the interval is what
     lies between the 2.5 % and 97.5 % quantiles of the means. Every call draws the same samples, so for a paired
-    difference give the differences sample by sample. Where all scores are equal, as they are for one sample, the
-    interval has no width: that is all the data say, not certainty.
+    difference give the differences sample by sample. Where all scores are equal the interval has no width: that is all
+    the data say, not certainty. One score says nothing of others, so it has no interval.
     """
     scores = np.asarray(scores, np.float64)
+    if len(scores) == 1:
+        return Estimate(float(scores[0]), None, None)
     rng = np.random.default_rng(SEED)
     share = np.full(len(scores), 1 / len(scores))
     means = [rng.multinomial(len(scores), share, size=_CHUNK) @ scores for _ in range(RESAMPLES // _CHUNK)]

@@ -153,11 +153,13 @@ def _are_texts(value: Any) -> bool:
 
 
 def prompt_of(sample: Sample, processor: Processor) -> str:
-    """The whole prompt, by the chat template as in ``vkvx run``; for a model without one, the pictures come first."""
-    if not processor.has_chat_template:
-        return processor.plain_picture * len(sample.pictures) + sample.prompt
+    """The whole prompt, by the chat template as in ``vkvx run``; for a model without one, the pictures come first.
+
+    The sample's prompt is text: what looks like a placeholder in it is none.
+    """
     content: list[dict[str, str]] = [{"type": "image"}] * len(sample.pictures)
-    return processor.format([{"role": "user", "content": [*content, {"type": "text", "text": sample.prompt}]}])
+    message = {"role": "user", "content": [*content, {"type": "text", "text": sample.prompt}]}
+    return processor.format([message]) if processor.has_chat_template else processor.plain(message)
 
 
 def prepare(sample: Sample, processor: Processor, max_positions: int, max_new_tokens: int) -> Prepared:

@@ -18,7 +18,7 @@ from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
 from vkvx.models.family import Source
 from vkvx.models.processor_files import ProcessorFiles
-from vkvx.models.registry import resolve
+from vkvx.models.registry import origin_for, resolve
 from vkvx.packages import EXPORT, missing, require
 from vkvx.plugins.operator import VERSION
 from vkvx.storage import can_share_blocks, check_output, check_room, new_directory
@@ -68,7 +68,7 @@ def export_model(
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
-    source = replace(source, limits=options.limits)
+    source = replace(source, origin=origin_for(source, target), limits=options.limits)
     stored = read_checkpoint(source.directory)
     processor = source.processor()
     report("load", 1, 1)

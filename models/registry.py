@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,22 @@ def locate(name_or_path: str | Path, *, cache_dir: str | Path | None = None, rev
     return Location(name if name in ALIASES else hub_id.split("/")[1], hub_id, directory, directory.name)
 
 
+def origin_for(source: Source, bundle: Path) -> str:
+    """What the manifest of a bundle holds of where its checkpoint is; :func:`resolve_origin` finds it by that.
+
+    An alias or a hub id; of a directory the way there from the bundle, or "" where that leads through the root: that
+    would tell whoever gets the bundle how somebody's disk is laid out.
+    """
+    if not Path(source.origin).is_absolute():
+        return source.origin
+    here = bundle.resolve()
+    try:
+        shared = Path(os.path.commonpath([here, source.origin]))
+    except ValueError:  # two drives
+        return ""
+    return "" if shared == Path(shared.anchor) else Path(os.path.relpath(source.origin, here)).as_posix()
+
+
 def resolve_origin(bundle: Path, info: ModelInfo, model: str | None, otherwise: str) -> Source:
     """The checkpoint ``model``, or where that is None the one that a bundle was exported from.
 
@@ -113,7 +130,15 @@ def resolve_origin(bundle: Path, info: ModelInfo, model: str | None, otherwise: 
     """
     if model is not None:
         return resolve(model)
+    if not info.source:
+        raise ModelError(
+            f"the manifest does not say where the checkpoint '{info.name}' is; give model= (--model) its directory, or "
+            f"{otherwise}"
+        )
+    is_path = info.source.startswith(".")
     try:
+        if is_path:
+            return resolve(os.path.normpath(bundle.resolve() / info.source))
         return resolve(info.source, revision=info.revision)
     except ModelError as error:
         reason = str(error).partition(";")[0]

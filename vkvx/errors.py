@@ -44,6 +44,10 @@ class CapacityError(VkvxError):
     """A sequence does not fit into the cache it is meant for."""
 
 
+class NumericError(VkvxError):
+    """A model's output is infinite or no number: its type cannot hold it, or weights are damaged."""
+
+
 class BatchError(VkvxError):
     """Some of several prompts failed.
 

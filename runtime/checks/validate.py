@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, choose_backend, open_backend
 from vkvx.runtime.calls import build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
+from vkvx.runtime.sessions.nonfinite import OVERFLOW
 from vkvx.runtime.sessions.pictures import Picture
-from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.sessions.processor import Prepared, Processor, user_message
 
 COMPARED = ("onnxruntime", *ENGINE_BACKENDS)
 """Backends that can be validated."""
 
+VISION_OUTPUT = "image_embeds"
 PROMPT = "Describe the picture."
 """What is asked about each picture; the tokens that follow come from the torch model, greedily."""
 
@@ -70,7 +73,10 @@ engines of TensorRT 8.6 were 1.22 times ``logits`` apart from it at most, at 1 t
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. ``max_difference`` and ``tolerance`` have the unit that ``detail`` names."""
+    """One comparison. ``max_difference`` and ``tolerance`` have the unit that ``detail`` names.
+
+    ``is_finite`` is False where either side has an infinity or NaN; the difference is infinite then.
+    """
 
     name: str
     phase: str
@@ -79,6 +85,7 @@ class Check:
     tolerance: float
     passed: bool
     detail: str = ""
+    is_finite: bool = True
 
 
 @dataclass
@@ -105,13 +112,34 @@ class Report:
             return None
         return min(c.layer for c in failed if c.phase == failed[0].phase and c.layer is not None)
 
+    @property
+    def first_divergence(self) -> str | None:
+        """The part of the model that fails first: "the vision output" or "layer 3"; None where no such part does."""
+        failed = next((check for check in self.checks if not check.passed), None)
+        if failed is not None and failed.name == VISION_OUTPUT:
+            return "the vision output"
+        layer = self.first_divergent_layer
+        return None if layer is None else f"layer {layer}"
+
+    @property
+    def remedy(self) -> str | None:
+        """What helps where something is not finite."""
+        if all(check.is_finite for check in self.checks):
+            return None
+        return OVERFLOW if self.dtype == "float16" else "numbers are infinite or NaN: look at the checkpoint's weights"
+
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain types."""
+        """Everything, as plain types; a difference without bound is None."""
         return {
             **{name: getattr(self, name) for name in ("bundle", "model", "dtype", "provider", "backend")},
             "passed": self.passed,
+            "first_divergence": self.first_divergence,
             "first_divergent_layer": self.first_divergent_layer,
-            "checks": [asdict(check) for check in self.checks],
+            "remedy": self.remedy,
+            "checks": [
+                {name: None if value == inf else value for name, value in asdict(check).items()}
+                for check in self.checks
+            ],
         }
 
 
@@ -154,7 +182,7 @@ def validate_bundle(
         raise OptionError(f"--provider has no effect with --backend {backend}; leave it out")
 
     for name, value in (("atol", atol), ("rtol", rtol)):
-        if value is not None and not 0 <= value < float("inf"):
+        if value is not None and not 0 <= value < inf:
             raise OptionError(f"{name} {value} is not supported: give a number of at least 0")
     report_progress = progress or (lambda stage, done, total: None)
     directory = Path(bundle)
@@ -216,10 +244,9 @@ def _reference(bundle: Path, manifest: Manifest, model: str | None) -> Source:
 
 
 def _turn(processor: Processor, picture: Picture, *, first: bool) -> Prepared:
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
-    if processor.has_chat_template:
-        return processor.prepare(processor.format([{"role": "user", "content": content}]), [picture], first=first)
-    return processor.prepare(f"{processor.plain_picture}{PROMPT}", [picture], first=first)
+    message = user_message(PROMPT, pictures=1)
+    prompt = processor.format([message]) if processor.has_chat_template else processor.plain(message)
+    return processor.prepare(prompt, [picture], first=first)
 
 
 class _Comparison:
@@ -246,7 +273,7 @@ class _Comparison:
             np.concatenate([np.asarray(side.encode(inputs)) for inputs in turn.vision_calls])
             for side in (self.backend, self.reference)
         )
-        self._close("image_embeds", phase, None, embeds, expected, self.tolerances.vision)
+        self._close(VISION_OUTPUT, phase, None, embeds, expected, self.tolerances.vision)
         return embeds
 
     def step(self, phase: str, ids: np.ndarray, turn: Prepared | None = None, embeds: np.ndarray | None = None) -> int:
@@ -320,12 +347,17 @@ class _Comparison:
     ) -> None:
         a, e = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
         if a.shape != e.shape:
-            self._add(name, phase, layer, float("inf"), 0.0, f"shape {list(a.shape)}, expected {list(e.shape)}")
+            self._add(name, phase, layer, inf, 0.0, f"shape {list(a.shape)}, expected {list(e.shape)}")
+            return
+        finite = np.isfinite(a), np.isfinite(e)
+        if not np.all(finite):
+            ours, theirs = (100 * (1 - float(np.mean(side))) for side in finite)
+            detail = f"not finite: {ours:.2g} % of the bundle's numbers, {theirs:.2g} % of the reference's"
+            self.report.checks.append(Check(name, phase, layer, inf, 0.0, False, detail, is_finite=False))
             return
         spread = float(e.max() - e.min()) if e.size else 0.0
         atol, rtol = self.override or (0.0, relative)
         differences, tolerance = np.abs(a - e), atol + rtol * spread
-        # Written so that NaN counts as an outlier.
         beyond = 1.0 - float(np.mean(differences <= tolerance)) if e.size else 0.0
         detail = f"range {spread:.4g}" + (f", {100 * beyond:.2g} % beyond the tolerance" if beyond > 0 else "")
         self._add(name, phase, layer, float(differences.max(initial=0.0)), tolerance, detail, beyond <= outliers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -14,18 +15,9 @@ from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Picture, listed
-from vkvx.runtime.sessions.processor import (
-    VIDEO_PLACEHOLDER,
-    Message,
-    Prepared,
-    Processor,
-    user_message,
-)
+from vkvx.runtime.sessions.processor import Message, Prepared, Processor, user_message
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
 from vkvx.runtime.sessions.videos import Video, listed_videos
-
-_ANSWER = "\x02answer\x03"
-"""Stands for the last answer when a chat template is asked what follows one."""
 
 
 class Conversation:
@@ -57,7 +49,8 @@ class Conversation:
     ) -> Generator[str, None, None]:
         """Ask as a user, by the model's chat template, and iterate over pieces of the answer.
 
-        Pictures and videos go before the text, unless the text says where by ``<image>`` and ``<video>``. Options as in
+        Pictures and videos go before the text, unless the text says where by ``<image>`` and ``<video>``; without a
+        picture these are text, and so is ``<\\image>`` beside one. Special tokens in it are text. Options as in
         :meth:`Session.generate`. Errors (InputError, OptionError, CapacityError) come at once and change nothing.
         Asking again ends an answer that is still being read.
         """
@@ -207,15 +200,12 @@ class Conversation:
         """The text to feed for a message: all of it at first, later what follows the last answer."""
         processor = self._processor
         if not processor.has_chat_template:
-            content = message["content"]
-            if isinstance(content, str):
-                return content
-            marks = {"image": processor.plain_picture, "video": f"{VIDEO_PLACEHOLDER}\n"}
-            return "".join(marks.get(part["type"]) or part["text"] for part in content)
+            return processor.plain(message)
         if not self._messages:
             return processor.format([message])
-        earlier = [*self._messages[:-1], {"role": "assistant", "content": _ANSWER}]
-        _, found, following = processor.format([*earlier, message]).rpartition(_ANSWER)
+        answer = f"\x02{secrets.token_hex(8)}\x03"  # stands for the last one; no text of a user can be the same
+        earlier = [*self._messages[:-1], {"role": "assistant", "content": answer}]
+        _, found, following = processor.format([*earlier, message]).rpartition(answer)
         if not found:
             raise InputError("the chat template changes answers; use generate() with prompts of your own")
         return following

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.errors import BatchError, CapacityError
+from vkvx.errors import BatchError, CapacityError, NumericError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.calls import Row, build_call
+from vkvx.runtime.sessions import nonfinite
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
 from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings
@@ -104,6 +105,7 @@ class Request:
         self._start = 0 if slot is None else backend.cache.length(slot)
         self._text: list[str] = []
         self._answer: list[int] = []
+        self._embeds: list[Any] = []  # until the first token
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.finish_reason: str | None = None
@@ -153,6 +155,7 @@ class Request:
             found.append(self._backend.encode(inputs))
             if self._progress is not None:
                 self._progress("vision", number, len(self.prepared.vision_calls))
+        self._embeds = found
         return found
 
     def next_row(self) -> Row:
@@ -165,12 +168,21 @@ class Request:
         return cache.row(self.slot, fed, self.prepared.picture_lengths, self.prepared.positions)
 
     def accept(self, logits: np.ndarray, seconds: float) -> Chunk:
-        """Choose the next token from logits [V] of a call that took so long."""
+        """Choose the next token from logits [V] of a call that took so long.
+
+        Raises NumericError, with the part of the model that comes first, if they are not numbers.
+        """
         if self._answer:
             self.decode_seconds += seconds
         else:
             self.prefill_seconds += seconds
-        token = self._sampler.sample(logits)
+        embeds, self._embeds = self._embeds, []
+        try:
+            token = self._sampler.sample(logits)
+        except NumericError as error:
+            assert self.slot is not None
+            reason = nonfinite.explain(self._backend, self.slot, embeds, self.prepared.picture_lengths)
+            raise NumericError(f"{error}; {reason}") from error
         self._answer.append(token)
         self.history.append(token)
         text = ""

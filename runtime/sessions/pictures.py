@@ -20,6 +20,8 @@ Picture = Union[str, Path, bytes, BinaryIO, "np.ndarray", "Image"]
 """A path, the bytes of a file, an open file, UINT8 [H, W], [H, W, 3] or [H, W, 4], or an image of Pillow."""
 Pictures = Picture | Sequence[Picture] | None
 WHITE = (255, 255, 255)
+MAX_STREAM = 1 << 30
+"""Most bytes of a picture that comes through a pipe."""
 MAX_RATIO = 200
 """Of the sides of a picture. The shorter one may be scaled up to hundreds of pixels, and the longer with it."""
 
@@ -50,6 +52,11 @@ def load_picture(source: Picture, *, background: tuple[int, int, int] = WHITE, n
             return _as_rgb(source, background, name)
         if isinstance(source, np.ndarray):
             return _as_rgb(Image.fromarray(source), background, name)
+        if isinstance(source, (str, Path)) and Path(source).is_fifo():
+            with Path(source).open("rb") as pipe:
+                source = _read_through(pipe, name)
+        elif not isinstance(source, (str, Path, bytes)) and not source.seekable():
+            source = _read_through(source, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _as_rgb looks at the size
             opened = Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
@@ -70,6 +77,16 @@ def load_picture(source: Picture, *, background: tuple[int, int, int] = WHITE, n
         raise InputError(
             f"{name} cannot be read as a picture ({first_line(error)}); give a PNG, JPEG or WebP file"
         ) from error
+
+
+def _read_through(stream: BinaryIO, name: str) -> bytes:
+    """All of what can be read only once."""
+    found = bytearray()
+    while block := stream.read(1 << 20):
+        found += block
+        if len(found) > MAX_STREAM:
+            raise InputError(f"{name} gives more than {MAX_STREAM} bytes; give the path of a smaller picture")
+    return bytes(found)
 
 
 def _as_rgb(image: Image, background: tuple[int, int, int], name: str) -> Image:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.videos import open_videos
 from vkvx.packages import require
+from vkvx.runtime.sessions.marks import LiteralTokenizer, Marks
 from vkvx.runtime.sessions.pictures import Picture, first_line, load_picture
 from vkvx.runtime.sessions.text import check_text
 from vkvx.runtime.sessions.videos import Video, open_clip
@@ -59,11 +61,21 @@ class Prepared:
 
 
 def user_message(text: str, pictures: int, videos: int = 0) -> dict[str, Any]:
-    """A user's message for a chat template: pictures, videos, then the text, unless that says where these are."""
-    if PLACEHOLDER in text or (videos and VIDEO_PLACEHOLDER in text):
-        return {"role": "user", "content": text}
-    content: list[dict[str, str]] = [{"type": "image"}] * pictures + [{"type": "video"}] * videos
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    """A user's message: pictures, videos, then the text, unless that says by ``<image>`` and ``<video>`` where they go.
+
+    Without a picture ``<image>`` is text, without a video ``<video>`` is; beside one, ``<\\image>`` is.
+    """
+    check_text(text, "a message")
+    given = (("image", PLACEHOLDER, pictures), ("video", VIDEO_PLACEHOLDER, videos))
+    kinds = {placeholder: kind for kind, placeholder, count in given if count}
+    split = Marks(kinds).split(text)
+    content = [
+        {"type": kind} for kind, placeholder, count in given if placeholder not in split.marks for _ in range(count)
+    ]
+    for place, piece in enumerate(split.texts):
+        content += [{"type": "text", "text": piece}] if piece or not split.marks else []
+        content += [{"type": kinds[split.marks[place]]}] if place < len(split.marks) else []
+    return {"role": "user", "content": content, **({"is_placed": True} if split.marks else {})}
 
 
 class Processor:
@@ -90,6 +102,13 @@ class Processor:
         self._max_positions = info.max_positions
         self._prompt = info.prompt
         self._picture = info.prompt.picture or self._token
+        self._picture_marks = {PLACEHOLDER, self._token, self._picture}
+        self._video_marks = {VIDEO_PLACEHOLDER, self._video_token} if self._video_token else set[str]()
+        self._special = self._special_tokens()
+        names = {token.content for token in self._special.values()}
+        self._marks = Marks(names | self._picture_marks | self._video_marks)
+        self._special_names = names
+        self._literal: LiteralTokenizer | None = None  # made for the first text that needs it
 
     @classmethod
     def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
@@ -124,10 +143,11 @@ class Processor:
     ) -> Prepared:
         """Tokens and pixels of a prompt that has one ``<image>`` for each picture and one ``<video>`` for each video.
 
-        ``first`` is False for text that continues a sequence: it gets no begin-of-sequence token. ``limits`` of the
-        pixels of pictures replace the image processor's. ``fps`` is how many frames a second are taken of a video file
-        (None: as the checkpoint's video processor says), or how many there were of frames that are pictures.
-        ``progress`` is called with the stage "frames".
+        These and special tokens count wherever they stand in it, unless a backslash makes text of them: ``<\\image>``
+        (see :meth:`escape`). ``first`` is False for text that continues a sequence: it gets no begin-of-sequence token.
+        ``limits`` of the pixels of pictures replace the image processor's. ``fps`` is how many frames a second are
+        taken of a video file (None: as the checkpoint's video processor says), or how many there were of frames that
+        are pictures. ``progress`` is called with the stage "frames".
 
         Raises InputError if placeholders and pictures or videos differ in number, one of them cannot be read, the model
         takes no videos, or the prompt is empty, CapacityError for a video that is too long for the model, OptionError
@@ -137,40 +157,40 @@ class Processor:
         options = {"size": limits.size(self._images, self._pictures.limited)} if limits else {}
         if videos:
             self.check_videos()
-        prompt = prompt.replace(PLACEHOLDER, self._picture).replace(self._token, self._picture)
-        if self._video_token:
-            prompt = prompt.replace(VIDEO_PLACEHOLDER, self._video_token)
-        marks = [mark for mark in (self._picture, self._video_token) if mark]
-        pieces = re.split(f"({'|'.join(map(re.escape, marks))})", prompt)
-        for mark, placeholder, given, noun in (
-            (self._picture, PLACEHOLDER, images, "picture"),
-            (self._video_token, VIDEO_PLACEHOLDER, videos, "video"),
+        split = self._marks.split(prompt)
+        for known, placeholder, given, noun in (
+            (self._picture_marks, PLACEHOLDER, images, "picture"),
+            (self._video_marks, VIDEO_PLACEHOLDER, videos, "video"),
         ):
-            if mark and pieces.count(mark) != len(given):
+            count = sum(mark in known for mark in split.marks)
+            if known and count != len(given):
                 raise InputError(
-                    f"the prompt has {pieces.count(mark)} {placeholder} and comes with {len(given)} "
-                    f"{noun}{'' if len(given) == 1 else 's'}; put one {placeholder} into it for each {noun}"
+                    f"the prompt has {count} {placeholder} and comes with {len(given)} {noun}"
+                    f"{'' if len(given) == 1 else 's'}; put one {placeholder} into it for each {noun}, and write "
+                    f"{self.escape(placeholder)} for the text"
                 )
         encoded: list[Encoded] = []
+        written: list[str] = []  # what takes the place of each mark
         frames = seen = 0
+        behind = 0  # the last picture or video
         left, films = iter(images), iter(videos)
-        for place, piece in enumerate(pieces):
-            if piece == self._picture:
+        for place, mark in enumerate(split.marks, 1):
+            if mark in self._picture_marks:
                 seen += 1
                 found = self._encode(next(left), options, f"picture {seen}")
-            elif self._video_token and piece == self._video_token:
+            elif mark in self._video_marks:
                 found, count = self._encode_video(next(films), fps, progress)
                 frames += count
             else:
+                written.append(mark)
                 continue
             encoded += found
-            pieces[place] = "".join(one.text for one in found)
-        own = self._prompt.begin if first else ""
-        text = f"{''.join(pieces[:-1])}{own}{pieces[-1]}{self._prompt.end}"
-        with self._tokenizer_lock:
-            begin = self._tokenizer.bos_token
-            special = first and not own and not (begin and text.startswith(begin))
-            ids = np.asarray(self._tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
+            written.append("".join(one.text for one in found))
+            behind = place
+        if first and self._prompt.begin:
+            split.texts.insert(behind, "")
+            written.insert(behind, self._prompt.begin)
+        ids = self._tokenize(split.texts, written, split.literals, first=first)
         if not ids.size:
             raise InputError("the prompt is empty; give at least one character")
         lengths = tuple(one.tokens for one in encoded)
@@ -185,6 +205,25 @@ class Processor:
         """Raise OptionError for limits of pixels that do not suit the model."""
         if limits:
             limits.size(self._images, self._pictures.limited)
+
+    def _tokenize(self, texts: list[str], written: list[str], literals: frozenset[str], *, first: bool) -> np.ndarray:
+        """Token ids INT32 [n] of texts and of what is written between them; special tokens count in the latter only."""
+        begin, own = self._tokenizer.bos_token, first and bool(self._prompt.begin)
+        whole = "".join(a + b for a, b in zip(texts, [*written, self._prompt.end], strict=True))
+        special = first and not own and (bool(texts[0]) or written[:1] != [begin])
+        with self._tokenizer_lock:
+            if not literals & self._special_names:
+                return np.asarray(self._tokenizer(whole, add_special_tokens=special)["input_ids"], np.int32)
+            if self._literal is None:
+                self._literal = LiteralTokenizer(self._tokenizer, self._special)
+            pieces = zip(texts, [*map(self._literal.special, written), self._prompt.end], strict=True)
+            return np.asarray(self._literal("".join(a + b for a, b in pieces), special), np.int32)
+
+    def _special_tokens(self) -> dict[int, Any]:
+        """Special tokens by their ids; those of pictures and videos among them, whatever the tokenizer's files say."""
+        own = {self._token, self._picture, self._video_token}
+        added = self._tokenizer.added_tokens_decoder
+        return {number: token for number, token in added.items() if token.special or token.content in own}
 
     def check_videos(self) -> None:
         """Raise InputError if the model takes no videos."""
@@ -216,31 +255,80 @@ class Processor:
         """The prompt of a conversation by the model's chat template, up to where the answer begins.
 
         Messages are ``{"role": "user", "content": "..."}``; content may also be a list of ``{"type": "image"}``,
-        ``{"type": "video"}`` and ``{"type": "text", "text": "..."}``. Raises InputError if the bundle has no template
-        or it refuses the messages.
+        ``{"type": "video"}`` and ``{"type": "text", "text": "..."}``. All text in them is text: placeholders and
+        special tokens in it are escaped in the prompt that comes out. Raises InputError if the bundle has no template,
+        or what is given are no messages, or the template refuses them.
         """
         if self._template is None:
             raise InputError(
                 "this bundle has no chat template; write the whole prompt as the model expects it, one <image> for a "
                 "picture, and give --raw-prompt to `vkvx run`, or the prompt as it is to generate()"
             )
-        listed = []
-        for message in messages:
-            content = message["content"]
-            for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:
-                check_text(text, "a message")
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            listed.append({**message, "content": content})
+        text = self._marks.settle(self._render([self._listed(message) for message in messages]))
+        text = text.replace(self._picture, PLACEHOLDER)
+        return text.replace(self._video_token, VIDEO_PLACEHOLDER) if self._video_token else text
+
+    def plain(self, message: Message) -> str:
+        """The prompt of a user's message without a chat template: its parts one after another."""
+        is_placed = message.get("is_placed")
+        marks = {"image": PLACEHOLDER if is_placed else self.plain_picture}
+        marks["video"] = VIDEO_PLACEHOLDER if is_placed else f"{VIDEO_PLACEHOLDER}\n"
+        pieces = (marks.get(part["type"]) or self._marks.guard(part["text"]) for part in message["content"])
+        return self._marks.settle("".join(pieces))
+
+    def escape(self, text: str) -> str:
+        """Text for a prompt, in which no placeholder and no special token counts: ``<\\image>`` for ``<image>``."""
+        check_text(text, "a text")
+        return self._marks.escape(text)
+
+    def _listed(self, message: Message) -> dict[str, Any]:
+        """A message for a template, with its content as parts and its text guarded. Raises InputError."""
+        if not isinstance(message, Mapping) or "content" not in message:
+            raise InputError('a message is not understood; write {"role": "user", "content": "..."}')
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+        if not all(isinstance(part, Mapping) and "type" in part for part in parts):
+            raise InputError('the content of a message must be text or parts such as {"type": "text", "text": "..."}')
+        for part in parts:
+            check_text(part.get("text", ""), "a message")
+        guarded = self._guarded({**message, "content": parts})
+        if guarded.pop("is_placed", False) and not self._keeps_order:
+            marks = {"image": self._picture, "video": self._video_token}
+            inline = "".join(marks.get(part["type"]) or part["text"] for part in guarded["content"])
+            guarded["content"] = [{"type": "text", "text": inline}]
+        return guarded
+
+    def _guarded(self, value: Any) -> Any:
+        """With breaks in all text but that of types."""
+        if isinstance(value, str):
+            return self._marks.guard(value)
+        if isinstance(value, Mapping):
+            return {name: one if name == "type" else self._guarded(one) for name, one in value.items()}
+        return [self._guarded(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    @cached_property
+    def _keeps_order(self) -> bool:
+        """Whether the template leaves pictures and videos where they stand among texts; some put them in front."""
+        kinds = {"image": self._picture, "video": self._video_token}
+        content: list[dict[str, str]] = [{"type": "text", "text": "part 0"}]
+        for kind in ("image", *(["video"] if self._video_token else [])):
+            content += [{"type": kind}, {"type": "text", "text": f"part {len(content)}"}]
+        try:
+            text = self._render([{"role": "user", "content": content}])
+        except InputError:
+            return False
+        wanted = [kinds.get(part["type"]) or part["text"] for part in content]
+        return re.search(".*".join(map(re.escape, wanted)), text, re.DOTALL) is not None
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
         try:
             with self._tokenizer_lock:
-                text = self._tokenizer.apply_chat_template(
-                    listed, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                text: str = self._tokenizer.apply_chat_template(
+                    messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
                 )
         except Exception as error:  # a template is a program of the model's authors
             raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
-        text = text.replace(self._picture, PLACEHOLDER)
-        return text.replace(self._video_token, VIDEO_PLACEHOLDER) if self._video_token else text
+        return text
 
     def _encode(self, image: Picture, options: Mapping[str, Any], name: str) -> list[Encoded]:
         """A picture. The image processor gets each alone, so that it is not padded to the size of others."""

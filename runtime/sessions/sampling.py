@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.errors import OptionError, VkvxError
+from vkvx.errors import NumericError, OptionError
 from vkvx.models.pictures.limits import PixelLimits
 
 _TYPES: dict[str, tuple[tuple[type, ...], type, str]] = {
@@ -128,7 +128,7 @@ class Sampler:
             self._seen[ids[(ids >= 0) & (ids < len(self._seen))]] = True
 
     def sample(self, logits: np.ndarray) -> int:
-        """The next token from FP32 logits [V]. Raises VkvxError if they are not numbers."""
+        """The next token from FP32 logits [V]. Raises NumericError if they are not numbers."""
         options = self._options
         scores = logits.astype(np.float64 if options.temperature else np.float32)  # a copy in either case
         scores[self._excluded] = -np.inf
@@ -137,9 +137,7 @@ class Sampler:
             scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
         best = int(np.argmax(scores))  # the first NaN if there is one
         if not np.isfinite(scores[best]):
-            raise VkvxError(
-                f"the decoder returned {scores[best]} among the logits; compare bundle and model with `vkvx validate`"
-            )
+            raise NumericError(f"the decoder returned {scores[best]} among the logits")
         token = best if options.temperature == 0 else self._draw(scores)
         self.observe([token])
         return token

@@ -186,6 +186,10 @@ class Session:
         """The prompt of messages by the model's chat template. See :meth:`Processor.format`."""
         return self.processor.format(messages)
 
+    def escape(self, text: str) -> str:
+        """Text for a prompt of your own, in which no placeholder and no special token counts."""
+        return self.processor.escape(text)
+
     @staticmethod
     def options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
         """Options with some fields changed. Raises OptionError for unknown fields and values out of range."""

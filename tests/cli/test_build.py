@@ -151,6 +151,24 @@ def test_inspect_engines(cli: Callable, built: tuple[Path, dict[str, Any]]) -> N
     assert "only" in report["layers"]["decoder"]["reason"] or report["layers"]["decoder"]["layers"]
 
 
+def test_inspect_lists_the_engines_of_a_bundle(
+    cli: Callable, built: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    (engines,) = json.loads(cli("inspect", built[0], "--json").out)["engines"]
+    assert (engines["name"], engines["backend"], engines["compute_capabilities"]) == ("rtx-8.9", "rtx", ["8.9"])
+    assert engines["error"] is None
+    (line,) = (line for line in cli("inspect", built[0]).out.splitlines() if line.startswith("  rtx-8.9 "))
+    assert f"TensorRT for RTX {engines['library_version']}, " in line
+    for path in built[0].iterdir():
+        if path.name != "engines":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "engines" / "rtx-8.9").mkdir(parents=True)
+    (tmp_path / "engines" / "rtx-8.9" / "engine.json").write_text("{")
+    (damaged,) = json.loads(cli("inspect", tmp_path, "--json").out)["engines"]
+    assert damaged["name"] == "rtx-8.9"
+    assert damaged["error"] in cli("inspect", tmp_path).out
+
+
 def test_inspect_damaged_engines(cli: Callable, built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     copy = tmp_path / "rtx-8.9"
     shutil.copytree(built[0] / "engines" / "rtx-8.9", copy)

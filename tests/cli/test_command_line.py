@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from commands import Result
 
 import vkvx
 from vkvx import cli as command_line
@@ -45,8 +47,33 @@ def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
 def test_pictures_come_first_unless_the_prompt_says_where() -> None:
     picture, text = {"type": "image"}, {"type": "text", "text": "What differs?"}
     assert user_message("What differs?", 2) == {"role": "user", "content": [picture, picture, text]}
-    told = "This <image> or that <image>?"
-    assert user_message(told, 2) == {"role": "user", "content": told}
+    told = [{"type": "text", "text": "This "}, picture, {"type": "text", "text": " or that <image>?"}]
+    assert user_message(r"This <image> or that <\image>?", 1) == {"role": "user", "content": told, "is_placed": True}
+    assert user_message("What is <image>?", 0)["content"] == [{"type": "text", "text": "What is <image>?"}]
+
+
+def test_errors_as_json_for_every_verb_that_has_json(cli: Callable[..., Result], tmp_path: Path) -> None:
+    verbs = [verb for verb in VERBS if "--json" in cli(verb, "--help").out]
+    assert len(verbs) > 8
+    (tmp_path / "a").mkdir()
+    wrong = [(verb, "--nonsense", "--json") for verb in (*verbs, "deploy")]
+    wrong += [(verb, tmp_path / "a", "--json") for verb in ("inspect", "run", "validate", "bench", "build", "export")]
+    for arguments in wrong:
+        result = cli(*arguments)
+        error = json.loads(result.out)["error"]
+        assert result.err == f"vkvx: error: {error['message']}\n"
+        assert error["type"].endswith("Error")
+        assert result.code == error["exit_code"] == 2
+    assert cli("run", "--", "--json").out == ""  # a bundle of that name
+
+
+def test_the_example_of_the_help_works_as_it_stands(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (Path.cwd(), Path("/")):
+        monkeypatch.chdir(folder)
+        (path,) = re.findall(r"--image (.*)", cli("--help").out)
+        assert Path(path).is_file()
 
 
 def test_help_of_every_verb_loads_nothing_heavy() -> None:
@@ -80,7 +107,8 @@ def test_version(cli: Callable) -> None:
     [
         ([], "VERB"),
         (["unknown"], "invalid choice: 'unknown'"),
-        (["run"], "BUNDLE, PROMPT"),
+        (["run"], "required: BUNDLE"),
+        (["run", "b"], "neither PROMPT nor --prompt-file"),
         (["run", "b", "p", "--imag", "x"], "unrecognized arguments: --imag x"),
         (["export", "tiny-llava", "--bit", "1"], "unrecognized arguments: --bit 1"),
         (["export", "tiny-llava", "--bits", "one"], "invalid int value: 'one'"),

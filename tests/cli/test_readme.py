@@ -22,4 +22,4 @@ def test_python_example(
     out = capsys.readouterr().out
     assert out.split()[:2] == [pages[0].truth.split()[1], "eos"]
     assert pages[0].truth in out
-    assert out.endswith(" bytes of cache\n")
+    assert re.search(r"\d\n[\d,]+ bytes of cache\n$", out)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +138,62 @@ def test_run_with_a_raw_prompt(cli: Callable, tiny_bundle: Path, pages: list[Pag
     assert len(plain.out.strip()) == 6
 
 
+def test_run_with_pictures_where_the_prompt_says(cli: Callable, tiny_bundle: Path, pages: list[Page]) -> None:
+    ask = ("--image", pages[0].path, "--image", pages[1].path, "--json", "--max-new-tokens", "3", "--no-verify")
+    placed = json.loads(cli("run", tiny_bundle, r"Compare <image> with <image>, not <\image>.", *ask).out)
+    prompt = "USER: Compare <image>\n with <image>\n, not <\\image>. ASSISTANT:"
+    raw = json.loads(cli("run", tiny_bundle, prompt, "--raw-prompt", *ask).out)
+    assert (placed["token_ids"], placed["prompt_tokens"]) == (raw["token_ids"], raw["prompt_tokens"])
+    assert placed["visual_tokens"] == 2 * 576
+
+
+def test_run_makes_room_for_a_long_prompt(cli: Callable, tiny_bundle: Path) -> None:
+    result = cli("run", tiny_bundle, "word " * 230, "--max-new-tokens", "1", "--json", "--no-verify")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["prompt_tokens"] > 1024 + 100
+    longer = cli("run", tiny_bundle, "word " * 900, "--json", "--no-verify")
+    assert longer.code == 2
+    assert "the model knows 4096; shorten the prompt or lower" in longer.err
+
+
+def test_run_reads_pipes_and_files(
+    cli: Callable, tiny_bundle: Path, pages: list[Page], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipe(data: bytes, terminal: bool = False) -> None:
+        stream = TextIOWrapper(BytesIO(data))
+        monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False) if terminal else None
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    (tmp_path / "question.txt").write_bytes(f"\ufeff{QUESTION}\n".encode())
+    options = ("--json", "--max-new-tokens", "6", "--no-verify")
+    pipe(pages[0].path.read_bytes())
+    found = cli("run", tiny_bundle, "--prompt-file", tmp_path / "question.txt", "--image", "-", *options)
+    assert found.code == 0, found.err
+    answer = json.loads(found.out)
+    assert answer["text"] == pages[0].truth[:5]  # and a space, which does not show
+    assert len(answer["token_ids"]) == 6
+    pipe(QUESTION.encode())
+    same = cli("run", tiny_bundle, "--prompt-file", "-", "--image", pages[0].path, *options)
+    assert json.loads(same.out)["token_ids"] == answer["token_ids"]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for data, arguments, words in (
+        (b"", ("What?", "--image", "-"), "the picture from stdin cannot be read as a picture"),
+        (b"", ("What?", "--image", "-", "--image", "-"), "give --image - once"),
+        (b"", ("--prompt-file", "-", "--image", "-"), "both read stdin"),
+        (b"", ("What?", "--prompt-file", "-"), "both PROMPT and --prompt-file"),
+        (b"", (), "neither PROMPT nor --prompt-file"),
+        (b"", ("--prompt-file", tmp_path / "none"), "no file at"),
+        (b"", ("--prompt-file", tmp_path), "cannot read"),
+        (b"", ("--prompt-file", tmp_path / "latin.txt"), "is not UTF-8 text (unexpected end of data at byte 3)"),
+    ):
+        pipe(data)
+        refused = cli("run", tiny_bundle, *arguments)
+        assert refused.code == 2
+        assert words in refused.err
+    pipe(b"", terminal=True)
+    assert "is a terminal" in cli("run", tiny_bundle, "What?", "--image", "-").err
+
+
 def test_run_without_a_picture(cli: Callable, tiny_bundle: Path) -> None:
     result = cli("run", tiny_bundle, "How many rows has a page?")
     assert result.code == 0, result.err
@@ -189,7 +245,10 @@ def test_chat_from_a_pipe(tiny_bundle: Path, pages: list[Page]) -> None:
         "",
         "/nonsense",
         "/help",
-        "<image> What?",
+        f"/image {pages[0].path}",
+        "<image> and <image>?",
+        "/drop",
+        "What is <image>? </s>",
         "/reset",
         "/stats",
         "How many columns has a page?",
@@ -206,7 +265,7 @@ def test_chat_from_a_pipe(tiny_bundle: Path, pages: list[Page]) -> None:
     assert "0 text tokens in 0 B" in result.out
     assert "never" not in result.out
     assert "error: no picture at" in result.err
-    assert "error: the prompt has 1 <image> and comes with 0 pictures" in result.err
+    assert "error: the prompt has 2 <image> and comes with 1 picture" in result.err
     assert "unknown command /nonsense" in result.err
     assert "Traceback" not in result.err
 

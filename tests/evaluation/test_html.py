@@ -321,9 +321,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(13, "Permission denied", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", forbid)
-    with pytest.raises(
-        StorageError, match=r"page\.html: Permission denied; change its rights, or choose"
-    ):
+    with pytest.raises(StorageError, match=r"page\.html: Permission denied; change its rights, or choose"):
         check_report(tmp_path / "page.html", False)
 
 

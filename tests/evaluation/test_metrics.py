@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS, anls, exact, f1, normalise
-from vkvx.evaluation.statistics import estimate
+from vkvx.evaluation.statistics import Estimate, estimate
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_paired_differences_are_sharper_than_scores() -> None:
     assert found == estimate(other - base)  # the same seed in each call
 
 
-def test_equal_scores_have_no_width() -> None:
-    for scores in (np.full(7, 0.1), np.array([0.3])):
-        found = estimate(scores)
-        assert found.low <= found.mean <= found.high < found.low + 1e-12
-        assert found.mean == pytest.approx(scores[0])
+def test_equal_scores_have_no_width_and_one_score_no_interval() -> None:
+    found = estimate(np.full(7, 0.1))
+    assert found.low <= found.mean <= found.high < found.low + 1e-12
+    assert found.mean == pytest.approx(0.1)
+    assert estimate(np.array([0.3])) == Estimate(0.3, None, None)

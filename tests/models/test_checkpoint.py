@@ -292,11 +292,27 @@ def test_a_file_of_two_dtypes_is_converted(tmp_path: Path) -> None:
         assert torch.equal(placed[name], value.to(torch.bfloat16))
 
 
-def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.tensor([1.0, 70000.0])}, tmp_path / SINGLE_FILE)
+def test_values_beyond_the_dtype_are_counted_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_BLOCK", 8)
+    tensors = {
+        "a": torch.tensor([1.0, 70000.0, 65504.0, float("inf")]),
+        "b": torch.tensor([-66000.0, float("nan"), 1e30]),
+    }
+    save_file(tensors, tmp_path / SINGLE_FILE)
     stored = read_checkpoint(tmp_path)
-    with pytest.raises(ModelError, match="beyond the range of float16; give --dtype bfloat16"):
-        place_weights(plan_weights(stored.values(), "float16"), stored.values(), tmp_path, lambda count: None)
+
+    def write(dtype: str) -> None:
+        for path in tmp_path.glob("weights-*"):
+            path.unlink()
+        place_weights(plan_weights(stored.values(), dtype), stored.values(), tmp_path, lambda count: None)
+
+    with pytest.raises(ModelError) as caught:
+        write("float16")
+    expected = "3 weights are beyond the range of float16, which ends at 65504, in b (2) and 1 other tensor; "
+    assert str(caught.value) == f"{expected}give --dtype bfloat16 or float32"
+    with pytest.raises(ModelError, match="1 weight is beyond the range of float16, which ends at 65504, in a; give"):
+        load_tensor(stored["a"], torch.float16)
+    write("bfloat16")
 
 
 def test_infinities_stay(tmp_path: Path) -> None:

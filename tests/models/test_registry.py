@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from families import CASES
 from vkvx.errors import ModelError
 from vkvx.models.presets import preset_config
 from vkvx.models.refusals import REFUSALS
-from vkvx.models.registry import ALIASES, FAMILIES, HUB_ID, family_of, resolve, sample_pages
+from vkvx.models.registry import (
+    ALIASES,
+    FAMILIES,
+    HUB_ID,
+    family_of,
+    origin_for,
+    resolve,
+    resolve_origin,
+    sample_pages,
+)
 from vkvx.runtime.checks.check import check_model
 
 Edit = Callable[[dict[str, Any]], None]
@@ -63,6 +73,31 @@ def test_directory(checkpoint: Path) -> None:
     info = source.info("bfloat16")
     assert (info.tokens_per_picture, len(info.layers), info.query_heads, info.layers[0].kv_heads) == (16, 2, 4, 2)
     assert (info.dtype, info.eos_token_ids, info.pad_token_id) == ("bfloat16", (2,), 0)
+
+
+def test_a_bundle_finds_its_checkpoint_again(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the way there from the bundle, if that does not tell how the whole disk is laid out."""
+    checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "in" / "tiny-random"))
+    source = resolve(checkpoint)
+    for bundle in (tmp_path / "in" / "bundle", tmp_path / "in" / "some" / "bundle"):
+        origin = origin_for(source, bundle)
+        assert origin in ("../tiny-random", "../../tiny-random")
+        info = replace(source.info("float16"), source=origin)
+        bundle.mkdir(parents=True)
+        assert resolve_origin(bundle, info).directory == source.directory
+        monkeypatch.chdir(bundle.parent)
+        assert resolve_origin(Path("bundle"), info).directory == source.directory
+        with pytest.raises(ModelError, match=r"no checkpoint at .*tiny-random any more; give model= \(--model\)"):
+            resolve_origin(tmp_path / "bundle", info)
+        assert resolve_origin(tmp_path / "bundle", info, str(checkpoint)).directory == source.directory
+    assert origin_for(source, Path("/nowhere/bundle")) == ""
+    with pytest.raises(ModelError, match=r"where the checkpoint 'tiny-random' is; give model= \(--model\)"):
+        resolve_origin(tmp_path, replace(info, source=""))
+    tiny = resolve("tiny-llava")
+    assert origin_for(tiny, tmp_path) == "tiny-llava"
+    assert resolve_origin(tmp_path, tiny.info("float16")).directory == tiny.directory
+    old = replace(info, source=str(checkpoint.resolve()))  # as bundles were written before
+    assert resolve_origin(tmp_path, old).directory == source.directory
 
 
 def test_generation_config_may_list_ends(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vkvx import __version__, packages, storage
@@ -32,17 +34,12 @@ from vkvx.cli import (
     validate,
 )
 from vkvx.errors import OptionError, StorageError, VkvxError
+from vkvx.models.tiny_llava import CHECKPOINT
 
 EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141
 """Done; a check failed; the user can fix it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
 
 VERBS = (models, check, export, build, run, chat, validate, bench, eval, inspect, plan, plugin, deploy, doctor)
-
-_EPILOG = """\
-example:
-  vkvx export tiny-llava --bits 1 -o tiny
-  vkvx run tiny "Transcribe the page." --image models/tiny_llava/pages/page_0.png
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +57,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="vkvx",
         description="Export multimodal LLMs to ONNX with a visual KV cache of 1, 2, 4 or 8 bits, and run them.",
-        epilog=_EPILOG,
+        epilog=_example(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vkvx {__version__}")
@@ -73,10 +70,20 @@ def build_parser() -> Parser:
     return parser
 
 
+def _example() -> str:
+    """Commands that work as they stand, wherever the package is installed."""
+    page = CHECKPOINT / "pages" / "page_0.png"
+    here = Path.cwd()
+    path = shlex.quote(str(page.relative_to(here) if page.is_relative_to(here) else page))
+    export = "vkvx export tiny-llava --bits 1 -o tiny"
+    return f"example:\n  {export}\n  vkvx run tiny 'Transcribe the page.' --image {path}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing is raised but with ``--debug``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug, as_json = "--debug" in flags, "--json" in flags
     try:
         args = build_parser().parse_args(arguments)
         args.arguments = arguments
@@ -87,15 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version
         return stop.code if isinstance(stop.code, int) else EXIT_OK
     except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPT)
+        return _fail("interrupted", EXIT_INTERRUPT, "KeyboardInterrupt", as_json)
     except BrokenPipeError:
-        # What is still buffered cannot be written: give the interpreter a place to flush it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return EXIT_PIPE
     except Exception as error:
         if debug:
             raise
-        return _fail(*explain(error))
+        return _fail(*explain(error), type(error).__name__, as_json)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -115,10 +121,22 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug", EXIT_BUG
 
 
-def _fail(message: str, code: int) -> int:
-    sys.stdout.flush()
-    print(f"vkvx: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, kind: str, as_json: bool) -> int:
+    """Tell what went wrong: in a line on stderr, and to who asked for JSON in an object on stdout as well."""
+    line = " ".join(message.split())
+    try:
+        if as_json:
+            terminal.print_json({"error": {"type": kind, "message": line, "exit_code": code}})
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+    print(f"vkvx: error: {line}", file=sys.stderr)
     return code
+
+
+def _drop_stdout() -> None:
+    """What is still buffered cannot be written: give the interpreter a place to flush it to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def entry() -> NoReturn:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vkvx.cli import terminal
 from vkvx.cli.limits import add_pixel_limits
+from vkvx.errors import InputError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vkvx.runtime.sessions.conversation import Conversation
     from vkvx.runtime.sessions.processor import Processor
     from vkvx.runtime.sessions.sampling import GenerationOptions
@@ -59,6 +64,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
 
 
+STDIN = "-"
+"""In place of a path: what comes through a pipe."""
+
+
+def load_pictures(paths: Sequence[str]) -> list[Image]:
+    """The pictures of ``--image``, one of which may come from stdin. Raises InputError."""
+    from vkvx.runtime.sessions.pictures import load_picture
+
+    if paths.count(STDIN) > 1:
+        raise InputError("stdin holds one picture; give --image - once, and paths for the others")
+    return [
+        load_picture(piped("--image").buffer, name="the picture from stdin") if path == STDIN else load_picture(path)
+        for path in paths
+    ]
+
+
+def piped(option: str) -> TextIO:
+    """Stdin, for an option. Raises InputError if a person sits there, who would wait for a question."""
+    if sys.stdin.isatty():
+        raise InputError(f"{option} - reads stdin, which is a terminal here; pipe a file into it, or give its path")
+    return sys.stdin
+
+
 def options(args: argparse.Namespace) -> GenerationOptions:
     """The options of generation that were given, checked."""
     from vkvx.runtime.sessions.sampling import changed_options
@@ -98,6 +126,7 @@ def figures(session: Session, conversation: Conversation) -> dict[str, Any]:
     if last is not None:
         answer = {
             "new_tokens": len(last.token_ids),
+            "token_ids": list(last.token_ids),
             "finish_reason": last.finish_reason,
             "prompt_tokens": last.prompt_tokens,
             "prefill_seconds": last.prefill_seconds,

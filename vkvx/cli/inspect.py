@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vkvx.cli import terminal
+from vkvx.cli import inspect_engines, terminal
 
 if TYPE_CHECKING:
     from vkvx.manifest import Manifest
@@ -21,8 +21,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "inspect",
         help="show what a bundle or an engine directory holds",
-        description="Show the parts of a bundle, its quantisation, the bytes that its cache takes, and its graphs; or "
-        "of an engine directory (BUNDLE/engines/NAME) its profiles, inputs and outputs, plugin layers and sizes.",
+        description="Show the parts of a bundle, its quantisation, the bytes that its cache takes, its graphs and "
+        "engines; or of an engine directory (BUNDLE/engines/NAME) its profiles, inputs and outputs, plugin layers "
+        "and sizes.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle or of engines")
     parser.add_argument("--verify", action="store_true", help="compare each file with its SHA-256")
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         "quantization": manifest.to_json()["quantization"],
         "cache": cache_costs(manifest),
         "graphs": {name: graph_summary(bundle / graph.file) for name, graph in manifest.graphs.items()},
+        "engines": inspect_engines.listed(bundle),
         "tools": dict(manifest.tools),
     }
     if args.json:
@@ -62,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_on_engines(directory: Path, args: argparse.Namespace) -> int:
-    from vkvx.cli import inspect_engines
     from vkvx.runtime.engines.manifest import EngineManifest
 
     manifest = EngineManifest.load(directory)
@@ -175,6 +176,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(_row("states of a sequence", size(cache["state_bytes"]), "linear attention, any length"))
     for name, graph in report["graphs"].items():
         lines += ["", f"{name} graph", *_graph_lines(graph)]
+    if report["engines"]:
+        lines += ["", "engines", *inspect_engines.listed_lines(report["engines"])]
     return lines
 
 

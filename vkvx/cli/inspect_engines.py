@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
+from vkvx.errors import EngineError
 
 if TYPE_CHECKING:
     from vkvx.runtime.engines.manifest import EngineManifest
+
+NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
 
 
 def report(directory: Path, manifest: EngineManifest, verified: bool) -> dict[str, Any]:
@@ -34,11 +38,46 @@ def report(directory: Path, manifest: EngineManifest, verified: bool) -> dict[st
     }
 
 
+def listed(bundle: Path) -> list[dict[str, Any]]:
+    """The engine directories of a bundle; ``error`` says why one cannot be used."""
+    from vkvx.runtime.engines.manifest import EngineManifest, engine_directories
+
+    found = []
+    for directory in engine_directories(bundle):
+        entry: dict[str, Any] = {"name": directory.name, "error": None}
+        try:
+            manifest = EngineManifest.load(directory)
+            data = manifest.to_json()
+            entry |= {name: data[name] for name in ("backend", "library_version", "compute_capabilities", "limits")}
+            entry["bytes"] = sum(info.bytes for info in manifest.files.values())
+            manifest.check_bundle(bundle)
+        except EngineError as error:
+            entry["error"] = str(error)
+        found.append(entry)
+    return found
+
+
+def listed_lines(engines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same for people: a line each."""
+    result = []
+    for one in engines:
+        if one["error"] is not None:
+            result.append(f"  {one['name']:<25}{'':>12}   {one['error']}")
+            continue
+        limits = one["limits"]
+        result.append(
+            f"  {one['name']:<25}{terminal.human_bytes(one['bytes']):>12}   {NAMES[one['backend']]} "
+            f"{one['library_version']}, {limits['slots']} slots of {limits['visual_tokens']} visual and "
+            f"{limits['text_tokens']} text tokens"
+        )
+    return result
+
+
 def lines(report: dict[str, Any]) -> list[str]:
     """The same for people; tensors of all layers but the first are counted only."""
     size, plugin, limits = terminal.human_bytes, report["plugin"], report["limits"]
     state = ", every file matches its SHA-256" if report["verified"] else ""
-    name = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}[report["backend"]]
+    name = NAMES[report["backend"]]
     where = "none" if plugin is None else plugin["file"] + (", in decoder.engine" if plugin["embedded"] else "")
     options = ", ".join(f"{k} {v}" for k, v in report["options"].items() if v not in (None, False)) or "defaults"
     result = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import generation, terminal
-from vkvx.errors import OptionError
+from vkvx.errors import InputError, OptionError
 from vkvx.options import keyword
 
 if TYPE_CHECKING:
@@ -27,8 +27,16 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         description="Ask one question, with or without pictures. The answer goes to stdout, figures go to stderr.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
-    parser.add_argument("prompt", metavar="PROMPT", help="the question; pictures and videos are put before it")
-    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; may be repeated")
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="the question; pictures and videos are put before it, or where it says <image> and <video>",
+    )
+    parser.add_argument("--prompt-file", metavar="PATH", help="a file that holds the question; - reads stdin")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="a picture, - from stdin; may be repeated"
+    )
     parser.add_argument(
         "--video",
         action="append",
@@ -39,8 +47,8 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--raw-prompt",
         action="store_true",
-        help="take PROMPT as it is, without the chat template; it then holds one <image> for each picture and one "
-        "<video> for each video",
+        help="take the prompt as it is, without the chat template; it then holds one <image> for each picture and one "
+        "<video> for each video, and special tokens count in it",
     )
     generation.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print answer and figures as JSON when all is done")
@@ -51,18 +59,18 @@ def run(args: argparse.Namespace) -> int:
     """Answer one question."""
     from vkvx.manifest import Manifest
     from vkvx.runtime.backends.registry import choose_backend
-    from vkvx.runtime.sessions.pictures import load_picture
     from vkvx.runtime.sessions.processor import Processor, user_message
 
     options = generation.options(args)
     _check_idle(args)
+    prompt = _prompt(args)
     manifest = Manifest.load(args.bundle)
     choose_backend(args.backend, Path(args.bundle), manifest, args.provider, args.threads)  # tells if it cannot run
-    pictures = [load_picture(path) for path in args.image]  # before the weights: a wrong path is told at once
+    pictures = generation.load_pictures(args.image)  # before the weights: a wrong path is told at once
     with terminal.ProgressBar("run", announce=False) as progress:
         if not args.no_verify:  # before anything of the bundle is used
             manifest.verify(args.bundle, progress)
-    processor, prompt = Processor.of_bundle(Path(args.bundle), manifest), args.prompt
+    processor = Processor.of_bundle(Path(args.bundle), manifest)
     if args.video:
         processor.check_videos()
     if not args.raw_prompt:
@@ -102,6 +110,29 @@ def run(args: argparse.Namespace) -> int:
     for line in generation.figure_lines(figures):
         terminal.note(line)
     return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """The question, from the command line or a file, without the end of the file's last line."""
+    path = args.prompt_file
+    if (args.prompt is None) == (path is None):
+        given = "both PROMPT and --prompt-file" if path else "neither PROMPT nor --prompt-file"
+        raise OptionError(f"{given}; give one of the two")
+    if path is None:
+        return str(args.prompt)
+    if path == generation.STDIN and generation.STDIN in args.image:
+        raise OptionError("--prompt-file - and --image - both read stdin; give a path in place of one")
+    try:
+        from_pipe = path == generation.STDIN
+        data = generation.piped("--prompt-file").buffer.read() if from_pipe else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"no file at {path}; give --prompt-file a file of text") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _check_idle(args: argparse.Namespace) -> None:

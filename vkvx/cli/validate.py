@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import terminal
-from vkvx.cli.generation import PROVIDERS
+from vkvx.cli.generation import PROVIDERS, load_pictures
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         metavar="MODEL",
         help="the checkpoint, or BUNDLE for its own weights (default: what the manifest names)",
     )
-    parser.add_argument("--image", action="append", metavar="PATH", help="picture to use; may be repeated")
+    parser.add_argument(
+        "--image", action="append", metavar="PATH", help="picture to use, - from stdin; may be repeated"
+    )
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps to compare (default: 8)")
     parser.add_argument("--atol", type=float, metavar="X", help="absolute tolerance in place of the built-in ones")
     parser.add_argument("--rtol", type=float, metavar="X", help="tolerance relative to the largest reference value")
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         report = validate_bundle(
             Path(args.bundle),
             model=args.model,
-            images=args.image,
+            images=load_pictures(args.image or ()),
             steps=args.steps,
             atol=args.atol,
             rtol=args.rtol,
@@ -80,8 +82,9 @@ def _lines(report: Report, per_layer: bool) -> list[str]:
         lines.append(f"all {len(report.checks)} comparisons are within tolerance")
     else:
         lines.append(f"{failed} of {len(report.checks)} comparisons are out of tolerance")
-        if report.first_divergent_layer is not None:
-            lines.append(f"layer {report.first_divergent_layer} is the first that diverges")
+        if report.first_divergence is not None:
+            lines.append(f"{report.first_divergence} is the first that diverges")
+        lines += [report.remedy] if report.remedy else []
     return lines
 
 

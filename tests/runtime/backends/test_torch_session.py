@@ -25,6 +25,7 @@ from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.torch.capture import DecodeSteps
 from vkvx.runtime.backends.torch.loading import load_model
 from vkvx.runtime.calls import Row, build_call
+from vkvx.runtime.sessions.processor import user_message
 from vkvx.runtime.sessions.session import Session
 
 PAGES = sample_pages()
@@ -82,7 +83,7 @@ def test_pages_in_16_bits(bundle_factory: BundleOf, dtype: str) -> None:
     texts = []
     for backend in ("torch", "onnxruntime"):
         with load(bundle, backend) as session:
-            prompt = session.format([{"role": "user", "content": f"<image>\n{QUESTIONS[0]}"}])
+            prompt = session.format([user_message(QUESTIONS[0], 1)])
             texts.append(session.generate(prompt, PAGES[0], max_new_tokens=30).text)
             assert backend != "torch" or session.backend.cache.read("0.text_key").dtype.name == dtype
     assert texts[0] == texts[1]
@@ -128,7 +129,7 @@ def test_the_example_of_the_documentation(
 
 def test_streams_and_capacities(bundle_factory: BundleOf) -> None:
     with load(bundle_factory(bits=1), visual_tokens=640, text_tokens=60) as session:
-        prompt = session.format([{"role": "user", "content": f"<image>\n{QUESTIONS[0]}"}])
+        prompt = session.format([user_message(QUESTIONS[0], 1)])
         whole = session.generate(prompt, PAGES[0], max_new_tokens=12)
         stream = session.stream(prompt, PAGES[0], max_new_tokens=12)
         pieces = [next(stream).text for _ in range(5)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import FakeBackend
 from fakes import manifest as fake_manifest
 from PIL import Image
 
 import vkvx.models.tiny_llava
 from vkvx.errors import BundleError, InputError
 from vkvx.manifest import Manifest, PictureInfo, TensorSpec
+from vkvx.runtime.sessions import pictures
+from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.pictures import load_picture
-from vkvx.runtime.sessions.processor import Processor
+from vkvx.runtime.sessions.processor import Processor, user_message
 
 MODEL = Path(vkvx.models.tiny_llava.__file__).parent
 TOKENS = 576
@@ -87,6 +91,14 @@ def test_the_chat_template(processor: Processor) -> None:
     assert processor.format([{"role": "user", "content": "Hi"}]) == "USER: Hi ASSISTANT:"
     with pytest.raises(InputError, match="unknown role"):
         processor.format([{"role": "nobody", "content": "Hi"}])
+
+
+def test_later_turns_have_their_whole_text(processor: Processor) -> None:
+    talk = Conversation(FakeBackend(manifest(), 1), processor)
+    talk._messages = [*QUESTION, {"role": "assistant", "content": "7"}]
+    for text in ("\x02answer\x03", "\x02 7</s> \ue000\ue001", ""):
+        following = talk._turn(user_message(text, 0))
+        assert following == f"</s>USER: {processor.escape(text)} ASSISTANT:"
 
 
 def test_without_a_chat_template(bundle: Path, tmp_path: Path) -> None:
@@ -239,6 +251,24 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None
             load_picture(path)
 
 
+def test_pictures_through_pipes(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, expected = picture.read_bytes(), load_picture(picture)
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_bytes, data)
+        assert load_picture(tmp_path / "pipe") == expected
+    read, write = os.pipe()
+    with os.fdopen(write, "wb") as source:
+        source.write(data[:1000])
+    with os.fdopen(read, "rb") as stream, pytest.raises(InputError, match="picture 2 cannot be read as a picture"):
+        load_picture(stream, name="picture 2")
+    monkeypatch.setattr(pictures, "MAX_STREAM", 100)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_bytes, data[:101])
+        with pytest.raises(InputError, match="pipe gives more than 100 bytes"):
+            load_picture(tmp_path / "pipe")
+
+
 def test_refuses_what_is_no_picture_at_all() -> None:
     with pytest.raises(InputError, match="got int"):
         load_picture(7)  # type: ignore[arg-type]
@@ -251,7 +281,7 @@ sys.modules["torch"] = None  # as if it were not installed
 from pathlib import Path
 sys.path[:] = {sys.path!r}
 from test_processor import manifest
-from vkvx.runtime.sessions.processor import Processor
+from vkvx.runtime.sessions.processor import Processor, user_message
 prepared = Processor.of_bundle(Path({str(bundle)!r}), manifest()).prepare("<image> what", [{str(picture)!r}])
 print(len(prepared.token_ids))
 """
