@@ -197,11 +197,12 @@ class Family(ABC):
             )
         layers = self.layers(config)
         declared = any(layer.sliding_window for layer in layers)
-        window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None) is not None
-        if window and not declared:
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        positions = text.max_position_embeddings
+        if window is not None and window < positions and not declared:
             raise ModelError(
-                f"the decoder attends over a sliding window of {text.sliding_window} tokens, which is not supported; "
-                "a checkpoint whose config.json has no sliding_window is"
+                f"the decoder attends over a sliding window of {window} tokens of {positions}, which is not supported; "
+                f"a checkpoint whose config.json has no sliding_window, or one of at least {positions}, is"
             )
         given = getattr(text, "rope_parameters", None) or {}
         for rope in (one.get("rope_type", "default") for one in (given, *given.values()) if isinstance(one, Mapping)):

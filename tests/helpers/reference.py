@@ -57,7 +57,7 @@ class Reference:
                     **parts,
                     patch_size=vision.patch_size,
                     vision_feature_select_strategy=strategy,
-                    num_additional_image_tokens=1,
+                    num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
                 )
             if self.kind == "llava_next":
                 return transformers.LlavaNextProcessor(
