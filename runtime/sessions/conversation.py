@@ -171,7 +171,7 @@ class Conversation:
         progress: Progress | None = None,
     ) -> Generator[Chunk, None, None]:
         slot = self._open_slot()
-        chosen = changed_options(options, changes)
+        chosen = changed_options(self._backend.manifest, options, changes)
         prepared = prompt
         if not isinstance(prepared, Prepared):
             first = not self._history

@@ -58,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
     """Read lines until the end."""
     from vkvx.manifest import Manifest
 
-    options = generation.options(args)
-    positions = Manifest.load(args.bundle).model.max_positions
-    with generation.load_session(args, text_tokens=min(positions, TEXT_TOKENS)) as session:
+    given = generation.given_options(args)
+    manifest = Manifest.load(args.bundle)
+    options = generation.options(args, manifest, given)
+    with generation.load_session(args, text_tokens=min(manifest.model.max_positions, TEXT_TOKENS)) as session:
         chat = Chat(session, options)
         terminal.note(f"{session.manifest.model.name}; /help lists the commands")
         for line in _lines():

@@ -10,6 +10,7 @@ from vkvx.cli import terminal
 from vkvx.cli.limits import add_pixel_limits
 
 if TYPE_CHECKING:
+    from vkvx.manifest import Manifest
     from vkvx.runtime.sessions.conversation import Conversation
     from vkvx.runtime.sessions.processor import Processor
     from vkvx.runtime.sessions.sampling import GenerationOptions
@@ -21,17 +22,22 @@ PROVIDERS = ("auto", "cpu", "cuda")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of sampling, of the machine, and of the cache's size."""
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="answer's length (default: 256)")
+    sampling = parser.add_argument_group("sampling", "Defaults are the checkpoint's, see `vkvx inspect`; else these.")
+    sampling.add_argument("--max-new-tokens", type=int, metavar="N", help="answer's length (default: 256)")
+    sampling.add_argument("--min-new-tokens", type=int, metavar="N", help="do not end the answer before (default: 0)")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default: 0)")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest (0: all)")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest of share P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
     sampling.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+        "--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens follow each other twice (default: 0, off)"
     )
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of share P")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="seed of the sampling (default: 0)")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be repeated")
     sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
+        "--no-checkpoint-defaults",
+        action="store_true",
+        help="leave out what the checkpoint's generation_config.json asks for",
     )
 
     pictures = parser.add_argument_group("pictures and videos")
@@ -57,22 +63,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
 
 
-def options(args: argparse.Namespace) -> GenerationOptions:
-    """The sampling options, checked."""
+OPTIONS = (
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"),
+    *("no_repeat_ngram_size", "seed", "stop", "min_pixels", "max_pixels", "fps"),
+)
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of generation that were given, checked: before the bundle is looked at."""
     from vkvx.runtime.sessions.sampling import GenerationOptions
 
-    return GenerationOptions(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        fps=args.fps,
-    )
+    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    GenerationOptions(**given)
+    return given
+
+
+def options(args: argparse.Namespace, manifest: Manifest, given: dict[str, Any]) -> GenerationOptions:
+    """What was given; everything else is as the checkpoint asks for, or plain."""
+    from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+
+    return changed_options(manifest, GenerationOptions() if args.no_checkpoint_defaults else None, given)
 
 
 def load_session(
