@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from vkvx.models.random_checkpoint import write_checkpoint
 
 _TEXT = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 512}
 _TEXT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096}
@@ -14,7 +18,8 @@ _VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "
 class Variant:
     """A decoder with ``heads`` (query heads, KV heads, head dim), and a tower with ``pixels`` (picture, patch).
 
-    ``quantizer`` is that of the packed bundle. ``often`` marks those that every run of the tests goes through.
+    ``generation`` are the contents of generation_config.json, ``quantizer`` is that of the packed bundle. ``often``
+    marks those that every run of the tests goes through.
     """
 
     name: str
@@ -26,6 +31,7 @@ class Variant:
     features: tuple[Any, str] = (-2, "default")
     text: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
     quantizer: str = "shaped"
     often: bool = False
 
@@ -53,6 +59,27 @@ class Variant:
         )
 
 
+SHARP = 1.6
+"""Queries and keys times this: attention then looks at single tokens, and greedy answers do not repeat themselves."""
+
+
+def write_variant(directory: Path, variant: Variant) -> None:
+    """A checkpoint of random FP32 weights whose answers have many different tokens."""
+    from safetensors.numpy import load_file, save_file
+
+    write_checkpoint(directory, variant.config(), dtype="float32", seed=1)
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if "language_model" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] = weight * SHARP
+        elif name.endswith("q_norm.weight"):  # where norms undo the former
+            weights[name] = weight * SHARP**2
+    save_file(weights, path, {"format": "pt"})
+    if variant.generation:
+        (directory / "generation_config.json").write_text(json.dumps(variant.generation))
+
+
 def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
@@ -62,6 +89,9 @@ _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=32)
 _YARN_PADDED = {**_YARN, "vocab_size": 1000}
 _TIED = {"tie_word_embeddings": True}
 _NO_BIAS = {"multimodal_projector_bias": False}
+_RULES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "suppress_tokens": [*range(60, 200)]}
+_RULES |= {"begin_suppress_tokens": [*range(200, 300)], "bad_words_ids": [[7], [300, 301]]}
+_SAMPLED = {**_RULES, "do_sample": True, "temperature": 0.01, "top_k": 1}
 _FULL, _LAST = (-2, "full"), (-1, "full")
 
 VARIANTS = (
@@ -92,7 +122,18 @@ VARIANTS = (
     Variant("siglip-odd", "qwen2", (4, 2, 64), "siglip", (384 // 6 + 1, 14), 16, _LAST, quantizer="shrink"),
     Variant("siglip-odd-default", "llama", (4, 2, 64), "siglip", (57, 14), 15, (-1, "default")),
     Variant("siglip-odd-large", "qwen3", (4, 2, 64), "siglip", (110, 9), 144, _LAST),
-    Variant("layers", "llama", (4, 2, 64), "clip", (56, 14), 16, ([-3, -1], "default"), often=True, text=_TIED),
+    Variant(
+        "layers",
+        "llama",
+        (4, 2, 64),
+        "clip",
+        (56, 14),
+        16,
+        ([-3, -1], "default"),
+        often=True,
+        text=_TIED,
+        generation=_RULES,
+    ),
     Variant("layers-full", "mistral", (4, 2, 64), "clip", (56, 14), 17, ([0, 1, -1], "full"), more=_NO_BIAS),
     Variant("layers-siglip", "qwen2", (4, 1, 64), "siglip", (59, 14), 16, ([0, -1], "full"), quantizer="lloyd"),
     Variant("first-layer", "llama", (4, 4, 64), "clip", (56, 14), 16, (1, "default"), more=_NO_BIAS),
@@ -101,7 +142,7 @@ VARIANTS = (
     Variant("vocabulary-exact", "llama", (4, 2, 64), "clip", (56, 14), 16, text={"vocab_size": 406}),
     Variant("vocabulary-odd", "qwen2", (4, 2, 64), "clip", (56, 14), 16, text={"vocab_size": 407, **_TIED}),
     Variant("vocabulary-padded", "mistral", (4, 2, 64), "clip", (56, 14), 16, text={"vocab_size": 1024}),
-    Variant("tied", "llama", (4, 2, 64), "clip", (56, 14), 16, text=_TIED),
+    Variant("tied", "llama", (4, 2, 64), "clip", (56, 14), 16, text=_TIED, generation=_SAMPLED),
     Variant("tied-padded", "qwen3", (4, 1, 96), "siglip", (57, 14), 16, _LAST, text={"vocab_size": 640, **_TIED}),
     # rotary embeddings
     Variant("rope-linear", "llama", (4, 2, 64), "clip", (56, 14), 16, text=_rope("linear", factor=3.0)),
