@@ -137,6 +137,16 @@ def test_a_disk_that_is_too_small_is_noticed_first(
     assert list(room.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_a_checkpoint_asks_of_answers(copy: Path, room: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {"do_sample": True, "temperature": 0.2, "suppress_tokens": [9], "num_beams": 3, "min_p": 0.1}
+    (copy / "generation_config.json").write_text(json.dumps(given))
+    manifest = export_model(copy, room / "out", OPTIONS)
+    assert manifest.generation.rules() == {"temperature": 0.2, "top_k": 50, "suppress_tokens": (9,)}
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "vkvx.export"]
+    assert warning.startswith("generation_config.json asks for min_p, num_beams, which is left out: ")
+
+
 def refused(source: Path | str, room: Path, message: str, options: ExportOptions = OPTIONS) -> None:
     with pytest.raises((ModelError, OptionError), match=message) as caught:
         export_model(source, room / "out", options)
