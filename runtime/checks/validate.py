@@ -306,10 +306,9 @@ class _Comparison:
             self._add(f"visual_{kind}", phase, layer, changed, 0, "parts of earlier pictures that changed")
         if recorded is None:
             return
-        x, metric = recorded.layers[layer][kind]
+        x, metric = recorded.layer(layer, kind)
         bits = quantization.key_bits if kind == "key" else quantization.value_bits
-        seen = np.concatenate(recorded.tokens)
-        spread = float(np.ptp(x[:, seen]))
+        spread = float(np.ptp(x))
         atol, rtol = self.override or (0.0, self.tolerances.cache)
         options: dict[str, Any] = {
             "bits": bits[self.manifest.model.caches.index(layer)],

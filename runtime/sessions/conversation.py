@@ -21,7 +21,7 @@ from vkvx.runtime.sessions.processor import (
     Processor,
     user_message,
 )
-from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 _ANSWER = "\x02answer\x03"
@@ -171,7 +171,7 @@ class Conversation:
         progress: Progress | None = None,
     ) -> Generator[Chunk, None, None]:
         slot = self._open_slot()
-        chosen = changed_options(self._backend.manifest, options, changes)
+        chosen = changed_options(options or default_options(self._backend.manifest), changes)
         prepared = prompt
         if not isinstance(prepared, Prepared):
             first = not self._history

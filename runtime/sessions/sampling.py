@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -107,18 +107,13 @@ def default_options(manifest: Manifest) -> GenerationOptions:
     return GenerationOptions(**manifest.generation.rules())
 
 
-def changed_options(
-    manifest: Manifest, base: GenerationOptions | None, changes: Mapping[str, Any]
-) -> GenerationOptions:
-    """``base``, or without one the bundle's defaults, with some fields changed.
-
-    Raises OptionError for unknown fields and values out of range.
-    """
+def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
+    """Options with some fields changed. Raises OptionError for unknown fields and values out of range."""
     known = [entry.name for entry in fields(GenerationOptions)]
     for name in changes:
         if name not in known:
             raise OptionError(f"unknown option '{name}': give some of {', '.join(known)}")
-    return replace(default_options(manifest) if base is None else base, **changes)
+    return replace(base or GenerationOptions(), **changes)
 
 
 class Sampler:

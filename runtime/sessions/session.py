@@ -15,7 +15,7 @@ from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.processor import Message, Processor
-from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 __all__ = ["Chunk", "Conversation", "Generation", "GenerationOptions", "Session"]
@@ -189,7 +189,7 @@ class Session:
 
     def options(self, base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
         """``base``, or without one the bundle's defaults, with some fields changed; OptionError for wrong ones."""
-        return changed_options(self.manifest, base, changes)
+        return changed_options(base or default_options(self.manifest), changes)
 
     def close(self) -> None:
         """Free the model and the cache; a second time does nothing."""

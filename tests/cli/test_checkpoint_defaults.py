@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from vkvx import GenerationOptions
 from vkvx.manifest import Manifest
-from vkvx.runtime.sessions.session import Session
+from vkvx.runtime.sessions.session import GenerationOptions, Session
 from vkvx.sampling import GenerationInfo
 
 PROMPT = "How are you?"

@@ -80,9 +80,9 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def options(args: argparse.Namespace, manifest: Manifest, given: dict[str, Any]) -> GenerationOptions:
     """What was given; everything else is as the checkpoint asks for, or plain."""
-    from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+    from vkvx.runtime.sessions.sampling import changed_options, default_options
 
-    return changed_options(manifest, GenerationOptions() if args.no_checkpoint_defaults else None, given)
+    return changed_options(None if args.no_checkpoint_defaults else default_options(manifest), given)
 
 
 def load_session(
