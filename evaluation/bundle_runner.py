@@ -15,6 +15,7 @@ from vkvx.evaluation.tasks import Sample, prepare, prompt_of
 from vkvx.manifest import Manifest
 from vkvx.runtime.calls import build_call
 from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class BundleRunner:
         session = self._open(prepared)
         pictures = [list(sample.pictures) for sample in samples]
         begun = time.perf_counter()
-        generations = session.generate(prompts, pictures, max_new_tokens=self.max_new_tokens)
+        options = GenerationOptions(max_new_tokens=self.max_new_tokens)  # greedy, whatever the checkpoint asks for
+        generations = session.generate(prompts, pictures, options=options)
         seconds = time.perf_counter() - begun
         found = None if reference is None else _follow(session, prepared, reference.answers)
         records = []

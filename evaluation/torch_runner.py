@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import DependencyError
@@ -95,6 +96,7 @@ class TorchRunner:
         self.max_new_tokens = max_new_tokens
         self.processor = Processor.of_checkpoint(source, self.info)
         self.model = load_model(source, getattr(torch, dtype)).to(self.device)
+        self.model.generation_config = GenerationConfig()  # answers are greedy, whatever the checkpoint asks for
 
     # The reference
 
@@ -232,8 +234,6 @@ class TorchRunner:
                 past_key_values=cache,
                 max_new_tokens=self.max_new_tokens - 1,
                 do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
                 eos_token_id=list(ends) or None,
                 pad_token_id=self.info.pad_token_id,
                 suppress_tokens=list(self.processor.placeholder_ids),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,17 +17,19 @@ from vkvx import __version__
 from vkvx.export.options import ExportOptions
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
-from vkvx.models.family import Source
+from vkvx.models.family import GENERATION_FILE, Source
 from vkvx.models.processor_files import ProcessorFiles
 from vkvx.models.registry import origin_for, resolve
 from vkvx.packages import EXPORT, missing, require
 from vkvx.plugins.operator import VERSION
+from vkvx.sampling import GenerationInfo
 from vkvx.storage import can_share_blocks, check_output, check_room, new_directory
 
 if TYPE_CHECKING:
     from vkvx.export.build import BuiltModel
     from vkvx.export.weights import Place
 
+LOG = logging.getLogger("vkvx.export")
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 PROCESSOR = "processor"
 GOLDEN_WEIGHTS = 1 << 30
@@ -50,6 +53,8 @@ def export_model(
 
     Raises:
         OptionError, ModelError, StorageError, DependencyError: nothing is left behind.
+
+    What generation_config.json asks for and no sampler here can do is named in a warning of the logger ``vkvx.export``.
     """
     options = options or ExportOptions()
     report: Progress = progress or (lambda stage, done, total: None)
@@ -70,13 +75,18 @@ def export_model(
     )
     source = replace(source, origin=origin_for(source, target), limits=options.limits)
     stored = read_checkpoint(source.directory)
-    processor = source.processor()
+    processor, generation = source.processor(), source.generation()
     report("load", 1, 1)
     with new_directory(target, options.force) as partial:
         _check_room(partial, stored, options.dtype)
         model = build(source, stored, options, report)
-        manifest = _write(partial, source, model, processor, report)
+        manifest = _write(partial, source, model, processor, generation, report)
     report("finish", 1, 1)
+    if generation.ignored:
+        LOG.warning(
+            "%s asks for %s, which is left out: answers may differ from those of generate()",
+            *(GENERATION_FILE, ", ".join(generation.ignored)),
+        )
     return manifest
 
 
@@ -89,7 +99,14 @@ def _check_room(directory: Path, stored: Mapping[str, StoredTensor], dtype: str)
     check_room(directory.parent, plan.written_bytes(shared) + _RESERVE)
 
 
-def _write(directory: Path, source: Source, model: BuiltModel, processor: ProcessorFiles, report: Progress) -> Manifest:
+def _write(
+    directory: Path,
+    source: Source,
+    model: BuiltModel,
+    processor: ProcessorFiles,
+    generation: GenerationInfo,
+    report: Progress,
+) -> Manifest:
     from vkvx.export.build import operator_functions, refer, write_graph, write_metrics
     from vkvx.export.weights import place_weights, plan_weights
 
@@ -123,6 +140,7 @@ def _write(directory: Path, source: Source, model: BuiltModel, processor: Proces
         processor=PROCESSOR,
         files=dict(sorted(files.items())),
         tools={"python": platform.python_version(), **{tool: version(tool) for tool in TOOLS}},
+        generation=generation,
     )
     if _can_record(manifest, directory):
         # NumPy comes with them, which the command line does without.

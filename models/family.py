@@ -14,15 +14,18 @@ import numpy as np
 from vkvx.errors import ModelError, VkvxError
 from vkvx.format import WORD_BITS
 from vkvx.manifest import LayerInfo, ModelInfo, PromptInfo, TensorSpec
+from vkvx.models.generation_config import generation_info
 from vkvx.models.pictures.kinds import Kind, describe
 from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
 from vkvx.models.videos import open_videos
+from vkvx.sampling import GenerationInfo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vkvx.models.processor_files import ProcessorFiles
 
+GENERATION_FILE = "generation_config.json"
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary embeddings that depend on nothing but the position."""
 PROCESSOR_FILES = {
@@ -64,6 +67,14 @@ class Source:
             images = self._limited(self._images())
             info = replace(info, typical_tokens=self.family.limited_tokens(images))
         return replace(info, name=self.name, source=self.origin, revision=self.revision)
+
+    def generation(self) -> GenerationInfo:
+        """How the checkpoint wants its answers chosen. Raises ModelError if generation_config.json tells nonsense."""
+
+        def fail(words: str) -> ModelError:
+            return ModelError(f"{self.directory / GENERATION_FILE}: {words}; correct it, or download it again")
+
+        return generation_info(self._generation_config(), fail)
 
     def processor(self) -> ProcessorFiles:
         """Tokenizer and image processor. Raises ModelError if their files do not load or do not fit the model."""
@@ -116,7 +127,7 @@ class Source:
         return images
 
     def _generation_config(self) -> dict[str, Any]:
-        path = self.directory / "generation_config.json"
+        path = self.directory / GENERATION_FILE
         if not path.is_file():
             return {}
         try:
@@ -197,11 +208,12 @@ class Family(ABC):
             )
         layers = self.layers(config)
         declared = any(layer.sliding_window for layer in layers)
-        window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None) is not None
-        if window and not declared:
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        positions = text.max_position_embeddings
+        if window is not None and window < positions and not declared:
             raise ModelError(
-                f"the decoder attends over a sliding window of {text.sliding_window} tokens, which is not supported; "
-                "a checkpoint whose config.json has no sliding_window is"
+                f"the decoder attends over a sliding window of {window} tokens of {positions}, which is not supported; "
+                f"a checkpoint whose config.json has no sliding_window, or one of at least {positions}, is"
             )
         given = getattr(text, "rope_parameters", None) or {}
         for rope in (one.get("rope_type", "default") for one in (given, *given.values()) if isinstance(one, Mapping)):

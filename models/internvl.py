@@ -27,11 +27,15 @@ class InternVL(Family):
     }
 
     def check(self, config: Any) -> None:
-        """Refuse towers that do not take square tiles of whole patches."""
+        """Refuse towers whose tiles are not square, and patches that pixel shuffle cannot merge."""
         vision = config.vision_config
         super().check(config)
-        if vision.image_size[0] != vision.image_size[1] or vision.image_size[0] % vision.patch_size[0]:
-            raise ModelError(f"tiles of {vision.image_size} pixels in patches of {vision.patch_size} are not supported")
+        merged = vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio
+        if vision.image_size[0] != vision.image_size[1] or merged != int(merged):
+            raise ModelError(
+                f"tiles of {vision.image_size} pixels in patches of {vision.patch_size}, scaled by "
+                f"{config.downsample_ratio}, are not supported; square ones with a whole number of patches are"
+            )
 
     def pictures(self, config: Any) -> Tiles:
         """Tiles of as many tokens as pixel shuffle leaves, between ``<img>`` and ``</img>``."""

@@ -26,7 +26,7 @@ class Llava(Family):
 
     title = "LLaVA-1.5, Pixtral"
     architecture = "LlavaForConditionalGeneration"
-    text_models = tested_models = ("llama", "mistral", "qwen2")
+    text_models = tested_models = ("llama", "mistral", "qwen2", "qwen3")
     aliases = {
         "tiny-llava": TINY_LLAVA,
         "llava": "llava-hf/llava-1.5-7b-hf",
@@ -39,15 +39,13 @@ class Llava(Family):
         return Pixtral() if config.vision_config.model_type == "pixtral" else self
 
     def check(self, config: Any) -> None:
-        """Refuse other towers and decoders, and pictures that are not made of whole patches."""
+        """Refuse other towers and decoders."""
         vision = config.vision_config
         super().check(config)
         if vision.model_type not in CLASS_TOKENS:
             raise ModelError(
                 f"a LLaVA with a '{vision.model_type}' tower is not supported; {one_of((*CLASS_TOKENS, 'pixtral'))} is"
             )
-        if vision.image_size % vision.patch_size:
-            raise ModelError(f"pictures of {vision.image_size} pixels are not made of patches of {vision.patch_size}")
 
     def pictures(self, config: Any) -> Tiles:
         """A picture is a tile, and nothing stands around it."""

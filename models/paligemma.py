@@ -34,14 +34,11 @@ class PaliGemma(Family):
     norm_shift = 1.0
 
     def check(self, config: Any) -> None:
-        """Refuse other towers, pictures that are not made of whole patches, and prompts that do not see later text."""
+        """Refuse other towers, and prompts that do not see later text."""
         vision = config.vision_config
         super().check(config)
-        if vision.model_type != "siglip_vision_model" or vision.image_size % vision.patch_size:
-            raise ModelError(
-                f"pictures of {vision.image_size} pixels in patches of {vision.patch_size} for a "
-                f"'{vision.model_type}' tower are not supported; whole patches for a SigLIP tower are"
-            )
+        if vision.model_type != "siglip_vision_model":
+            raise ModelError(f"a PaliGemma with a '{vision.model_type}' tower is not supported; siglip_vision_model is")
         if not config.text_config.use_bidirectional_attention:
             raise ModelError(
                 "use_bidirectional_attention is false: prompts whose tokens see earlier ones only are not supported"

@@ -31,8 +31,13 @@ def write_processor(directory: Path, config: Any) -> None:
     elif config.model_type == "llava":
         files = ProcessorFiles.load(TINY_LLAVA)
         size = config.vision_config.image_size
-        files.images.size = {"shortest_edge": size}
-        files.images.crop_size = {"height": size, "width": size}
+        if config.vision_config.model_type == "siglip_vision_model":
+            from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+            files.images = SiglipImageProcessorPil(size={"height": size, "width": size})
+        else:
+            files.images.size = {"shortest_edge": size}
+            files.images.crop_size = {"height": size, "width": size}
     elif config.model_type in ("llava_next", "llava_onevision"):
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (

@@ -41,7 +41,8 @@ FAMILIES: dict[str, Family] = {kind.architecture: kind() for kind in _KNOWN}
 ALIASES = {alias: target for family in FAMILIES.values() for alias, target in family.aliases.items()}
 """Directories and hub ids by the short names that people may give."""
 
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model*", "adapters.safetensors", "*lora_weights.*")
+"""Names that peft, mlx and diffusers give to the files of an adapter."""
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
@@ -75,6 +76,7 @@ def resolve(
     source = read_source(place, trust_remote_code)
     if weights and place.revision is not None:
         directory = _download(place.origin, CONFIG_FILES + WEIGHT_FILES, cache_dir, revision)
+        _refuse_adapter(directory)
         source = replace(source, directory=directory, revision=directory.name)
     return source
 
@@ -215,18 +217,28 @@ def _download(hub_id: str, patterns: tuple[str, ...], cache_dir: str | Path | No
 def _with_config(directory: Path) -> Path:
     if (directory / BUNDLE_FILE).is_file():
         raise ModelError(f"{directory} is a bundle, not a checkpoint; give the checkpoint that it was exported from")
-    if not any((directory / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE)):
+    if not (directory / CONFIG_FILE).is_file() and _adapter(directory) is None:
         raise ModelError(f"{directory} holds no {CONFIG_FILE}; give the directory of a Hugging Face checkpoint")
     return directory
 
 
-def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]:
-    if (directory / ADAPTER_FILE).is_file():
+def _adapter(directory: Path) -> Path | None:
+    """A file of an adapter in the directory, or in a folder of it: peft makes one for an adapter with a name."""
+    found = (path for folder in ("", "*/") for name in ADAPTER_FILES for path in directory.glob(folder + name))
+    return min((path for path in found if path.is_file()), default=None)
+
+
+def _refuse_adapter(directory: Path) -> None:
+    if (adapter := _adapter(directory)) is not None:
         raise ModelError(
-            f"{directory} holds a LoRA or another PEFT adapter ({ADAPTER_FILE}), which an export would leave out; "
-            "merge it with merge_and_unload of peft, save model and processor with save_pretrained, and give that "
-            "directory"
+            f"{directory} holds a LoRA or another PEFT adapter ({adapter.relative_to(directory)}), which would be left "
+            "out; merge it with merge_and_unload of peft, save model and processor with save_pretrained, and give that "
+            "directory; or move the adapter elsewhere if the model is meant without it"
         )
+
+
+def _read_config(directory: Path, trust_remote_code: bool) -> tuple[Any, Family]:
+    _refuse_adapter(directory)
     path = directory / CONFIG_FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

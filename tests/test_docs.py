@@ -20,6 +20,7 @@ from vkvx.models.preset_processors import write_processor
 from vkvx.models.presets import preset_config
 from vkvx.models.refusals import REFUSALS
 from vkvx.plugins import delta_rule, operator
+from vkvx.sampling import GenerationInfo
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -93,13 +94,14 @@ def test_defaults_of_the_quantisers() -> None:
 
 
 def test_keys_of_the_manifest() -> None:
-    """The page has tables of keys: of the manifest, of ``model``, of its ``layers``, and of ``quantization``."""
+    """The page has tables of keys: of the manifest, its ``model``, ``generation``, ``layers`` and ``quantization``."""
     text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
     tables = re.findall(r"^\| key \| type \| meaning \|\n\|.*\n((?:\|.*\n)+)", text, flags=re.M)
     documented = [[line.split("`")[1] for line in rows.splitlines()] for rows in tables]
     assert documented == [
         ["format", "format_version", *(field.name for field in fields(Manifest))],
         [field.name for field in fields(ModelInfo)],
+        [field.name for field in fields(GenerationInfo)],
         [field.name for field in fields(LayerInfo)],
         [field.name for field in fields(Quantization)],
     ]

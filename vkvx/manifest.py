@@ -29,6 +29,7 @@ from vkvx.format import (
     VISUAL_MASKS,
     WORD_BITS,
 )
+from vkvx.sampling import RANGES, GenerationInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -391,6 +392,9 @@ class Manifest(ManifestFile):
         stage="verify",
     )
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("generation",)
+    """Keys that bundles of older exporters lack."""
+
     vkvx_version: str
     operator_version: int
     model: ModelInfo
@@ -399,6 +403,7 @@ class Manifest(ManifestFile):
     processor: str
     files: dict[str, FileInfo]
     tools: dict[str, str] = field(default_factory=dict)
+    generation: GenerationInfo = field(default_factory=GenerationInfo)
 
     @cached_property
     def layout(self) -> CacheLayout:
@@ -444,6 +449,9 @@ class Manifest(ManifestFile):
         )
         for name, given, known in names:
             require(given in known, f"quantization.{name}", f"one of {', '.join(known)}", given)
+        for name, (valid, expected) in RANGES.items():
+            value = getattr(self.generation, name)
+            require(valid(value), f"generation.{name}", expected, value)
         for name in ("vision", "decoder"):
             require(name in self.graphs, "graphs", f'an object with the key "{name}"', sorted(self.graphs))
         for path in self.files:

@@ -25,7 +25,7 @@ def read(expected: type[_T], value: object, fail: Failure, where: str = "") -> _
     """Read ``value`` as a dataclass, or as what a dataclass' field is annotated with; raises what ``fail`` makes.
 
     Fields may be dataclasses, int, float, str, bool, ``tuple[X, ...]``, ``dict[str, X]`` and unions of scalars, or of
-    a dataclass and None. Integers have at most 64 bits.
+    a dataclass and None. Integers have at most 64 bits. Fields that the class names in ``OPTIONAL`` may be missing.
     """
     if isinstance(value, int) and not -(2**63) <= value < 2**63:  # not shown: it may have any number of digits
         raise fail(f"{where} must be a number of at most 64 bits")
@@ -37,8 +37,10 @@ def read(expected: type[_T], value: object, fail: Failure, where: str = "") -> _
         kinds = typing.get_type_hints(expected)
         hints = {field.name: kinds[field.name] for field in fields(expected)}
         missing = [name for name in hints if name not in value]
-        if missing:
-            raise fail(f"{_join(where, missing[0])} is missing")
+        for name in missing:
+            if name not in getattr(expected, "OPTIONAL", ()):
+                raise fail(f"{_join(where, name)} is missing")
+            del hints[name]
         result = expected(**{name: read(hint, value[name], fail, _join(where, name)) for name, hint in hints.items()})
     elif origin is tuple:
         if not isinstance(value, list | tuple):

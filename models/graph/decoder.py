@@ -6,7 +6,7 @@ operator through :class:`Attention`, passed along as a keyword argument of the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -30,6 +30,10 @@ BOUNDS = ("sliding_window", "softcap")
 """Keywords by which layers ask for a window and for bounded scores, and the operator's attributes of the same names."""
 SINKS = "s_aux"
 """Keyword by which layers give attention sinks."""
+
+
+Observer = Callable[[int, Tensor, Tensor, Sequence[Tensor]], None]
+"""Called as observer(layer, key, value, metrics): key and value [B, Hkv, S, D], metrics ``METRIC_INPUTS`` or none."""
 
 
 class LayerAttention(Protocol):
@@ -56,13 +60,16 @@ class Attention:
         cache_of: Mapping[int, int],
         window_start: Tensor | None = None,
         in_place: bool = False,
+        observer: Observer | None = None,
     ) -> None:
         """``attributes``, ``metrics`` and ``cache_of`` are those of each attention layer: ``metrics`` the operator's
         inputs ``METRIC_INPUTS``, or none, ``cache_of`` which of ``caches`` (each by ``CACHE_NAMES``) the layer reads.
         ``window_start`` is that of layers with a sliding window.
 
-        With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones.
+        With ``in_place`` the caches are updated as they are, otherwise ``presents`` are new ones. ``observer`` is shown
+        what each layer gives.
         """
+        self.observer = observer
         self.attributes = attributes
         self.in_place = in_place
         self.metrics = metrics
@@ -76,6 +83,8 @@ class Attention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
         cache, attributes = self.cache_of[layer], self.attributes[layer].to_dict()
+        if self.observer is not None:
+            self.observer(layer, key, value, self.metrics[layer])
         # A layer that reads another one's cache is given its keys and values again, and makes the same of it again.
         before = self.presents[cache] or self.caches[cache]
         visual, text = before[:4], before[4:]
@@ -109,6 +118,12 @@ def use_attention_function(model: Any) -> None:
     model.set_attn_implementation({"text_config": IMPLEMENTATION})
 
 
+def _bounds_nothing(window: int, module: nn.Module) -> bool:
+    """Whether a window is at least as long as the model's positions."""
+    config: Any = module.config
+    return bool(window >= config.max_position_embeddings)
+
+
 def _attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -122,7 +137,7 @@ def _attention_function(
         raise ModelError(f"layer {layer} scales its scores by {kwargs['scaling']}, expected {attributes.scale}")
     for name in BOUNDS:
         wanted, known = kwargs.get(name) or 0, getattr(attributes, name)
-        if wanted != known:
+        if wanted != known and not (known == 0 and name == "sliding_window" and _bounds_nothing(wanted, module)):
             raise ModelError(f"layer {layer} attends with {name} {wanted}, expected {known}")
     # Masks that show whole pictures to their tokens are made outside of the decoder, whose layers are causal.
     prefix = attributes.visual_mask == "prefix"
@@ -154,6 +169,7 @@ class DecoderGraph(nn.Module):
         super().__init__()
         use_attention_function(model)
         self.in_place = in_place
+        self.observer: Observer | None = None
         self.text_model = family.text_model(model)
         self.rotary = layer_rotary(family, model)
         layers = family.layers(model.config)
@@ -210,6 +226,7 @@ class DecoderGraph(nn.Module):
         attention = Attention(
             *(self.attributes, indices, visual_count, text_count, own, metrics, self.cache_of, window_start),
             in_place=self.in_place,
+            observer=self.observer,
         )
         linear = self._linear_states(stored, *indices, visual_count, text_count) if self.linear_modules else None
         states = {} if linear is None else linear.presents

@@ -7,27 +7,33 @@ arises: a code that differs because its value lies on the border of two levels w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from vkvx.errors import OptionError
-from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS, STATE_NAMES
+from vkvx.format import BASELINE_BITS, STATE_NAMES
 from vkvx.manifest import FILE_NAME, Manifest, Progress
 from vkvx.models.family import Source
 from vkvx.models.registry import read_bundle, resolve_origin, sample_pages
 from vkvx.packages import TORCH, require
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, choose_backend, open_backend
-from vkvx.runtime.calls import build_call, place_embeds
+from vkvx.runtime.calls import Call, build_call, place_embeds
+from vkvx.runtime.checks.packed import Finding, Packed, compare
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
 from vkvx.runtime.sessions.nonfinite import OVERFLOW
 from vkvx.runtime.sessions.pictures import Picture
 from vkvx.runtime.sessions.processor import Prepared, Processor, user_message
+
+if TYPE_CHECKING:
+    from vkvx.runtime.backends.torch.backend import TorchBackend
+    from vkvx.runtime.checks.recorded import Recorded
 
 COMPARED = ("onnxruntime", *ENGINE_BACKENDS)
 """Backends that can be validated."""
@@ -39,12 +45,11 @@ PROMPT = "Describe the picture."
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What may differ, by the model's dtype. All but ``codes`` are relative to the range of the reference tensor.
+    """What may differ, by the model's dtype, relative to the range of the reference tensor.
 
-    ``codes`` is the share of codes of all layers that may differ, by bits; at 8 bits a difference of one step does not
-    count. The keys or values of one layer may have ``LAYER_CODES`` times that.
-    ``outliers`` is the share of parameters that may lie outside ``cache``: where a channel has two clusters of tokens,
-    rounding can tip the iterations of ``lloyd`` from one pair of levels to another that is as good.
+    ``cache`` is that of keys and values: text rows are compared with it, and what is packed is judged by it
+    (:mod:`vkvx.runtime.checks.packed`). ``codes`` and ``outliers`` are for engines alone, see ``FLIPS``: the share of
+    codes that may differ, by bits (at 8 bits a difference of one step does not count), and of params outside ``cache``.
     """
 
     vision: float
@@ -60,11 +65,15 @@ TOLERANCES = {
     "bfloat16": Tolerance(5e-2, 2e-2, 4e-2, 5e-2, {1: 1e-2, 2: 1e-2, 4: 5e-2, 8: 1e-2}),
 }
 """torch rounds FP16 and BF16 after every operator; onnxruntime on a CPU does so only where tensors are stored."""
+FLIPS = {"shaped": (20 / 64, 0.25 / 64)}
+"""By quantiser, for each channel of a head: how many times the share of codes may differ, and which share of params.
+
+Engines are compared with onnxruntime, which does not show its keys. So codes are counted: those that rounding puts on
+the other side of a border. With ``shaped`` such a code changes codes and levels of the channels after it."""
+MOST_OUTLIERS = 0.5
+"""Half of the params are within their tolerance in any case."""
 LAYER_CODES = 5
-"""Where ``lloyd`` settles on other levels, many codes of that channel differ, and a layer has few channels."""
-SHAPED_CODES, SHAPED_OUTLIERS = 20, 0.25
-"""For ``shaped``: times ``codes``, and in place of ``outliers``. It chooses each code and level to make up for those
-before, so one that rounding tips changes later ones, to others that are as good."""
+"""The keys or values of one layer may have so many times the share of all: it has few channels."""
 
 ENGINE_LOGITS = 2.5
 """For engines: times ``logits``. They round to the model's type after every product, onnxruntime on a CPU does not;
@@ -165,7 +174,7 @@ def validate_bundle(
             weights, too: it can stand in where its checkpoint is gone.
         images: one picture a turn; None takes two of the bundled sample pages.
         steps: decode steps after each prefill.
-        atol, rtol: tolerance atol + rtol * range in place of ``TOLERANCES``, but for the share of codes.
+        atol, rtol: tolerance atol + rtol * range in place of ``TOLERANCES``, but for shares.
         provider: of onnxruntime; engines need none.
         backend: what is compared.
 
@@ -260,11 +269,9 @@ class _Comparison:
         self.report, self.reference, self.backend = report, reference, backend
         self.manifest = backend.manifest
         self.tolerances = TOLERANCES[report.dtype]
-        if self.manifest.quantization.quantizer in METRIC_QUANTIZERS:
-            codes = {bits: SHAPED_CODES * share for bits, share in self.tolerances.codes.items()}
-            self.tolerances = replace(self.tolerances, codes=codes, outliers=SHAPED_OUTLIERS)
         if report.backend in ENGINE_BACKENDS:
             self.tolerances = replace(self.tolerances, logits=ENGINE_LOGITS * self.tolerances.logits)
+        self.recorded: Recorded | None = None
         self.override = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
 
     def vision(self, phase: str, turn: Prepared) -> np.ndarray:
@@ -282,9 +289,24 @@ class _Comparison:
         row = self.reference.cache.row(self.SLOT, ids, *((turn.picture_lengths, turn.positions) if turn else ()))
         call = build_call([row], group_size=quantization.group_size, image_token_id=model.image_token_id)
         visual = None if embeds is None else place_embeds(call, embeds)
-        expected, actual = self.reference.step(call, visual), self.backend.step(call, visual)
+        with self._recording(call):
+            expected = self.reference.step(call, visual)
+        actual = self.backend.step(call, visual)
         self._close("logits", phase, None, actual, expected, self.tolerances.logits)
         return int(expected[0].argmax())
+
+    @contextmanager
+    def _recording(self, call: Call) -> Iterator[None]:
+        """Keep what the reference computes for new pictures, if it is torch."""
+        self.recorded = None
+        if self.report.backend in ENGINE_BACKENDS or not call.visual_index.size or not self.manifest.layout.is_packed:
+            yield
+            return
+        from vkvx.runtime.checks.recorded import recorded
+
+        reference = cast("TorchBackend", self.reference)
+        with recorded(reference, call, reference.cache.group_count(self.SLOT)) as self.recorded:
+            yield
 
     def caches(self, phase: str) -> None:
         """Compare what lies below the counts, layer by layer."""
@@ -293,26 +315,97 @@ class _Comparison:
             different = int(np.count_nonzero(getattr(ours, name) != getattr(theirs, name)))
             self._add(name, phase, None, different, 0, "counts that differ")
         groups, rows = theirs.group_count(self.SLOT), int(theirs.text_count[self.SLOT])
-        shares: dict[int, list[float]] = {}
         for layer in self.manifest.model.linear_layers:
             for name in STATE_NAMES:
                 actual, expected = (c.read(f"{layer}.{name}")[self.SLOT] for c in (ours, theirs))
                 self._close(name, phase, layer, actual, expected, self.tolerances.cache)
         for layer in self.manifest.model.caches:
             for kind in ("key", "value"):
-                if groups:
-                    bits, share = self._codes(layer, kind, phase)
-                    shares.setdefault(bits, []).append(share)
-                    name = f"visual_{kind}_params"
-                    actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :groups] for c in (ours, theirs))
-                    outliers = self.tolerances.outliers
-                    self._close(name, phase, layer, actual, expected, self.tolerances.cache, outliers)
+                if groups and self.report.backend not in ENGINE_BACKENDS:
+                    self._packed(layer, kind, phase, groups)
                 name = f"text_{kind}"
                 actual, expected = (c.read(f"{layer}.{name}")[self.SLOT, :, :rows] for c in (ours, theirs))
                 self._close(name, phase, layer, actual, expected, self.tolerances.cache)
+        if groups and self.report.backend in ENGINE_BACKENDS:
+            self._count_codes(phase, groups)
+
+    def _packed(self, layer: int, kind: str, phase: str, groups: int) -> None:
+        """Hold new groups against what the reference computed; older ones, which both sides share, have not changed."""
+        quantization, recorded = self.manifest.quantization, self.recorded
+        sides = [self._groups(side, layer, kind) for side in (self.backend, self.reference)]
+        old = groups if recorded is None else recorded.first
+        changed = sum(
+            not np.array_equal(getattr(mine, name), getattr(other, name))
+            for mine, other in zip(*(side[:old] for side in sides), strict=True)
+            for name in ("codes", "scale", "offset", "rms")
+        )
+        if old:
+            self._add(f"visual_{kind}", phase, layer, changed, 0, "parts of earlier pictures that changed")
+        if recorded is None:
+            return
+        x, metric = recorded.layer(layer, kind)
+        bits = quantization.key_bits if kind == "key" else quantization.value_bits
+        spread = float(np.ptp(x))
+        atol, rtol = self.override or (0.0, self.tolerances.cache)
+        options: dict[str, Any] = {
+            "bits": bits[self.manifest.model.caches.index(layer)],
+            "quantizer": quantization.quantizer,
+            "off": atol + rtol * spread,
+            "metric": metric,
+        }
+        worst: dict[str, Finding] = {}
+        for number, tokens in enumerate(recorded.tokens, start=old):
+            for finding in compare(x[:, tokens], sides[0][number], sides[1][number], **options):
+                known = worst.get(finding.name)
+                if known is None or not finding.difference - finding.tolerance <= known.difference - known.tolerance:
+                    worst[finding.name] = finding
+        for name, finding in worst.items():
+            detail = f"{finding.detail}, range {spread:.4g}"
+            self._add(f"visual_{kind}{name}", phase, layer, finding.difference, finding.tolerance, detail)
+
+    def _groups(self, backend: Backend, layer: int, kind: str) -> list[Packed]:
+        """The groups of the slot, without padding."""
+        size, counts = self.manifest.quantization.group_size, self.reference.cache.visual_count[self.SLOT]
+        unpack = unpack_keys if kind == "key" else unpack_values
+        codes = unpack(backend.cache.read(f"{layer}.visual_{kind}")[self.SLOT])
+        params = backend.cache.read(f"{layer}.visual_{kind}_params")[self.SLOT].astype(np.float64)
+        return [
+            Packed(
+                codes[:, i * size : i * size + n],
+                params[:, i, 0],
+                params[:, i, 1],
+                params[:, i, 2] if kind == "key" else None,
+            )
+            for i, n in enumerate(counts[counts > 0].tolist())
+        ]
+
+    def _count_codes(self, phase: str, groups: int) -> None:
+        """What engines hold against what onnxruntime holds."""
+        shares: dict[int, list[float]] = {}
+        for layer in self.manifest.model.caches:
+            for kind in ("key", "value"):
+                bits, share = self._codes(layer, kind, phase)
+                shares.setdefault(bits, []).append(share)
+                name = f"visual_{kind}_params"
+                sides = (self.backend, self.reference)
+                actual, expected = (side.cache.read(f"{layer}.{name}")[self.SLOT, :, :groups] for side in sides)
+                self._close(name, phase, layer, actual, expected, self.tolerances.cache, self._outliers())
         for bits, layers in sorted(shares.items()):
             share = sum(layers) / len(layers)
-            self._add("visual_codes", phase, None, share, self.tolerances.codes[bits], _agreement(bits, share))
+            self._add("visual_codes", phase, None, share, self._code_share(bits), _agreement(bits, share))
+
+    def _code_share(self, bits: int) -> float:
+        """Of codes of all layers that may differ."""
+        return self.tolerances.codes[bits] * max(1.0, self._flips()[0])
+
+    def _outliers(self) -> float:
+        """Of params of a layer that may lie outside the tolerance."""
+        return min(MOST_OUTLIERS, max(self.tolerances.outliers, self._flips()[1]))
+
+    def _flips(self) -> tuple[float, float]:
+        codes, params = FLIPS.get(self.manifest.quantization.quantizer, (0.0, 0.0))
+        channels = max(layer.head_dim for layer in self.manifest.model.layers)
+        return codes * channels, params * channels
 
     def _read_codes(self, backend: Backend, layer: int, kind: str) -> np.ndarray:
         """Codes of the valid tokens, uint8 [Hkv, tokens, D]."""
@@ -331,7 +424,7 @@ class _Comparison:
         actual, expected = (self._read_codes(side, layer, kind).astype(int) for side in (self.backend, self.reference))
         steps = np.abs(actual - expected)
         share = float(np.mean(steps > (1 if bits == 8 else 0)))
-        tolerance = LAYER_CODES * self.tolerances.codes[bits]
+        tolerance = LAYER_CODES * self._code_share(bits)
         self._add(f"visual_{kind}", phase, layer, share, tolerance, _agreement(bits, share))
         return bits, share
 

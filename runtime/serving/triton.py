@@ -20,7 +20,6 @@ import numpy as np
 from vkvx.errors import InputError, VkvxError, describe
 from vkvx.runtime.serving.answer import Answer
 from vkvx.runtime.serving.server import LOG, Server
-from vkvx.runtime.sessions.sampling import GenerationOptions
 
 OPTIONS = {
     "max_new_tokens": "TYPE_INT32",
@@ -28,13 +27,15 @@ OPTIONS = {
     "top_k": "TYPE_INT32",
     "top_p": "TYPE_FP32",
     "repetition_penalty": "TYPE_FP32",
+    "no_repeat_ngram_size": "TYPE_INT32",
+    "min_new_tokens": "TYPE_INT32",
     "seed": "TYPE_INT64",
     "stop": "TYPE_STRING",
     "ignore_eos": "TYPE_BOOL",
     "min_pixels": "TYPE_INT64",
     "max_pixels": "TYPE_INT64",
 }
-"""Optional inputs: the fields of GenerationOptions but for those of videos, and their types."""
+"""Optional inputs: the fields of GenerationOptions but for those of videos and lists of tokens, and their types."""
 LISTS = ("images", "stop")
 """Inputs of any length; the others have one entry."""
 INPUTS = {
@@ -121,7 +122,7 @@ class TritonPythonModel:
         if not self._value(request, "raw_prompt"):
             content = [{"type": "image"}] * len(images)
             text = self._session.format([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
-        return self._server.submit(text, images, options=self._session.options(GenerationOptions(), options))
+        return self._server.submit(text, images, options=self._session.options(None, options))
 
     def _value(self, request: Any, name: str) -> Any:
         """The entry of an input as a Python object, all of them for one of ``LISTS``; None if the request lacks it."""

@@ -16,7 +16,7 @@ from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Picture, listed
 from vkvx.runtime.sessions.processor import Message, Prepared, Processor, user_message
-from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 
@@ -164,7 +164,7 @@ class Conversation:
         progress: Progress | None = None,
     ) -> Generator[Chunk, None, None]:
         slot = self._open_slot()
-        chosen = changed_options(options, changes)
+        chosen = changed_options(options or default_options(self._backend.manifest), changes)
         prepared = prompt
         if not isinstance(prepared, Prepared):
             first = not self._history

@@ -98,7 +98,7 @@ class Request:
         self._progress = progress
         self._eos = () if options.ignore_eos else model.eos_token_ids
         # The token of a picture or a video without one means nothing to the decoder, so it is never chosen.
-        self._sampler = Sampler(options, model.vocab_size, processor.placeholder_ids)
+        self._sampler = Sampler(options, model.vocab_size, processor.placeholder_ids, self._eos)
         self._decoder = IncrementalDecoder(processor.decode)
         self._stops = StopStrings(options.stop)
         self._base = len(self.history)

@@ -2,78 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from vkvx.errors import NumericError, OptionError
+from vkvx.manifest import Manifest
 from vkvx.models.pictures.limits import PixelLimits
+from vkvx.sampling import RANGES, SamplingRules
 
-_TYPES: dict[str, tuple[tuple[type, ...], type, str]] = {
-    "int": ((int, np.integer), int, "a whole number"),
-    "float": ((int, float, np.integer, np.floating), float, "a number"),
-    "bool": ((bool, np.bool_), bool, "True or False"),
+
+def _kind(allowed: tuple[type, ...], convert: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, allowed) or (isinstance(value, bool) and convert is not bool):
+            raise ValueError
+        return convert(value)
+
+    return read
+
+
+def _list_of(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read_all(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        return tuple(read(entry) for entry in value)
+
+    return read_all
+
+
+_WHOLE = _kind((int, np.integer), int)
+_TYPES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "int": (_WHOLE, "a whole number"),
+    "float": (_kind((int, float, np.integer, np.floating), float), "a number"),
+    "bool": (_kind((bool, np.bool_), bool), "True or False"),
+    "tuple[str, ...]": (_list_of(_kind((str,), str)), "strings that are not empty"),
+    "tuple[int, ...]": (_list_of(_WHOLE), "a list of token ids"),
+    "tuple[tuple[int, ...], ...]": (_list_of(_list_of(_WHOLE)), "lists of token ids, none empty"),
 }
-"""By annotation of an option: what may be given, what it becomes, and the words for it."""
+"""By annotation of an option: what makes it of what is given (ValueError if that is none), and the words for it."""
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """How to generate.
+class GenerationOptions(SamplingRules):
+    """How to generate: the rules of :class:`SamplingRules`, and these.
 
-    ``max_new_tokens`` limits the answer. ``temperature`` 0 takes the likeliest token (greedy), otherwise logits are
-    divided by it. ``top_k`` keeps the k likeliest tokens (0: all), ``top_p`` the likeliest that together reach this
-    probability (1: all). ``repetition_penalty`` divides positive and multiplies negative logits of tokens seen in
-    prompt or answer (1: off; Keskar et al., arXiv 1909.05858). ``seed`` makes sampling repeatable. ``stop`` strings
-    end the answer and are not part of it. ``ignore_eos`` goes on past the end-of-sequence token.
+    ``max_new_tokens`` limits the answer. ``seed`` makes sampling repeatable. ``ignore_eos`` goes on past the
+    end-of-sequence token.
 
     ``min_pixels`` and ``max_pixels`` limit the pixels of the prompt's pictures once they are resized, in place of the
     bundle's image processor; they may be narrower or wider than its own. Only for models that have such limits.
     ``fps`` is how many frames a second are taken of a video file (None: as the checkpoint's video processor says), and
     of frames that are given as pictures how many there were.
+
+    An object of this class says all; a bundle's own defaults (:func:`default_options`) do not change it.
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stop, (str, list, tuple)):
-            raise OptionError(f"stop (--stop) must be strings that are not empty, got {self.stop!r}")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         for entry in fields(self):
             value, kind = getattr(self, entry.name), str(entry.type)
-            known = _TYPES.get(kind.removesuffix(" | None"))
-            if known is None or (value is None and kind.endswith("None")):
+            if value is None and kind.endswith("None"):
                 continue
-            allowed, convert, noun = known
-            if not isinstance(value, allowed) or (isinstance(value, bool) and convert is not bool):
-                raise OptionError(f"{entry.name} ({_flag(entry.name)}) must be {noun}, got {value!r}")
-            object.__setattr__(self, entry.name, convert(value))
-        checks = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive (1 is off)"),
-            ("seed", self.seed >= 0, "0 or positive"),
-            ("fps", self.fps is None or 0 < self.fps < float("inf"), "a positive number"),
-            ("stop", all(isinstance(text, str) and text for text in self.stop), "strings that are not empty"),
-        )
-        for name, valid, expected in checks:
-            if not valid:
-                raise OptionError(f"{name} ({_flag(name)}) must be {expected}, got {getattr(self, name)!r}")
+            read, expected = _TYPES[kind.removesuffix(" | None")]
+            try:
+                object.__setattr__(self, entry.name, read(value))
+            except ValueError:
+                raise self._refused(entry.name, expected) from None
+        ranges = {
+            "max_new_tokens": (lambda value: value >= 1, "at least 1"),
+            **RANGES,
+            "seed": (lambda value: value >= 0, "0 or positive"),
+            "fps": (lambda value: value is None or 0 < value < float("inf"), "a positive number"),
+        }
+        for name, (valid, expected) in ranges.items():
+            if not valid(getattr(self, name)):
+                raise self._refused(name, expected)
         self.limits.check()
+
+    def _refused(self, name: str, expected: str) -> OptionError:
+        return OptionError(f"{name} ({_flag(name)}) must be {expected}, got {getattr(self, name)!r}")
 
     @property
     def limits(self) -> PixelLimits:
@@ -83,6 +100,11 @@ class GenerationOptions:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def default_options(manifest: Manifest) -> GenerationOptions:
+    """What holds for a bundle unless a caller gives something else: the rules of its checkpoint."""
+    return GenerationOptions(**manifest.generation.rules())
 
 
 def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
@@ -112,33 +134,79 @@ def _check_effect(options: GenerationOptions, given: Mapping[str, Any]) -> None:
 class Sampler:
     """Chooses the tokens of one row. Each row has its own generator, so a row samples in a batch what it samples alone.
 
-    ``excluded`` tokens are never chosen.
+    ``excluded`` tokens are never chosen; ``ends`` are those that end the answer. Rules of tokens are those of the
+    logits processors of transformers, to the token.
     """
 
-    def __init__(self, options: GenerationOptions, vocab_size: int, excluded: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        options: GenerationOptions,
+        vocab_size: int,
+        excluded: Iterable[int] = (),
+        ends: Iterable[int] = (),
+    ) -> None:
+        def known(tokens: Iterable[int]) -> np.ndarray:
+            return np.array(sorted(token for token in set(tokens) if 0 <= token < vocab_size), np.int64)
+
         self._options = options
         self._random = np.random.default_rng(options.seed)
         self._seen = np.zeros(vocab_size, bool)
-        self._excluded = [token for token in excluded if 0 <= token < vocab_size]
+        self._ends = known(ends)
+        # An end of sequence is no bad word, as in transformers: an answer could not end otherwise.
+        words = [word for word in options.bad_words_ids if len(word) > 1 or word[0] not in self._ends]
+        alone = (word[0] for word in words if len(word) == 1)
+        self._never = known((*excluded, *options.suppress_tokens, *alone))
+        self._not_first = known(options.begin_suppress_tokens)
+        self._words = [word for word in words if len(word) > 1 and word[-1] < vocab_size]
+        self._chosen = 0
+        self._history: list[int] = []
+        self._followers: dict[tuple[int, ...], set[int]] = {}
 
     def observe(self, token_ids: np.ndarray | list[int]) -> None:
-        """Note tokens of the prompt or the answer for the repetition penalty; ids past the vocabulary are ignored."""
+        """Note tokens of the prompt or the answer, for the rules that look back."""
         if self._options.repetition_penalty != 1:
             ids = np.asarray(token_ids, np.int64)
             self._seen[ids[(ids >= 0) & (ids < len(self._seen))]] = True
+        size = self._options.no_repeat_ngram_size
+        if size or self._words:
+            history = self._history
+            for token in map(int, token_ids):
+                if size and len(history) >= size - 1:
+                    self._followers.setdefault(tuple(history[len(history) - size + 1 :]), set()).add(token)
+                history.append(token)
+
+    def _repeated(self) -> list[int]:
+        """Tokens that would end an n-gram a second time, or a bad word."""
+        history, size = self._history, self._options.no_repeat_ngram_size
+        found = [word[-1] for word in self._words if history[1 - len(word) :] == list(word[:-1])]
+        if size and len(history) >= size - 1:
+            repeated = self._followers.get(tuple(history[len(history) - size + 1 :]), ())
+            found += [token for token in repeated if 0 <= token < len(self._seen)]
+        return found
 
     def sample(self, logits: np.ndarray) -> int:
         """The next token from FP32 logits [V]. Raises NumericError if they are not numbers."""
         options = self._options
         scores = logits.astype(np.float64 if options.temperature else np.float32)  # a copy in either case
-        scores[self._excluded] = -np.inf
         if options.repetition_penalty != 1:
             seen, penalty = scores[self._seen], options.repetition_penalty
             scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        scores[self._never] = -np.inf
+        scores[self._repeated()] = -np.inf
+        if not self._chosen:
+            scores[self._not_first] = -np.inf
+        if self._chosen < options.min_new_tokens:
+            scores[self._ends] = -np.inf
         best = int(np.argmax(scores))  # the first NaN if there is one
+        if not np.isfinite(scores[best]) and np.isfinite(logits[np.argmax(logits)]):
+            raise OptionError(
+                "no token is left to choose; loosen suppress_tokens=, bad_words_ids= or no_repeat_ngram_size= "
+                "(--no-repeat-ngram-size)"
+            )
         if not np.isfinite(scores[best]):
             raise NumericError(f"the decoder returned {scores[best]} among the logits")
         token = best if options.temperature == 0 else self._draw(scores)
+        self._chosen += 1
         self.observe([token])
         return token
 

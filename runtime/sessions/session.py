@@ -15,7 +15,7 @@ from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.processor import Message, Processor
-from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
+from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 __all__ = ["Chunk", "Conversation", "Generation", "GenerationOptions", "Session"]
@@ -122,7 +122,8 @@ class Session:
         of a folder of frames; or it is a list of frames, in a list of videos. For one prompt ``images`` is a picture or
         a list of them, for a list of prompts a list with such an entry (or None) for each, and so are ``videos``.
         Options are fields of :class:`GenerationOptions`, given as keywords or as ``options`` (for a list of prompts
-        also one per prompt, for instance to give each its own seed).
+        also one per prompt, for instance to give each its own seed). What keywords leave out is as the checkpoint's
+        generation_config.json says (``manifest.generation``); ``options`` say all.
 
         A row gets in a batch what it gets alone. With more prompts than free slots, the next prompt starts when a row
         ends.
@@ -190,10 +191,9 @@ class Session:
         """Text for a prompt of your own, in which no placeholder and no special token counts."""
         return self.processor.escape(text)
 
-    @staticmethod
-    def options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
-        """Options with some fields changed. Raises OptionError for unknown fields and values out of range."""
-        return changed_options(base, changes)
+    def options(self, base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
+        """``base``, or without one the bundle's defaults, with some fields changed; OptionError for wrong ones."""
+        return changed_options(base or default_options(self.manifest), changes)
 
     def close(self) -> None:
         """Free the model and the cache; a second time does nothing."""

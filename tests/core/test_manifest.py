@@ -120,6 +120,47 @@ def test_verify_names_the_file_that_differs(tmp_path: Path) -> None:
         Manifest.load(tmp_path).verify(tmp_path)
 
 
+RULES = {
+    "temperature": 0.7,
+    "top_k": 20,
+    "top_p": 0.8,
+    "repetition_penalty": 1.05,
+    "no_repeat_ngram_size": 3,
+    "min_new_tokens": 2,
+    "suppress_tokens": [7],
+    "begin_suppress_tokens": [2],
+    "bad_words_ids": [[5], [6, 7]],
+    "stop": ["###"],
+    "ignored": ["num_beams"],
+}
+
+
+def test_rules_of_answers_are_optional() -> None:
+    """Bundles of older exporters have none; the likeliest token is theirs."""
+    plain = Manifest.from_json(example()).generation
+    assert plain.rules() == {}
+    found = Manifest.from_json({**example(), "generation": RULES})
+    assert (found.generation.temperature, found.generation.bad_words_ids) == (0.7, ((5,), (6, 7)))
+    assert found.generation.rules().keys() == RULES.keys() - {"ignored"}
+    assert Manifest.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("temperature", -1.0, "0 \\(greedy\\) or a positive number"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("suppress_tokens", [-2], "token ids"),
+        ("bad_words_ids", [[]], "lists of token ids"),
+        ("stop", [""], "strings that are not empty"),
+        ("top_k", "many", "an integer"),
+    ],
+)
+def test_rules_of_answers_that_cannot_be(name: str, value: object, words: str) -> None:
+    with pytest.raises(BundleError, match=rf"generation\.{name} must be {words}"):
+        Manifest.from_json({**example(), "generation": {**RULES, name: value}})
+
+
 def test_missing_and_resized_files(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "vision.onnx").write_bytes(b"longer than it was")

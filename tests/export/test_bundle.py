@@ -11,21 +11,15 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime as ort
 import pytest
-import torch
-from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 
 from vkvx import ExportOptions, export_model
 from vkvx.errors import ModelError, OptionError, StorageError
 from vkvx.export.build import BuiltModel, build
 from vkvx.manifest import LayerInfo, Manifest
 from vkvx.models.checkpoint import read_checkpoint
-from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.packages import extra
-from vkvx.runtime.calls import Row, build_call, place_embeds
 from vkvx.runtime.sessions.processor import Processor
 
 OPTIONS = ExportOptions(dtype="float16", bits=16)
@@ -151,6 +145,16 @@ def test_a_disk_that_is_too_small_is_noticed_first(
     assert list(room.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_a_checkpoint_asks_of_answers(copy: Path, room: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {"do_sample": True, "temperature": 0.2, "suppress_tokens": [9], "num_beams": 3, "min_p": 0.1}
+    (copy / "generation_config.json").write_text(json.dumps(given))
+    manifest = export_model(copy, room / "out", OPTIONS)
+    assert manifest.generation.rules() == {"temperature": 0.2, "top_k": 50, "suppress_tokens": (9,)}
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "vkvx.export"]
+    assert warning.startswith("generation_config.json asks for min_p, num_beams, which is left out: ")
+
+
 def refused(source: Path | str, room: Path, message: str, options: ExportOptions = OPTIONS) -> None:
     with pytest.raises((ModelError, OptionError), match=message) as caught:
         export_model(source, room / "out", options)
@@ -224,67 +228,3 @@ def test_missing_packages_are_named(checkpoint: Path, room: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"the Python packages 'onnx-ir' and 'onnxscript' are missing; run {extra('export')}\n" == done.stdout
     assert list(room.iterdir()) == []
-
-
-TEXT = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "vocab_size": 512,
-}
-VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZE = {"image_size": 56, "patch_size": 14}
-
-
-@pytest.mark.parametrize(
-    ("text", "vision", "choice", "tokens"),
-    [
-        (
-            Qwen2Config(**TEXT, tie_word_embeddings=True),
-            SiglipVisionConfig(**VISION, **SIZE, vision_use_head=False),
-            {"vision_feature_select_strategy": "full", "vision_feature_layer": -1},
-            16,
-        ),
-        (
-            MistralConfig(**TEXT, sliding_window=None),
-            CLIPVisionConfig(**VISION, **SIZE),
-            {"vision_feature_select_strategy": "full", "vision_feature_layer": [-2, -1]},
-            17,
-        ),
-    ],
-    ids=["qwen2-siglip", "mistral-clip"],
-)
-def test_relatives_of_llava(tmp_path: Path, text: Any, vision: Any, choice: dict[str, Any], tokens: int) -> None:
-    """Exported with 16 bits they are the plain transformers model in onnxruntime."""
-    config = LlavaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=3,
-        image_seq_length=tokens,
-        architectures=["LlavaForConditionalGeneration"],
-        tie_word_embeddings=text.tie_word_embeddings,
-        **choice,
-    )
-    source = tmp_path / "source"
-    write_checkpoint(source, config, dtype="float32")
-    manifest = export_model(source, tmp_path / "out", ExportOptions(dtype="float32", bits=16))
-    assert manifest.model.tokens_per_picture == tokens
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype(np.float32)
-    ids = [1, *[3] * tokens, 60, 61]
-    model = resolve(source).family.model_class().from_pretrained(source, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids]), pixel_values=torch.from_numpy(pixels)).logits[:, -1].numpy()
-    sessions = [ort.InferenceSession(tmp_path / "out" / f"{name}.onnx") for name in ("vision", "decoder")]
-    (embeds,) = sessions[0].run(None, {"pixel_values": pixels})
-    call = build_call([Row(0, np.array(ids), (tokens,))], group_size=128, image_token_id=3)
-    names = ("input_ids", "position_ids", "visual_index", "text_index", "last_index", "slot")
-    feed = {name: getattr(call, name) for name in names}
-    feed |= {"visual_count": np.zeros((1, 0), np.int32), "text_count": np.zeros(1, np.int32)}
-    feed["visual_embeds"] = place_embeds(call, embeds)
-    caches = manifest.layout.tensors(1, 0, 32)
-    feed |= {f"past.{name}": np.zeros(shape, dtype) for name, (dtype, shape) in caches.items()}
-    logits = sessions[1].run(["logits"], feed)[0]
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)

@@ -57,7 +57,7 @@ class Reference:
                     **parts,
                     patch_size=vision.patch_size,
                     vision_feature_select_strategy=strategy,
-                    num_additional_image_tokens=1,
+                    num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
                 )
             if self.kind == "llava_next":
                 return transformers.LlavaNextProcessor(
@@ -155,12 +155,13 @@ class Reference:
 
     def generate(self, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Greedy answers INT [B, tokens], and the logits FP32 [B, tokens, V] that each token was chosen from."""
+        never = [IMAGE_TOKEN] if self.videos is None else [IMAGE_TOKEN, self.config.video_token_id]
         with torch.no_grad():
             output = self.model.generate(
                 **inputs,
                 max_new_tokens=tokens,
                 do_sample=False,
-                suppress_tokens=[IMAGE_TOKEN] if self.videos is None else [IMAGE_TOKEN, self.config.video_token_id],
+                suppress_tokens=[*never, *(self.model.generation_config.suppress_tokens or ())],
                 output_logits=True,
                 return_dict_in_generate=True,
             )

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from families import CASES
+from variants import VARIANTS
 
 from vkvx.errors import ModelError
 from vkvx.models.presets import preset_config
@@ -33,8 +34,8 @@ from vkvx.runtime.checks.check import check_model
 
 Edit = Callable[[dict[str, Any]], None]
 LLAVA = "LlavaForConditionalGeneration"
-RELATIVES = {(LLAVA, "mistral"), (LLAVA, "qwen2")}
-"""Decoders that tests/export/test_bundle.py compares with transformers, besides the matrix of families."""
+RELATIVES = {(LLAVA, one.decoder) for one in VARIANTS}
+"""Decoders that tests/families/test_llava_variants.py compares with transformers, besides the matrix of families."""
 
 
 def edited(checkpoint: Path, directory: Path, edit: Edit) -> Path:
@@ -171,15 +172,19 @@ def test_no_architecture(checkpoint: Path, tmp_path: Path) -> None:
     ("part", "changes", "message"),
     [
         ("text_config", {"head_dim": 40}, r"head dim is 40.*multiple of 32"),
-        ("text_config", {"model_type": "gemma"}, r"'gemma' decoder is not supported; llama, mistral or qwen2"),
-        ("text_config", {"model_type": "mistral", "sliding_window": 4096}, "sliding window of 4096"),
+        ("text_config", {"model_type": "gemma"}, r"'gemma' decoder is not supported; llama, mistral, qwen2 or"),
+        ("text_config", {"model_type": "mistral", "sliding_window": 4095}, "window of 4095 .*one of at least 4096"),
+        (
+            "text_config",
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+            "window of 64 tokens of 4096",
+        ),
         ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
         (
             "vision_config",
             {"model_type": "dinov2"},
             r"'dinov2' tower is not supported; clip_vision_model, siglip_vision_model or",
         ),
-        ("vision_config", {"image_size": 57}, "57 pixels"),
         (None, {"image_token_index": 512}, "image token 512 is not among the decoder's 512 tokens"),
         (None, {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
         (None, {"vision_feature_select_strategy": "best"}, "transformers cannot read"),
@@ -197,12 +202,45 @@ def test_refused_configs(
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_adapters_are_not_ignored(checkpoint: Path, tmp_path: Path, whole: bool) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "adapter_model-00001-of-00002.safetensors",
+        "adapters.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "style/adapter_config.json",
+    ],
+)
+def test_adapters_are_not_ignored(checkpoint: Path, tmp_path: Path, whole: bool, name: str) -> None:
     if whole:
         edited(checkpoint, tmp_path, lambda config: None)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ModelError, match=r"adapter .*merge it with merge_and_unload"):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=rf"adapter \({re.escape(name)}\).*merge it with merge_and_unload") as caught:
         resolve(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert check_model(tmp_path).reason == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("text_config", {"model_type": "mistral", "sliding_window": 4096}),  # as long as the model's positions
+        ("text_config", {"model_type": "mistral", "sliding_window": 5000}),
+        ("text_config", {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}),
+        ("text_config", {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}),
+        ("text_config", {"model_type": "qwen3"}),
+        ("vision_config", {"image_size": 57}),
+    ],
+)
+def test_accepted_configs(checkpoint: Path, tmp_path: Path, part: str, changes: dict[str, Any]) -> None:
+    source = resolve(edited(checkpoint, tmp_path, lambda config: config[part].update(changes)))
+    info = source.info("float16")
+    assert (info.sliding_window, info.tokens_per_picture) == (0, 16)
 
 
 def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
@@ -297,6 +335,7 @@ def test_quantised_weights_of_a_loaded_model() -> None:
         ("tiny-pixtral", {"vision_feature_select_strategy": "default"}, "'default' is not supported; 'full' is"),
         ("tiny-mistral3", {"vision_feature_layer": -2}, "vision_feature_layer '-2' is not supported; '-1' is"),
         ("tiny-mistral3", {"spatial_merge_size": 1}, "spatial_merge_size 1 is not supported"),
+        ("tiny-internvl", {"downsample_ratio": 0.3}, "scaled by 0.3, are not supported; square ones"),
     ],
 )
 def test_refused_traits_of_pictures(preset: str, changes: dict[str, Any], message: str) -> None:

@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     """Read lines until the end."""
     from vkvx.manifest import Manifest
 
-    options = generation.options(args)
+    given = generation.given_options(args)
     manifest = Manifest.load(args.bundle)
+    options = generation.options(args, manifest, given)
     processor = _open_processor(args, manifest, options)
     text_tokens = min(manifest.model.max_positions, TEXT_TOKENS)
     with generation.load_session(args, text_tokens=text_tokens, processor=processor) as session:

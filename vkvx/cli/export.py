@@ -85,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     output = Path(args.output) if args.output else _default_output(args.model, options)
     begun = time.perf_counter()
-    with terminal.ProgressBar("export") as progress:
+    with terminal.held_warnings("vkvx.export") as warnings, terminal.ProgressBar("export") as progress:
         manifest = export_model(args.model, output, options, progress)
     seconds = time.perf_counter() - begun
+    for warning in warnings:
+        terminal.note(f"warning: {warning}")
     if args.json:
-        terminal.print_json(_summary(output, manifest, seconds))
+        terminal.print_json({**_summary(output, manifest, seconds), "warnings": warnings})
     else:
         _print_summary(output, manifest, seconds)
     return 0

@@ -14,6 +14,7 @@ from vkvx.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vkvx.manifest import Manifest
     from vkvx.runtime.sessions.conversation import Conversation
     from vkvx.runtime.sessions.processor import Processor
     from vkvx.runtime.sessions.sampling import GenerationOptions
@@ -22,23 +23,30 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "onnxruntime", "torch", "tensorrt", "rtx")
 PROVIDERS = ("auto", "cpu", "cuda")
 OPTIONS = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop"),
-    *("min_pixels", "max_pixels", "fps"),
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"),
+    *("no_repeat_ngram_size", "seed", "stop", "min_pixels", "max_pixels", "fps"),
 )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of sampling, of the machine, and of the cache's size."""
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="answer's length (default: 256)")
+    sampling = parser.add_argument_group("sampling", "Defaults are the checkpoint's, see `vkvx inspect`; else these.")
+    sampling.add_argument("--max-new-tokens", type=int, metavar="N", help="answer's length (default: 256)")
+    sampling.add_argument("--min-new-tokens", type=int, metavar="N", help="do not end the answer before (default: 0)")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default: 0)")
     above = "with a temperature above 0:"
     sampling.add_argument("--top-k", type=int, metavar="K", help=f"{above} sample among the K likeliest (0: all)")
     sampling.add_argument("--top-p", type=float, metavar="P", help=f"{above} sample among the likeliest of share P")
     sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
-    sampling.add_argument("--seed", type=int, metavar="N", help=f"{above} seed of the sampling (default: 0)")
     sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
+        "--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens follow each other twice (default: 0, off)"
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help=f"{above} seed of the sampling (default: 0)")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be repeated")
+    sampling.add_argument(
+        "--no-checkpoint-defaults",
+        action="store_true",
+        help="leave out what the checkpoint's generation_config.json asks for",
     )
 
     pictures = parser.add_argument_group("pictures and videos")
@@ -87,11 +95,20 @@ def piped(option: str) -> TextIO:
     return sys.stdin
 
 
-def options(args: argparse.Namespace) -> GenerationOptions:
-    """The options of generation that were given, checked."""
-    from vkvx.runtime.sessions.sampling import changed_options
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of generation that were given, checked: before the bundle is looked at."""
+    from vkvx.runtime.sessions.sampling import GenerationOptions
 
-    return changed_options(None, {name: value for name in OPTIONS if (value := getattr(args, name)) is not None})
+    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    GenerationOptions(**given)
+    return given
+
+
+def options(args: argparse.Namespace, manifest: Manifest, given: dict[str, Any]) -> GenerationOptions:
+    """What was given; everything else is as the checkpoint asks for, or plain."""
+    from vkvx.runtime.sessions.sampling import changed_options, default_options
+
+    return changed_options(None if args.no_checkpoint_defaults else default_options(manifest), given)
 
 
 def load_session(

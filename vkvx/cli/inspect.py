@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         "parts": parts(manifest),
         "bytes": sum(info.bytes for info in manifest.files.values()),
         "quantization": manifest.to_json()["quantization"],
+        "generation": {**manifest.generation.rules(), "ignored": manifest.generation.ignored},
         "cache": cache_costs(manifest),
         "graphs": {name: graph_summary(bundle / graph.file) for name, graph in manifest.graphs.items()},
         "engines": inspect_engines.listed(bundle),
@@ -154,6 +156,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"model        {model['name']}: {model['architecture']}, {model['dtype']}",
         f"             {len(model['layers'])} layers, {terminal.heads(model['layers'], model['query_heads'])},"
         f" hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
+        *_generation_lines(report["generation"]),
         f"made with    vkvx {report['vkvx_version']}, "
         + ", ".join(f"{name} {version}" for name, version in report["tools"].items()),
         "",
@@ -216,6 +219,16 @@ def _quantization_lines(quantization: dict[str, Any]) -> list[str]:
         }
         lines.append(f"  groups of {quantization['group_size']} visual tokens")
         lines.append(f"  score correction {correction}{bound.get(correction, '')}")
+    return lines
+
+
+def _generation_lines(generation: dict[str, Any]) -> list[str]:
+    """What the checkpoint asks for in answers, if anything."""
+    rules = {name: value for name, value in generation.items() if name != "ignored"}
+    said = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rules.items())
+    lines = [f"answers      by the checkpoint's defaults: {said or 'the likeliest token'}"]
+    if generation["ignored"]:
+        lines.append(f"             left out of what it asks for: {', '.join(generation['ignored'])}")
     return lines
 
 

@@ -61,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from vkvx.runtime.backends.registry import choose_backend
     from vkvx.runtime.sessions.processor import Processor, user_message
 
-    options = generation.options(args)
+    given = generation.given_options(args)
     _check_idle(args)
     prompt = _prompt(args)
     manifest = Manifest.load(args.bundle)
+    options = generation.options(args, manifest, given)
     choose_backend(args.backend, Path(args.bundle), manifest, args.provider, args.threads)  # tells if it cannot run
     pictures = generation.load_pictures(args.image)  # before the weights: a wrong path is told at once
     with terminal.ProgressBar("run", announce=False) as progress:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             prompt, pictures, args.video, limits=options.limits, fps=options.fps, progress=progress
         )
     prompt_text = len(prepared.token_ids) - sum(prepared.picture_lengths)
-    text_tokens = min(manifest.model.max_positions, max(PROMPT_TOKENS, prompt_text) + args.max_new_tokens)
+    text_tokens = min(manifest.model.max_positions, max(PROMPT_TOKENS, prompt_text) + options.max_new_tokens)
     room = _visual_tokens(manifest, prepared.picture_lengths)
     with (
         generation.load_session(args, room, text_tokens, processor) as session,

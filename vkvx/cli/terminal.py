@@ -11,7 +11,8 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vkvx.errors import OptionError, StorageError
@@ -54,6 +55,25 @@ def print_json(data: Any) -> None:
 def note(text: str = "") -> None:
     """A line for the person in front of the terminal: stderr, so that stdout holds results only."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def held_warnings(logger: str) -> Iterator[list[str]]:
+    """Collects the warnings of a logger, so that they can be told when a progress bar is out of the way."""
+
+    class Held(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    messages: list[str] = []
+    handler, log = Held(logging.WARNING), logging.getLogger(logger)
+    propagate, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
 
 
 def printable(text: str) -> str:

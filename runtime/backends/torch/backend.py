@@ -17,7 +17,7 @@ from torch import Tensor
 from vkvx.errors import CapacityError
 from vkvx.manifest import Manifest
 from vkvx.models.family import Family
-from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs
+from vkvx.models.graph.decoder import DecoderGraph, Observer, decoder_inputs
 from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import MAX_HEAD_DIM
@@ -92,6 +92,10 @@ class TorchBackend:
         if self._stream is not None and has_kernels(manifest):
             with self._running("the buffers of decode steps"):
                 self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show ``observer`` the keys and values of each layer in calls to come that are not captured; None ends it."""
+        self._decoder.observer = observer
 
     @property
     def captures(self) -> bool:

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vkvx import Manifest, validate_bundle
+from vkvx.models.registry import sample_pages
+from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from vkvx.runtime.checks.validate import TOLERANCES, Report
 
 # Every bit width, quantiser, score correction and dtype; `python -m benchmarks agreement` runs all combinations.
@@ -38,14 +42,67 @@ def test_the_documentation_states_the_tolerances() -> None:
     text = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
     for dtype, tolerance in TOLERANCES.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {dtype} |"))
-        embeds, logits, cache, *codes = (cell.strip() for cell in row.split("|")[2:-1])
+        embeds, logits, cache, outliers, *codes = (cell.strip() for cell in row.split("|")[2:-1])
         assert [float(cell) for cell in (embeds, logits, cache)] == [
             tolerance.vision,
             tolerance.logits,
             tolerance.cache,
         ]
-        shares = [float(cell.removesuffix(" %")) / 100 for cell in codes]
-        assert shares == pytest.approx([tolerance.codes[bits] for bits in (1, 2, 4, 8)])
+        shares = [float(cell.removesuffix(" %")) / 100 for cell in (outliers, *codes)]
+        assert shares == pytest.approx([tolerance.outliers, *(tolerance.codes[bits] for bits in (1, 2, 4, 8))])
+
+
+def off(array: np.ndarray, share: float) -> None:
+    """Put the first number off by a share of the range."""
+    array.flat[0] += share * np.ptp(array)
+
+
+WRONG: dict[str, Callable[[Backend, Any, np.ndarray], None]] = {
+    "logits": lambda backend, call, logits: off(logits, 2e-5),
+    "text_key": lambda backend, call, logits: off(backend.cache.buffers["1.text_key"][1, :, :8], 2e-3),
+    "text_value": lambda backend, call, logits: off(backend.cache.buffers["0.text_value"][1, :, :8], 2e-3),
+    "text_count": lambda backend, call, logits: np.add.at(backend.cache.text_count, 1, -1),
+    "visual_key_error": lambda backend, call, logits: flip(backend, "1.visual_key"),
+    "visual_value_error": lambda backend, call, logits: scaled(backend, "0.visual_value_params", 0, 4 / 3),
+    "visual_key_rms": lambda backend, call, logits: scaled(backend, "1.visual_key_params", 2, 1.5),
+}
+
+
+def flip(backend: Backend, name: str) -> None:
+    buffer: Any = backend.cache.buffers[name]
+    buffer[1] ^= 0x11111111
+
+
+def scaled(backend: Backend, name: str, row: int, factor: float) -> None:
+    buffer: Any = backend.cache.buffers[name]
+    buffer[1, :, :, row] *= np.float16(factor)
+
+
+@pytest.mark.parametrize("name", [*WRONG, "image_embeds", "visual_key"])
+def test_a_wrong_bundle_fails(mixed_bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """At each of the tolerances, and nowhere before that."""
+    step, encode = OnnxRuntimeBackend.step, OnnxRuntimeBackend.encode
+
+    def wrong_step(self: Any, call: Any, embeds: Any) -> np.ndarray:
+        logits = step(self, call, embeds)
+        if name in WRONG and call.visual_index.size:
+            WRONG[name](self, call, logits)
+        elif name == "visual_key" and not call.visual_index.size:
+            flip(self, "1.visual_key")  # of a picture that is there already
+        return logits
+
+    def wrong_encode(self: Any, inputs: Any) -> np.ndarray:
+        embeds = encode(self, inputs).copy()
+        if name == "image_embeds":
+            off(embeds, 2e-4)
+        return embeds
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "step", wrong_step)
+    monkeypatch.setattr(OnnxRuntimeBackend, "encode", wrong_encode)
+    report = validate_bundle(mixed_bundle, provider="cpu", images=[sample_pages()[0]], steps=1)
+    first = next(check for check in report.checks if not check.passed)
+    assert first.name == name
+    assert first.phase == {"image_embeds": "vision", "visual_key": "decode 1"}.get(name, "prefill")
 
 
 def test_a_wrong_checkpoint_is_noticed(tiny_bundle: Path, tmp_path: Path) -> None:

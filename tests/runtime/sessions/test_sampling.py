@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig, GenerationMixin
 
 from vkvx.errors import OptionError, VkvxError
 from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
@@ -106,6 +111,12 @@ def test_logits_may_be_extreme_but_must_be_numbers() -> None:
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("no_repeat_ngram_size", -1),
+        ("min_new_tokens", -1),
+        ("suppress_tokens", [3, -1]),
+        ("begin_suppress_tokens", [-1]),
+        ("bad_words_ids", [[3], []]),
+        ("bad_words_ids", [[3, -1]]),
         ("seed", -1),
         ("stop", ("",)),
     ],
@@ -132,6 +143,11 @@ def test_a_stop_string_may_come_alone() -> None:
         ("top_p", float("nan"), "above 0"),
         ("repetition_penalty", False, "a number"),
         ("ignore_eos", 1, "True or False"),
+        ("no_repeat_ngram_size", 2.0, "a whole number"),
+        ("suppress_tokens", 5, "a list of token ids"),
+        ("begin_suppress_tokens", ["5"], "a list of token ids"),
+        ("bad_words_ids", [5], "lists of token ids"),
+        ("bad_words_ids", [[True]], "lists of token ids"),
         ("stop", 5, "strings"),
         ("stop", [5], "strings"),
     ],
@@ -147,3 +163,61 @@ def test_numbers_of_numpy_are_numbers() -> None:
     )
     assert options == GenerationOptions(max_new_tokens=3, top_p=0.5, temperature=1.0, ignore_eos=True)
     assert [type(x) for x in (options.max_new_tokens, options.temperature, options.ignore_eos)] == [int, float, bool]
+
+
+VOCABULARY = 24
+ENDS = (2, 5)
+RULES: list[dict[str, Any]] = [
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2},
+    {"no_repeat_ngram_size": 3, "repetition_penalty": 1.3},
+    {"suppress_tokens": [0, 3, 9]},
+    {"begin_suppress_tokens": list(range(22))},
+    {"bad_words_ids": [[4], [6, 7], [8, 9, 10], [2], [5, 5]]},
+    {"min_new_tokens": 3},
+    {"repetition_penalty": 0.7, "bad_words_ids": [[1, 2]], "suppress_tokens": [2], "min_new_tokens": 30},
+    {
+        "repetition_penalty": 1.1,
+        "no_repeat_ngram_size": 2,
+        "begin_suppress_tokens": [1],
+        "suppress_tokens": [3],
+        "bad_words_ids": [[4, 4], [11]],
+        "min_new_tokens": 5,
+    },
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "-".join(rules))
+def test_rules_are_those_of_transformers(rules: dict[str, Any]) -> None:
+    """Token for token, with few tokens, so that every rule is met: each step is compared on the same history."""
+    changed = 0
+    for seed, prompt in enumerate([[20], [4, 4], [4, 6, 4, 6, 8, 9, 2, 4, 6, 1, 1]] * 5):
+        config = GenerationConfig(**rules, eos_token_id=list(ENDS))
+        config._eos_token_tensor = torch.tensor(ENDS)
+        mixin = type("Model", (GenerationMixin,), {"config": SimpleNamespace(is_encoder_decoder=False)})()
+        processors = mixin._get_logits_processor(config, input_ids_seq_length=len(prompt))
+        sampler = Sampler(GenerationOptions(**rules), VOCABULARY, ends=ENDS)
+        sampler.observe(prompt)
+        history, random = list(prompt), np.random.default_rng(seed)
+        for _ in range(12):
+            logits = random.standard_normal(VOCABULARY).astype(np.float32)
+            expected = int(processors(torch.tensor([history]), torch.from_numpy(logits)[None].clone()).argmax())
+            assert sampler.sample(logits) == expected
+            changed += expected != int(logits.argmax())
+            history.append(expected)
+    assert changed, "no rule was met"
+
+
+def test_rules_that_leave_no_token() -> None:
+    sampler = Sampler(GenerationOptions(suppress_tokens=[0, 1], bad_words_ids=[[2]]), 3)
+    with pytest.raises(OptionError, match=r"no token is left .* suppress_tokens=, bad_words_ids="):
+        sampler.sample(np.zeros(3, np.float32))
+
+
+def test_tokens_beyond_the_vocabulary_are_never_chosen_anyway() -> None:
+    options = GenerationOptions(
+        suppress_tokens=[99], begin_suppress_tokens=[98], bad_words_ids=[[97], [1, 96]], no_repeat_ngram_size=2
+    )
+    sampler = Sampler(options, 5, ends=[95])
+    sampler.observe([1, 700, 1])
+    assert sampler.sample(LOGITS) == 1

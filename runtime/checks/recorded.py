@@ -1,0 +1,65 @@
+"""The keys and values of pictures, as the reference computes them before they are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vkvx.plugins.reference.shaping import rotate
+from vkvx.runtime.backends.torch.backend import TorchBackend
+from vkvx.runtime.calls import Call
+
+
+@dataclass
+class Recorded:
+    """Of one call with one row.
+
+    ``tokens`` are each group's tokens, as indices INT [n] of the visual tokens of the call; ``first`` is which group of
+    the slot is the first of them.
+    """
+
+    first: int
+    tokens: list[np.ndarray]
+    _layers: dict[int, dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+
+    def layer(self, layer: int, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Keys or values of the visual tokens, FP32 [Hkv, tokens, D], and their metric [Hkv, D, D] if there is one."""
+        x, metric = self._layers[layer][kind]
+        return x.float().numpy(), None if metric is None else metric.numpy()
+
+    def keep(self, layer: int, *kinds: tuple[Any, Any]) -> None:
+        """Note keys with their metric, and values with theirs: tensors on the CPU in the model's dtype."""
+        self._layers[layer] = dict(zip(("key", "value"), kinds, strict=True))
+
+
+@contextmanager
+def recorded(backend: TorchBackend, call: Call, first: int) -> Iterator[Recorded]:
+    """Records the one call that is run within; ``first`` is the number of groups that the slot has before."""
+    layers = backend.manifest.model.layers
+    groups = call.visual_index[0].reshape(-1, backend.manifest.quantization.group_size)
+    ends = np.cumsum((groups >= 0).sum(1))
+    found = Recorded(first, [np.arange(end - n, end) for end, n in zip(ends, (groups >= 0).sum(1), strict=True)])
+    visual = groups[groups >= 0].tolist()
+
+    def record(layer: int, key: Any, value: Any, metrics: Sequence[Any]) -> None:
+        info = layers[layer]
+        if info.keys_of is not None:
+            return
+        ways: tuple[Any, Any] = (None, None)
+        if metrics:
+            key_metric, value_metric, rotation = metrics
+            cosine, sine = rotation[0].unsqueeze(1).unbind(0)  # [1, D] each
+            turned = rotate(key_metric, cosine, sine, info.rotary_dim, info.rotary_interleaved)
+            ways = (turned.cpu(), value_metric.float().cpu())
+        x = (tensor[0, :, visual].cpu() for tensor in (key, value))
+        found.keep(layer, *zip(x, ways, strict=True))
+
+    backend.observe(record)
+    try:
+        yield found
+    finally:
+        backend.observe(None)
