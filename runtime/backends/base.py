@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,26 @@ from vkvx.runtime.calls import Call
 from vkvx.runtime.engines.manifest import Limits
 
 PROVIDERS = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """How a backend chooses the next token of a row: options of generation, and ``step``, how many it has chosen."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int
+    step: int
+    wants_log_probability: bool
+
+
+class PendingTokens(Protocol):
+    """What :meth:`Backend.launch` chose, perhaps not done yet."""
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for it: tokens INT32 [B], -1 where logits are no numbers, and log-probabilities FP32 [B]."""
 
 
 class Backend(Protocol):
@@ -34,6 +54,10 @@ class Backend(Protocol):
     def limits(self) -> Limits | None:
         """The most that a call may bring, None where only memory limits it."""
 
+    @property
+    def samples(self) -> bool:
+        """Whether it can choose tokens itself: whether :meth:`begin` and :meth:`launch` may be called."""
+
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> Any:
         """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns.
 
@@ -52,6 +76,16 @@ class Backend(Protocol):
         ``visual_embeds`` [B, Nv, hidden] comes from :meth:`place` or :func:`vkvx.runtime.calls.place_embeds`; None if
         no row has a picture. Caches and counts of the call's slots are updated in place. The caller has checked that
         everything fits. If this raises, the counts are as before.
+        """
+
+    def begin(self, slot: int, seen: Sequence[int], excluded: Iterable[int]) -> None:
+        """A sequence starts in a slot. ``seen`` tokens are those of its history, ``excluded`` ones are never chosen."""
+
+    def launch(self, call: Call, visual_embeds: Any | None, rows: Sequence[SampledRow]) -> PendingTokens:
+        """Like :meth:`step`, and choose the next token of each row; nothing is waited for.
+
+        -1 in the input of a decode step is the token chosen last in the row's slot. Counts of the cache are those after
+        the call when this returns.
         """
 
     def close(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from vkvx.errors import VkvxError
 from vkvx.manifest import (
     FileInfo,
     Graph,
@@ -19,10 +20,12 @@ from vkvx.manifest import (
     Quantization,
     TensorSpec,
 )
+from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call, place_embeds
 from vkvx.runtime.engines.manifest import Limits
 from vkvx.runtime.sessions.processor import PLACEHOLDER, Prepared
+from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
 
 IMAGE, EOS, BOS = 3, 2, 1
 PICTURE_TOKENS, GROUP = 160, 128  # a picture pads to two groups
@@ -114,11 +117,23 @@ class FakeProcessor:
         return text
 
 
+class FakePending:
+    """Tokens that the host has not read yet."""
+
+    def __init__(self, tokens: np.ndarray, probabilities: np.ndarray) -> None:
+        self.tokens, self.probabilities, self.is_read = tokens, probabilities, False
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        self.is_read = True
+        return self.tokens, self.probabilities
+
+
 class FakeBackend:
     """Chooses the next token by a hash of all that a slot holds, or by ``script`` (tokens after the prompt of a slot).
 
     What a slot holds is kept beside the cache and checked against the counts and positions of each call. Where it ends
-    with the text ``nan_after``, the logits are NaN. ``encode`` refuses pictures whose number is negative.
+    with the text ``nan_after``, the logits are NaN. ``encode`` refuses pictures whose number is negative. With
+    ``samples`` it chooses tokens itself, and at most one call before the next one may be unread.
     """
 
     name = "fake"
@@ -126,6 +141,7 @@ class FakeBackend:
     device = "CPU"
     limits: Limits | None = None
     closed = False
+    samples = False
 
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
@@ -135,6 +151,39 @@ class FakeBackend:
         self.calls: list[Call] = []
         self.fail_at: int | None = None
         self.nan_after: str | None = None
+        self.sequences: dict[int, tuple[Sequence[int], Iterable[int]]] = {}
+        self.samplers: dict[int, Sampler] = {}
+        self.last = dict.fromkeys(range(slots), -9)
+        self.pending: list[FakePending] = []
+
+    def begin(self, slot: int, seen: Sequence[int], excluded: Iterable[int]) -> None:
+        self.sequences[slot] = list(seen), excluded
+        self.samplers.pop(slot, None)
+
+    def launch(self, call: Call, visual_embeds: np.ndarray | None, rows: Sequence[SampledRow]) -> FakePending:
+        self.pending = [one for one in self.pending if not one.is_read][-1:]
+        slots = call.slot.tolist()
+        ids = call.input_ids.copy()
+        for b, slot in enumerate(slots):
+            if ids[b, 0] == -1:
+                assert call.input_ids.shape[1] == 1
+                ids[b, 0] = self.last[slot]
+        logits = self.step(replace(call, input_ids=ids), visual_embeds)
+        tokens, probabilities = np.zeros(len(slots), np.int32), np.zeros(len(slots), np.float32)
+        for b, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            if slot not in self.samplers:
+                seen, excluded = self.sequences[slot]
+                options = {name: getattr(row, name) for name in ("temperature", "top_k", "top_p", "seed")}
+                chosen = GenerationOptions(repetition_penalty=row.repetition_penalty, logprobs=True, **options)
+                self.samplers[slot] = Sampler(chosen, logits.shape[1], excluded)
+                self.samplers[slot].observe(list(seen))
+            try:
+                tokens[b], probabilities[b] = self.samplers[slot].sample(logits[b])
+            except VkvxError:
+                tokens[b] = -1
+            self.last[slot] = max(0, int(tokens[b]))
+        self.pending.append(FakePending(tokens, probabilities))
+        return self.pending[-1]
 
     def close(self) -> None:
         self.closed = True
@@ -162,6 +211,8 @@ class FakeBackend:
             if cache.length(slot) == 0:
                 self.held[slot] = []
             held = self.held[slot]
+            if self.samples:  # what was fed while the end of an answer was not read yet is taken back
+                del held[cache.length(slot) :]
             assert len(held) == cache.length(slot)
             new: dict[int, float] = {}
             for entry, at in enumerate(call.visual_index[b].tolist()):
@@ -195,7 +246,7 @@ class FakeBackend:
         if self.script is not None:
             said = fed[fed.rindex("]") + 1 :]
             logits = np.zeros(size, np.float32)
-            logits[self.script[len(said)]] = 10
+            logits[self.script[min(len(said), len(self.script) - 1)]] = 10
             return logits
         seed = int.from_bytes(hashlib.sha256(np.array(held).tobytes()).digest()[:8], "little")
         logits = np.random.default_rng(seed).standard_normal(size).astype(np.float32) * 2
