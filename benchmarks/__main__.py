@@ -31,6 +31,7 @@ BENCHMARKS = {
     "export_shapes": "memory and time of exports of large models, from checkpoints of zeros that take no room",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
+    "session_steps": "what a session adds to a decode step on a GPU: tokens chosen there and by the host",
     "windows": "decode attention of layers with sliding windows and wide heads on a GPU, against torch's",
 }
 """Modules of ``cases``, with ``add_arguments(parser)`` and ``run(arguments)``, which returns rows of

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vkvx.format import CACHE_NAMES
 from vkvx.plugins.operator import ALL_INPUTS, INPUTS, OUTPUTS, OperatorAttributes, TensorDefinition, definitions
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Raised with every change of the struct or of a number."""
 MAX_HEAD_DIM = 512
 """The widest head that the kernels take."""
@@ -57,6 +57,34 @@ class Field:
     size: str = ""
     unit: str = ""
     """An attribute: what one of the size stands for."""
+
+
+SAMPLE_ROW_FIELDS = (
+    Field("temperature", "float", "0: the likeliest token"),
+    Field("top_p", "float", "1: all"),
+    Field("repetition_penalty", "float", "1: none"),
+    Field("top_k", "int32_t", "0: all"),
+    Field("seed", "uint64_t"),
+    Field("step", "uint32_t", "of the row's draws, from 0"),
+    Field("wants_log_probability", "int32_t", "1: yes, 0: no"),
+)
+"""Fields of ``VkvxSampleRow``, 32 bytes."""
+SAMPLE_FIELDS = (
+    Field("size", "int32_t", "sizeof(VkvxSampleParams)"),
+    Field("dtype", "int32_t", "of the logits"),
+    Field("rows", "int32_t", "B"),
+    Field("vocab", "int32_t", "V"),
+    Field("logits_stride", "int64_t", "of row, in elements"),
+    Field("logits", "const void *", "[B, V]"),
+    Field("options", "const VkvxSampleRow *", "[B]"),
+    Field("slot", "const int32_t *", "int32 [B]"),
+    Field("seen", "uint32_t *", "uint32 [Bc, ceil(V/32)], a bit for each token; that of the token is set"),
+    Field("excluded", "const uint32_t *", "likewise; null: none"),
+    Field("token", "int32_t *", "int32 [B]"),
+    Field("last_token", "int32_t *", "int32 [Bc], of the rows' slots, 0 in place of less; null: not wanted"),
+    Field("log_probability", "float *", "float32 [B], by the logits as they are, of rows that want it; null: of none"),
+)
+"""Fields of ``VkvxSampleParams``."""
 
 
 def enumerations(table: type[OperatorAttributes] = OperatorAttributes) -> dict[str, Enumeration]:

@@ -48,6 +48,16 @@ _HEADER_PART = """\
 typedef struct VkvxParams {{
 {fields}
 }} VkvxParams;
+
+/* How the next token of a row is chosen. */
+typedef struct VkvxSampleRow {{
+{sample_row}
+}} VkvxSampleRow;
+
+/* Of a call of vkvx_sample. Bc: slots, of which each row has one of its own. */
+typedef struct VkvxSampleParams {{
+{sample}
+}} VkvxSampleParams;
 /* clang-format on */
 """
 
@@ -164,6 +174,8 @@ def header(text: str, table: Table = OperatorAttributes) -> str:
         enumerations=_lines(map(_enum, (c_interface.RESULTS, *known.values()))),
         kernels=_enum(kernels),
         fields=_lines(_declaration(field, known.get(field.name)) for field in struct_fields(table)),
+        sample_row=_lines(_declaration(field, None) for field in c_interface.SAMPLE_ROW_FIELDS),
+        sample=_lines(_declaration(field, None) for field in c_interface.SAMPLE_FIELDS),
     )
     return before + BEGIN + part + END + after
 

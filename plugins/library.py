@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vkvx.errors import DependencyError, OptionError, VkvxError
 from vkvx.plugins import c_interface
@@ -28,7 +30,15 @@ _EMPTY = 256
 
 def ctypes_fields(fields: Iterable[c_interface.Field]) -> list[tuple[str, Any]]:
     """The fields of a struct as ctypes wants them."""
-    types = {"int32_t": c_int32, "float": c_float, "int64_t[3]": c_int64 * 3, "size_t": c_size_t}
+    types = {
+        "int32_t": c_int32,
+        "uint32_t": c_uint32,
+        "int64_t": c_int64,
+        "uint64_t": c_uint64,
+        "float": c_float,
+        "int64_t[3]": c_int64 * 3,
+        "size_t": c_size_t,
+    }
     return [(field.name, c_void_p if field.type.endswith("*") else types[field.type]) for field in fields]
 
 
@@ -62,6 +72,29 @@ class Params(ctypes.Structure):
         return params
 
 
+class SampleRow(ctypes.Structure):
+    """``VkvxSampleRow`` of ``vkvx.h``."""
+
+    _fields_ = ctypes_fields(c_interface.SAMPLE_ROW_FIELDS)
+
+
+class SampleParams(ctypes.Structure):
+    """``VkvxSampleParams`` of ``vkvx.h``; ``size`` is filled in."""
+
+    _fields_ = ctypes_fields(c_interface.SAMPLE_FIELDS)
+
+    def __init__(self, **values: object) -> None:
+        super().__init__(size=ctypes.sizeof(SampleParams), **values)
+
+
+def token_bits(token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    """INT32 [ceil(V/32)] with a bit for each of these tokens: a row of ``seen`` or ``excluded``. Others are ignored."""
+    ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids), np.int64)
+    marks = np.zeros(-(-vocab_size // 32) * 32, bool)
+    marks[ids[(ids >= 0) & (ids < vocab_size)]] = True
+    return np.packbits(marks, bitorder="little").view(np.int32)
+
+
 _FILLED = [field for field in c_interface.struct_fields() if field.attribute]
 _PLAIN = [(f.name, f.attribute) for f in _FILLED if f.name not in c_interface.enumerations()]
 _NUMBERED = [(f.name, f.attribute, e.numbers) for f in _FILLED if (e := c_interface.enumerations().get(f.name))]
@@ -89,6 +122,7 @@ class KernelLibrary:
             getattr(self._library, name).argtypes = (POINTER(Params), POINTER(c_size_t))
         for name in ("vkvx_attention", "vkvx_append"):
             getattr(self._library, name).argtypes = (POINTER(Params), c_void_p)
+        self._library.vkvx_sample.argtypes = (POINTER(SampleParams), c_void_p)
 
     def workspace_bytes(self, params: Params) -> int:
         """Bytes of workspace for calls of these sizes; it must be zero before its first use."""
@@ -114,6 +148,10 @@ class KernelLibrary:
     def append(self, params: Params, stream: int) -> None:
         """Launch ``vkvx_append``: stores the call's tokens in the caches, in place."""
         self._check(self._library.vkvx_append(byref(params), stream))
+
+    def sample(self, params: SampleParams, stream: int) -> None:
+        """Launch ``vkvx_sample``: chooses each row's next token."""
+        self._check(self._library.vkvx_sample(byref(params), stream))
 
     def _check(self, code: int) -> None:
         if code:

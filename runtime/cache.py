@@ -241,6 +241,28 @@ class PackedCache:
         if not self.layout.is_packed:  # visual tokens lie among the text rows
             self._inline_visual[slots] += np.count_nonzero(call.visual_index[live] >= 0, axis=1).astype(np.int32)
 
+    def counts_after(self, call: Call) -> tuple[np.ndarray, np.ndarray]:
+        """The counts [slots, groups] and [slots] that a call will return, which fits: the rules of the operator."""
+        visual_count, text_count = self.visual_count.copy(), self.text_count.copy()
+        groups = (call.visual_index >= 0).reshape(len(call.slot), -1, self.group_size).sum(axis=2)
+        texts = (call.text_index >= 0).sum(axis=1)
+        for b, slot in enumerate(call.slot):
+            if slot < 0:
+                continue
+            text_count[slot] += texts[b]
+            if self.layout.is_packed:
+                new = groups[b][groups[b] > 0]
+                first = self.group_count(slot)
+                visual_count[slot, first : first + len(new)] = new
+            else:
+                text_count[slot] += groups[b].sum()
+        return visual_count, text_count
+
+    def retract(self, slot: int, text_tokens: int) -> None:
+        """Forget the text tokens that a slot was given last."""
+        self.text_count[slot] -= text_tokens
+        self.next_position[slot] -= text_tokens
+
     def _note_positions(self, call: Call) -> None:
         """Remember the positions of a call's tokens where the call stores them; the counts are those before it."""
         for b, slot in enumerate(call.slot):

@@ -60,20 +60,28 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def _models(shapes: Sequence[str], layers: int | None) -> Any:
     """Names and models on the GPU, FP16."""
     import torch
-    import transformers
 
-    from vkvx.models.presets import preset_config
     from vkvx.models.registry import resolve
     from vkvx.runtime.backends.torch.loading import load_model
 
     yield "tiny-llava", load_model(resolve("tiny-llava"), torch.float16).to("cuda")
     for preset in shapes:
-        config = preset_config(preset, layers)
-        torch.set_default_dtype(torch.float16)
-        with torch.device("cuda"):
-            model = getattr(transformers, config.architectures[0])(config)
-        torch.set_default_dtype(torch.float32)
-        yield f"shape of {preset}", model.eval().requires_grad_(False)
+        yield f"shape of {preset}", random_model(preset, layers)
+
+
+def random_model(preset: str, layers: int | None = None) -> Any:
+    """A model of a preset's shape on the GPU, FP16."""
+    import torch
+    import transformers
+
+    from vkvx.models.presets import preset_config
+
+    config = preset_config(preset, layers)
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda"):
+        model = getattr(transformers, config.architectures[0])(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False)
 
 
 def _backend(model: Any, bits: int, batch: int) -> tuple[float, float, int]:

@@ -16,7 +16,7 @@ extern "C" {
 
 /* Written by `python -m vkvx.plugins.generate`, to the mark below. */
 /* clang-format off */
-#define VKVX_ABI_VERSION 3
+#define VKVX_ABI_VERSION 4
 #define VKVX_MAX_HEAD_DIM 512
 
 enum { VKVX_OK = 0, VKVX_BAD_ARGUMENT = 1, VKVX_UNSUPPORTED = 2, VKVX_WORKSPACE_TOO_SMALL = 3, VKVX_CUDA_ERROR = 4 };
@@ -89,6 +89,34 @@ typedef struct VkvxParams {
   void *workspace;                   /* zero before its first use, see below */
   size_t workspace_bytes;
 } VkvxParams;
+
+/* How the next token of a row is chosen. */
+typedef struct VkvxSampleRow {
+  float temperature;                 /* 0: the likeliest token */
+  float top_p;                       /* 1: all */
+  float repetition_penalty;          /* 1: none */
+  int32_t top_k;                     /* 0: all */
+  uint64_t seed;
+  uint32_t step;                     /* of the row's draws, from 0 */
+  int32_t wants_log_probability;     /* 1: yes, 0: no */
+} VkvxSampleRow;
+
+/* Of a call of vkvx_sample. Bc: slots, of which each row has one of its own. */
+typedef struct VkvxSampleParams {
+  int32_t size;                      /* sizeof(VkvxSampleParams) */
+  int32_t dtype;                     /* of the logits */
+  int32_t rows;                      /* B */
+  int32_t vocab;                     /* V */
+  int64_t logits_stride;             /* of row, in elements */
+  const void *logits;                /* [B, V] */
+  const VkvxSampleRow *options;      /* [B] */
+  const int32_t *slot;               /* int32 [B] */
+  uint32_t *seen;                    /* uint32 [Bc, ceil(V/32)], a bit for each token; that of the token is set */
+  const uint32_t *excluded;          /* likewise; null: none */
+  int32_t *token;                    /* int32 [B] */
+  int32_t *last_token;               /* int32 [Bc], of the rows' slots, 0 in place of less; null: not wanted */
+  float *log_probability;            /* float32 [B], by the logits as they are, of rows that want it; null: of none */
+} VkvxSampleParams;
 /* clang-format on */
 /* End of what is written. */
 
@@ -114,6 +142,10 @@ int vkvx_attention(const VkvxParams* params, void* stream);
 /* Quantises and stores the call's visual tokens, stores its text tokens, in place; run it after
  * vkvx_attention on the same stream. */
 int vkvx_append(const VkvxParams* params, void* stream);
+/* Chooses each row's next token: greedily, or by chance among the likeliest. Tokens of `excluded`
+ * are never chosen, those of `seen` by penalised logits. A token is -1 where a logit is NaN or the
+ * greatest infinite, -2 where no token is left. Needs no workspace. docs/kernels.md has the rules. */
+int vkvx_sample(const VkvxSampleParams* params, void* stream);
 
 #ifdef __cplusplus
 }

@@ -17,6 +17,29 @@ from vkvx.runtime.engines.manifest import Limits
 PROVIDERS = ("auto", "cpu", "cuda")
 
 
+@dataclass(frozen=True)
+class SampledRow:
+    """How a backend chooses the next token of a row: options of generation, and ``step``, how many it has chosen."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int
+    step: int
+    wants_log_probability: bool
+
+
+class PendingTokens(Protocol):
+    """What :meth:`SamplingBackend.launch` chose, perhaps not done yet."""
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for it: tokens INT32 [B], and log-probabilities FP32 [B].
+
+        A token is -1 where logits are no numbers, -2 where all are excluded.
+        """
+
+
 class Backend(Protocol):
     """Runs the model of one bundle over one cache, for calls from any thread, one at a time.
 
@@ -33,6 +56,10 @@ class Backend(Protocol):
     @property
     def limits(self) -> Limits | None:
         """The most that a call may bring, None where only memory limits it."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether it can choose tokens itself: whether it is a :class:`SamplingBackend`."""
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> Any:
         """Embeddings [tokens of all pictures, hidden] of pictures, from what the image processor returns.
@@ -58,6 +85,23 @@ class Backend(Protocol):
         """Free models and buffers; a second time does nothing.
 
         Afterwards only the counts of ``cache`` may be used.
+        """
+
+
+class SamplingBackend(Backend, Protocol):
+    """A backend that chooses tokens itself."""
+
+    def begin(self, slot: int, seen: Sequence[int], excluded: Sequence[int]) -> None:
+        """A sequence starts in a slot. ``seen`` tokens are those of its history, ``excluded`` ones are never chosen."""
+
+    def exclude(self, slot: int, excluded: Sequence[int]) -> None:
+        """Other tokens are never chosen in a slot from now on."""
+
+    def launch(self, call: Call, visual_embeds: Any | None, rows: Sequence[SampledRow]) -> PendingTokens:
+        """Like :meth:`Backend.step`, and choose the next token of each row; nothing is waited for.
+
+        -1 in the input of a decode step is the token chosen last in the row's slot. Counts of the cache are those after
+        the call when this returns.
         """
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -146,7 +146,10 @@ class Report:
             "first_divergent_layer": self.first_divergent_layer,
             "remedy": self.remedy,
             "checks": [
-                {name: None if value == inf else value for name, value in asdict(check).items()}
+                {
+                    name: None if isinstance(value, float) and not isfinite(value) else value
+                    for name, value in asdict(check).items()
+                }
                 for check in self.checks
             ],
         }

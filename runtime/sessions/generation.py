@@ -1,22 +1,26 @@
-"""The loop that turns prepared prompts into tokens: admit, prefill, decode, leave."""
+"""The loop that turns prepared prompts into tokens: admit, prefill, decode, leave.
+
+Where a backend chooses tokens itself, one call is under way while the host reads the tokens of the one before. So an
+end-of-sequence token or a stop string is noticed when its row has been fed once more: what comes of that is dropped.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from vkvx.errors import BatchError, CapacityError, NumericError
 from vkvx.manifest import Progress
-from vkvx.runtime.backends.base import Backend, check_open
+from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend, check_open
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.sessions import nonfinite
 from vkvx.runtime.sessions.processor import Prepared, Processor
-from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
+from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler, checked
 from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings
 
 _PREFILL_POSITIONS = 4096
@@ -30,7 +34,8 @@ class Generation:
 
     ``finish_reason`` is "eos", "stop" or "length". ``prompt_tokens`` counts what this call fed before the answer,
     ``visual_tokens`` how many of them were visual. ``prefill_seconds`` include the vision tower; ``decode_seconds`` are
-    those of the steps after the first token, waiting for the consumer of a stream not included.
+    those of the steps after the first token, waiting for the consumer of a stream not included. ``logprobs`` are those
+    of ``token_ids`` by the model's logits, None unless they were asked for.
     """
 
     text: str
@@ -40,6 +45,7 @@ class Generation:
     visual_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    logprobs: tuple[float, ...] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -50,13 +56,15 @@ class Generation:
 @dataclass(frozen=True)
 class Chunk:
     """What a step added to row ``row``. ``text`` may be empty: incomplete characters and possible beginnings of stop
-    strings are held back. The last chunk of a row has a ``finish_reason`` and the whole ``generation``."""
+    strings are held back. ``logprobs`` are those of ``token_ids`` if they were asked for. The last chunk of a row has a
+    ``finish_reason`` and the whole ``generation``."""
 
     row: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     generation: Generation | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,10 @@ class Request:
         self._eos = () if options.ignore_eos else model.eos_token_ids
         # The token of a picture or a video without one means nothing to the decoder, so it is never chosen.
         self._sampler = Sampler(options, model.vocab_size, processor.placeholder_ids, self._eos)
+        self._launched = 0  # calls that choose a token of the answer
+        self._read = 0  # of them, those whose tokens are known
+        self._failed = False
+        self._excluded: tuple[int, ...] | None = None  # what the backend knows; None: nothing of this request
         self._decoder = IncrementalDecoder(processor.decode)
         self._stops = StopStrings(options.stop)
         self._base = len(self.history)
@@ -106,6 +118,7 @@ class Request:
         self._text: list[str] = []
         self._answer: list[int] = []
         self._embeds: list[Any] = []  # until the first token
+        self._logprobs: list[float] = []
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.finish_reason: str | None = None
@@ -158,31 +171,76 @@ class Request:
         self._embeds = found
         return found
 
+    @property
+    def wants_more(self) -> bool:
+        """Whether another call is to be launched: the answer has not ended, as far as is known."""
+        return self.finish_reason is None and self._launched < self.options.max_new_tokens
+
     def next_row(self) -> Row:
-        """What the next call feeds of this request."""
+        """What the next call feeds of this request: -1 for a token that the host has not read."""
         assert self.slot is not None
         cache = self._backend.cache
-        fed = np.array(self.history[cache.length(self.slot) :], np.int32)
-        if self._answer:
+        is_prompt, is_unread = self._launched == 0, self._launched > len(self._answer)
+        fed = np.array([-1] if is_unread else self.history[cache.length(self.slot) :], np.int32)
+        self._launched += 1
+        if not is_prompt:
             return cache.row(self.slot, fed)
         return cache.row(self.slot, fed, self.prepared.picture_lengths, self.prepared.positions)
 
-    def accept(self, logits: np.ndarray, seconds: float) -> Chunk:
-        """Choose the next token from logits [V] of a call that took so long.
+    def prepare_choice(self) -> SampledRow:
+        """How the backend chooses the token of the call that is about to be launched; tells it what it lacks."""
+        assert self.slot is not None
+        backend = cast(SamplingBackend, self._backend)
+        options, step = self.options, self._launched - 1
+        excluded = self._sampler.excluded(step)
+        if self._excluded is None:
+            backend.begin(self.slot, self.history if options.repetition_penalty != 1 else (), excluded)
+        elif excluded != self._excluded:
+            backend.exclude(self.slot, excluded)
+        self._excluded = excluded
+        return SampledRow(
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.repetition_penalty,
+            options.seed,
+            step=step,
+            wants_log_probability=options.logprobs,
+        )
 
-        Raises NumericError, with the part of the model that comes first, if they are not numbers.
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token depends on those before it in a way that only the host knows."""
+        return self._sampler.looks_back
+
+    def choose(self, logits: np.ndarray) -> Choice:
+        """The next token from logits [V], on the host. Raises NumericError and OptionError."""
+        self._excluded = None  # the backend does not know of this token
+        return self._sampler.choose(logits)
+
+    def accept(self, choice: Choice | Exception, seconds: float) -> Chunk:
+        """Take over the token that a call of so many seconds chose, or raise the error that it is.
+
+        That of logits that are no numbers (-1) names the part of the model that comes first.
         """
         if self._answer:
             self.decode_seconds += seconds
         else:
             self.prefill_seconds += seconds
         embeds, self._embeds = self._embeds, []
+        self._read += 1
         try:
-            token = self._sampler.sample(logits)
-        except NumericError as error:
+            token, logprob = checked(choice)
+        except Exception as error:
+            self._failed = True
+            if not isinstance(error, NumericError):
+                raise
             assert self.slot is not None
             reason = nonfinite.explain(self._backend, self.slot, embeds, self.prepared.picture_lengths)
             raise NumericError(f"{error}; {reason}") from error
+        self._sampler.note(token)
+        logprobs = None if logprob is None else (logprob,)
+        self._logprobs += logprobs or ()
         self._answer.append(token)
         self.history.append(token)
         text = ""
@@ -202,7 +260,7 @@ class Request:
             text = text.lstrip()
         self._text.append(text)
         if self.finish_reason is None:
-            return Chunk(self.row, text, (token,))
+            return Chunk(self.row, text, (token,), logprobs=logprobs)
         generation = Generation(
             text="".join(self._text),
             token_ids=tuple(self._answer),
@@ -211,8 +269,9 @@ class Request:
             visual_tokens=sum(self.prepared.picture_lengths),
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
+            logprobs=tuple(self._logprobs) if self.options.logprobs else None,
         )
-        return Chunk(self.row, text, (token,), self.finish_reason, generation)
+        return Chunk(self.row, text, (token,), self.finish_reason, generation, logprobs)
 
     def leave(self) -> None:
         """End the request, at its end or before: give the slot back, or undo a prompt that never reached the cache."""
@@ -223,10 +282,24 @@ class Request:
             cache.release(self.slot)
         elif cache.length(self.slot) == self._start:
             del self.history[self._base :]
+        elif not self._backend.manifest.model.linear_layers or self._failed:
+            # What a call under way feeds is not part of the history; states of linear attention cannot be taken back.
+            fed = self._base + len(self.prepared.token_ids) + max(0, self._read - 1)
+            cache.retract(self.slot, cache.length(self.slot) - fed)
 
     @property
     def _prompt_tokens(self) -> int:
         return len(self.history) - len(self._answer) - self._start
+
+
+@dataclass
+class _Flight:
+    """A call that was launched; ``tokens`` gives what was chosen for each of its requests, or waits for it."""
+
+    requests: list[Request]
+    tokens: Callable[[], Sequence[Choice | Exception]]
+    is_prefill: bool
+    started: float
 
 
 class Scheduler:
@@ -239,6 +312,8 @@ class Scheduler:
         self._backend = backend
         self._waiting = deque[Request]()
         self._live = list[Request]()
+        self._flight: _Flight | None = None
+        self._last_result = 0.0  # when the tokens of a call were read last
         self._owed = 0.0  # seconds of decoding, before the next prefill
 
     @property
@@ -268,22 +343,39 @@ class Scheduler:
             self._leave(request)
 
     def step(self) -> list[Chunk | Failure]:
-        """Start what may start, run one call, and return what it added; rows that finished or failed have left by then.
+        """Start what may start, launch one call, and return what the call before it added.
 
-        A row fails alone, and the others go on. What is raised is an error of the whole call, or InputError if the
-        backend was closed.
+        Where the backend does not choose tokens itself, or cannot for a request, that is the same call. Rows that
+        finished or failed have left by then. A row fails alone, and the others go on. What is raised is an error of the
+        whole call, or InputError if the backend was closed.
         """
         check_open(self._backend)
-        backend, live, waiting = self._backend, self._live, self._waiting
-        starting = list[Request]()
-        had_live = bool(live)
-        is_paid = not live or self._owed <= 0
-        while is_paid and waiting and _may_start(backend, waiting[0], starting, live):
-            starting.append(waiting.popleft())
-            live.append(starting[-1])
-            starting[-1].admit()
-        started = time.perf_counter()
         results = list[Chunk | Failure]()
+        requests = (*self._live, *self._waiting)
+        ahead = self._backend.samples and not any(request.looks_back for request in requests)
+        if not ahead:
+            self._collect(results)
+        launched = self._launch(results, ahead)
+        if ahead:
+            self._collect(results)
+        self._flight = launched
+        if not ahead:
+            self._collect(results)
+        if not self._live:
+            self._flight = None  # what is under way belongs to nobody
+        return results
+
+    def close(self) -> None:
+        """End all requests."""
+        self._waiting.clear()
+        self._flight = None
+        while self._live:
+            self._live.pop().leave()
+
+    def _launch(self, results: list[Chunk | Failure], ahead: bool) -> _Flight | None:
+        started = time.perf_counter()
+        had_live = bool(self._live)
+        starting = self._start()
         embeds = list[Any]()
         for request in list(starting):
             try:
@@ -291,30 +383,45 @@ class Scheduler:
             except Exception as error:
                 starting.remove(request)
                 results.append(self._fail(request, error))
-        running = list(starting or live)
-        if not running:
-            return results
-        logits = _step(backend, running, embeds)
-        seconds = time.perf_counter() - started
-        if starting:
-            self._owed = seconds if had_live else 0.0
-        else:
-            self._owed -= seconds
-        for request, row in zip(running, logits, strict=True):
+        requests = starting or [request for request in self._live if request.wants_more]
+        if not requests:
+            return None
+        tokens = _launch(self._backend, requests, embeds, ahead)
+        return _Flight(requests, tokens, is_prefill=bool(starting) and had_live, started=started)
+
+    def _start(self) -> list[Request]:
+        """Requests whose prompts run next."""
+        backend, live, waiting = self._backend, self._live, self._waiting
+        starting = list[Request]()
+        is_paid = self._owed <= 0 and not (self._flight is not None and self._flight.is_prefill)
+        if live and not is_paid:
+            return starting
+        while waiting and _may_start(backend, waiting[0], starting, live):
+            starting.append(waiting.popleft())
+            live.append(starting[-1])
+            starting[-1].admit()
+        return starting
+
+    def _collect(self, results: list[Chunk | Failure]) -> None:
+        """Read the tokens of the call that is under way, if one is, for the requests that are still there."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        choices = flight.tokens()
+        now = time.perf_counter()
+        seconds = now - max(flight.started, self._last_result)
+        self._last_result = now
+        self._owed = seconds if flight.is_prefill else max(0.0, self._owed - seconds)
+        for request, choice in zip(flight.requests, choices, strict=True):
+            if request not in self._live:
+                continue
             try:
-                results.append(request.accept(row, seconds))
+                results.append(request.accept(choice, seconds))
             except Exception as error:
                 results.append(self._fail(request, error))
             else:
                 if request.finish_reason:
                     self._leave(request)
-        return results
-
-    def close(self) -> None:
-        """End all requests."""
-        self._waiting.clear()
-        while self._live:
-            self._live.pop().leave()
 
     def _fail(self, request: Request, error: Exception) -> Failure:
         self._leave(request)
@@ -365,9 +472,33 @@ def _may_start(backend: Backend, request: Request, starting: Sequence[Request], 
     return not starting or longest * (len(starting) + 1) <= _PREFILL_POSITIONS
 
 
-def _step(backend: Backend, requests: Sequence[Request], embeds: Sequence[Any]) -> np.ndarray:
+def _launch(
+    backend: Backend, requests: Sequence[Request], embeds: Sequence[Any], ahead: bool
+) -> Callable[[], Sequence[Choice | Exception]]:
+    """Run a call; what is returned gives the tokens, which may not be chosen yet."""
     manifest = backend.manifest
     rows = [request.next_row() for request in requests]
     size, image_token = manifest.quantization.group_size, manifest.model.image_token_id
     call = build_call(rows, group_size=size, image_token_id=image_token)
-    return backend.step(call, backend.place(call, embeds) if embeds else None)
+    placed = backend.place(call, embeds) if embeds else None
+    if not ahead:
+        logits = backend.step(call, placed)
+        return lambda: [_choose(request, row) for request, row in zip(requests, logits, strict=True)]
+    choices = [request.prepare_choice() for request in requests]
+    pending = cast(SamplingBackend, backend).launch(call, placed, choices)
+
+    def tokens() -> list[Choice | Exception]:
+        found, logprobs = pending.result()
+        return [
+            Choice(int(token), float(logprob) if request.options.logprobs else None)
+            for request, token, logprob in zip(requests, found, logprobs, strict=True)
+        ]
+
+    return tokens
+
+
+def _choose(request: Request, logits: np.ndarray) -> Choice | Exception:
+    try:
+        return request.choose(logits)
+    except Exception as error:
+        return error

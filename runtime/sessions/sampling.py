@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,8 @@ _TYPES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tuple[tuple[int, ...], ...]": (_list_of(_list_of(_WHOLE)), "lists of token ids, none empty"),
 }
 """By annotation of an option: what makes it of what is given (ValueError if that is none), and the words for it."""
+_UNIT_WEIGHT = np.float32(2**40)
+"""Of the likeliest token: weights are integers, whose sum does not depend on the order."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class GenerationOptions(SamplingRules):
     """How to generate: the rules of :class:`SamplingRules`, and these.
 
     ``max_new_tokens`` limits the answer. ``seed`` makes sampling repeatable. ``ignore_eos`` goes on past the
-    end-of-sequence token.
+    end-of-sequence token. ``logprobs`` asks for the log-probability of each token, by the logits as the model gives
+    them.
 
     ``min_pixels`` and ``max_pixels`` limit the pixels of the prompt's pictures once they are resized, in place of the
     bundle's image processor; they may be narrower or wider than its own. Only for models that have such limits.
@@ -62,6 +66,7 @@ class GenerationOptions(SamplingRules):
     max_new_tokens: int = 256
     seed: int = 0
     ignore_eos: bool = False
+    logprobs: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float | None = None
@@ -81,7 +86,7 @@ class GenerationOptions(SamplingRules):
         ranges = {
             "max_new_tokens": (lambda value: value >= 1, "at least 1"),
             **RANGES,
-            "seed": (lambda value: value >= 0, "0 or positive"),
+            "seed": (lambda value: 0 <= value < 2**64, "0 or positive, and below 2^64"),
             "fps": (lambda value: value is None or 0 < value < float("inf"), "a positive number"),
         }
         for name, (valid, expected) in ranges.items():
@@ -131,11 +136,20 @@ def _check_effect(options: GenerationOptions, given: Mapping[str, Any]) -> None:
             )
 
 
+class Choice(NamedTuple):
+    """A token, and its log-probability by the logits as they were given, if that was asked for."""
+
+    token: int
+    log_probability: float | None = None
+
+
 class Sampler:
     """Chooses the tokens of one row. Each row has its own generator, so a row samples in a batch what it samples alone.
 
     ``excluded`` tokens are never chosen; ``ends`` are those that end the answer. Rules of tokens are those of the
-    logits processors of transformers, to the token.
+    logits processors of transformers, to the token. ``vkvx_sample`` makes the same choices on a GPU: the n-th is the
+    first number of Philox4x64-10 for the seed as key and n as counter, weights are integers, and a token is looked up
+    in the order of the vocabulary. Tokens as likely as the last one that ``top_k`` or ``top_p`` keeps are kept, too.
     """
 
     def __init__(
@@ -149,7 +163,6 @@ class Sampler:
             return np.array(sorted(token for token in set(tokens) if 0 <= token < vocab_size), np.int64)
 
         self._options = options
-        self._random = np.random.default_rng(options.seed)
         self._seen = np.zeros(vocab_size, bool)
         self._ends = known(ends)
         # An end of sequence is no bad word, as in transformers: an answer could not end otherwise.
@@ -184,42 +197,84 @@ class Sampler:
             found += [token for token in repeated if 0 <= token < len(self._seen)]
         return found
 
-    def sample(self, logits: np.ndarray) -> int:
-        """The next token from FP32 logits [V]. Raises NumericError if they are not numbers."""
-        options = self._options
-        scores = logits.astype(np.float64 if options.temperature else np.float32)  # a copy in either case
-        if options.repetition_penalty != 1:
-            seen, penalty = scores[self._seen], options.repetition_penalty
-            scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
-        scores[self._never] = -np.inf
-        scores[self._repeated()] = -np.inf
-        if not self._chosen:
-            scores[self._not_first] = -np.inf
-        if self._chosen < options.min_new_tokens:
-            scores[self._ends] = -np.inf
-        best = int(np.argmax(scores))  # the first NaN if there is one
-        if not np.isfinite(scores[best]) and np.isfinite(logits[np.argmax(logits)]):
-            raise OptionError(
-                "no token is left to choose; loosen suppress_tokens=, bad_words_ids= or no_repeat_ngram_size= "
-                "(--no-repeat-ngram-size)"
-            )
-        if not np.isfinite(scores[best]):
-            raise NumericError(f"the decoder returned {scores[best]} among the logits")
-        token = best if options.temperature == 0 else self._draw(scores)
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is excluded depends on the tokens before."""
+        return bool(self._options.no_repeat_ngram_size or self._words)
+
+    def excluded(self, step: int) -> tuple[int, ...]:
+        """Tokens that are not chosen as token ``step`` of the answer, from 0, whatever came before."""
+        first = self._not_first if step == 0 else ()
+        return (*self._never, *first, *(self._ends if step < self._options.min_new_tokens else ()))
+
+    def note(self, token: int) -> None:
+        """A token was chosen."""
         self._chosen += 1
         self.observe([token])
-        return token
 
-    def _draw(self, scores: np.ndarray) -> int:
+    def choose(self, logits: np.ndarray) -> Choice:
+        """The next token from FP32 logits [V]; :meth:`note` it.
+
+        Raises NumericError if they are not numbers, OptionError if no token is left.
+        """
         options = self._options
-        order = np.argsort(-scores, kind="stable")
-        if options.top_k:
-            order = order[: options.top_k]
-        weights = np.exp((scores[order] - scores[order[0]]) / options.temperature)
-        total = np.cumsum(weights)
-        keep = len(order)
+        scores = logits.astype(np.float32)  # a copy
+        if options.repetition_penalty != 1:
+            seen, penalty = scores[self._seen], np.float32(options.repetition_penalty)
+            scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        scores[[*self.excluded(self._chosen), *self._repeated()]] = -np.inf
+        best = int(np.argmax(scores))  # the first NaN if there is one
+        if not np.isfinite(scores[best]):
+            raise none_left() if scores[best] == -np.inf else not_numbers(float(scores[best]))
+        token = best if np.float32(options.temperature) == 0 else self._draw(scores, scores[best])
+        return Choice(token, log_probability(logits, token) if options.logprobs else None)
+
+    def _draw(self, scores: np.ndarray, best: np.float32) -> int:
+        options = self._options
+        with np.errstate(over="ignore", under="ignore"):
+            weights = (np.exp((scores - best) / np.float32(options.temperature)) * _UNIT_WEIGHT).astype(np.uint64)
+        if 0 < options.top_k < len(scores):
+            weights[scores < np.partition(scores, -options.top_k)[-options.top_k]] = 0
         if options.top_p < 1:
-            # The likeliest tokens up to and with the one that reaches top_p.
-            keep = int(np.searchsorted(total, options.top_p * total[-1])) + 1
-        chosen = np.searchsorted(total[:keep], self._random.random() * total[keep - 1], side="right")
-        return int(order[min(int(chosen), keep - 1)])
+            order = np.argsort(-scores, kind="stable")
+            sums = np.cumsum(weights[order])
+            target = math.ceil(float(np.float32(options.top_p)) * float(sums[-1]))
+            weights[scores < scores[order[np.searchsorted(sums, max(1, target))]]] = 0
+        sums = np.cumsum(weights)
+        random = np.random.Philox(key=options.seed, counter=self._chosen).random_raw()
+        wanted = int(random) * int(sums[-1]) >> 64
+        return int(np.searchsorted(sums, wanted, side="right"))
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """Of a token by FP32 logits [V]: their log-softmax."""
+    best = logits.max()
+    return float(logits[token] - best - np.log(np.exp(logits - best).sum()))
+
+
+NOT_NUMBERS, NONE_LEFT = -1, -2
+"""In place of a token that a backend could not choose."""
+
+
+def checked(choice: Choice | Exception) -> Choice:
+    """The choice, if it is one. Raises the error that it is or stands for."""
+    if isinstance(choice, Exception):
+        raise choice
+    if choice.token == NOT_NUMBERS:
+        raise not_numbers(float("nan"))
+    if choice.token == NONE_LEFT:
+        raise none_left()
+    return choice
+
+
+def not_numbers(value: float) -> NumericError:
+    """The error of a row with a logit that is no number, or whose greatest is infinite."""
+    return NumericError(f"the decoder returned {value} among the logits")
+
+
+def none_left() -> OptionError:
+    """The error of a row whose options exclude all tokens."""
+    return OptionError(
+        "no token is left to choose; loosen suppress_tokens=, bad_words_ids= or no_repeat_ngram_size= "
+        "(--no-repeat-ngram-size)"
+    )

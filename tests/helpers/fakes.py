@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vkvx.errors import NumericError, OptionError
 from vkvx.manifest import (
     FileInfo,
     Graph,
@@ -19,10 +20,12 @@ from vkvx.manifest import (
     Quantization,
     TensorSpec,
 )
+from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call, place_embeds
 from vkvx.runtime.engines.manifest import Limits
 from vkvx.runtime.sessions.processor import PLACEHOLDER, Prepared
+from vkvx.runtime.sessions.sampling import NONE_LEFT, NOT_NUMBERS, GenerationOptions, Sampler
 
 IMAGE, EOS, BOS = 3, 2, 1
 PICTURE_TOKENS, GROUP = 160, 128  # a picture pads to two groups
@@ -114,11 +117,22 @@ class FakeProcessor:
         return text
 
 
+class FakePending:
+    """Tokens that the host has not read yet."""
+
+    def __init__(self, tokens: np.ndarray, probabilities: np.ndarray) -> None:
+        self.tokens, self.probabilities = tokens, probabilities
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens, self.probabilities
+
+
 class FakeBackend:
     """Chooses the next token by a hash of all that a slot holds, or by ``script`` (tokens after the prompt of a slot).
 
     What a slot holds is kept beside the cache and checked against the counts and positions of each call. Where it ends
-    with the text ``nan_after``, the logits are NaN. ``encode`` refuses pictures whose number is negative.
+    with the text ``nan_after``, the logits are NaN. ``encode`` refuses pictures whose number is negative. With
+    ``samples`` it chooses tokens itself.
     """
 
     name = "fake"
@@ -126,6 +140,7 @@ class FakeBackend:
     device = "CPU"
     limits: Limits | None = None
     closed = False
+    samples = False
 
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
@@ -135,6 +150,41 @@ class FakeBackend:
         self.calls: list[Call] = []
         self.fail_at: int | None = None
         self.nan_after: str | None = None
+        self.sequences: dict[int, tuple[list[int], Sequence[int]]] = {}
+        self.last = dict.fromkeys(range(slots), -9)
+
+    def begin(self, slot: int, seen: Sequence[int], excluded: Sequence[int]) -> None:
+        self.sequences[slot] = list(seen), excluded
+
+    def exclude(self, slot: int, excluded: Sequence[int]) -> None:
+        self.sequences[slot] = self.sequences[slot][0], excluded
+
+    def launch(self, call: Call, visual_embeds: np.ndarray | None, rows: Sequence[SampledRow]) -> FakePending:
+        slots = call.slot.tolist()
+        ids = call.input_ids.copy()
+        for b, slot in enumerate(slots):
+            if ids[b, 0] == -1:
+                assert call.input_ids.shape[1] == 1
+                ids[b, 0] = self.last[slot]
+        logits = self.step(replace(call, input_ids=ids), visual_embeds)
+        tokens, probabilities = np.zeros(len(slots), np.int32), np.zeros(len(slots), np.float32)
+        for b, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            seen, excluded = self.sequences[slot]
+            options = {name: getattr(row, name) for name in ("temperature", "top_k", "top_p", "seed")}
+            chosen = GenerationOptions(repetition_penalty=row.repetition_penalty, logprobs=True, **options)
+            sampler = Sampler(chosen, logits.shape[1], excluded)
+            for _ in range(row.step):
+                sampler.note(-1)  # no token that the penalty knows
+            sampler.observe(seen)
+            try:
+                tokens[b], probabilities[b] = sampler.choose(logits[b])
+            except NumericError:
+                tokens[b] = NOT_NUMBERS
+            except OptionError:
+                tokens[b] = NONE_LEFT
+            self.last[slot] = max(0, int(tokens[b]))
+            seen.append(self.last[slot])
+        return FakePending(tokens, probabilities)
 
     def close(self) -> None:
         self.closed = True
@@ -162,6 +212,8 @@ class FakeBackend:
             if cache.length(slot) == 0:
                 self.held[slot] = []
             held = self.held[slot]
+            if self.samples:  # what was fed while the end of an answer was not read yet is taken back
+                del held[cache.length(slot) :]
             assert len(held) == cache.length(slot)
             new: dict[int, float] = {}
             for entry, at in enumerate(call.visual_index[b].tolist()):
@@ -195,7 +247,7 @@ class FakeBackend:
         if self.script is not None:
             said = fed[fed.rindex("]") + 1 :]
             logits = np.zeros(size, np.float32)
-            logits[self.script[len(said)]] = 10
+            logits[self.script[min(len(said), len(self.script) - 1)]] = 10
             return logits
         seed = int.from_bytes(hashlib.sha256(np.array(held).tobytes()).digest()[:8], "little")
         logits = np.random.default_rng(seed).standard_normal(size).astype(np.float32) * 2

@@ -13,6 +13,8 @@ namespace {
 
 thread_local std::string message;
 
+constexpr int kMostVocab = 1 << 18;  // what the sums of a histogram of tokens have bits for
+
 bool is_code_width(int bits) { return bits == 1 || bits == 2 || bits == 4 || bits == 8; }
 
 int check(const VkvxParams* given) {
@@ -95,6 +97,32 @@ int check_call(const VkvxParams& p, size_t needed) {
   if (p.workspace_bytes < needed || p.workspace == nullptr)
     return fail(VKVX_WORKSPACE_TOO_SMALL, "the workspace has " + std::to_string(p.workspace_bytes) +
                                               " bytes; this call needs " + std::to_string(needed));
+  return VKVX_OK;
+}
+
+int check_sample(const VkvxSampleParams* given) {
+  if (given == nullptr || given->size != static_cast<int32_t>(sizeof(VkvxSampleParams)))
+    return fail(VKVX_BAD_ARGUMENT,
+                "params has another size than this library's VkvxSampleParams; compare "
+                "vkvx_abi_version()");
+  const VkvxSampleParams& p = *given;
+  const auto bad = [](const std::string& what, int64_t value, const std::string& expected) {
+    return fail(VKVX_BAD_ARGUMENT, what + " is " + std::to_string(value) + "; give " + expected);
+  };
+  if (p.dtype < VKVX_FLOAT16 || p.dtype > VKVX_FLOAT32)
+    return bad("dtype", p.dtype, "VKVX_FLOAT16, VKVX_BFLOAT16 or VKVX_FLOAT32");
+  if (p.rows < 0) return bad("rows", p.rows, "at least 0");
+  if (p.vocab < 1 || p.vocab > kMostVocab)
+    return bad("vocab", p.vocab, "1 to " + std::to_string(kMostVocab));
+  if (p.logits_stride < p.vocab) return bad("logits_stride", p.logits_stride, "at least vocab");
+  const std::pair<const void*, const char*> pointers[] = {{p.logits, "logits"},
+                                                          {p.options, "options"},
+                                                          {p.slot, "slot"},
+                                                          {p.seen, "seen"},
+                                                          {p.token, "token"}};
+  for (const auto& [pointer, name] : pointers)
+    if (pointer == nullptr)
+      return fail(VKVX_BAD_ARGUMENT, std::string(name) + " is a null pointer");
   return VKVX_OK;
 }
 
@@ -217,5 +245,12 @@ int vkvx_append(const VkvxParams* params, void* stream) {
   if (const int code = vkvx::check_call(*params, vkvx::append_workspace(*params, device)))
     return code;
   return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
+}
+
+int vkvx_sample(const VkvxSampleParams* params, void* stream) {
+  if (const int code = vkvx::check_sample(params)) return code;
+  if (vkvx::current_device().index < 0)
+    return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  return params->rows ? vkvx::sample(*params, static_cast<cudaStream_t>(stream)) : VKVX_OK;
 }
 }

@@ -43,6 +43,8 @@ int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
 int shape(const VkvxParams& p, const Device& device,
           cudaStream_t stream);  // after the levels and codes of `lloyd` are stored
 
+int sample(const VkvxSampleParams& p, cudaStream_t stream);
+
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes
 bool prefill_takes(const VkvxParams& p, const Device& device);
 int prefill(const VkvxParams& p, cudaStream_t stream);

@@ -85,6 +85,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     limits = None
     closed = False
+    samples = False
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class TensorRTBackend:
 
     provider = "cuda"
     closed = False
+    samples = False
 
     def __init__(
         self, manifest: Manifest, engines: Engines, gpu: Device, *, slots: int, visual_tokens: int, text_tokens: int

@@ -1,7 +1,8 @@
 """The torch backend: the modules that the graphs of a bundle were traced from, over a packed cache updated in place.
 
 On a CPU every call runs eagerly. On a GPU with the kernels of ``vkvx.plugins`` a decode step is the replay of a CUDA
-graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than a token per row run eagerly.
+graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than a token per row run eagerly. Tokens are
+chosen there, too, and embeddings of pictures stay.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import MAX_HEAD_DIM
 from vkvx.plugins.operator import model_attributes
+from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
+from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
 from vkvx.runtime.calls import Call, place_embeds
 
@@ -30,20 +33,35 @@ from vkvx.runtime.calls import Call, place_embeds
 class CudaStorage:
     """Buffers in the memory of a GPU, as tensors."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        """``stream`` is the one of the model's calls, which nobody waits for."""
+        self._stream, self._device = stream, stream.device
 
     def allocate(self, dtype: str, shape: Shape) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
 
     def copy(self, buffer: Tensor, source: int, target: int, entries: int) -> None:
-        buffer[target, :, :entries] = buffer[source, :, :entries]
+        with torch.cuda.stream(self._stream):
+            buffer[target, :, :entries] = buffer[source, :, :entries]
 
     def read(self, buffer: Tensor) -> np.ndarray:
-        return to_numpy(buffer.cpu())
+        with torch.cuda.stream(self._stream):
+            return to_numpy(buffer.cpu())
 
     def write(self, buffer: Tensor, contents: np.ndarray) -> None:
-        buffer.copy_(to_torch(contents))
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(to_torch(contents))
+
+
+class DeviceEmbeds:
+    """Embeddings [tokens, hidden] on a GPU; ``np.asarray`` copies them to main memory."""
+
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
+        self.tensor, self._stream = tensor, stream
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with torch.cuda.stream(self._stream):
+            return to_numpy(self.tensor.cpu()).astype(dtype, copy=False)
 
 
 class TorchBackend:
@@ -81,7 +99,7 @@ class TorchBackend:
         if self.provider == "cuda":
             self.device = f"{torch.cuda.get_device_name(self._device)} (GPU {self._device.index or 0})"
         self._stream = torch.cuda.Stream(self._device) if self.provider == "cuda" else None
-        storage: Storage = HostStorage() if self._stream is None else CudaStorage(self._device)
+        storage: Storage = HostStorage() if self._stream is None else CudaStorage(self._stream)
         with self._in_memory("a cache of this size"):
             self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
         self._buffers = [self._place(buffer) for buffer in self.cache.buffers.values()]
@@ -89,9 +107,18 @@ class TorchBackend:
         self._decoder: Any = DecoderGraph(model, family, attributes, metrics, in_place=True)
         self._vision: Any = VisionGraph(model, family, self._dtype)
         self._steps: DecodeSteps | None = None
+        self._sampler: Any = None
         if self._stream is not None and has_kernels(manifest):
             with self._running("the buffers of decode steps"):
-                self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream)
+                library = torch_cuda.kernels()
+                assert library is not None
+                self._sampler = TokenSampler(library, slots, info.vocab_size, self._device)
+                self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream, self._sampler)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are chosen on the GPU."""
+        return self._steps is not None
 
     def observe(self, observer: Observer | None) -> None:
         """Show ``observer`` the keys and values of each layer in calls to come that are not captured; None ends it."""
@@ -106,30 +133,64 @@ class TorchBackend:
         if self._stream is not None and not self.closed:
             self._stream.synchronize()
         self.closed = True
-        self._steps = self._decoder = self._vision = None  # graphs before the memory that they use
+        self._steps = self._sampler = self._decoder = self._vision = None  # graphs before the memory that they use
         self._buffers.clear()
         self.cache.buffers.clear()
 
-    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray | DeviceEmbeds:
+        """See :meth:`vkvx.runtime.backends.base.Backend.encode`; on a GPU the embeddings stay there."""
         names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
         with self._running(f"{len(pixel_inputs[names[0]])} pictures"):
             pixels = (self._place(np.asarray(pixel_inputs[name])) for name in names)
             with _exact_convolutions():
-                return to_numpy(self._vision(*pixels).cpu())
+                embeds: Tensor = self._vision(*pixels)
+            return to_numpy(embeds) if self._stream is None else DeviceEmbeds(embeds, self._stream)
 
-    def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
-        return place_embeds(call, np.concatenate(embeds))
+    def place(self, call: Call, embeds: Sequence[Any]) -> np.ndarray | Tensor:
+        """See :meth:`vkvx.runtime.backends.base.Backend.place`."""
+        if self._stream is None:
+            return place_embeds(call, np.concatenate(embeds))
+        with self._running("the embeddings of pictures"):
+            rows = self._place(call.visual_rows)
+            placed = torch.cat([piece.tensor for piece in embeds])[rows.clamp(min=0)]
+            return placed.masked_fill_((rows < 0).unsqueeze(-1), 0)
 
-    def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
+    def begin(self, slot: int, seen: Sequence[int], excluded: Sequence[int]) -> None:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.begin`."""
+        with self._running("the tokens of a slot"):
+            self._sampler.begin(slot, seen, excluded)
+
+    def exclude(self, slot: int, excluded: Sequence[int]) -> None:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.exclude`."""
+        with self._running("the tokens of a slot"):
+            self._sampler.exclude(slot, excluded)
+
+    def launch(
+        self, call: Call, visual_embeds: np.ndarray | Tensor | None, rows: Sequence[SampledRow]
+    ) -> PendingTokens:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.launch`."""
+        assert self._steps is not None
+        with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
+            self._sampler.set_options(rows)
+            if DecodeSteps.takes(call):
+                self._steps.launch(call)
+            else:
+                self._sampler.choose(self._run(call, visual_embeds), self._place(call.slot))
+            pending = self._sampler.pending(len(call.slot))
+        self.cache.commit(call, *self.cache.counts_after(call))
+        return pending
+
+    def step(self, call: Call, visual_embeds: np.ndarray | Tensor | None) -> np.ndarray:
         with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
             if self._steps is not None and DecodeSteps.takes(call):
-                logits, visual_count, text_count = self._steps.run(call)
+                logits = self._steps.logits(call)
             else:
-                logits, visual_count, text_count = self._run(call, visual_embeds)
-        self.cache.commit(call, visual_count, text_count)
+                logits = self._run(call, visual_embeds).cpu().numpy()
+        self.cache.commit(call, *self.cache.counts_after(call))
         return logits
 
-    def _run(self, call: Call, visual_embeds: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run(self, call: Call, visual_embeds: np.ndarray | Tensor | None) -> Tensor:
+        """Logits FP32 [B, V] on the device."""
         info, cache = self.manifest.model, self.cache
         shape = (*call.visual_index.shape, info.embed_width)
         given = {"visual_count": cache.visual_count, "text_count": cache.text_count}
@@ -141,8 +202,8 @@ class TorchBackend:
                 inputs.append(torch.zeros(shape, dtype=self._dtype, device=self._device))
             else:
                 inputs.append(self._place(visual_embeds).to(self._dtype))
-        logits, visual_count, text_count, *_ = self._decoder(*inputs, *self._buffers)
-        return logits.cpu().numpy(), visual_count.cpu().numpy(), text_count.cpu().numpy()
+        logits: Tensor = self._decoder(*inputs, *self._buffers)[0]
+        return logits
 
     def _place(self, array: np.ndarray | Tensor) -> Tensor:
         """The array on the model's device: its own memory if it is there."""

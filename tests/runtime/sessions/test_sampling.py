@@ -13,14 +13,20 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin
 
 from vkvx.errors import OptionError, VkvxError
-from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
+from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler
 
 LOGITS = np.array([0.0, 3.0, 1.0, 2.0, -1.0], np.float32)
 
 
+def sampled(sampler: Sampler, logits: np.ndarray) -> Choice:
+    choice = sampler.choose(logits)
+    sampler.note(choice.token)
+    return choice
+
+
 def draws(count: int = 4000, logits: np.ndarray = LOGITS, **options: float) -> np.ndarray:
     sampler = Sampler(GenerationOptions(**{"temperature": 1.0, **options}), len(logits))  # type: ignore[arg-type]
-    return np.bincount([sampler.sample(logits) for _ in range(count)], minlength=len(logits)) / count
+    return np.bincount([sampled(sampler, logits).token for _ in range(count)], minlength=len(logits)) / count
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -30,14 +36,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_greedy_takes_the_likeliest_and_leaves_the_logits_alone() -> None:
     logits = LOGITS.copy()
-    assert Sampler(GenerationOptions(), 5, excluded=[0]).sample(logits) == 1
+    assert sampled(Sampler(GenerationOptions(), 5, excluded=[0]), logits).token == 1
     np.testing.assert_array_equal(logits, LOGITS)
 
 
 def test_excluded_tokens_are_never_chosen() -> None:
-    assert Sampler(GenerationOptions(), 5, excluded=[1, 99]).sample(LOGITS) == 3
+    assert sampled(Sampler(GenerationOptions(), 5, excluded=[1, 99]), LOGITS).token == 3
     sampler = Sampler(GenerationOptions(temperature=5.0), 5, excluded=[1])
-    assert 1 not in {sampler.sample(LOGITS) for _ in range(300)}
+    assert 1 not in {sampled(sampler, LOGITS).token for _ in range(300)}
 
 
 def test_frequencies_follow_the_softmax() -> None:
@@ -53,7 +59,7 @@ def test_top_k_keeps_the_k_likeliest() -> None:
 
 
 def test_top_p_keeps_up_to_the_token_that_reaches_it() -> None:
-    logits = np.log(np.array([0.1, 0.5, 0.3, 0.1], np.float32))
+    logits = np.log(np.array([0.1, 0.5, 0.3, 0.09], np.float32))
     np.testing.assert_allclose(draws(logits=logits, top_p=0.7), [0, 0.625, 0.375, 0], atol=0.03)
     assert draws(logits=logits, top_p=0.4)[1] == 1
     assert draws(logits=logits, top_p=1e-9)[1] == 1
@@ -62,13 +68,50 @@ def test_top_p_keeps_up_to_the_token_that_reaches_it() -> None:
     np.testing.assert_allclose(draws(logits=logits, top_p=0.9, top_k=3), [0.111, 0.556, 0.333, 0], atol=0.03)
 
 
+def test_tokens_as_likely_as_the_last_one_are_kept() -> None:
+    logits = np.array([2.0, 5.0, 2.0, 1.0, 2.0], np.float32)
+    expected = softmax(np.where(logits >= 2, logits, -np.inf))
+    np.testing.assert_allclose(draws(logits=logits, top_k=2), expected, atol=0.03)
+    np.testing.assert_allclose(draws(logits=logits, top_p=0.88), expected, atol=0.03)
+
+
+def philox(seed: int, counter: int) -> int:
+    """First number of Philox4x64-10, from its authors' paper (Salmon et al., SC11)."""
+    a, b, c, d = counter, 0, 0, 0
+    low, high = seed, 0
+    for _ in range(10):
+        first, second = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
+        a, b, c, d = (second >> 64) ^ b ^ low, second % 2**64, (first >> 64) ^ d ^ high, first % 2**64
+        low, high = (low + 0x9E3779B97F4A7C15) % 2**64, (high + 0xBB67AE8584CAA73B) % 2**64
+    return a
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_draws_are_those_of_the_documented_generator(seed: int) -> None:
+    """A kernel computes the same: the token of a draw follows from seed, number of the draw and weights."""
+    logits = np.random.default_rng(1).normal(0, 3, 1000).astype(np.float32)
+    sampler = Sampler(GenerationOptions(temperature=0.7, seed=seed), len(logits))
+    shares = np.cumsum(softmax(logits.astype(np.float64) / np.float32(0.7)))
+    for step in range(20):
+        assert sampled(sampler, logits).token == np.searchsorted(shares, philox(seed, step + 1) / 2**64, side="right")
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    options = GenerationOptions(temperature=0.5, top_k=2, repetition_penalty=1.5, logprobs=True)
+    sampler = Sampler(options, 5)
+    for _ in range(5):
+        token, found = sampled(sampler, LOGITS)
+        assert found == pytest.approx(np.log(softmax(LOGITS)[token]), rel=1e-5)
+    assert sampled(Sampler(GenerationOptions(), 5), LOGITS).log_probability is None
+
+
 def test_repetition_penalty_weakens_what_was_seen() -> None:
     sampler = Sampler(GenerationOptions(repetition_penalty=2.0), 5)
-    assert [sampler.sample(LOGITS) for _ in range(2)] == [1, 3]  # 3 / 2 < 2, then 2 / 2 < 3 / 2
-    assert sampler.sample(LOGITS) == 1
+    assert [sampled(sampler, LOGITS).token for _ in range(2)] == [1, 3]  # 3 / 2 < 2, then 2 / 2 < 3 / 2
+    assert sampled(sampler, LOGITS).token == 1
     sampler = Sampler(GenerationOptions(repetition_penalty=2.0), 3)
     sampler.observe(np.array([0, 700, -4]))
-    assert sampler.sample(np.array([-1.0, -1.5, -9.0], np.float32)) == 1  # -1 became -2
+    assert sampled(sampler, np.array([-1.0, -1.5, -9.0], np.float32)).token == 1  # -1 became -2
 
 
 @given(st.integers(0, 2**32), st.floats(0.1, 4), st.integers(0, 6), st.floats(0.05, 1), st.floats(0.5, 2))
@@ -79,7 +122,7 @@ def test_a_seed_repeats_itself(seed: int, temperature: float, top_k: int, top_p:
     runs = []
     for _ in range(2):
         sampler = Sampler(options, 5)
-        runs.append([sampler.sample(LOGITS) for _ in range(10)])
+        runs.append([sampled(sampler, LOGITS).token for _ in range(10)])
     assert runs[0] == runs[1]
 
 
@@ -87,17 +130,17 @@ def test_seeds_differ() -> None:
     results = set()
     for seed in range(5):
         sampler = Sampler(GenerationOptions(temperature=3.0, seed=seed), 5)
-        results.add(tuple(sampler.sample(LOGITS) for _ in range(20)))
+        results.add(tuple(sampled(sampler, LOGITS).token for _ in range(20)))
     assert len(results) == 5
 
 
 def test_logits_may_be_extreme_but_must_be_numbers() -> None:
     extreme = np.array([1e30, -1e30, -np.inf, 3e38], np.float32)
-    assert Sampler(GenerationOptions(temperature=0.01), 4).sample(extreme) == 3
+    assert sampled(Sampler(GenerationOptions(temperature=0.01), 4), extreme).token == 3
     for bad in (np.nan, np.inf):
         for temperature in (0.0, 1.0):
             with pytest.raises(VkvxError, match="among the logits"):
-                Sampler(GenerationOptions(temperature=temperature), 2).sample(np.array([0.0, bad], np.float32))
+                sampled(Sampler(GenerationOptions(temperature=temperature), 2), np.array([0.0, bad], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +161,7 @@ def test_logits_may_be_extreme_but_must_be_numbers() -> None:
         ("bad_words_ids", [[3], []]),
         ("bad_words_ids", [[3, -1]]),
         ("seed", -1),
+        ("seed", 2**64),
         ("stop", ("",)),
     ],
 )
@@ -202,7 +246,7 @@ def test_rules_are_those_of_transformers(rules: dict[str, Any]) -> None:
         for _ in range(12):
             logits = random.standard_normal(VOCABULARY).astype(np.float32)
             expected = int(processors(torch.tensor([history]), torch.from_numpy(logits)[None].clone()).argmax())
-            assert sampler.sample(logits) == expected
+            assert sampled(sampler, logits).token == expected
             changed += expected != int(logits.argmax())
             history.append(expected)
     assert changed, "no rule was met"
@@ -211,7 +255,7 @@ def test_rules_are_those_of_transformers(rules: dict[str, Any]) -> None:
 def test_rules_that_leave_no_token() -> None:
     sampler = Sampler(GenerationOptions(suppress_tokens=[0, 1], bad_words_ids=[[2]]), 3)
     with pytest.raises(OptionError, match=r"no token is left .* suppress_tokens=, bad_words_ids="):
-        sampler.sample(np.zeros(3, np.float32))
+        sampled(sampler, np.zeros(3, np.float32))
 
 
 def test_tokens_beyond_the_vocabulary_are_never_chosen_anyway() -> None:
@@ -220,4 +264,4 @@ def test_tokens_beyond_the_vocabulary_are_never_chosen_anyway() -> None:
     )
     sampler = Sampler(options, 5, ends=[95])
     sampler.observe([1, 700, 1])
-    assert sampler.sample(LOGITS) == 1
+    assert sampled(sampler, LOGITS).token == 1

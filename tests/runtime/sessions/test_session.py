@@ -120,7 +120,10 @@ class Feeder:
                 embeds.append(self.backend.encode(prepared.vision_calls[0]))
         size = self.backend.manifest.quantization.group_size
         call = build_call(inputs, group_size=size, image_token_id=model.image_token_id)
+        counts = cache.counts_after(call)
         logits = self.backend.step(call, place_embeds(call, np.concatenate(embeds)) if embeds else None)
+        for known, graph in zip(counts, (cache.visual_count, cache.text_count), strict=True):
+            np.testing.assert_array_equal(known, graph)  # the graph's own
         for number, row in zip(rows, logits, strict=True):
             self.answers[number].append(int(row.argmax()))
         return logits
