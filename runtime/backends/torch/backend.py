@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vkvx.errors import CapacityError
+from vkvx.errors import CapacityError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.models.family import Family
 from vkvx.models.graph.decoder import DecoderGraph, Observer, decoder_inputs
@@ -25,6 +25,7 @@ from vkvx.plugins.library import MAX_HEAD_DIM
 from vkvx.plugins.operator import model_attributes
 from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
+from vkvx.runtime.backends.torch.projections import merge_projections
 from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
 from vkvx.runtime.calls import Call, place_embeds
@@ -103,6 +104,8 @@ class TorchBackend:
         with self._in_memory("a cache of this size"):
             self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens, storage)
         self._buffers = [self._place(buffer) for buffer in self.cache.buffers.values()]
+        if self._stream is not None:
+            merge_projections(family.text_model(model))
         attributes = model_attributes(manifest.layout)
         self._decoder: Any = DecoderGraph(model, family, attributes, metrics, in_place=True)
         self._vision: Any = VisionGraph(model, family, self._dtype)
@@ -128,6 +131,18 @@ class TorchBackend:
     def captures(self) -> bool:
         """Whether decode steps run as captured CUDA graphs."""
         return self._steps is not None
+
+    def compile(self) -> None:
+        """Let torch.compile fuse what lies between the matrix products of decode steps.
+
+        That takes half a minute at the first step of each number of rows. Raises OptionError where no steps are
+        captured; where torch cannot compile, steps run as before, and a warning says so.
+        """
+        if self._steps is None:
+            raise OptionError(
+                "compile= is for decode steps on a GPU with the kernels of `vkvx plugin build`; leave it out"
+            )
+        self._steps.compile()
 
     def close(self) -> None:
         if self._stream is not None and not self.closed:

@@ -8,7 +8,12 @@ where slots are emptied, forked and cut. Steps that give logits are graphs of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +45,8 @@ class DecodeSteps:
     ) -> None:
         self._sampler = sampler
         self._decoder, self._buffers, self._cache, self._stream = decoder, buffers, cache, stream
+        self._run_decoder: Callable[..., tuple[Tensor, ...]] = decoder
+        self._is_compiled = False
         named = zip(cache.buffers, buffers, strict=True)
         self._states = [buffer for name, buffer in named if name.endswith(STATE_NAMES)]
         slots, device = cache.slots, stream.device
@@ -64,6 +71,18 @@ class DecodeSteps:
         """The graphs captured so far that choose tokens, by number of rows."""
         self.logits_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         """Those that give logits."""
+
+    def compile(self) -> None:
+        """Compile the decoder at the first step of each number of rows from now on."""
+        if self._is_compiled:
+            return
+        if (reason := _no_compiler()) is not None:
+            warnings.warn(f"decode steps run as they are, without torch.compile: {reason}", stacklevel=2)
+            return
+        self._run_decoder = torch.compile(self._decoder, dynamic=False)
+        self._is_compiled = True
+        self.graphs.clear()
+        self.logits_graphs.clear()
 
     @staticmethod
     def takes(call: Call) -> bool:
@@ -101,7 +120,7 @@ class DecodeSteps:
         # Loads kernels and allocates workspaces, which must not happen within a capture. What it stores in the caches
         # lies past the counts, and the step will store the same there; but states of linear attention move on.
         before = [state.clone() for state in self._states]
-        self._forward(rows)
+        self._warm_up(rows)
         for state, old in zip(self._states, before, strict=True):
             state.copy_(old)
         graph = torch.cuda.CUDAGraph()
@@ -113,6 +132,20 @@ class DecodeSteps:
                 self._logits[:rows].copy_(logits)
         return graph
 
+    def _warm_up(self, rows: int) -> None:
+        if not self._is_compiled:
+            self._forward(rows)
+            return
+        limits: Any = {"recompile_limit": self._cache.slots + 1, "accumulated_recompile_limit": 4096}
+        try:
+            with torch._dynamo.config.patch(**limits):
+                self._forward(rows)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"decode steps run as they are, torch.compile fails: {reason}", stacklevel=2)
+            self._run_decoder, self._is_compiled = self._decoder, False
+            self._forward(rows)
+
     def _forward(self, rows: int) -> Tensor:
         inputs, visual_count, text_count = self._parts
         ids, slot, *others = inputs[:, :rows]
@@ -120,9 +153,17 @@ class DecodeSteps:
         positions, starts = others[: self._rows], others[self._rows :]
         position_ids = positions[0] if self._rows == 1 else torch.stack(positions, 1)
         windows = [torch.stack(starts, 1).unsqueeze(-1)] if starts else []
-        logits, *_ = self._decoder(
+        by_row = [
             *(ids.unsqueeze(1), position_ids.unsqueeze(-1)),
             *(self._no_embeds[:rows], self._no_picture[:rows], self._zeros[:rows], self._zeros[:rows, 0], slot),
-            *(visual_count, text_count, *windows, *self._buffers),
-        )
+        ]
+        logits, *_ = self._run_decoder(*by_row, visual_count, text_count, *windows, *self._buffers)
         return logits
+
+
+def _no_compiler() -> str | None:
+    """What torch.compile lacks on this machine, None if nothing."""
+    if find_spec("triton") is None:
+        return "the Python package 'triton' is missing"
+    compilers = [os.environ.get("CC") or "", "gcc", "clang", "cc"]
+    return None if any(map(shutil.which, filter(None, compilers))) else "there is no C compiler (gcc or clang, or CC)"

@@ -24,5 +24,6 @@ def test_the_warm_up_leaves_states_as_they_were(monkeypatch: pytest.MonkeyPatch)
         return torch.zeros(rows, 3)
 
     vars(steps).update(_states=[state], _forward=forward, _pool=None, _stream=None, _logits=torch.zeros(2, 3))
+    vars(steps).update(_is_compiled=False, logits_graphs={})
     assert steps._capture(1, sampled=False) == "graph"
     assert [one.tolist() for one in seen] == [[0, 1, 2, 3, 4, 5]] * 2
