@@ -73,10 +73,13 @@ def test_what_is_wrong_with_a_sample_comes_with_its_place() -> None:
     """Of what only a model's processor knows, from the prompt or from a picture, or of its room."""
 
     class Wrong:
-        has_chat_template, plain_picture = False, "<image>"
+        has_chat_template = False
+
+        def plain(self, message: Any) -> str:
+            return str(message["content"][-1]["text"])
 
         def prepare(self, prompt: str, pictures: object) -> Any:
-            if prompt == "<image>short":
+            if prompt == "short":
                 return SimpleNamespace(token_ids=[0] * 30, picture_lengths=(16,))
             raise InputError("the prompt has 2 <image>")
 
