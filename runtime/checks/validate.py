@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -138,7 +138,7 @@ class Report:
         return OVERFLOW if self.dtype == "float16" else "numbers are infinite or NaN: look at the checkpoint's weights"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain types; a difference without bound is None."""
+        """Everything, as plain types; numbers that are infinite or NaN are None, which JSON has no others for."""
         return {
             **{name: getattr(self, name) for name in ("bundle", "model", "dtype", "provider", "backend")},
             "passed": self.passed,
@@ -146,7 +146,10 @@ class Report:
             "first_divergent_layer": self.first_divergent_layer,
             "remedy": self.remedy,
             "checks": [
-                {name: None if value == inf else value for name, value in asdict(check).items()}
+                {
+                    name: None if isinstance(value, float) and not isfinite(value) else value
+                    for name, value in asdict(check).items()
+                }
                 for check in self.checks
             ],
         }
