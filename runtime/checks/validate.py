@@ -138,7 +138,7 @@ class Report:
         return OVERFLOW if self.dtype == "float16" else "numbers are infinite or NaN: look at the checkpoint's weights"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain types; a difference without bound is None."""
+        """Everything, as plain types; numbers that are infinite or NaN are None, which JSON has no others for."""
         return {
             **{name: getattr(self, name) for name in ("bundle", "model", "dtype", "provider", "backend")},
             "passed": self.passed,

@@ -153,7 +153,7 @@ def test_run_makes_room_for_a_long_prompt(cli: Callable, tiny_bundle: Path) -> N
     assert json.loads(result.out)["prompt_tokens"] > 1024 + 100
     longer = cli("run", tiny_bundle, "word " * 900, "--json", "--no-verify")
     assert longer.code == 2
-    assert "the model knows 4096; shorten the prompt or lower" in longer.err
+    assert "the model knows 4096; shorten the prompt, or lower max_new_tokens=" in longer.err
 
 
 def test_run_reads_pipes_and_files(
