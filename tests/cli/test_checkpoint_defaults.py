@@ -77,11 +77,13 @@ def test_inspect_shows_them(cli: Callable, asking: Callable[..., Path]) -> None:
 
 
 def test_export_tells_warnings(
-    cli: Callable, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable, asking: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle = asking()
+
     def export(*_: object) -> Manifest:
         logging.getLogger("vkvx.export").warning("%s is left out", "num_beams")
-        return Manifest.load(tiny_bundle)
+        return Manifest.load(bundle)
 
     monkeypatch.setattr("vkvx.export.bundle.export_model", export)
     result = cli("export", "tiny-llava", "-o", tmp_path / "out")
