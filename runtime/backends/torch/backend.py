@@ -94,7 +94,7 @@ class TorchBackend:
                 self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream)
 
     def observe(self, observer: Observer | None) -> None:
-        """Show ``observer`` the keys and values of each layer in calls to come that are not captured; None ends it."""
+        """Show ``observer`` what each layer is given in calls to come that are not captured; None ends it."""
         self._decoder.observer = observer
 
     @property
