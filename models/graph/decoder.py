@@ -32,8 +32,9 @@ SINKS = "s_aux"
 """Keyword by which layers give attention sinks."""
 
 
-Observer = Callable[[int, Tensor, Tensor, Sequence[Tensor]], None]
-"""Called as observer(layer, key, value, metrics): key and value [B, Hkv, S, D], metrics ``METRIC_INPUTS`` or none."""
+Observer = Callable[[int, Tensor, Tensor, Tensor, Sequence[Tensor]], None]
+"""Called as observer(layer, query, key, value, metrics): query [B, Hq, S, D], key and value [B, Hkv, S, D], metrics
+``METRIC_INPUTS`` or none."""
 
 
 class LayerAttention(Protocol):
@@ -84,7 +85,7 @@ class Attention:
         """Attention of layer ``layer``: query [B, Hq, S, D], key and value [B, Hkv, S, D]; returns [B, Hq, S, D]."""
         cache, attributes = self.cache_of[layer], self.attributes[layer].to_dict()
         if self.observer is not None:
-            self.observer(layer, key, value, self.metrics[layer])
+            self.observer(layer, query, key, value, self.metrics[layer])
         # A layer that reads another one's cache is given its keys and values again, and makes the same of it again.
         before = self.presents[cache] or self.caches[cache]
         visual, text = before[:4], before[4:]

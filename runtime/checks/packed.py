@@ -87,10 +87,11 @@ def compare(
         sums = [float(((e @ weights) * e).sum()) for e in (x - ours.values, x - theirs.values)]
         elements = x.size
         found, expected = (float(np.sqrt(np.maximum(0.0, total) / elements)) for total in sums)
-        allowed = np.sqrt(1 + ERROR_SHARE[bits]) * expected + off / np.sqrt(3)
-        yield Finding(
-            "_error", found, float(allowed), f"root mean square of the errors, the reference's is {expected:.4g}"
-        )
+        allowed = float(np.sqrt(1 + ERROR_SHARE[bits]) * expected + off / np.sqrt(3))
+        if not np.isfinite((found, expected)).all():
+            found, allowed = np.inf, 0.0
+        detail = f"root mean square of the errors, the reference's is {expected:.4g}"
+        yield Finding("_error", found, allowed, detail)
     else:
         weights = None
         yield Finding("_params", _beyond_levels(ours, theirs, top), off, "lowest and highest levels")

@@ -1,4 +1,4 @@
-"""The keys and values of pictures, as the reference computes them before they are quantised."""
+"""What the reference computes in a call: keys and values of pictures before they are packed, and the size of scores."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class Recorded:
     """Of one call with one row.
 
     ``tokens`` are each group's tokens, as indices INT [n] of the visual tokens of the call; ``first`` is which group of
-    the slot is the first of them.
+    the slot is the first of them. ``scores`` is the root mean square of the scores among the tokens of the call, in the
+    layer where it is largest.
     """
 
     first: int
     tokens: list[np.ndarray]
+    scores: float = 0.0
     _layers: dict[int, dict[str, tuple[Any, Any]]] = field(default_factory=dict)
 
     def layer(self, layer: int, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -45,8 +47,9 @@ def recorded(backend: TorchBackend, call: Call, first: int) -> Iterator[Recorded
     found = Recorded(first, [np.arange(end - n, end) for end, n in zip(ends, (groups >= 0).sum(1), strict=True)])
     visual = groups[groups >= 0].tolist()
 
-    def record(layer: int, key: Any, value: Any, metrics: Sequence[Any]) -> None:
+    def record(layer: int, query: Any, key: Any, value: Any, metrics: Sequence[Any]) -> None:
         info = layers[layer]
+        found.scores = max(found.scores, info.scale * _score_size(query[0].float(), key[0].float()))
         if info.keys_of is not None:
             return
         ways: tuple[Any, Any] = (None, None)
@@ -63,3 +66,11 @@ def recorded(backend: TorchBackend, call: Call, first: int) -> Iterator[Recorded
         yield found
     finally:
         backend.observe(None)
+
+
+def _score_size(query: Any, key: Any) -> float:
+    """Root mean square of query . key over each token and those up to it: query [Hq, S, D], key [Hkv, S, D]."""
+    heads = query.unflatten(0, (len(key), -1))
+    total = sum(float((q @ k.T).tril().square().sum()) for k, group in zip(key, heads, strict=True) for q in group)
+    tokens = query.shape[1]
+    return float(np.sqrt(total / (len(query) * tokens * (tokens + 1) / 2)))

@@ -64,6 +64,7 @@ def test_run_follows_them_unless_told_otherwise(cli: Callable, asking: Callable[
 
 def test_inspect_shows_them(cli: Callable, asking: Callable[..., Path]) -> None:
     assert "by the checkpoint's defaults: the likeliest token" in cli("inspect", asking()).out
+    assert "defaults: suppress_tokens of 9 entries" in cli("inspect", asking(suppress_tokens=tuple(range(9)))).out
     bundle = asking(temperature=0.7, top_k=20, bad_words_ids=((5, 6),), ignored=("num_beams", "min_p"))
     shown = cli("inspect", bundle).out
     assert "by the checkpoint's defaults: temperature 0.7, top_k 20, bad_words_ids [[5, 6]]" in shown
@@ -77,11 +78,13 @@ def test_inspect_shows_them(cli: Callable, asking: Callable[..., Path]) -> None:
 
 
 def test_export_tells_warnings(
-    cli: Callable, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable, asking: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle = asking()
+
     def export(*_: object) -> Manifest:
         logging.getLogger("vkvx.export").warning("%s is left out", "num_beams")
-        return Manifest.load(tiny_bundle)
+        return Manifest.load(bundle)
 
     monkeypatch.setattr("vkvx.export.bundle.export_model", export)
     result = cli("export", "tiny-llava", "-o", tmp_path / "out")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ENGINE_FILE_NAME = "engine.json"
 _SHOWN_OPERATORS = 8
+_SHOWN_ENTRIES = 8
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:
@@ -225,7 +226,13 @@ def _quantization_lines(quantization: dict[str, Any]) -> list[str]:
 def _generation_lines(generation: dict[str, Any]) -> list[str]:
     """What the checkpoint asks for in answers, if anything."""
     rules = {name: value for name, value in generation.items() if name != "ignored"}
-    said = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rules.items())
+
+    def shown(value: Any) -> str:
+        if isinstance(value, tuple) and len(value) > _SHOWN_ENTRIES:
+            return f"of {len(value)} entries"
+        return json.dumps(value, ensure_ascii=False)
+
+    said = ", ".join(f"{name} {shown(value)}" for name, value in rules.items())
     lines = [f"answers      by the checkpoint's defaults: {said or 'the likeliest token'}"]
     if generation["ignored"]:
         lines.append(f"             left out of what it asks for: {', '.join(generation['ignored'])}")

@@ -124,7 +124,7 @@ class TorchBackend:
         return self._steps is not None
 
     def observe(self, observer: Observer | None) -> None:
-        """Show ``observer`` the keys and values of each layer in calls to come that are not captured; None ends it."""
+        """Show ``observer`` what each layer is given in calls to come that are not captured; None ends it."""
         self._decoder.observer = observer
 
     @property
