@@ -44,10 +44,10 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model = random_model(arguments.shape, arguments.layers)
     rows = []
     for batch in arguments.batch:
-        backend = _backend(model, batch, arguments.visual_tokens)
+        backend = filled_backend(model, batch, arguments.visual_tokens)
         _check_tokens(backend)
         for way, options in WAYS.items():
-            alone = _alone(backend, options)
+            alone = milliseconds_alone(backend, options)
             kernel = _kernel(backend, options)
             on_gpu = _scheduled(backend, options)
             on_host = _scheduled(_OnHost(backend), options, steps=6, warm_up=2)
@@ -98,7 +98,7 @@ class _Text:
         return self._tokenizer.decode([token % len(self._tokenizer) for token in token_ids])  # type: ignore[no-any-return]
 
 
-def _backend(model: Any, batch: int, visual_tokens: int) -> Any:
+def filled_backend(model: Any, batch: int, visual_tokens: int, dtype: str = "float16") -> Any:
     """A backend whose rows all hold the same picture and text."""
     from vkvx import ExportOptions
     from vkvx.manifest import Graph, Manifest
@@ -107,7 +107,7 @@ def _backend(model: Any, batch: int, visual_tokens: int) -> Any:
     from vkvx.runtime.calls import build_call
 
     family = family_of(model)
-    info = family.info(model.config, "float16")
+    info = family.info(model.config, dtype)
     quantization = ExportOptions(bits=1, quantizer="lloyd", group_size=640).resolve(info.cached_layers, 640)
     manifest = Manifest("", 1, info, quantization, {"vision": Graph("", 18, (), ())}, ".", {})
     backend = TorchBackend(model, family, manifest, slots=batch, visual_tokens=visual_tokens, text_tokens=1024)
@@ -115,7 +115,7 @@ def _backend(model: Any, batch: int, visual_tokens: int) -> Any:
     ids = np.concatenate([np.full(visual_tokens, info.image_token_id), rng.integers(4, 1000, TEXT)]).astype(np.int32)
     call = build_call([backend.cache.row(0, ids, (visual_tokens,))], group_size=640, image_token_id=info.image_token_id)
     embeds = rng.standard_normal((1, call.visual_index.shape[1], info.embed_width), np.float32)
-    backend.step(call, embeds.astype(np.float16))
+    backend.step(call, embeds.astype(dtype))
     for row in range(1, batch):
         backend.cache.fork(0, row)
     return backend
@@ -126,7 +126,7 @@ def _reset(backend: Any) -> None:
     backend.cache.next_position[:] = backend.cache.visual_tokens(0) + TEXT
 
 
-def _call(backend: Any, tokens: Sequence[int]) -> Any:
+def decode_call(backend: Any, tokens: Sequence[int]) -> Any:
     from vkvx.runtime.calls import build_call
 
     rows = [backend.cache.row(row, np.array([token], np.int32)) for row, token in enumerate(tokens)]
@@ -147,7 +147,7 @@ def _check_tokens(backend: Any) -> None:
     _reset(backend)
     tokens, expected = firsts, []
     for _ in range(6):
-        logits = backend.step(_call(backend, tokens), None)
+        logits = backend.step(decode_call(backend, tokens), None)
         logits[:, 3] = -np.inf  # the token of a picture is never chosen
         tokens = logits.argmax(axis=1).tolist()
         expected.append(tokens)
@@ -187,7 +187,7 @@ def _scheduled(backend: Any, options: dict[str, Any], steps: int = STEPS, warm_u
     return 1000 * statistics.median(np.diff(times)[warm_up:])
 
 
-def _alone(backend: Any, options: dict[str, Any]) -> float:
+def milliseconds_alone(backend: Any, options: dict[str, Any]) -> float:
     """Milliseconds of a step that nobody waits for, from launches one after another."""
     import torch
 
@@ -200,7 +200,7 @@ def _alone(backend: Any, options: dict[str, Any]) -> float:
         torch.cuda.synchronize()
         begun = time.perf_counter()
         for _ in range(WARM_UP if step == 0 else STEPS):
-            pending = backend.launch(_call(backend, [-1] * len(rows)), None, rows)
+            pending = backend.launch(decode_call(backend, [-1] * len(rows)), None, rows)
         pending.result()
         times.append((time.perf_counter() - begun) / STEPS)
     return 1000 * times[1]

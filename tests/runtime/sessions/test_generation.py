@@ -63,6 +63,36 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(bits: int, options: dict[str, 
         assert loaded.backend.cache.free_slots == tuple(range(slots))
 
 
+RULES: list[dict[str, Any]] = [
+    {"min_new_tokens": 9},
+    {"min_new_tokens": 30, "temperature": 1.2, "top_p": 0.8, "seed": 3, "logprobs": True},
+    {"suppress_tokens": tuple(range(100, 256)), "begin_suppress_tokens": tuple(range(50, 100))},
+    {"no_repeat_ngram_size": 1, "repetition_penalty": 1.4},
+    {"bad_words_ids": ((5,), (6, 7)), "temperature": 3.0, "top_k": 9, "logprobs": True},
+]
+
+
+def test_a_backend_chooses_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rule alone, and all in one batch, where those that look back make the host choose for all."""
+    found = []
+    for samples in (False, True):
+        monkeypatch.setattr(FakeBackend, "samples", samples)
+        given = [GenerationOptions(max_new_tokens=30, **rules) for rules in RULES]
+        alone = [session().generate("<image>one", [1.0], options=options) for options in given]
+        together = session(3).generate(["<image>one"] * len(RULES), [[1.0]] * len(RULES), options=given)
+        assert [tokens(one) for one in alone] == [tokens(one) for one in together]
+        found.append([(one.token_ids, one.logprobs) for one in together])
+    assert found[0] == found[1]
+    assert len({ids for ids, _ in found[0]}) == len(RULES)
+    assert len(found[0][0][0]) >= 9
+    assert [logprobs and len(logprobs) for _, logprobs in found[0]] == [None, 30, None, None, len(found[0][4][0])]
+
+
+def test_no_token_that_is_left(ahead: bool) -> None:
+    with pytest.raises(OptionError, match="no token is left"):
+        session().generate("x", suppress_tokens=tuple(range(256)))
+
+
 def test_finished_rows_leave_and_waiting_ones_take_their_slots() -> None:
     loaded = session(2)
     lengths = [3, 9, 4, 2]
