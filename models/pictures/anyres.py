@@ -42,6 +42,8 @@ class AnyRes:
     frame_options: ClassVar[Mapping[str, Any]] = {}
     call_options: ClassVar[Mapping[str, Any]] = {}
     limited: ClassVar[bool] = False
+    pixel_rows: ClassVar[str] = "P"
+    """Axis 0 of the vision graph's ``pixel_values``: tiles."""
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from vkvx.errors import OptionError
 from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS, STATE_NAMES
-from vkvx.manifest import Manifest, Progress
+from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, open_backend
+from vkvx.runtime.bundles import read_bundle
 from vkvx.runtime.calls import build_call, place_embeds
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
 from vkvx.runtime.sessions.pictures import Picture
@@ -156,7 +157,7 @@ def validate_bundle(
             raise OptionError(f"{name} {value} is not supported: give a number of at least 0")
     report_progress = progress or (lambda stage, done, total: None)
     directory = Path(bundle)
-    manifest = Manifest.load(directory)
+    manifest = read_bundle(directory)
     manifest.verify(directory, report_progress)
     pictures = list(images) if images else sample_pages()[:2]
     processor = Processor.of_bundle(directory, manifest)

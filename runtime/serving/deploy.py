@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vkvx.errors import OptionError, StorageError
-from vkvx.manifest import Manifest
 from vkvx.runtime.backends.registry import BACKENDS
+from vkvx.runtime.bundles import read_bundle
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODEL = '''"""The model of this directory; the code is in the package vkvx."""
@@ -92,7 +92,7 @@ def write_triton_repository(
         StorageError: if the place is taken or cannot be written.
     """
     source = Path(bundle).expanduser().absolute()
-    manifest = Manifest.load(source)
+    manifest = read_bundle(source)
     model = name or re.sub(r"[^A-Za-z0-9._-]", "-", manifest.model.name)
     _check(model, backend, reference, slots, visual_tokens, text_tokens, gpus, instances)
     target = Path(repository).expanduser().absolute() / model

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.errors import BatchError, CapacityError
+from vkvx.errors import BatchError, BundleError, CapacityError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.calls import Row, build_call
@@ -139,6 +139,12 @@ class Request:
             found.append(self._backend.encode(inputs))
             if self._progress is not None:
                 self._progress("vision", number, len(self.prepared.vision_calls))
+        made, wanted = sum(embeds.shape[0] for embeds in found), sum(self.prepared.picture_lengths)
+        if made != wanted:
+            raise BundleError(
+                f"the vision graph makes {made} visual tokens of pictures that have {wanted} by the manifest; "
+                "export the model again"
+            )
         return found
 
     def next_row(self) -> Row:

@@ -21,7 +21,7 @@ from vkvx.models.family import Source
 from vkvx.models.pictures.base import Encoded, Filmed, Taken, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
-from vkvx.models.processor_files import ProcessorFiles
+from vkvx.models.processor_files import ProcessorFiles, check_folder, loading
 from vkvx.models.videos import open_videos
 from vkvx.runtime.sessions.pictures import Picture, first_line, load_picture
 from vkvx.runtime.sessions.text import check_text
@@ -87,6 +87,7 @@ class Processor:
         self._videos = open_videos(self._pictures, files.videos, files.images)
         self._video_token = self._pictures.video_mark if isinstance(self._pictures, Filmed) else ""
         self._max_positions = info.max_positions
+        self._vocab_size = info.vocab_size
         self._prompt = info.prompt
         self._picture = info.prompt.picture or self._token
 
@@ -94,15 +95,13 @@ class Processor:
     def of_bundle(cls, bundle: Path, manifest: Manifest) -> Processor:
         """The processor of a bundle. Raises BundleError if its files do not load."""
         directory = bundle / manifest.processor
-        try:
+        with loading(directory):
+            check_folder(directory, {Path(name).name for name in manifest.files if (bundle / name).parent == directory})
             files = ProcessorFiles.load(directory)
-        except VkvxError:
-            raise
-        except Exception as error:  # transformers raises many kinds for damaged files
-            raise BundleError(
-                f"cannot load the processor in {directory} ({first_line(error)}); export the model again"
-            ) from error
-        return cls(files, manifest.model, manifest.graphs["vision"].inputs)
+            files.check_tokens(
+                manifest.model, lambda words: BundleError(f"{directory}: {words}; export the model again")
+            )
+            return cls(files, manifest.model, manifest.graphs["vision"].inputs)
 
     @classmethod
     def of_checkpoint(cls, source: Source, info: ModelInfo) -> Processor:
@@ -171,6 +170,9 @@ class Processor:
             ids = np.asarray(self._tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
         if not ids.size:
             raise InputError("the prompt is empty; give at least one character")
+        if (most := int(ids.max())) >= self._vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(most)
+            raise InputError(f"the prompt has the token '{token}', which the model does not know; leave it out")
         lengths = tuple(one.tokens for one in encoded)
         visual = ids == self._image_token_id
         if np.count_nonzero(visual) != sum(lengths):
@@ -304,5 +306,7 @@ def _refusals() -> Iterator[None]:
     """What an image processor raises, as an InputError."""
     try:
         yield
-    except (ValueError, TypeError, KeyError) as error:
+    except (VkvxError, MemoryError):
+        raise
+    except Exception as error:  # whatever settings and shapes that do not suit lead to
         raise InputError(f"the image processor refuses the picture: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from vkvx.errors import InputError, OptionError
 from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.backends.registry import choose_backend
+from vkvx.runtime.bundles import read_bundle
 from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Pictures, listed
@@ -66,7 +67,7 @@ class Session:
         Raises BundleError, EngineError, OptionError, DependencyError, DeviceError, CapacityError.
         """
         directory = Path(bundle)
-        manifest = Manifest.load(directory)
+        manifest = read_bundle(directory)
         if verify and processor is None:
             manifest.verify(directory, progress)
         if slots < 1:

@@ -56,10 +56,10 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Read lines until the end."""
-    from vkvx.manifest import Manifest
+    from vkvx.runtime.bundles import read_bundle
 
     options = generation.options(args)
-    positions = Manifest.load(args.bundle).model.max_positions
+    positions = read_bundle(args.bundle).model.max_positions
     with generation.load_session(args, text_tokens=min(positions, TEXT_TOKENS)) as session:
         chat = Chat(session, options)
         terminal.note(f"{session.manifest.model.name}; /help lists the commands")

@@ -49,13 +49,13 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Answer one question."""
-    from vkvx.manifest import Manifest
+    from vkvx.runtime.bundles import read_bundle
     from vkvx.runtime.sessions.pictures import load_picture
     from vkvx.runtime.sessions.processor import Processor, user_message
 
     options = generation.options(args)
     _check_idle(args)
-    manifest = Manifest.load(args.bundle)
+    manifest = read_bundle(args.bundle)
     pictures = [load_picture(path) for path in args.image]  # before the weights: a wrong path is told at once
     with terminal.ProgressBar("run", announce=False) as progress:
         if not args.no_verify:  # before anything of the bundle is used

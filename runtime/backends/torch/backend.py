@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from vkvx.errors import CapacityError
+from vkvx.graph_specs import decoder_inputs
 from vkvx.manifest import Manifest
 from vkvx.models.family import Family
-from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs
+from vkvx.models.graph.decoder import DecoderGraph
 from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import MAX_HEAD_DIM
