@@ -29,7 +29,7 @@ class TensorSpec:
     shape: tuple[Dim, ...]
 
     def __str__(self) -> str:
-        return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
+        return f"{self.dtype} {reprlib.repr(list(self.shape))}"
 
 
 @dataclass(frozen=True)

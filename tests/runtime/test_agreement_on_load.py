@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -97,7 +98,7 @@ def refused(damaged: Damaged, capfd: pytest.CaptureFixture[str]) -> Callable[...
         code = main([verb, str(damaged.directory), *others])
         captured = capfd.readouterr()
         assert (code, captured.out) == (2, ""), captured.err
-        assert "unexpected" not in captured.err
+        assert "unexpected" not in captured.err.partition("(")[0]
         (line,) = (one for one in captured.err.splitlines() if one.startswith("vkvx: error: "))
         return line
 
@@ -170,11 +171,7 @@ def test_manifests_that_say_otherwise(name: str, damaged: Damaged, refused: Call
     change, words = MANIFESTS[name]
     damaged.manifest(change)
     for verb in (("inspect",), ("run", "What?", "--no-verify")):
-        pytest.raises(BundleError, read_loudly, refused(*verb)).match(words)
-
-
-def read_loudly(line: str) -> None:
-    raise BundleError(line)
+        assert re.search(words, refused(*verb))
 
 
 def ends(name: str, side: str = "input") -> Callable[[Any], Any]:
@@ -229,7 +226,7 @@ def test_graphs_that_say_otherwise(name: str, damaged: Damaged, refused: Callabl
     graph, change, words = GRAPHS[name]
     damaged.graph(graph, change)
     for verb in (("inspect", "--verify"), ("run", "What?")):
-        pytest.raises(BundleError, read_loudly, refused(*verb)).match(words)
+        assert re.search(words, refused(*verb))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 1000])
@@ -242,10 +239,6 @@ PROCESSORS: dict[str, tuple[Change, str]] = {
     "image token of plain text": (
         lambda bundle: bundle.manifest(lambda data: data["model"].update(image_token_id=100)),
         "image token 100 is no added token",
-    ),
-    "end of another tokenizer": (
-        lambda bundle: bundle.manifest(lambda data: data["model"].update(eos_token_ids=[510])),
-        r"none of the tokens that end an answer, \[510\]",
     ),
     "a file by its path": (
         lambda bundle: bundle.settings("tokenizer_config.json", lambda data: data.update(gguf_file="../../x.gguf")),
@@ -261,13 +254,16 @@ PROCESSORS: dict[str, tuple[Change, str]] = {
 def test_processors_that_say_otherwise(name: str, damaged: Damaged, refused: Callable[..., str]) -> None:
     change, words = PROCESSORS[name]
     change(damaged)
-    pytest.raises(BundleError, read_loudly, refused("run", "What?")).match(words)
+    assert re.search(words, refused("run", "What?"))
 
 
-def test_a_larger_tokenizer(damaged: Damaged) -> None:
+def test_another_tokenizer(damaged: Damaged) -> None:
     manifest = Manifest.load(damaged.directory)
+    other = replace(manifest, model=replace(manifest.model, vocab_size=600, eos_token_ids=(510,)))
+    with pytest.raises(BundleError, match=r"none of the tokens that end an answer, \[510\]"):
+        Processor.of_bundle(damaged.directory, other)
     small = replace(manifest, model=replace(manifest.model, vocab_size=300))
-    with pytest.raises(BundleError, match="the tokenizer has 4.. tokens, the decoder 300"):
+    with pytest.raises(BundleError, match="the tokenizer has 406 tokens, the decoder 300"):
         Processor.of_bundle(damaged.directory, small)
 
 
@@ -331,7 +327,7 @@ def test_what_the_first_format_left_open(damaged: Damaged) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.preset)
 def test_vision_graphs_of_all_families(case: Case) -> None:
-    """The graph that an export makes suits the kind of pictures; with other numbers that the graph shows it does not."""
+    """The graph that an export makes suits the kind of pictures; with other numbers that it shows it does not."""
     config = preset_config(case.preset)
     family = FAMILIES[config.architectures[0]].variant(config)
     info, pixels = family.info(config, "float16"), family.pixel_inputs(config)
@@ -349,7 +345,7 @@ def test_vision_graphs_of_all_families(case: Case) -> None:
             check_pictures(replace(made, model=other))
     for name in ("inputs", "outputs"):
         fewer = replace(vision, **{name: getattr(vision, name)[:-1]})
-        with pytest.raises(BundleError, match="graphs.vision"):
+        with pytest.raises(BundleError, match=r"graphs\.vision"):
             check_pictures(replace(made, graphs={"vision": fewer}))
 
 
