@@ -20,6 +20,8 @@ from vkvx.models.videos import FILE as VIDEO_FILE
 from vkvx.models.videos import read_settings
 from vkvx.packages import missing
 
+MOST_PIXELS, MOST_SIDE = 1 << 28, 1 << 14
+"""Of a picture, and of a side of it, as image processors make them."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 """Files that may hold the template of a processor, the newest kind first."""
 _TOKENIZER = "tokenizer_config.json"
@@ -68,6 +70,20 @@ class ProcessorFiles:
         ends = info.eos_token_ids
         if ends and all(self.tokenizer.convert_ids_to_tokens(token) is None for token in ends):
             raise fail(f"the tokenizer has none of the tokens that end an answer, {list(ends[:8])}")
+
+    def check_sizes(self, limited: bool) -> None:
+        """Raise BundleError for sizes of pictures that no model has, before a picture is scaled to them.
+
+        ``limited`` says that they are pixels of a whole picture, else they are those of a side.
+        """
+        most = MOST_PIXELS if limited else MOST_SIDE
+        for name in ("size", "crop_size", "max_image_size"):
+            given = getattr(self.images, name, None) or {}
+            for side, pixels in dict(given).items():
+                if pixels is not None and not 0 < pixels <= most:
+                    raise BundleError(
+                        f"the image processor's {name} has {side} {pixels}, not 1 to {most}; export again"
+                    )
 
     def require_tokens(self, *marks: str) -> None:
         """Raise ModelError unless each mark is one token of the tokenizer."""

@@ -48,6 +48,8 @@ def check_pictures(manifest: Manifest) -> None:
     one, every, tile = model.tokens_per_picture, set(model.typical_tokens), getattr(kind, "tile_tokens", 1)
     if one is not None and (one, every) != (tile, {tile}):
         raise fail(f"model.tokens_per_picture {one} and typical_tokens {sorted(every)} must be those of a tile, {tile}")
+    if tile > model.max_positions:
+        raise fail(f"a tile of {tile} tokens is longer than the model's {model.max_positions} positions")
     if one is None and isinstance(kind, Tiles) and not kind.before:
         raise fail(f"model.tokens_per_picture must be {tile}, as every picture is one tile, got null")
     if any(tokens % tile for tokens in every):

@@ -111,7 +111,8 @@ class TileGrid:
         text = ""
         for row in range(rows):
             for column in range(columns):
-                text += f"{self.around}{self.tile.format(row=row + 1, column=column + 1)}{visual}"
+                mark = self.tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1))
+                text += f"{self.around}{mark}{visual}"
             text += "\n"
         if text:
             text += "\n"

@@ -98,6 +98,7 @@ class Processor:
         with loading(directory):
             check_folder(directory, {Path(name).name for name in manifest.files if (bundle / name).parent == directory})
             files = ProcessorFiles.load(directory)
+            files.check_sizes(open_pictures(manifest.model.pictures).limited)
             files.check_tokens(
                 manifest.model, lambda words: BundleError(f"{directory}: {words}; export the model again")
             )
