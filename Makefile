@@ -7,12 +7,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEPENDENCIES := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo test quick lint types clean help
+.PHONY: demo test quick lower-bounds lint types clean help
 
 help:
 	@echo "make demo    export tiny-llava with a 1-bit visual cache and read a page with it"
 	@echo "make test    lint, types, all tests: what CI runs"
 	@echo "make quick   the same without the matrix of families, tests/families"
+	@echo "make lower-bounds"
+	@echo "             a few tests with the oldest packages that pyproject.toml allows"
 	@echo "make lint    mypy, import-linter, ruff and clang-format only"
 	@echo "make clean   remove .venv and build"
 
@@ -23,6 +25,25 @@ demo: .venv/demo-ready
 test: lint .venv/triton-ready
 	@echo "tests: 18 to 25 minutes on 2 cores"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Packages of the oldest versions that pyproject.toml allows, in an environment of their own; what it does not have, torch
+# above all, comes from .venv, behind them. uv finds the oldest; it does not read pip's settings, but UV_INDEX_URL.
+LOWEST := build/lowest
+LOWEST_TESTS := tests/core tests/runtime/backends/test_onnxruntime.py tests/cli/test_verbs.py
+LOWEST_NAMES := core or (overloads_are_not_known and float16 and not bfloat16) or run_json or test_inspect or validate_finds
+
+lower-bounds: $(LOWEST)/ready
+	@echo "tests with the oldest packages: 1 minute"
+	@OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(LOWEST_TESTS) -k "$(LOWEST_NAMES)"
+
+$(LOWEST)/ready: pyproject.toml tests/helpers/lower_bounds.py .venv/test-ready
+	@$(BIN)/python -m venv --clear --without-pip $(LOWEST)
+	@$(BIN)/python tests/helpers/lower_bounds.py > $(LOWEST)/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -r $(LOWEST)/requirements.txt
+	@$(LOWEST)/bin/python tests/helpers/lower_bounds.py --check
+	@$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(LOWEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz-shared.pth
+	@touch $@
 
 lint: types
 	@cd build/types && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-logo

@@ -17,13 +17,14 @@ from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
 from vkvx.export.trace import IR_DTYPES, Traced, trace
 from vkvx.export.weights import Place, load_tensor, match_parameters
+from vkvx.graph_specs import decoder_inputs, decoder_outputs, vision_outputs
 from vkvx.manifest import Graph, ModelInfo, Progress, Quantization
 from vkvx.models.checkpoint import StoredTensor, read_header
 from vkvx.models.family import AttentionWeights, Source
-from vkvx.models.graph.decoder import DecoderGraph, decoder_inputs, decoder_outputs
+from vkvx.models.graph.decoder import DecoderGraph
 from vkvx.models.graph.metric import METRICS_FILE, compute_metrics, layer_rotary
 from vkvx.models.graph.skeleton import DTYPES, build_model, fake_weight
-from vkvx.models.graph.vision import VisionGraph, vision_outputs
+from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins.function import attention_function
 from vkvx.plugins.function.delta_rule import delta_rule_function
 from vkvx.plugins.operator import DOMAIN, NAME, VERSION, OperatorAttributes, model_attributes

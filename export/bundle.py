@@ -14,6 +14,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from vkvx import __version__
+from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor, read_checkpoint
@@ -76,6 +77,9 @@ def export_model(
     source = replace(source, origin=origin_for(source, target), limits=options.limits)
     stored = read_checkpoint(source.directory)
     processor, generation = source.processor(), source.generation()
+    processor.check_tokens(
+        source.info(options.dtype), lambda words: ModelError(f"{source.directory}: {words}; fix its tokenizer files")
+    )
     report("load", 1, 1)
     with new_directory(target, options.force) as partial:
         _check_room(partial, stored, options.dtype)

@@ -236,7 +236,9 @@ class Family(ABC):
             _first((generation or {}).get(name), vars(config).get(name), getattr(text, name, None))
             for name in ("eos_token_id", "pad_token_id")
         )
-        eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        # Some configs name tokens that the decoder lacks: they end nothing, and fill nothing up.
+        eos_ids = _known(() if eos is None else (eos,) if isinstance(eos, int) else eos, text.vocab_size)
+        pad_ids = _known(() if pad is None else (pad,), text.vocab_size)
         return ModelInfo(
             name=str(config.name_or_path),
             source=str(config.name_or_path),
@@ -256,7 +258,7 @@ class Family(ABC):
             pictures=describe(self.pictures(config)),
             prompt=self.prompt,
             eos_token_ids=eos_ids,
-            pad_token_id=_first(pad, *eos_ids, 0),
+            pad_token_id=_first(*pad_ids, *eos_ids, 0),
         )
 
     def layers(self, config: Any) -> tuple[LayerInfo, ...]:
@@ -422,6 +424,11 @@ def _quantization_method(config: Any) -> str | None:
     method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", None)
     name = str(getattr(method, "value", method or "by an unnamed method"))
     return QUANTISED.get(name, name)
+
+
+def _known(tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Those of some tokens that a vocabulary has."""
+    return tuple(token for token in tokens if 0 <= token < vocab_size)
 
 
 def _first(*candidates: Any) -> Any:

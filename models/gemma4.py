@@ -69,9 +69,9 @@ class Gemma4(Family):
 
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """``pixel_values`` of patches, where they are, and which make a token."""
-        vision = config.vision_config
-        shape = (f"{vision.pooling_kernel_size**2}*M", 3 * vision.patch_size**2)
-        return (TensorSpec("pixel_values", "float32", shape), *self.pictures(config).inputs())
+        pictures = self.pictures(config)
+        shape = (pictures.pixel_rows, 3 * config.vision_config.patch_size**2)
+        return (TensorSpec("pixel_values", "float32", shape), *pictures.inputs())
 
     def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """Tower, average and projector for patches without padding, which ``get_image_features`` looks for."""

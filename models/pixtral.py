@@ -66,7 +66,9 @@ class Pixtral(Family):
 
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """Patches ``pixel_values``, and the geometry of the picture that :class:`PatchRows` tells."""
-        return self.pictures(config).inputs(config.vision_config.num_channels)
+        pictures = self.pictures(config)
+        shape = (pictures.pixel_rows, config.vision_config.num_channels, pictures.patch, pictures.patch)
+        return (TensorSpec("pixel_values", "float32", shape), *pictures.inputs())
 
     def image_embeds(self, model: Any, *pixel_inputs: Tensor, **constants: Tensor) -> Tensor:
         """Tower and projector: patches of one picture all attend to each other; which are merged says an index."""

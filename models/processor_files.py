@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vkvx.errors import ModelError
+from vkvx.errors import BundleError, ModelError, VkvxError
+from vkvx.manifest import ModelInfo
 from vkvx.models.videos import FILE as VIDEO_FILE
 from vkvx.models.videos import read_settings
 from vkvx.packages import missing
 
 IMAGE_FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
+MOST_PIXELS, MOST_SIDE = 1 << 28, 1 << 14
+"""Of a picture, and of a side of it, as image processors make them."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", NESTED_FILE)
 """Files that may hold the template of a processor, the newest kind first."""
+_TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass
@@ -54,11 +61,70 @@ class ProcessorFiles:
         if self.videos is not None:
             (directory / VIDEO_FILE).write_text(json.dumps(self.videos, indent=2) + "\n", encoding="utf-8")
 
+    def check_tokens(self, info: ModelInfo, fail: Callable[[str], Exception]) -> None:
+        """Raise what ``fail`` makes unless the tokenizer can be that of a model: its size, the tokens that it names.
+
+        The tokenizer may have fewer tokens than the decoder, or more that were added; prompts with these are refused.
+        """
+        if self.tokenizer.vocab_size > info.vocab_size:
+            raise fail(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the decoder {info.vocab_size}")
+        if info.image_token_id not in self.tokenizer.added_tokens_decoder:
+            raise fail(f"the image token {info.image_token_id} is no added token of the tokenizer")
+        ends = info.eos_token_ids
+        if ends and all(self.tokenizer.convert_ids_to_tokens(token) is None for token in ends):
+            raise fail(f"the tokenizer has none of the tokens that end an answer, {list(ends[:8])}")
+
+    def check_sizes(self, limited: bool) -> None:
+        """Raise BundleError for sizes of pictures that no model has, before a picture is scaled to them.
+
+        ``limited`` says that they are pixels of a whole picture, else they are those of a side.
+        """
+        most = MOST_PIXELS if limited else MOST_SIDE
+        for name in ("size", "crop_size", "max_image_size"):
+            given = getattr(self.images, name, None) or {}
+            for side, pixels in dict(given).items():
+                if pixels is not None and not 0 < pixels <= most:
+                    raise BundleError(
+                        f"the image processor's {name} has {side} {pixels}, not 1 to {most}; export again"
+                    )
+
     def require_tokens(self, *marks: str) -> None:
         """Raise ModelError unless each mark is one token of the tokenizer."""
         for mark in marks:
             if len(self.tokenizer(mark, add_special_tokens=False)["input_ids"]) != 1:
                 raise ModelError(f"the tokenizer has no token '{mark}'; download its files again")
+
+
+def check_folder(directory: Path, known: Collection[str]) -> None:
+    """Raise BundleError unless a folder holds the files ``known`` by their names alone, and these name no others.
+
+    transformers reads whatever lies beside them, and some settings are paths of files that it opens wherever they are.
+    """
+    for path in directory.iterdir():
+        if path.name not in known and not path.name.startswith("."):
+            raise BundleError(f"{path} is no file of the bundle; remove it, or export the model again")
+    path = directory / _TOKENIZER
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON ({error}); export the model again") from error
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if key.endswith(("_file", "_files")) and value is not None:
+            raise BundleError(f"{path} names a file by {reprlib.repr(key)}; do not trust this bundle")
+
+
+@contextmanager
+def loading(directory: Path) -> Iterator[None]:
+    """Turn whatever transformers and its libraries raise for damaged files into a BundleError."""
+    try:
+        yield
+    except (VkvxError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # what Rust code panics with is no Exception
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BundleError(
+            f"cannot load the processor in {directory} ({reason[:200]}); export the model again"
+        ) from error
 
 
 def load_images(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -43,9 +43,9 @@ class GridFamily(Family):
 
     def pixel_inputs(self, config: Any) -> tuple[TensorSpec, ...]:
         """Patches ``pixel_values`` [merge² M, ...], and the geometry of the picture that :class:`Grid` tells."""
-        patches = f"{config.vision_config.spatial_merge_size**2}*M"
-        pixels = TensorSpec("pixel_values", "float32", (patches, *self.patch_shape(config.vision_config)))
-        return (pixels, *self.pictures(config).inputs())
+        pictures = self.pictures(config)
+        pixels = TensorSpec("pixel_values", "float32", (pictures.pixel_rows, *self.patch_shape(config.vision_config)))
+        return (pixels, *pictures.inputs())
 
     def patch_shape(self, vision: Any) -> tuple[int, ...]:
         """A patch as the image processor gives it: all pixels and frames in a row."""

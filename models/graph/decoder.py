@@ -15,10 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.format import CACHE_NAMES, STATE_NAMES
-from vkvx.manifest import LayerInfo, TensorSpec
+from vkvx.manifest import LayerInfo
 from vkvx.models.family import Family
 from vkvx.models.graph.linear import LinearStates, mixing
 from vkvx.models.graph.metric import layer_rotary, rotations
@@ -204,7 +203,7 @@ class DecoderGraph(nn.Module):
         text_count: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One call: see :func:`decoder_inputs` for the shapes. Returns logits [B, V] FP32, both counts, the caches.
+        """One call, of the shapes of ``graph_specs.decoder_inputs``; gives logits [B, V] FP32, counts, caches.
 
         Where layers have a sliding window, ``window_start`` comes before the caches.
         """
@@ -336,43 +335,6 @@ def place_embeds(embeds: Tensor, visual_embeds: Tensor, visual_index: Tensor) ->
     target = start + torch.where(visual_index < 0, positions, visual_index)
     rows = rows.index_put((target.reshape(-1).long(),), visual_embeds.reshape(-1, width))
     return rows.reshape(batch, positions + 1, width)[:, :positions]
-
-
-def decoder_inputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
-    """Inputs of the decoder graph in order. T counts tiles and G groups of the cache, N its text rows."""
-    rows = layout.info.position_rows
-    calls = (
-        TensorSpec("input_ids", "int32", ("B", "S")),
-        TensorSpec("position_ids", "int32", ("B", "S") if rows == 1 else ("B", rows, "S")),
-        TensorSpec("visual_embeds", layout.info.dtype, ("B", "Nv", layout.info.embed_width)),
-        TensorSpec("visual_index", "int32", ("B", "Nv")),
-        TensorSpec("text_index", "int32", ("B", "Nt")),
-        TensorSpec("last_index", "int32", ("B",)),
-        TensorSpec("slot", "int32", ("B",)),
-    )
-    window = (TensorSpec("window_start", "int32", ("B", 2, "S")),) if layout.info.sliding_window else ()
-    return (*calls, *_counts(""), *window, *_caches("past", layout))
-
-
-def decoder_outputs(layout: CacheLayout) -> tuple[TensorSpec, ...]:
-    """Outputs of the decoder graph in order."""
-    logits = TensorSpec("logits", "float32", ("B", layout.info.vocab_size))
-    return (logits, *_counts("_out"), *_caches("present", layout))
-
-
-def _counts(suffix: str) -> tuple[TensorSpec, ...]:
-    return (
-        TensorSpec(f"visual_count{suffix}", "int32", ("Bc", "G")),
-        TensorSpec(f"text_count{suffix}", "int32", ("Bc",)),
-    )
-
-
-def _caches(prefix: str, layout: CacheLayout) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(f"{prefix}.{layer}.{name}", dtype, shape)
-        for layer in layout.stored_layers
-        for name, (dtype, shape) in layout.layer_tensors(layer, "Bc", "T", "G", "N").items()
-    )
 
 
 def _range(length: int, like: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vkvx.manifest import ModelInfo, TensorSpec
 from vkvx.models.family import Family
 
 EAGER, PACKED = "eager", "vkvx_flash_vision"
@@ -97,8 +96,3 @@ class VisionGraph(nn.Module):
         """Pixel inputs as the family describes them; returns image_embeds [tokens of all pictures, hidden]."""
         cast = (x.to(self.dtype) if x.is_floating_point() else x for x in pixel_inputs)
         return self.family.image_embeds(self.model, *cast, **{name: getattr(self, name) for name in self.constants})
-
-
-def vision_outputs(model: ModelInfo, rows: str) -> tuple[TensorSpec, ...]:
-    """Output of the vision graph; ``rows`` says how many tokens all pictures have, such as ``"256*P"``."""
-    return (TensorSpec("image_embeds", model.dtype, (rows, model.embed_width)),)

@@ -17,6 +17,8 @@ from vkvx.errors import InputError
 from vkvx.manifest import TensorSpec
 from vkvx.models.pictures.base import Encoded, Taken, pattern, taps
 
+MOST_TOKENS = 1 << 22
+"""Of the tiles of one picture."""
 SLACK = 1.1
 """Features are scaled down where their side is more than this times that of the most tiles."""
 
@@ -42,12 +44,16 @@ class AnyRes:
     frame_options: ClassVar[Mapping[str, Any]] = {}
     call_options: ClassVar[Mapping[str, Any]] = {}
     limited: ClassVar[bool] = False
+    pixel_rows: ClassVar[str] = "P"
+    """Axis 0 of the vision graph's ``pixel_values``: tiles."""
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 
     def __post_init__(self) -> None:
         if min(self.side, self.tile_pixels, *(min(grid) for grid in self._grids or [(0, 0)])) < 1:
             raise ValueError("side, tile_pixels and grids must be positive")
+        if max(rows * columns for rows, columns in self._grids) * self.side**2 > MOST_TOKENS:
+            raise ValueError(f"the tiles of a grid must have at most {MOST_TOKENS} tokens")
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs of the vision graph besides pixels, in the order of :meth:`packing`; M counts visual tokens."""

@@ -44,18 +44,27 @@ class Grid:
     rows: ClassVar[str] = "M"
     """Of the vision graph's output, which are visual tokens."""
 
+    def __post_init__(self) -> None:
+        if self.merge < 1 or (self.table and self.kernel not in KERNELS):
+            raise ValueError(f"merge must be positive, kernel one of {', '.join(KERNELS)}")
+
+    @property
+    def pixel_rows(self) -> str:
+        """Axis 0 of the vision graph's ``pixel_values``: patches."""
+        return f"{self.merge**2}*M"
+
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs of the vision graph besides pixels, in the order of :meth:`geometry`; M counts visual tokens."""
         unit, specs = self.merge**2, []
-        specs.append(TensorSpec("position_ids", "int32", (f"{unit}*M", 2)))
+        specs.append(TensorSpec("position_ids", "int32", (self.pixel_rows, 2)))
         if self.window:
             specs.append(TensorSpec("window_index", "int32", ("M",)))
             specs.append(TensorSpec("window_patches", "int32", ("W", self.window**2 * unit)))
-            specs.append(TensorSpec("window_place", "int32", (f"{unit}*M",)))
+            specs.append(TensorSpec("window_place", "int32", (self.pixel_rows,)))
         if self.table:
             count = KERNELS[self.kernel] ** 2
-            specs.append(TensorSpec("table_index", "int32", (f"{unit}*M", count)))
-            specs.append(TensorSpec("table_weight", "float32", (f"{unit}*M", count)))
+            specs.append(TensorSpec("table_index", "int32", (self.pixel_rows, count)))
+            specs.append(TensorSpec("table_weight", "float32", (self.pixel_rows, count)))
         if self.raster:
             specs.append(TensorSpec("merge_index", "int32", ("M", unit)))
         return tuple(specs)

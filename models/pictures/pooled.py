@@ -28,12 +28,16 @@ class PooledPatches:
         if self.pool < 1:
             raise ValueError("pool must be positive")
 
+    @property
+    def pixel_rows(self) -> str:
+        """Axis 0 of the vision graph's ``pixel_values``: patches."""
+        return f"{self.pool**2}*M"
+
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs of the vision graph besides pixels; M counts visual tokens."""
-        unit = self.pool**2
         return (
-            TensorSpec("image_position_ids", "int32", (f"{unit}*M", 2)),
-            TensorSpec("pool_index", "int32", ("M", unit)),
+            TensorSpec("image_position_ids", "int32", (self.pixel_rows, 2)),
+            TensorSpec("pool_index", "int32", ("M", self.pool**2)),
         )
 
     def encode(self, features: Mapping[str, Any], image_token: str) -> Encoded:

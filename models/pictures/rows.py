@@ -35,15 +35,19 @@ class PatchRows:
         if min(self.merge, self.patch) < 1:
             raise ValueError("merge and patch must be positive")
 
-    def inputs(self, channels: int) -> tuple[TensorSpec, ...]:
-        """All inputs of the vision graph, for patches of so many channels; M counts visual tokens, N patches.
+    @property
+    def pixel_rows(self) -> str:
+        """Axis 0 of the vision graph's ``pixel_values``: patches."""
+        return "N" if self.merge > 1 else "M"
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Inputs of the vision graph besides pixels; M counts visual tokens, N patches.
 
         ``position_ids`` are row and column of each patch, ``merge_index`` the patches of each token.
         """
-        patches = "N" if self.merge > 1 else "M"
-        pixels = TensorSpec("pixel_values", "float32", (patches, channels, self.patch, self.patch))
-        specs = (pixels, TensorSpec("position_ids", "int32", (patches, 2)))
-        return specs if self.merge == 1 else (*specs, TensorSpec("merge_index", "int32", ("M", self.merge**2)))
+        positions = TensorSpec("position_ids", "int32", (self.pixel_rows, 2))
+        merged = TensorSpec("merge_index", "int32", ("M", self.merge**2))
+        return (positions,) if self.merge == 1 else (positions, merged)
 
     def largest(self, tokens: int) -> dict[str, int]:
         """Patches that fill no token stand at two sides: so many for a picture about as high as wide."""

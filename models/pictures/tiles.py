@@ -29,6 +29,12 @@ class Tiles:
 
     call_options: ClassVar[Mapping[str, Any]] = {}
     limited: ClassVar[bool] = False
+    pixel_rows: ClassVar[str] = "P"
+    """Axis 0 of the vision graph's ``pixel_values``: tiles."""
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Of the vision graph besides pixels: none."""
+        return ()
 
     @property
     def rows(self) -> str:
@@ -81,6 +87,12 @@ class TileGrid:
 
     call_options: ClassVar[Mapping[str, Any]] = {"return_row_col_info": True}
     limited: ClassVar[bool] = False
+    pixel_rows: ClassVar[str] = "P"
+    """Axis 0 of the vision graph's ``pixel_values``: tiles."""
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Of the vision graph besides pixels: none."""
+        return ()
 
     @property
     def rows(self) -> str:
@@ -99,7 +111,8 @@ class TileGrid:
         text = ""
         for row in range(rows):
             for column in range(columns):
-                text += f"{self.around}{self.tile.format(row=row + 1, column=column + 1)}{visual}"
+                mark = self.tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1))
+                text += f"{self.around}{mark}{visual}"
             text += "\n"
         if text:
             text += "\n"

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from vkvx.errors import CapacityError, DependencyError, OptionError
-from vkvx.manifest import Manifest, Progress
+from vkvx.manifest import Progress
 from vkvx.models.pictures.base import prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.runtime.backends import golden
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
+from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.calls import build_call
 from vkvx.runtime.engines.gpus import load_cuda
 
@@ -102,7 +103,7 @@ def bench_bundle(
 
     Raises what opening raises, and CapacityError if a sequence is longer than the model's positions.
     """
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     found = choose_backend(backend, bundle, manifest, provider, threads)
     if verify:
         manifest.verify(bundle, progress)

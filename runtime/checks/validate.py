@@ -24,6 +24,7 @@ from vkvx.models.registry import read_bundle, resolve_origin, sample_pages
 from vkvx.packages import TORCH, require
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, choose_backend, open_backend
+from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.calls import Call, build_call, place_embeds
 from vkvx.runtime.checks.packed import Finding, Packed, compare
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
@@ -202,7 +203,7 @@ def validate_bundle(
             raise OptionError(f"{name} {value} is not supported: give a number of at least 0")
     report_progress = progress or (lambda stage, done, total: None)
     directory = Path(bundle)
-    manifest = Manifest.load(directory)
+    manifest = load_manifest(directory)
     choose_backend(backend, directory, manifest, "auto" if engines else provider)
     source = None if engines else _reference(directory, manifest, model)
     manifest.verify(directory, report_progress)

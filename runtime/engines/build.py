@@ -16,8 +16,10 @@ from typing import Any
 
 from vkvx import __version__
 from vkvx.errors import BuildError, DependencyError, EngineError, StorageError
+from vkvx.graph_files import read_graph
 from vkvx.manifest import FileInfo, Manifest, Progress, sha256
 from vkvx.plugins import build as plugin_build
+from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.engines.gpus import Gpu, list_gpus, use_gpu
 from vkvx.runtime.engines.gpus import capabilities as capabilities_of
 from vkvx.runtime.engines.library import PLUGIN_LIBRARIES, TensorRTLibrary, load, plugin
@@ -132,7 +134,7 @@ def predicted_memory(library: TensorRTLibrary, bundle: Path, manifest: Manifest,
 
 
 def _plan(bundle: Path, options: BuildOptions, verbose: bool) -> _Job:
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     if manifest.model.linear_layers:
         raise BuildError(
             f"{len(manifest.model.linear_layers)} layers of the model are linear attention, whose states no engine "
@@ -249,11 +251,9 @@ def _up_to_date(job: _Job) -> EngineManifest | None:
 
 def _weight_bytes(bundle: Path, manifest: Manifest) -> dict[str, int]:
     """Bytes of the weights of each engine: external data that its graph refers to."""
-    import onnx
-
     sizes = {}
     for name in ORDER:
-        model = onnx.load(str(bundle / manifest.graphs[name].file), load_external_data=False)
+        model = read_graph(bundle, manifest, name)
         entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
         sizes[name] = sum(int(entry.value) for entry in entries if entry.key == "length")
     return sizes

@@ -8,14 +8,17 @@ ignores keys it does not know: whatever changes the meaning of a directory raise
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from vkvx import typed_json
 from vkvx.errors import EngineError
+from vkvx.graph_specs import DTYPES, Graph, TensorSpec, difference
 from vkvx.manifest import FILE_NAME as BUNDLE_FILE_NAME
 from vkvx.manifest import FileInfo, ManifestFile, ManifestKind
+from vkvx.typed_json import Dim, Entries, Index, OneOf, Sha256, Size, Written
 
 FILE_NAME = "engine.json"
 FORMAT = "vkvx-engines"
@@ -25,6 +28,7 @@ FOLDER = "engines"
 BACKENDS = ("tensorrt", "rtx")
 DECODER, VISION = "decoder", "vision"
 PREFILL, DECODE = "prefill", "decode"
+Capability = Annotated[str, Written(r"\d{1,2}\.\d", "a compute capability such as 8.9")]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class PluginInfo:
     in ``decoder.engine`` and therefore no file there."""
 
     file: str
-    sha256: str
+    sha256: Sha256
     embedded: bool
 
 
@@ -47,22 +51,22 @@ class Limits:
     visual tokens of a picture where pictures are grids of patches.
     """
 
-    batch_size: int
-    slots: int
-    input_len: int
-    visual_tokens: int
-    text_tokens: int
-    pictures: int
+    batch_size: Size
+    slots: Size
+    input_len: Size
+    visual_tokens: Index
+    text_tokens: Size
+    pictures: Size
 
 
 @dataclass(frozen=True)
 class Profile:
     """An optimisation profile. ``shapes`` maps each input of the engine to its least, best and largest shape."""
 
-    engine: str
-    index: int
+    engine: Annotated[str, OneOf((DECODER, VISION))]
+    index: Index
     name: str
-    shapes: dict[str, tuple[tuple[int, ...], ...]]
+    shapes: dict[str, Annotated[tuple[tuple[Index, ...], ...], Entries(3, 3)]]
 
     def takes(self, tensor: str, shape: Sequence[int]) -> bool:
         """Whether a tensor may have this shape."""
@@ -75,10 +79,10 @@ class EngineTensor:
     """An input or output of an engine. ``kind`` is input or output; ``shape`` holds sizes and names of dimensions."""
 
     name: str
-    kind: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    engine: str
+    kind: Annotated[str, OneOf(("input", "output"))]
+    dtype: Annotated[str, OneOf(DTYPES)]
+    shape: tuple[Dim, ...]
+    engine: Annotated[str, OneOf((DECODER, VISION))]
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ class EngineInfo:
     """One engine file. ``plugin_layers`` of its ``network_layers`` layers (before fusion) are the operator's."""
 
     file: str
-    network_layers: int
-    plugin_layers: int
+    network_layers: Index
+    plugin_layers: Index
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,11 @@ class EngineManifest(ManifestFile):
     )
 
     vkvx_version: str
-    operator_version: int
-    backend: str
+    operator_version: Index
+    backend: Annotated[str, OneOf(BACKENDS)]
     library_version: str
-    compute_capabilities: tuple[str, ...]
-    bundle_hash: str
+    compute_capabilities: Annotated[tuple[Capability, ...], Entries(1, 64)]
+    bundle_hash: Sha256
     plugin: PluginInfo | None
     limits: Limits
     empty_visual_index: bool
@@ -141,6 +145,14 @@ class EngineManifest(ManifestFile):
                 f"run `vkvx build {bundle}` again"
             )
 
+    def check_graphs(self, graphs: Mapping[str, Graph]) -> None:
+        """Raise EngineError unless the engines have the inputs and outputs of the bundle's ``graphs``."""
+        for name in (DECODER, VISION):
+            for kind, specs in (("input", graphs[name].inputs), ("output", graphs[name].outputs)):
+                given = [TensorSpec(one.name, one.dtype, one.shape) for one in self.engine_tensors(name, kind)]
+                if words := difference(given, specs):
+                    raise self.kind.failure(f"{kind}s of the {name} engine and the bundle's graph differ: {words}")
+
     def profile(self, engine: str, name: str) -> Profile:
         """The profile of an engine by its name; KeyError if there is none."""
         for profile in self.profiles:
@@ -154,8 +166,6 @@ class EngineManifest(ManifestFile):
 
     def _check(self) -> None:
         require = self.kind.require
-        require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
-        require(bool(self.compute_capabilities), "compute_capabilities", "a list of at least one", [])
         for name in (DECODER, VISION):
             require(name in self.engines, "engines", f'an object with the key "{name}"', sorted(self.engines))
         for name in self.files:
@@ -171,7 +181,7 @@ class EngineManifest(ManifestFile):
             inputs = {name for engine, kind, name in names if (engine, kind) == (profile.engine, "input")}
             require(set(profile.shapes) == inputs, where, f"those of {sorted(inputs)}", sorted(profile.shapes))
             for shapes in profile.shapes.values():
-                fits = len(shapes) == 3 and len({len(shape) for shape in shapes}) == 1
+                fits = len({len(shape) for shape in shapes}) == 1
                 require(fits, where, "three of one length for each input", shapes)
         for name in (PREFILL, DECODE):
             known = any((profile.engine, profile.name) == (DECODER, name) for profile in self.profiles)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vkvx.errors import OptionError, StorageError
-from vkvx.manifest import FILE_NAME, Manifest, Progress
+from vkvx.manifest import FILE_NAME, Progress
 from vkvx.runtime.backends.registry import BACKENDS
 from vkvx.runtime.engines.manifest import BACKENDS as ENGINE_BACKENDS
 from vkvx.storage import can_share_blocks, check_room, share_blocks
@@ -107,7 +107,7 @@ def write_triton_repository(
     """
     gpus = (None if threads is None else ()) if gpus is None else tuple(gpus)
     source = Path(bundle).expanduser().absolute()
-    manifest = Manifest.load(source)
+    manifest = load_manifest(source)
     model = name or re.sub(r"[^A-Za-z0-9._-]", "-", manifest.model.name)
     _check(model, backend, reference, slots, visual_tokens, text_tokens, threads, environment, gpus, instances)
     target = Path(repository).expanduser().absolute() / model

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from vkvx.errors import BatchError, CapacityError, NumericError
+from vkvx.errors import BatchError, BundleError, CapacityError, NumericError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend, check_open
 from vkvx.runtime.calls import Row, build_call
@@ -169,6 +169,12 @@ class Request:
             if self._progress is not None:
                 self._progress("vision", number, len(self.prepared.vision_calls))
         self._embeds = found
+        made, wanted = sum(embeds.shape[0] for embeds in found), sum(self.prepared.picture_lengths)
+        if made != wanted:
+            raise BundleError(
+                f"the vision graph makes {made} visual tokens of pictures that have {wanted} by the manifest; "
+                "export the model again"
+            )
         return found
 
     @property

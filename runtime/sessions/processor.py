@@ -22,7 +22,7 @@ from vkvx.models.family import Source
 from vkvx.models.pictures.base import Encoded, Filmed, Taken, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
-from vkvx.models.processor_files import ProcessorFiles
+from vkvx.models.processor_files import ProcessorFiles, check_folder, loading
 from vkvx.models.videos import open_videos
 from vkvx.packages import require
 from vkvx.runtime.sessions.marks import LiteralTokenizer, Marks
@@ -100,6 +100,7 @@ class Processor:
         self._videos = open_videos(self._pictures, files.videos, files.images)
         self._video_token = self._pictures.video_mark if isinstance(self._pictures, Filmed) else ""
         self._max_positions = info.max_positions
+        self._vocab_size = info.vocab_size
         self._prompt = info.prompt
         self._picture = info.prompt.picture or self._token
         self._picture_marks = {PLACEHOLDER, self._token, self._picture}
@@ -115,15 +116,14 @@ class Processor:
         """The processor of a bundle. Raises BundleError if its files do not load."""
         require("onnxruntime", "transformers", "jinja2")
         directory = bundle / manifest.processor
-        try:
+        with loading(directory):
+            check_folder(directory, {Path(name).name for name in manifest.files if (bundle / name).parent == directory})
             files = ProcessorFiles.load(directory)
-        except VkvxError:
-            raise
-        except Exception as error:  # transformers raises many kinds for damaged files
-            raise BundleError(
-                f"cannot load the processor in {directory} ({first_line(error)}); export the model again"
-            ) from error
-        return cls(files, manifest.model, manifest.graphs["vision"].inputs)
+            files.check_sizes(open_pictures(manifest.model.pictures).limited)
+            files.check_tokens(
+                manifest.model, lambda words: BundleError(f"{directory}: {words}; export the model again")
+            )
+            return cls(files, manifest.model, manifest.graphs["vision"].inputs)
 
     @classmethod
     def of_checkpoint(cls, source: Source, info: ModelInfo) -> Processor:
@@ -193,6 +193,9 @@ class Processor:
         ids = self._tokenize(split.texts, written, split.literals, first=first)
         if not ids.size:
             raise InputError("the prompt is empty; give at least one character")
+        if (most := int(ids.max())) >= self._vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(most)
+            raise InputError(f"the prompt has the token '{token}', which the model does not know; leave it out")
         lengths = tuple(one.tokens for one in encoded)
         visual = ids == self._image_token_id
         if np.count_nonzero(visual) != sum(lengths):
@@ -402,5 +405,7 @@ def _refusals() -> Iterator[None]:
     """What an image processor raises, as an InputError."""
     try:
         yield
-    except (ValueError, TypeError, KeyError) as error:
+    except (VkvxError, MemoryError):
+        raise
+    except Exception as error:  # whatever settings and shapes that do not suit lead to
         raise InputError(f"the image processor refuses the picture: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from vkvx.errors import InputError, OptionError
 from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.backends.registry import choose_backend
+from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
 from vkvx.runtime.sessions.pictures import Pictures, listed
@@ -72,7 +73,7 @@ class Session:
         Raises BundleError, EngineError, OptionError, DependencyError, DeviceError, CapacityError.
         """
         directory = Path(bundle)
-        manifest = Manifest.load(directory)
+        manifest = load_manifest(directory)
         if slots < 1:
             raise OptionError(f"slots must be at least 1, got {slots}")
         if visual_tokens is not None and visual_tokens < 0:

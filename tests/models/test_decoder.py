@@ -15,14 +15,9 @@ from torch import Tensor, nn
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
+from vkvx.graph_specs import decoder_inputs, decoder_outputs
 from vkvx.manifest import Manifest
-from vkvx.models.graph.decoder import (
-    DecoderGraph,
-    _attention_function,
-    decoder_inputs,
-    decoder_outputs,
-    place_embeds,
-)
+from vkvx.models.graph.decoder import DecoderGraph, _attention_function, place_embeds
 from vkvx.models.graph.metric import model_metrics
 from vkvx.models.registry import resolve
 from vkvx.plugins.operator import OperatorAttributes, layer_attributes

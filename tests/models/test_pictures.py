@@ -15,7 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from vkvx.errors import BundleError, InputError
-from vkvx.manifest import PictureInfo
+from vkvx.manifest import PictureInfo, TensorSpec
 from vkvx.models.family import square_pixels
 from vkvx.models.pictures.anyres import AnyRes
 from vkvx.models.pictures.kinds import describe, open_pictures
@@ -106,7 +106,8 @@ def test_made_up_pictures(tokens: int) -> None:
     """Not all numbers can be had; pictures are whole, and near what is asked for where they come in small steps."""
     tiles, rows = AnyRes(4, 56, "1x2 2x2 3x3"), PatchRows(2, 14)
     square = square_pixels(transformers.CLIPVisionConfig(), 56)
-    for pictures, inputs in ((tiles, (*square, *tiles.inputs())), (rows, rows.inputs(3))):
+    patches = TensorSpec("pixel_values", "float32", (rows.pixel_rows, 3, 14, 14))
+    for pictures, inputs in ((tiles, (*square, *tiles.inputs())), (rows, (patches, *rows.inputs()))):
         found = pictures.example(inputs, tokens)
         assert set(found.arrays) == {spec.name for spec in inputs}
         assert found.tokens == len(found.arrays["pack_index" if pictures is tiles else "merge_index"])

@@ -58,10 +58,10 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Read lines until the end."""
-    from vkvx.manifest import Manifest
+    from vkvx.runtime.bundles import load_manifest
 
     given = generation.given_options(args)
-    manifest = Manifest.load(args.bundle)
+    manifest = load_manifest(args.bundle)
     options = generation.options(args, manifest, given)
     processor = _open_processor(args, manifest, options)
     text_tokens = min(manifest.model.max_positions, TEXT_TOKENS)

@@ -35,12 +35,13 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Read the manifest and the graphs; weights are not read without ``--verify``."""
-    from vkvx.manifest import Manifest
+    from vkvx.graph_files import read_graph
+    from vkvx.runtime.bundles import load_manifest
 
     bundle = Path(args.bundle)
     if (bundle / ENGINE_FILE_NAME).exists():
         return _run_on_engines(bundle, args)
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     if args.verify:
         with terminal.ProgressBar("inspect") as progress:
             manifest.verify(bundle, progress)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         "quantization": manifest.to_json()["quantization"],
         "generation": {**manifest.generation.rules(), "ignored": manifest.generation.ignored},
         "cache": cache_costs(manifest),
-        "graphs": {name: graph_summary(bundle / graph.file) for name, graph in manifest.graphs.items()},
+        "graphs": {name: graph_summary(read_graph(bundle, manifest, name)) for name in manifest.graphs},
         "engines": inspect_engines.listed(bundle),
         "tools": dict(manifest.tools),
     }
@@ -120,16 +121,8 @@ def cache_costs(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def graph_summary(path: Path) -> dict[str, Any]:
-    """Nodes by operator, local functions, opsets and initialisers of an ONNX file, without its weights."""
-    import onnx
-
-    from vkvx.errors import BundleError
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises a type of its own
-        raise BundleError(f"{path} is not a readable ONNX file ({error}); export the model again") from error
+def graph_summary(model: Any) -> dict[str, Any]:
+    """Nodes by operator, local functions, opsets and initialisers of an ONNX ModelProto, without its weights."""
     names = [f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node]
     return {
         "ir_version": model.ir_version,

@@ -57,14 +57,14 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Answer one question."""
-    from vkvx.manifest import Manifest
     from vkvx.runtime.backends.registry import choose_backend
+    from vkvx.runtime.bundles import load_manifest
     from vkvx.runtime.sessions.processor import Processor, user_message
 
     given = generation.given_options(args)
     _check_idle(args)
     prompt = _prompt(args)
-    manifest = Manifest.load(args.bundle)
+    manifest = load_manifest(args.bundle)
     options = generation.options(args, manifest, given)
     choose_backend(args.backend, Path(args.bundle), manifest, args.provider, args.threads)  # tells if it cannot run
     pictures = generation.load_pictures(args.image)  # before the weights: a wrong path is told at once

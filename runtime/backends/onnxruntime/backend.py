@@ -23,6 +23,7 @@ import numpy as np
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import DependencyError
+from vkvx.graph_files import read_graph
 from vkvx.manifest import Manifest
 from vkvx.packages import missing, requirement
 from vkvx.runtime.backends.base import check_machine
@@ -114,7 +115,8 @@ class OnnxRuntimeBackend:
         self._fills_empty = self.provider == "cuda"
         self._weights: list[dict[str, np.ndarray]] = []
         self._vision: Any = None  # opened with the first picture
-        self._decoder = self._open(manifest.graphs["decoder"].file)
+        read_graph(bundle, manifest, "vision")  # what is wrong with it shall be told now
+        self._decoder = self._open("decoder")
         layout = CacheLayout(replace(manifest.model, dtype=dtype), manifest.quantization)
         with explain(self._ort, f"onnxruntime cannot allocate a cache of {slots} slots"):
             self.cache = PackedCache(layout, slots, visual_tokens, text_tokens, self._storage)
@@ -129,7 +131,7 @@ class OnnxRuntimeBackend:
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         graph = self.manifest.graphs["vision"]
         if self._vision is None:
-            self._vision = self._open(graph.file)
+            self._vision = self._open("vision")
         binding = self._vision.io_binding()
         for name, array in pixel_inputs.items():
             binding.bind_ortvalue_input(name, _ort_value(self._ort, array))
@@ -186,8 +188,9 @@ class OnnxRuntimeBackend:
         binding.bind_ortvalue_output("text_count_out", _ort_value(ort, self._text_count_out))
         return binding
 
-    def _open(self, file: str) -> Any:
-        ort = self._ort
+    def _open(self, name: str) -> Any:
+        ort, path = self._ort, self._bundle / self.manifest.graphs[name].file
+        read = read_graph(self._bundle, self.manifest, name)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
@@ -197,18 +200,19 @@ class OnnxRuntimeBackend:
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.provider == "cuda":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": 0}))
-        path = self._bundle / file
         model: Any = str(path)
-        if self._widen:
-            from vkvx.runtime.backends.onnxruntime.bf16 import widen
-
-            model, values = widen(path)
-            options.add_external_initializers(list(values), [_ort_value(ort, array) for array in values.values()])
-            self._weights.append(values)  # onnxruntime does not copy them
-        elif not overloads.are_known(ort.__version__):
-            model = overloads.read_separated(path)
-            options.add_session_config_entry(overloads.FOLDER_ENTRY, str(path.parent))
         with explain(ort, f"onnxruntime cannot load {path}"):
+            if self._widen:
+                from vkvx.runtime.backends.onnxruntime.bf16 import widen
+
+                values = widen(read, path.parent)
+                options.add_external_initializers(list(values), [_ort_value(ort, array) for array in values.values()])
+                self._weights.append(values)  # onnxruntime does not copy them
+                model = read.SerializeToString()
+            elif not overloads.are_known(ort.__version__):
+                overloads.separate(read)
+                options.add_session_config_entry(overloads.FOLDER_ENTRY, str(path.parent))
+                model = read.SerializeToString()
             session = ort.InferenceSession(model, options, providers=providers)
         if self.provider == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
             raise DependencyError(

@@ -12,24 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.packages import missing
 from vkvx.runtime.backends.onnxruntime.overloads import separate
 
 
-def widen(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Read an ONNX file and return it with float32 in place of bfloat16, serialised.
+def widen(model: Any, folder: Path) -> dict[str, np.ndarray]:
+    """Put float32 in place of bfloat16 in an ONNX ModelProto, whose weights lie in files of ``folder``.
 
-    Its initializers in external files come apart, by name, to be handed to onnxruntime as external initializers.
+    Returns its initializers in external files, by name, to be handed to onnxruntime as external initializers.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing("onnx", error) from error
-    model = onnx.load(str(path), load_external_data=False)
+    import onnx
+
     values: dict[str, np.ndarray] = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            values[tensor.name] = _read(tensor, path.parent, onnx)
+            values[tensor.name] = _read(tensor, folder, onnx)
     graphs = [model.graph]
     for body in (model.graph, *model.functions):
         _widen_infos(body.value_info, onnx)
@@ -42,7 +38,7 @@ def widen(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
         for tensor in graph.initializer:
             _widen_tensor(tensor, onnx)
     separate(model)
-    return model.SerializeToString(), values
+    return values
 
 
 def _read(tensor: Any, folder: Path, onnx: Any) -> np.ndarray:

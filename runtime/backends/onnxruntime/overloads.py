@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
-
-from vkvx.packages import missing
 
 KNOWN_SINCE = (1, 27)
 """Versions from here on call the function whose overload a node names."""
@@ -25,17 +22,6 @@ def separate(model: Any) -> None:
         function.name, function.overload = _name(function.name, function.overload), ""
     for node in model.graph.node:
         node.op_type, node.overload = _name(node.op_type, node.overload), ""
-
-
-def read_separated(path: Path) -> bytes:
-    """An ONNX file with its functions told apart by name, serialised; its weights stay in their files."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing("onnx", error) from error
-    model = onnx.load(str(path), load_external_data=False)
-    separate(model)
-    return model.SerializeToString()
 
 
 def _name(name: str, overload: str) -> str:

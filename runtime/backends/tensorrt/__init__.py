@@ -54,6 +54,7 @@ def _open(
     from vkvx.runtime.backends.tensorrt.device import Device
     from vkvx.runtime.backends.tensorrt.engine import open_engines
 
+    found.manifest.check_graphs(manifest.graphs)
     device = Device(found.gpu)
     engines = open_engines(found.directory, found.manifest, verify=verify)
     capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}

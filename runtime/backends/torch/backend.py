@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from vkvx.errors import CapacityError, OptionError
+from vkvx.graph_specs import decoder_inputs
 from vkvx.manifest import Manifest
 from vkvx.models.family import Family
-from vkvx.models.graph.decoder import DecoderGraph, Observer, decoder_inputs
+from vkvx.models.graph.decoder import DecoderGraph, Observer
 from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import MAX_HEAD_DIM
@@ -59,6 +60,10 @@ class DeviceEmbeds:
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         self.tensor, self._stream = tensor, stream
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         with torch.cuda.stream(self._stream):

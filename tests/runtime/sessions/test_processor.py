@@ -22,7 +22,7 @@ from PIL import Image
 
 import vkvx.models.tiny_llava
 from vkvx.errors import BundleError, InputError
-from vkvx.manifest import Manifest, PictureInfo, TensorSpec
+from vkvx.manifest import FileInfo, Manifest, PictureInfo, TensorSpec
 from vkvx.runtime.sessions import pictures
 from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.pictures import load_picture
@@ -33,18 +33,24 @@ TOKENS = 576
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe the page."}]}]
 
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja")
+
+
 def manifest() -> Manifest:
     base = fake_manifest()
     vision = replace(base.graphs["vision"], inputs=(TensorSpec("pixel_values", "float32", ("P", 3, 336, 336)),))
     pictures = PictureInfo("tiles", {"tile_tokens": TOKENS}, {})
-    return replace(base, model=replace(base.model, pictures=pictures), graphs={**base.graphs, "vision": vision})
+    files = {f"processor/{name}": FileInfo(0, "") for name in FILES}
+    graphs = {**base.graphs, "vision": vision}
+    model = replace(base.model, pictures=pictures, vocab_size=512)
+    return replace(base, model=model, graphs=graphs, files=base.files | files)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bundle")
     (directory / "processor").mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+    for name in FILES:
         shutil.copy(MODEL / name, directory / "processor")
     return directory
 
