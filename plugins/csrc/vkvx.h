@@ -144,7 +144,8 @@ int vkvx_attention(const VkvxParams* params, void* stream);
 int vkvx_append(const VkvxParams* params, void* stream);
 /* Chooses each row's next token: greedily, or by chance among the likeliest. Tokens of `excluded`
  * are never chosen, those of `seen` by penalised logits. A token is -1 where a logit is NaN or the
- * greatest infinite, -2 where no token is left. Needs no workspace. docs/kernels.md has the rules. */
+ * greatest infinite, -2 where no token is left. Needs no workspace. docs/kernels.md has the rules.
+ */
 int vkvx_sample(const VkvxSampleParams* params, void* stream);
 
 #ifdef __cplusplus

@@ -13,6 +13,7 @@ from pathlib import Path
 from vkvx.errors import OptionError, StorageError
 from vkvx.manifest import FILE_NAME, Progress
 from vkvx.runtime.backends.registry import BACKENDS
+from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.engines.manifest import BACKENDS as ENGINE_BACKENDS
 from vkvx.storage import can_share_blocks, check_room, share_blocks
 
