@@ -85,6 +85,7 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 
 
 _LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+_LINEAR = _rope("linear", factor=3.0)
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=32)
 _YARN_PADDED = {**_YARN, "vocab_size": 1000}
 _TIED = {"tie_word_embeddings": True}
@@ -99,7 +100,7 @@ VARIANTS = (
     Variant("llama", "llama", (4, 2, 64), "clip", (56, 14), 16),
     Variant("llama-each", "llama", (3, 3, 64), "clip", (56, 14), 16, quantizer="minmax"),
     Variant("llama-single", "llama", (6, 1, 64), "clip", (56, 14), 16, quantizer="lloyd"),
-    Variant("llama-96", "llama", (4, 2, 96), "clip", (56, 14), 16, often=True, text=_LLAMA3),
+    Variant("llama-96", "llama", (4, 2, 96), "clip", (61, 14), 16, quantizer="lloyd", often=True, text=_LLAMA3),
     Variant("llama-256", "llama", (2, 1, 256), "clip", (56, 14), 16),
     Variant("llama-32", "llama", (6, 3, 32), "clip", (56, 14), 16),
     Variant("llama-512", "llama", (2, 1, 512), "clip", (42, 14), 9),
@@ -131,7 +132,7 @@ VARIANTS = (
         16,
         ([-3, -1], "default"),
         often=True,
-        text=_TIED,
+        text={**_LINEAR, **_TIED},
         generation=_RULES,
     ),
     Variant("layers-full", "mistral", (4, 2, 64), "clip", (56, 14), 17, ([0, 1, -1], "full"), more=_NO_BIAS),
@@ -145,7 +146,7 @@ VARIANTS = (
     Variant("tied", "llama", (4, 2, 64), "clip", (56, 14), 16, text=_TIED, generation=_SAMPLED),
     Variant("tied-padded", "qwen3", (4, 1, 96), "siglip", (57, 14), 16, _LAST, text={"vocab_size": 640, **_TIED}),
     # rotary embeddings
-    Variant("rope-linear", "llama", (4, 2, 64), "clip", (56, 14), 16, text=_rope("linear", factor=3.0)),
+    Variant("rope-linear", "llama", (4, 2, 64), "clip", (56, 14), 16, text=_LINEAR),
     Variant("rope-llama3", "llama", (4, 2, 64), "clip", (56, 14), 16, text=_LLAMA3),
     Variant("rope-yarn", "qwen3", (4, 2, 64), "clip", (56, 14), 16, text=_YARN),
     Variant(

@@ -219,10 +219,35 @@ def test_other_scales_are_refused(checkpoint: Path, model: Any) -> None:
         model.model.language_model.layers[1].self_attn.scaling = decoder.info.layers[0].scale
 
 
+def attention_layer(causal: bool = True) -> Any:
+    """Layer 0 of a model of 64 positions."""
+    layer: Any = nn.Module()
+    layer.layer_idx, layer.is_causal = 0, causal
+    layer.config = SimpleNamespace(max_position_embeddings=64)
+    return layer
+
+
+@pytest.mark.parametrize("window", [64, 65])
+def test_a_window_over_all_positions_is_none(window: int) -> None:
+    tensors = (torch.zeros(1, 1, 1, 32),) * 3
+
+    class Plain:
+        attributes = (OperatorAttributes(),)
+
+        def __call__(self, layer: int, query: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            return query
+
+    options: dict[str, Any] = {"scaling": 1.0, "vkvx_attention": Plain()}
+    output, _ = _attention_function(attention_layer(), *tensors, None, sliding_window=window, **options)
+    assert output.shape == (1, 1, 1, 32)
+
+
 @pytest.mark.parametrize(
     ("declared", "causal", "given", "words"),
     [
         ({}, True, {"sliding_window": 24}, "layer 0 attends with sliding_window 24, expected 0"),
+        ({}, True, {"sliding_window": 63}, "layer 0 attends with sliding_window 63, expected 0"),
+        ({"sliding_window": 24}, True, {"sliding_window": 64}, "sliding_window 64, expected 24"),
         ({"sliding_window": 24}, True, {"sliding_window": 25}, "sliding_window 25, expected 24"),
         ({"sliding_window": 24}, True, {"sliding_window": None}, "sliding_window 0, expected 24"),
         ({}, True, {"softcap": 50.0}, r"softcap 50\.0, expected 0"),
@@ -234,8 +259,8 @@ def test_other_scales_are_refused(checkpoint: Path, model: Any) -> None:
 def test_other_attention_than_declared_is_refused(
     declared: dict[str, Any], causal: bool, given: dict[str, Any], words: str
 ) -> None:
-    layer, attention = nn.Module(), SimpleNamespace(attributes=[OperatorAttributes(**declared)])
-    layer.layer_idx, layer.is_causal = 0, causal  # type: ignore[assignment]
+    attention = SimpleNamespace(attributes=[OperatorAttributes(**declared)])
+    layer = attention_layer(causal)
     tensors = (torch.zeros(1, 1, 1, 32),) * 3
     with pytest.raises(ModelError, match=words):
         _attention_function(layer, *tensors, None, scaling=1.0, vkvx_attention=attention, **given)
