@@ -85,20 +85,23 @@ def test_a_bundle_finds_its_checkpoint_again(checkpoint: Path, tmp_path: Path, m
         assert origin in ("../tiny-random", "../../tiny-random")
         info = replace(source.info("float16"), source=origin)
         bundle.mkdir(parents=True)
-        assert resolve_origin(bundle, info).directory == source.directory
+        assert resolve_origin(bundle, info, None, "do without").directory == source.directory
         monkeypatch.chdir(bundle.parent)
-        assert resolve_origin(Path("bundle"), info).directory == source.directory
-        with pytest.raises(ModelError, match=r"no checkpoint at .*tiny-random any more; give model= \(--model\)"):
-            resolve_origin(tmp_path / "bundle", info)
-        assert resolve_origin(tmp_path / "bundle", info, str(checkpoint)).directory == source.directory
+        assert resolve_origin(Path("bundle"), info, None, "do without").directory == source.directory
+        with pytest.raises(
+            ModelError,
+            match=r"exported from is not there \(.*tiny-random.*\); give model= \(--model\) .* or do without$",
+        ):
+            resolve_origin(tmp_path / "bundle", info, None, "do without")
+        assert resolve_origin(tmp_path / "bundle", info, str(checkpoint), "").directory == source.directory
     assert origin_for(source, Path("/nowhere/bundle")) == ""
     with pytest.raises(ModelError, match=r"where the checkpoint 'tiny-random' is; give model= \(--model\)"):
-        resolve_origin(tmp_path, replace(info, source=""))
+        resolve_origin(tmp_path, replace(info, source=""), None, "do without")
     tiny = resolve("tiny-llava")
     assert origin_for(tiny, tmp_path) == "tiny-llava"
-    assert resolve_origin(tmp_path, tiny.info("float16")).directory == tiny.directory
+    assert resolve_origin(tmp_path, tiny.info("float16"), None, "").directory == tiny.directory
     old = replace(info, source=str(checkpoint.resolve()))  # as bundles were written before
-    assert resolve_origin(tmp_path, old).directory == source.directory
+    assert resolve_origin(tmp_path, old, None, "").directory == source.directory
 
 
 def test_generation_config_may_list_ends(checkpoint: Path, tmp_path: Path) -> None:
