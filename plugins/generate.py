@@ -37,6 +37,7 @@ _HEADER_PART = """\
 /* clang-format off */
 #define VKVX_ABI_VERSION {version}
 #define VKVX_MAX_HEAD_DIM {head_dim}
+#define VKVX_MAX_VOCAB {vocab}
 
 {enumerations}
 /* Kernels of the attention: the fastest that takes the shape, or a certain one (for tests and measurements). */
@@ -171,6 +172,7 @@ def header(text: str, table: Table = OperatorAttributes) -> str:
     part = _HEADER_PART.format(
         version=c_interface.ABI_VERSION,
         head_dim=c_interface.MAX_HEAD_DIM,
+        vocab=c_interface.MAX_VOCAB,
         enumerations=_lines(map(_enum, (c_interface.RESULTS, *known.values()))),
         kernels=_enum(kernels),
         fields=_lines(_declaration(field, known.get(field.name)) for field in struct_fields(table)),

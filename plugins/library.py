@@ -17,6 +17,7 @@ from vkvx.errors import DependencyError, OptionError, VkvxError
 from vkvx.plugins import c_interface
 from vkvx.plugins.c_interface import ABI_VERSION
 from vkvx.plugins.c_interface import MAX_HEAD_DIM as MAX_HEAD_DIM
+from vkvx.plugins.c_interface import MAX_VOCAB as MAX_VOCAB
 from vkvx.plugins.operator import OperatorAttributes
 
 DTYPES = c_interface.DTYPES.numbers

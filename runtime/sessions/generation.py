@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -109,7 +110,6 @@ class Request:
         self._sampler = Sampler(options, model.vocab_size, processor.placeholder_ids, self._eos)
         self._launched = 0  # calls that choose a token of the answer
         self._read = 0  # of them, those whose tokens are known
-        self._failed = False
         self._excluded: tuple[int, ...] | None = None  # what the backend knows; None: nothing of this request
         self._decoder = IncrementalDecoder(processor.decode)
         self._stops = StopStrings(options.stop)
@@ -206,7 +206,7 @@ class Request:
         self._excluded = excluded
         return SampledRow(
             options.temperature,
-            options.top_k,
+            min(options.top_k, self._backend.manifest.model.vocab_size),
             options.top_p,
             options.repetition_penalty,
             options.seed,
@@ -215,9 +215,11 @@ class Request:
         )
 
     @property
-    def looks_back(self) -> bool:
-        """Whether the choice of a token depends on those before it in a way that only the host knows."""
-        return self._sampler.looks_back
+    def needs_host(self) -> bool:
+        """Whether the host has to know a token before the next is chosen: rules look back, or what is fed too much
+        could not be taken back from a slot that goes on, as states of linear attention cannot."""
+        is_linear = bool(self._backend.manifest.model.linear_layers)
+        return self._sampler.looks_back or (is_linear and not self.owns_slot)
 
     def choose(self, logits: np.ndarray) -> Choice:
         """The next token from logits [V], on the host. Raises NumericError and OptionError."""
@@ -238,7 +240,6 @@ class Request:
         try:
             token, logprob = checked(choice)
         except Exception as error:
-            self._failed = True
             if not isinstance(error, NumericError):
                 raise
             assert self.slot is not None
@@ -288,8 +289,7 @@ class Request:
             cache.release(self.slot)
         elif cache.length(self.slot) == self._start:
             del self.history[self._base :]
-        elif not self._backend.manifest.model.linear_layers or self._failed:
-            # What a call under way feeds is not part of the history; states of linear attention cannot be taken back.
+        else:  # what a call under way feeds is not part of the history
             fed = self._base + len(self.prepared.token_ids) + max(0, self._read - 1)
             cache.retract(self.slot, cache.length(self.slot) - fed)
 
@@ -320,6 +320,7 @@ class Scheduler:
         self._live = list[Request]()
         self._flight: _Flight | None = None
         self._last_result = 0.0  # when the tokens of a call were read last
+        self._left = 0.0  # when the last step ended
         self._owed = 0.0  # seconds of decoding, before the next prefill
 
     @property
@@ -357,8 +358,9 @@ class Scheduler:
         """
         check_open(self._backend)
         results = list[Chunk | Failure]()
-        requests = (*self._live, *self._waiting)
-        ahead = self._backend.samples and not any(request.looks_back for request in requests)
+        self._skip_idle_time()
+        next_ones = islice(self._waiting, len(self._backend.cache.free_slots) + 1)
+        ahead = self._backend.samples and not any(one.needs_host for one in (*self._live, *next_ones))
         if not ahead:
             self._collect(results)
         launched = self._launch(results, ahead)
@@ -369,19 +371,30 @@ class Scheduler:
             self._collect(results)
         if not self._live:
             self._flight = None  # what is under way belongs to nobody
+        self._left = time.perf_counter()
         return results
 
     def close(self) -> None:
         """End all requests."""
         self._waiting.clear()
-        self._flight = None
+        self._flight, self._owed = None, 0.0
         while self._live:
             self._live.pop().leave()
+
+    def _skip_idle_time(self) -> None:
+        """Between steps others have the thread: what they take is no time of the call that is under way."""
+        if self._flight is not None:
+            idle = time.perf_counter() - self._left
+            self._flight.started += idle
+            self._last_result += idle
 
     def _launch(self, results: list[Chunk | Failure], ahead: bool) -> _Flight | None:
         started = time.perf_counter()
         had_live = bool(self._live)
         starting = self._start()
+        if starting:  # the host waits for vision towers and prompts; tokens of others come before
+            self._collect(results)
+            started = time.perf_counter()
         embeds = list[Any]()
         for request in list(starting):
             try:
@@ -436,6 +449,8 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self._live.remove(request)
         request.leave()
+        if not self._live:
+            self._flight, self._owed = None, 0.0  # what is under way belongs to nobody
 
 
 def run(backend: Backend, requests: Sequence[Request]) -> Generator[Chunk, None, None]:

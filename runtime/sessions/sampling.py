@@ -43,7 +43,7 @@ _TYPES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tuple[tuple[int, ...], ...]": (_list_of(_list_of(_WHOLE)), "lists of token ids, none empty"),
 }
 """By annotation of an option: what makes it of what is given (ValueError if that is none), and the words for it."""
-_UNIT_WEIGHT = np.float32(2**40)
+_UNIT_WEIGHT = np.float32(2**38)
 """Of the likeliest token: weights are integers, whose sum does not depend on the order."""
 
 
@@ -239,11 +239,12 @@ class Sampler:
             order = np.argsort(-scores, kind="stable")
             sums = np.cumsum(weights[order])
             target = math.ceil(float(np.float32(options.top_p)) * float(sums[-1]))
-            weights[scores < scores[order[np.searchsorted(sums, max(1, target))]]] = 0
+            last = np.searchsorted(sums, np.uint64(max(1, min(target, int(sums[-1])))))
+            weights[scores < scores[order[last]]] = 0
         sums = np.cumsum(weights)
         random = np.random.Philox(key=options.seed, counter=self._chosen).random_raw()
         wanted = int(random) * int(sums[-1]) >> 64
-        return int(np.searchsorted(sums, wanted, side="right"))
+        return int(np.searchsorted(sums, np.uint64(wanted), side="right"))
 
 
 def log_probability(logits: np.ndarray, token: int) -> float:

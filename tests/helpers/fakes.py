@@ -160,6 +160,7 @@ class FakeBackend:
         self.sequences[slot] = self.sequences[slot][0], excluded
 
     def launch(self, call: Call, visual_embeds: np.ndarray | None, rows: Sequence[SampledRow]) -> FakePending:
+        np.zeros(len(rows), np.int32)[:] = [row.top_k for row in rows]  # as it goes to the device
         slots = call.slot.tolist()
         ids = call.input_ids.copy()
         for b, slot in enumerate(slots):

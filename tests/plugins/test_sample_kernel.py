@@ -16,7 +16,7 @@ from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 
-VOCABULARIES = (1, 5, 33, 1000, 32064, 92553, 152064)
+VOCABULARIES = (1, 5, 33, 1000, 32064, 92553, 152064, 262208)
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8},

@@ -10,8 +10,8 @@ constexpr int kSampleThreads = 1024, kSampleWarps = kSampleThreads / 32;
 constexpr int kGroup = 4;                      // neighbours that a thread reads together
 constexpr int kBins = 2048, kBinsPerNat = 64;  // of a histogram of scores
 constexpr int kCandidates = 4096;              // scores that are searched in shared memory
-constexpr float kUnitWeight = 1099511627776;   // 2^40, of the likeliest token
-constexpr int kPart = 14;                      // bits of a weight that a bin sums in 32 bits
+constexpr float kUnitWeight = 274877906944;    // 2^38, of the likeliest token
+constexpr int kPart = 13;                      // bits of a weight that a bin sums in 32 bits
 
 // Numbers in the order of the floats; neither zero is the larger.
 __device__ __forceinline__ uint32_t key_of(float x) {
@@ -76,7 +76,7 @@ struct Scale {
   }
 };
 
-// A histogram: count, and three parts of the weight, so that sums of 2^18 tokens fit into 32 bits.
+// A histogram: count, and three parts of the weight, so that sums of 2^19 tokens fit into 32 bits.
 struct Bins {
   uint32_t parts[4][kBins];
 

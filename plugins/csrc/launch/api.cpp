@@ -13,8 +13,6 @@ namespace {
 
 thread_local std::string message;
 
-constexpr int kMostVocab = 1 << 18;  // what the sums of a histogram of tokens have bits for
-
 bool is_code_width(int bits) { return bits == 1 || bits == 2 || bits == 4 || bits == 8; }
 
 int check(const VkvxParams* given) {
@@ -112,8 +110,8 @@ int check_sample(const VkvxSampleParams* given) {
   if (p.dtype < VKVX_FLOAT16 || p.dtype > VKVX_FLOAT32)
     return bad("dtype", p.dtype, "VKVX_FLOAT16, VKVX_BFLOAT16 or VKVX_FLOAT32");
   if (p.rows < 0) return bad("rows", p.rows, "at least 0");
-  if (p.vocab < 1 || p.vocab > kMostVocab)
-    return bad("vocab", p.vocab, "1 to " + std::to_string(kMostVocab));
+  if (p.vocab < 1 || p.vocab > VKVX_MAX_VOCAB)
+    return bad("vocab", p.vocab, "1 to " + std::to_string(VKVX_MAX_VOCAB));
   if (p.logits_stride < p.vocab) return bad("logits_stride", p.logits_stride, "at least vocab");
   const std::pair<const void*, const char*> pointers[] = {{p.logits, "logits"},
                                                           {p.options, "options"},

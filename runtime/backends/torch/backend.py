@@ -22,7 +22,7 @@ from vkvx.models.family import Family
 from vkvx.models.graph.decoder import DecoderGraph, Observer
 from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
-from vkvx.plugins.library import MAX_HEAD_DIM
+from vkvx.plugins.library import MAX_HEAD_DIM, MAX_VOCAB
 from vkvx.plugins.operator import model_attributes
 from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
@@ -126,7 +126,7 @@ class TorchBackend:
     @property
     def samples(self) -> bool:
         """Whether tokens are chosen on the GPU."""
-        return self._steps is not None
+        return self._steps is not None and self.manifest.model.vocab_size <= MAX_VOCAB
 
     def observe(self, observer: Observer | None) -> None:
         """Show ``observer`` what each layer is given in calls to come that are not captured; None ends it."""

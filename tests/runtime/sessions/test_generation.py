@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from fakes import EOS, IMAGE, PICTURE_TOKENS, FakeBackend, FakeProcessor, manifest
 
 from vkvx.errors import BatchError, CapacityError, InputError, OptionError, VkvxError
-from vkvx.runtime.sessions.generation import Chunk, Generation
+from vkvx.manifest import LayerInfo, LinearInfo, Manifest
+from vkvx.runtime.sessions import generation
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request, Scheduler
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
 
@@ -69,6 +72,7 @@ RULES: list[dict[str, Any]] = [
     {"suppress_tokens": tuple(range(100, 256)), "begin_suppress_tokens": tuple(range(50, 100))},
     {"no_repeat_ngram_size": 1, "repetition_penalty": 1.4},
     {"bad_words_ids": ((5,), (6, 7)), "temperature": 3.0, "top_k": 9, "logprobs": True},
+    {"temperature": 2.0, "top_k": 2**40},
 ]
 
 
@@ -85,7 +89,68 @@ def test_a_backend_chooses_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) ->
     assert found[0] == found[1]
     assert len({ids for ids, _ in found[0]}) == len(RULES)
     assert len(found[0][0][0]) >= 9
-    assert [logprobs and len(logprobs) for _, logprobs in found[0]] == [None, 30, None, None, len(found[0][4][0])]
+    assert [logprobs and len(logprobs) for _, logprobs in found[0]] == [None, 30, None, None, len(found[0][4][0]), None]
+
+
+def linear() -> Manifest:
+    """With a layer of linear attention, whose states cannot be taken back."""
+    base = manifest()
+    layers = (base.model.layers[0], LayerInfo(0, 0, 0.0, linear=LinearInfo(*[2] * 5)))
+    one = {name: value[:1] for name, value in vars(base.quantization).items() if isinstance(value, tuple)}
+    return replace(base, model=replace(base.model, layers=layers), quantization=replace(base.quantization, **one))
+
+
+def test_where_states_cannot_be_taken_back_a_conversation_waits_for_each_token(ahead: bool) -> None:
+    backend = FakeBackend(linear(), 1)
+    loaded = Session(backend.manifest, backend, FakeProcessor())  # type: ignore[arg-type]
+    expected = loaded.generate("[a]", max_new_tokens=20)
+    assert bool(backend.sequences) == ahead
+    backend.sequences.clear()
+    with loaded.conversation() as talk:
+        assert talk.generate("[a]", max_new_tokens=20).token_ids == expected.token_ids
+        assert backend.cache.length(talk.slot) == len(talk.token_ids) - 1
+    assert not backend.sequences
+
+
+class Clock:
+    """In place of a module's ``time``: seconds pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_time_between_steps_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a consumer takes is no time of an answer, and what passes after a cancelled prompt is no debt."""
+    clock = Clock()
+    monkeypatch.setattr(generation, "time", clock)
+    for chunk in session().stream("x", max_new_tokens=6, ignore_eos=True):
+        clock.now += 1.0
+        last = chunk.generation
+    assert last is not None
+    assert (last.prefill_seconds, last.decode_seconds) == (0, 0)
+    loaded = session(2)
+    scheduler, processor = Scheduler(loaded.backend), FakeProcessor()
+
+    def submit(row: int) -> Request:
+        options = GenerationOptions(max_new_tokens=200, ignore_eos=True)
+        request = Request(row, processor.prepare("x"), options, processor, loaded.backend)  # type: ignore[arg-type]
+        scheduler.submit(request)
+        return request
+
+    requests = [submit(0)]
+    scheduler.step()
+    requests.append(submit(1))
+    scheduler.step()
+    for request in requests:
+        scheduler.cancel(request)
+    clock.now += 1000.0
+    for row in (2, 3):
+        submit(row)
+        scheduler.step()
+    assert scheduler.waiting == 0
 
 
 def test_no_token_that_is_left(ahead: bool) -> None:

@@ -150,6 +150,8 @@ def test_logits_may_be_extreme_but_must_be_numbers() -> None:
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 1e31),
+        ("repetition_penalty", 1e31),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
