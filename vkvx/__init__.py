@@ -18,6 +18,7 @@ _HOMES = {
     "DependencyError": "vkvx.errors",
     "ExportOptions": "vkvx.export.options",
     "Generation": "vkvx.runtime.sessions.session",
+    "GenerationOptions": "vkvx.runtime.sessions.sampling",
     "InputError": "vkvx.errors",
     "Manifest": "vkvx.manifest",
     "ModelError": "vkvx.errors",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from vkvx.manifest import Manifest
     from vkvx.runtime.checks.validate import validate_bundle
     from vkvx.runtime.serving.server import Server
+    from vkvx.runtime.sessions.sampling import GenerationOptions
     from vkvx.runtime.sessions.session import Conversation, Generation, Session
     from vkvx.runtime.transformers.plug_in import quantize_visual_cache
 
@@ -69,6 +71,7 @@ __all__ = [
     "DependencyError",
     "ExportOptions",
     "Generation",
+    "GenerationOptions",
     "InputError",
     "Manifest",
     "ModelError",

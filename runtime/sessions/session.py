@@ -133,9 +133,10 @@ class Session:
         """Answer one prompt, or several at once.
 
         A prompt is text with one ``<image>`` for each of its pictures and one ``<video>`` for each of its videos
-        (:meth:`format` applies the chat template). A picture is a path or a PIL image. A video is the path of a file or
-        of a folder of frames; or it is a list of frames, in a list of videos. For one prompt ``images`` is a picture or
-        a list of them, for a list of prompts a list with such an entry (or None) for each, and so are ``videos``.
+        (:meth:`format` applies the chat template). A picture is a path, the bytes of a file, an open file, a UINT8
+        array or a PIL image. A video is the path of a file or of a folder of frames; or it is a list of frames, in a
+        list of videos. For one prompt ``images`` is a picture or a list of them, for a list of prompts a list with such
+        an entry (or None) for each, and so are ``videos``.
         Options are fields of :class:`GenerationOptions`, given as keywords or as ``options`` (for a list of prompts
         also one per prompt, for instance to give each its own seed). What keywords leave out is as the checkpoint's
         generation_config.json says (``manifest.generation``); ``options`` say all.
