@@ -114,17 +114,15 @@ def check_folder(directory: Path, known: Collection[str]) -> None:
 
 
 @contextmanager
-def loading(directory: Path) -> Iterator[None]:
-    """Turn whatever transformers and its libraries raise for damaged files into a BundleError."""
+def damage(what: str) -> Iterator[None]:
+    """Turn whatever transformers and its libraries raise over damaged files into a BundleError that begins so."""
     try:
         yield
     except (VkvxError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # what Rust code panics with is no Exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BundleError(
-            f"cannot load the processor in {directory} ({reason[:200]}); export the model again"
-        ) from error
+        raise BundleError(f"{what} ({reason[:200]}); export the model again") from error
 
 
 def load_images(directory: Path, trust_remote_code: bool = False) -> Any:

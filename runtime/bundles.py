@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vkvx.errors import BundleError
 from vkvx.manifest import Manifest
 from vkvx.models.pictures.kinds import check_pictures
 
@@ -16,5 +17,8 @@ def load_manifest(directory: str | Path) -> Manifest:
     :class:`vkvx.runtime.sessions.processor.Processor`.
     """
     manifest = Manifest.load(directory)
-    check_pictures(manifest)
+    try:
+        check_pictures(manifest)
+    except BundleError as error:
+        raise BundleError(f"{directory}: {error}") from error
     return manifest

@@ -42,6 +42,8 @@ def read_graph(bundle: Path, manifest: Manifest, name: str) -> Any:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises a type of its own
         raise kind.error(f"{path} is not a readable ONNX file ({reprlib.repr(str(error))}); {kind.again}") from error
+    if not all(isinstance(name, str) for name in _names(model)):  # protobuf gives bytes where it is no UTF-8
+        raise kind.error(f"{path} holds names that are no text; {kind.copy}")
     inputs = [_spec(info) for info in model.graph.input]
     known = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     outputs = [_spec(info) for info in model.graph.output]
@@ -56,6 +58,23 @@ def read_graph(bundle: Path, manifest: Manifest, name: str) -> Any:
         if tensor.data_location == onnx.TensorProto.EXTERNAL and (words := _misplaced(tensor, manifest, graph.file)):
             raise kind.error(f"{path}: the weight {reprlib.repr(tensor.name)} {words}; do not trust this bundle")
     return model
+
+
+def _names(model: Any) -> Iterator[Any]:
+    """What of a model is called by a name and shown: domains, operators, functions, ends, places of weights."""
+    yield from (entry.domain for entry in model.opset_import)
+    for function in model.functions:
+        yield from (function.domain, function.name, function.overload)
+    for body in (model.graph, *model.functions):
+        for node in body.node:
+            yield from (node.domain, node.op_type, node.overload)
+    for info in (*model.graph.input, *model.graph.output):
+        yield info.name
+        yield from (dim.dim_param for dim in info.type.tensor_type.shape.dim)
+    for tensor in _tensors(model):
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
 
 
 def _spec(info: Any) -> TensorSpec:

@@ -21,6 +21,7 @@ Failure = Callable[[str], Exception]
 """Makes the error to raise from words such as ``model.layers must be an integer, got 'x'``."""
 
 _WORDS = {"int": "an integer", "str": "a string", "bool": "true or false", "NoneType": "null", "float": "a number"}
+_LONGEST_PATH = 1024
 _MOST = 2**31 - 1
 """What an index of the graphs can count to."""
 
@@ -143,7 +144,13 @@ def read(expected: Any, value: Any, fail: Failure, where: str = "") -> Any:
 def is_plain_path(name: str) -> bool:
     """Whether a name from a manifest is a relative path with forward slashes that stays in its directory."""
     path = PurePosixPath(name)
-    plain = name not in ("", ".") and str(path) == name and ".." not in path.parts and "\\" not in name
+    plain = (
+        name not in ("", ".")
+        and len(name) <= _LONGEST_PATH
+        and str(path) == name
+        and ".." not in path.parts
+        and "\\" not in name
+    )
     return plain and name.isprintable() and not path.is_absolute() and not PureWindowsPath(name).drive
 
 

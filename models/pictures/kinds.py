@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 from vkvx.errors import BundleError
 from vkvx.graph_specs import TensorSpec, difference, vision_outputs
 from vkvx.manifest import Manifest, PictureInfo
@@ -72,11 +74,13 @@ def open_pictures(info: PictureInfo) -> Kind:
     """What a manifest describes. Raises BundleError for a kind or numbers that are not known."""
     if info.kind not in KINDS:
         raise BundleError(
-            f"pictures of kind '{info.kind}' are not known to this vkvx; install a newer one, or export the model again"
+            f"pictures of kind {reprlib.repr(info.kind)} are not known to this vkvx; "
+            "install a newer one, or export the model again"
         )
     if min(info.numbers.values(), default=0) < 0:
         raise BundleError("model.pictures.numbers must not be negative; export the model again")
     try:
         return KINDS[info.kind](**info.numbers, **info.marks)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise BundleError(f"the manifest's model.pictures do not suit ({error}); export the model again") from error
+        words = reprlib.repr(str(error))  # which may hold what a manifest names
+        raise BundleError(f"the manifest's model.pictures do not suit ({words}); export the model again") from error

@@ -131,6 +131,6 @@ def _too_large(name: str) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class."""
+    """The first line of an error's text, as much of it as somebody reads, or its class."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__

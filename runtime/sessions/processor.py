@@ -22,7 +22,7 @@ from vkvx.models.family import Source
 from vkvx.models.pictures.base import Encoded, Filmed, Taken, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.pictures.limits import NO_LIMITS, PixelLimits
-from vkvx.models.processor_files import ProcessorFiles, check_folder, loading
+from vkvx.models.processor_files import ProcessorFiles, check_folder, damage
 from vkvx.models.videos import open_videos
 from vkvx.packages import require
 from vkvx.runtime.sessions.marks import LiteralTokenizer, Marks
@@ -39,6 +39,7 @@ PLACEHOLDER = "<image>"
 """Stands for a picture in a prompt, whatever the model's own token for it is."""
 VIDEO_PLACEHOLDER = "<video>"
 """Stands for a video."""
+_FAILS = "the tokenizer of the model fails"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Processor:
         """The processor of a bundle. Raises BundleError if its files do not load."""
         require("onnxruntime", "transformers", "jinja2")
         directory = bundle / manifest.processor
-        with loading(directory):
+        with damage(f"cannot load the processor in {directory}"):
             check_folder(directory, {Path(name).name for name in manifest.files if (bundle / name).parent == directory})
             files = ProcessorFiles.load(directory)
             files.check_sizes(open_pictures(manifest.model.pictures).limited)
@@ -214,7 +215,7 @@ class Processor:
         begin, own = self._tokenizer.bos_token, first and bool(self._prompt.begin)
         whole = "".join(a + b for a, b in zip(texts, [*written, self._prompt.end], strict=True))
         special = first and not own and (bool(texts[0]) or written[:1] != [begin])
-        with self._tokenizer_lock:
+        with self._tokenizer_lock, damage(_FAILS):
             if not literals & self._special_names:
                 return np.asarray(self._tokenizer(whole, add_special_tokens=special)["input_ids"], np.int32)
             if self._literal is None:
@@ -235,7 +236,7 @@ class Processor:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        with self._tokenizer_lock:
+        with self._tokenizer_lock, damage(_FAILS):
             return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @property

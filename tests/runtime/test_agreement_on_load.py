@@ -229,6 +229,14 @@ def test_graphs_that_say_otherwise(name: str, damaged: Damaged, refused: Callabl
         assert re.search(words, refused(*verb))
 
 
+@pytest.mark.parametrize("name", [b"slot", b"present.0.text_key", b"vkvx-metrics.safetensors", b"VisualKVAttention"])
+def test_names_that_are_no_text(name: bytes, damaged: Damaged, refused: Callable[..., str]) -> None:
+    data = (damaged.directory / "decoder.onnx").read_bytes()
+    damaged.write("decoder.onnx", data.replace(name, b"\xff" * len(name)))
+    for verb in (("inspect",), ("run", "What?")):
+        assert re.search("no text|not a readable ONNX file", refused(*verb))
+
+
 @pytest.mark.parametrize("cut", [0, 1, 1000])
 def test_graphs_that_are_cut_off(cut: int, damaged: Damaged, refused: Callable[..., str]) -> None:
     damaged.write("decoder.onnx", (damaged.directory / "decoder.onnx").read_bytes()[:cut])

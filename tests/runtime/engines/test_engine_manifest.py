@@ -103,7 +103,7 @@ def test_plugin_may_be_absent_or_embedded(tmp_path: Path) -> None:
         ({"format_version": True}, "format_version must be an integer, got True"),
         (
             {"operator_version": 99},
-            r"operator version 99, this vkvx has 1; upgrade .* or run `vkvx build",
+            r"operator version 99, this vkvx has 1; install a newer vkvx, or run `vkvx build",
         ),
         ({"operator_version": 10**400}, "operator_version must be a number of at most 64 bits"),
         ({"backend": "vulkan"}, "one of tensorrt, rtx"),
