@@ -16,18 +16,16 @@ TESTS = "tests/families/test_families.py"
 PAGE = "docs/models.md"
 COMMAND = f"python -m pytest {TESTS} --write-matrix"
 
-CAPABILITIES = ("8.9", "12.0")
-"""Compute capabilities that engines are built for."""
-COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "test_bundles_are_exported": ("export", ()),
-    "test_prompts_and_pixels_are_those_of_transformers": ("prompts", ()),
-    "test_greedy_answers_of_a_batch": ("16 bits", ()),
-    "test_second_turn_with_another_picture": ("second turn", ()),
-    "test_one_bit_is_that_of_the_plug_in": ("1 bit", ()),
-    "test_evaluation_of_bundle_and_checkpoint": ("eval", ()),
-    "test_engines_are_built": ("engines", CAPABILITIES),
+COLUMNS = {
+    "test_bundles_are_exported": "export",
+    "test_prompts_and_pixels_are_those_of_transformers": "prompts",
+    "test_greedy_answers_of_a_batch": "16 bits",
+    "test_second_turn_with_another_picture": "second turn",
+    "test_one_bit_is_that_of_the_plug_in": "1 bit",
+    "test_evaluation_of_bundle_and_checkpoint": "eval",
+    "test_engines_are_built": "engines",
 }
-"""The heading of what each test function tells of a checkpoint, and the parameters that it goes through besides."""
+"""The heading of what each test function tells of a checkpoint."""
 FIRST = ("tested checkpoint", "family", "decoder")
 
 YES, NO, UNKNOWN = "yes", "no", "–"
@@ -104,13 +102,10 @@ def cells(found: Mapping[str, str], presets: Iterable[str]) -> dict[str, list[st
     """The cells of each preset, from the outcomes of tests by name; None if a test is missing."""
     table = {}
     for preset in presets:
-        names = [
-            [f"{test}[{'-'.join((preset, *part))}]" for part in ([(one,) for one in parts] or [()])]
-            for test, (_, parts) in COLUMNS.items()
-        ]
-        if any(name not in found for column in names for name in column):
+        names = [f"{test}[{preset}]" for test in COLUMNS]
+        if any(name not in found for name in names):
             return None
-        table[preset] = [worst(found[name] for name in column) for column in names]
+        table[preset] = [found[name] for name in names]
     return table
 
 
@@ -119,7 +114,7 @@ def rows_of(results: Mapping[str, list[str]]) -> Rows:
     from vkvx.models.presets import preset_config
     from vkvx.models.registry import FAMILIES
 
-    rows = [[*FIRST, *(heading for heading, _ in COLUMNS.values())]]
+    rows = [[*FIRST, *COLUMNS.values()]]
     for preset, outcomes in results.items():
         config = preset_config(preset)
         family = FAMILIES[config.architectures[0]].variant(config)
