@@ -26,12 +26,13 @@ _RUST_FULL = tuple(f"os error {number}" for number in _FULL)
 @dataclass(frozen=True)
 class Kind:
     """A kind of directory: what it is called, the manifest by which one that may be replaced is known, and what to do
-    where it cannot be written."""
+    where it cannot be written. ``owned``: its place tells what it is, also where the manifest is damaged."""
 
     noun: str
     manifest: str
     format: str
     remedy: str
+    owned: bool = False
 
 
 BUNDLE = Kind("bundle", FILE_NAME, FORMAT, "give another output= (--output)")
@@ -47,7 +48,7 @@ def check_output(target: Path, force: bool, kind: Kind = BUNDLE) -> None:
         raise StorageError(f"{target} is a link; remove it, or {kind.remedy}")
     if not target.exists():
         return
-    if not target.is_dir() or not (_is_of(kind, target) or not any(target.iterdir())):
+    if not target.is_dir() or not (kind.owned or _is_of(kind, target) or not any(target.iterdir())):
         raise StorageError(f"{target} exists and is no {kind.noun}; it is never replaced, {kind.remedy}")
     if not force:
         raise StorageError(f"{target} exists; give force= (--force) to replace it, or {kind.remedy}")

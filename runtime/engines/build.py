@@ -111,15 +111,16 @@ def build_engines(
     """
     job = _plan(Path(bundle), options, verbose)
     predicted = predicted_memory(job.library, job.bundle, job.manifest, plugin_free=options.plugin_free)
-    with _lock(job.directory, create=options.output is None):
-        check_output(job.directory, True, KIND)
+    kind = replace(KIND, owned=options.output is None)
+    with _lock(job.directory, create=kind.owned):
+        check_output(job.directory, True, kind)
         job = _with_plugin(job, notice)  # it may have to be compiled, so only now that engines can be written
         found = None if options.force else _up_to_date(job)
         if found is not None:
             return BuildResult(job.directory, found, False, predicted, None)
         _check_memory(predicted)
         check_room(job.directory.parent, 2 * sum(_weight_bytes(job.bundle, job.manifest).values()))
-        with new_directory(job.directory, force=True, kind=KIND) as partial:
+        with new_directory(job.directory, force=True, kind=kind) as partial:
             manifest = _build(job, partial, progress)
     return BuildResult(job.directory, manifest, True, predicted, peak_memory())
 
