@@ -204,7 +204,23 @@ def test_newer_format_asks_for_an_upgrade() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc/passwd", "../other", "a/../../b", "a//b", "./a", "", ".", "c:/x", "c:x", "a\\b", "//host/share", "x\0y"],
+    [
+        "/etc/passwd",
+        "../other",
+        "a/../../b",
+        "a//b",
+        "./a",
+        "",
+        ".",
+        "c:/x",
+        "c:x",
+        "a\\b",
+        "//host/share",
+        "x\0y",
+        "x\ny",
+        "\ud800",
+        "x" * 1025,
+    ],
 )
 def test_paths_that_leave_the_bundle(name: str) -> None:
     for place in (("files",), ("processor",), ("graphs", "vision", "file")):

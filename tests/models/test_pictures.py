@@ -101,6 +101,25 @@ def test_grids_that_a_manifest_must_not_have(grids: str) -> None:
         open_pictures(PictureInfo("anyres", {"side": 4, "tile_pixels": 56, "most_tiles": 0}, {"grids": grids}))
 
 
+@pytest.mark.parametrize(
+    "info",
+    [
+        PictureInfo("tiles", {"tile_tokens": 4, "a\nb": 1}, {}),
+        PictureInfo("x\n" * 5000, {}, {}),
+        PictureInfo("grid", {"merge": 0}, {}),
+        PictureInfo("grid", {"merge": 2, "table": 4}, {"kernel": "magic"}),
+        PictureInfo("anyres", {"side": 4096, "tile_pixels": 56}, {"grids": "9x9"}),
+    ],
+    ids=lambda info: info.kind[:6],
+)
+def test_pictures_that_cannot_be(info: PictureInfo) -> None:
+    """In one line, whatever the manifest names."""
+    with pytest.raises(BundleError) as caught:
+        open_pictures(info)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7, 300, 5000])
 def test_made_up_pictures(tokens: int) -> None:
     """Not all numbers can be had; pictures are whole, and near what is asked for where they come in small steps."""

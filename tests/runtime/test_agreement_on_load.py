@@ -286,6 +286,27 @@ def test_a_token_that_was_added_and_the_decoder_lacks(damaged: Damaged) -> None:
         processor.prepare("What <later>?")
 
 
+def test_a_tokenizer_that_fails_at_use(damaged: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """What Rust code raises; no Exception."""
+
+    def panic(*arguments: object, **options: object) -> None:
+        raise PanicException("no entry found for key")
+
+    processor = Processor.of_bundle(damaged.directory, Manifest.load(damaged.directory))
+    monkeypatch.setattr(type(processor._tokenizer), "_encode_plus", panic)
+    monkeypatch.setattr(type(processor._tokenizer), "decode", panic)
+    for use in (lambda: processor.prepare("What?"), lambda: processor.decode([5])):
+        with pytest.raises(BundleError, match=r"the tokenizer of the model fails \(no entry found for key\)"):
+            use()
+
+
+@pytest.mark.parametrize("size", [0, 1 << 30])
+def test_sizes_of_pictures_that_no_model_has(size: int, damaged: Damaged, refused: Callable[..., str]) -> None:
+    damaged.settings("preprocessor_config.json", lambda data: data["size"].update(shortest_edge=size))
+    assert "the image processor's size has shortest_edge" in refused("run", "What?")
+
+
 def test_files_beside_those_of_the_processor(damaged: Damaged, refused: Callable[..., str]) -> None:
     other = damaged.directory / "processor" / "added_tokens.json"
     other.write_text("{}")
