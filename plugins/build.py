@@ -249,7 +249,10 @@ def _nvcc() -> str:
 
 def _check_architectures(nvcc: str, architectures: Collection[str]) -> None:
     """Raise OptionError for compute capabilities that the compiler does not name when it is asked for its own."""
-    done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise DependencyError(f"{nvcc} cannot be run ({error.strerror}); install the CUDA toolkit again") from error
     known = sorted(re.findall(r"^compute_(\d+)$", done.stdout, re.MULTILINE), key=int)
     unknown = [name for name in architectures if name not in known]
     if known and unknown:

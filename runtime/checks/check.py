@@ -80,7 +80,8 @@ def check_model(
     """
     for width, height in pictures:
         check_size(width, height)
-    options = [QuantizationOptions(bits=bits, group_size=group_size) for bits in (*BITS, BASELINE_BITS)]
+    given = QuantizationOptions(group_size=group_size)
+    options = [given.with_bits(bits) for bits in (*BITS, BASELINE_BITS)]
     for option in options:
         option.check()
     limits = PixelLimits(min_pixels, max_pixels)

@@ -160,6 +160,9 @@ def test_a_failed_build_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "nvcc").touch()
     (tmp_path / "nvcc").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(DependencyError, match=r"nvcc cannot be run"):
+        build.build("90")
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
     with pytest.raises(DependencyError, match=r"`cmake` failed to build.*no such generator"):
         build.build("90")
     assert not list(cache.glob("build-*"))
