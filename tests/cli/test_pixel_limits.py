@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,8 +121,9 @@ def test_bundle_run_and_check(cli: Callable[..., Any], tmp_path: Path) -> None:
         (("plan", checkpoint, "--gpu-memory", "1GiB"), "give min_pixels= (--min-pixels) as well"),
     ):
         result = cli(*arguments, "--max-pixels", "3000")
-        assert (result.code, result.out) == (2, "")
+        assert result.code == 2
         assert words in result.err
+        assert (json.loads(result.out)["error"]["exit_code"] == 2) if arguments is run else result.out == ""
     for verb in (("export", "tiny-llava", "-o", tmp_path / "no"), ("check", "tiny-llava")):
         result = cli(*verb, "--max-pixels", "3000")
         assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)

@@ -340,7 +340,7 @@ def test_damaged_files(one_bit: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"decoder.onnx differs"):
         Session.load(copy)
     graph.write_bytes(b"\xff" * len(raw))
-    with pytest.raises(BundleError, match=r"onnxruntime cannot load .*decoder.onnx"):
+    with pytest.raises(BundleError, match=r"decoder.onnx is not a readable ONNX file"):
         Session.load(copy, verify=False)
 
 
