@@ -184,7 +184,7 @@ def test_an_answer_of_one_token(questions: Path) -> None:
 def test_a_prompt_that_is_too_long(questions: Path) -> None:
     task = open_task(None, questions, 1, None)
     plan = make_plan("tiny-llava", task, [ExportOptions()], device="cpu", dtype="float32", max_new_tokens=4000)
-    with Records(None, {}) as records, pytest.raises(CapacityError, match="sample 0 and its answer take 4"):
+    with Records(None, {}) as records, pytest.raises(CapacityError, match=r"jsonl:1: prompt and answer take 4"):
         run(plan, records)
 
 

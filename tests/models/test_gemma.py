@@ -64,7 +64,6 @@ def set_text(name: str, value: object) -> Callable[[Any], None]:
         ("tiny-gemma3", set_text("use_bidirectional_attention", True), "sees later text"),
         ("tiny-gemma3", lambda config: setattr(config, "mm_tokens_per_image", 25), "pooled evenly"),
         ("tiny-paligemma", set_text("use_bidirectional_attention", False), "earlier ones only"),
-        ("tiny-paligemma2", lambda config: setattr(config.vision_config, "image_size", 60), "whole patches"),
         ("tiny-gemma4", set_text("enable_moe_block", True), r"experts \(enable_moe_block\)"),
         ("tiny-gemma4", set_text("use_bidirectional_attention", "all"), "sees later text"),
         ("tiny-gemma4", lambda config: setattr(config, "vision_config", None), "no vision tower"),
