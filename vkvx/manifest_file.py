@@ -116,9 +116,9 @@ class ManifestFile:
         try:
             data = json.loads(kind.read(directory).decode())
         except (FileNotFoundError, NotADirectoryError):
+            what = f"is no {kind.noun}: it holds no {kind.file}" if directory.is_dir() else "is no directory"
             raise kind.error(
-                f"{directory} is no {kind.noun}: it holds no {kind.file}; "
-                f"make one with `{kind.make.format(directory=directory)}`"
+                f"{directory} {what}; make a {kind.noun} with `{kind.make.format(directory=directory)}`"
             ) from None
         except OSError as error:
             raise kind.error(f"cannot read {path}: {error.strerror}") from error

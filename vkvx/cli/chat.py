@@ -65,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
     options = generation.options(args, manifest, given)
     processor = _open_processor(args, manifest, options)
     text_tokens = min(manifest.model.max_positions, TEXT_TOKENS)
+    is_script = not sys.stdin.isatty()
     with generation.load_session(args, text_tokens=text_tokens, processor=processor) as session:
         chat = Chat(session, options)
         terminal.note(f"{session.manifest.model.name}; /help lists the commands")
         for line in _lines():
             if not chat.take(line.strip()):
                 break
-    return 0
+        return 2 if chat.refused and is_script else 0  # a person has read what was told
 
 
 def _open_processor(args: argparse.Namespace, manifest: Manifest, options: GenerationOptions) -> Processor:
@@ -98,6 +99,8 @@ class Chat:
     def __init__(self, session: Session, options: GenerationOptions) -> None:
         self._session = session
         self._options = options
+        self.refused = False
+        """Whether anything that was asked for could not be done."""
         self._conversation = session.conversation()
         self._pictures: list[Image] = []
         self._videos: list[Video] = []
@@ -121,10 +124,11 @@ class Chat:
             elif command == "/help":
                 print(HELP)
             elif command.startswith("/"):
-                terminal.note(f"unknown command {command}; /help lists the commands")
+                raise InputError(f"unknown command {command}; /help lists the commands")
             elif line:
                 self._answer(line)
         except VkvxError as error:
+            self.refused = True
             terminal.note(f"error: {error}")
         sys.stdout.flush()
         return True
