@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vkvx.format import CACHE_NAMES
 from vkvx.plugins.operator import ALL_INPUTS, INPUTS, OUTPUTS, OperatorAttributes, TensorDefinition, definitions
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """Raised with every change of the struct or of a number."""
 MAX_HEAD_DIM = 512
 """The widest head that the kernels take."""
@@ -79,7 +79,7 @@ SAMPLE_FIELDS = (
     Field("logits_stride", "int64_t", "of row, in elements"),
     Field("logits", "const void *", "[B, V]"),
     Field("options", "const VkvxSampleRow *", "[B]"),
-    Field("slot", "const int32_t *", "int32 [B]"),
+    Field("slot", "const int32_t *", "int32 [B]; -1: an idle row, of which nothing is read or written"),
     Field("seen", "uint32_t *", "uint32 [Bc, ceil(V/32)], a bit for each token; that of the token is set"),
     Field("excluded", "const uint32_t *", "likewise; null: none"),
     Field("token", "int32_t *", "int32 [B]"),

@@ -112,6 +112,8 @@ class KernelLibrary:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise DependencyError(f"cannot load {path}: {error}; build it again with `vkvx plugin build`") from error
+        if not hasattr(self._library, "vkvx_abi_version"):
+            raise DependencyError(f"{path} does not hold the C interface of libvkvx; build it again")
         self._library.vkvx_last_error.restype = c_char_p
         version = self._library.vkvx_abi_version()
         if version != ABI_VERSION:
@@ -124,6 +126,7 @@ class KernelLibrary:
         for name in ("vkvx_attention", "vkvx_append"):
             getattr(self._library, name).argtypes = (POINTER(Params), c_void_p)
         self._library.vkvx_sample.argtypes = (POINTER(SampleParams), c_void_p)
+        self._library.vkvx_last_tokens.argtypes = (c_int32, c_void_p, c_void_p, c_void_p, c_void_p)
 
     def workspace_bytes(self, params: Params) -> int:
         """Bytes of workspace for calls of these sizes; it must be zero before its first use."""
@@ -153,6 +156,10 @@ class KernelLibrary:
     def sample(self, params: SampleParams, stream: int) -> None:
         """Launch ``vkvx_sample``: chooses each row's next token."""
         self._check(self._library.vkvx_sample(byref(params), stream))
+
+    def last_tokens(self, rows: int, slot: int, last_token: int, input_ids: int, stream: int) -> None:
+        """Launch ``vkvx_last_tokens``: negative entries of ``input_ids`` [rows] become their slots' last tokens."""
+        self._check(self._library.vkvx_last_tokens(rows, slot, last_token, input_ids, stream))
 
     def _check(self, code: int) -> None:
         if code:

@@ -44,7 +44,12 @@ SECOND = "Read row 1 of the second page."
 
 
 class Observed:
-    """A backend that notes how near to a tie each choice of a slot was, and the range of the logits."""
+    """A backend that notes how near to a tie each choice of a slot was, and the range of the logits.
+
+    For that logits come to the host, which chooses the tokens.
+    """
+
+    samples = False
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

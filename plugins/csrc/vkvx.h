@@ -16,7 +16,7 @@ extern "C" {
 
 /* Written by `python -m vkvx.plugins.generate`, to the mark below. */
 /* clang-format off */
-#define VKVX_ABI_VERSION 4
+#define VKVX_ABI_VERSION 5
 #define VKVX_MAX_HEAD_DIM 512
 #define VKVX_MAX_VOCAB 524288
 
@@ -111,7 +111,7 @@ typedef struct VkvxSampleParams {
   int64_t logits_stride;             /* of row, in elements */
   const void *logits;                /* [B, V] */
   const VkvxSampleRow *options;      /* [B] */
-  const int32_t *slot;               /* int32 [B] */
+  const int32_t *slot;               /* int32 [B]; -1: an idle row, of which nothing is read or written */
   uint32_t *seen;                    /* uint32 [Bc, ceil(V/32)], a bit for each token; that of the token is set */
   const uint32_t *excluded;          /* likewise; null: none */
   int32_t *token;                    /* int32 [B] */
@@ -148,6 +148,10 @@ int vkvx_append(const VkvxParams* params, void* stream);
  * greatest infinite, -2 where no token is left. Needs no workspace. docs/kernels.md has the rules.
  */
 int vkvx_sample(const VkvxSampleParams* params, void* stream);
+/* Where an entry of input_ids [rows] is negative it becomes the last token of the row's slot:
+ * last_token [Bc] as vkvx_sample writes it. Idle rows (slot -1) keep what they have. */
+int vkvx_last_tokens(int32_t rows, const int32_t* slot, const int32_t* last_token,
+                     int32_t* input_ids, void* stream);
 
 #ifdef __cplusplus
 }

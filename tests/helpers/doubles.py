@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from sampling_double import SamplingLibrary
 
 from vkvx.manifest import FileInfo, Manifest, sha256
 from vkvx.runtime.backends.tensorrt import engine as tensorrt_engine
+from vkvx.runtime.backends.tensorrt import sampling as tensorrt_sampling
 from vkvx.runtime.engines.limits import build_profiles
 from vkvx.runtime.engines.manifest import (
     DECODER,
@@ -59,6 +61,7 @@ class Cuda(ModuleType):
 
     cudaError_t = CudaError
     cudaStreamNonBlocking = 1
+    cudaEventDisableTiming = 2
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
@@ -74,6 +77,8 @@ class Cuda(ModuleType):
         self.ends: dict[int, int] = {}
         self.keep: list[Any] = []  # freed memory is not given back, so that its use is seen
         self.recording: list[Callable[[], None]] | None = None
+        self.queue: list[tuple[int, Callable[[], None]]] = []  # what was asked for, by GPU, and nobody waited for yet
+        self.done = 0  # how much was done before that
         self.synchronized = 0
         self.launched = 0
 
@@ -87,7 +92,7 @@ class Cuda(ModuleType):
     # Memory
 
     def cudaMalloc(self, size: int) -> tuple[CudaError, int]:
-        used = sum(self.ends[start] - start for start in self.blocks if self.owners[start] == self.current)
+        used = sum(self.ends[start] - start for start in [*self.blocks] if self.owners[start] == self.current)
         if used + size > self.memory:
             return CudaError.cudaErrorMemoryAllocation, 0
         buffer = (ctypes.c_uint8 * (size + 512))()
@@ -99,12 +104,15 @@ class Cuda(ModuleType):
         bisect.insort(self.starts, address)
         return CudaError.cudaSuccess, address
 
-    def cudaFree(self, address: int) -> tuple[CudaError]:
+    def cudaFreeHost(self, address: int) -> tuple[CudaError]:
         self.keep.append(self.blocks.pop(address))
         return (CudaError.cudaSuccess,)
 
     cudaMallocHost = cudaMalloc
-    cudaFreeHost = cudaFree
+
+    def cudaFree(self, address: int) -> tuple[CudaError]:
+        self.run(len(self.queue))  # it waits for the device
+        return self.cudaFreeHost(address)
 
     def check(self, address: int, size: int) -> None:
         """Memory that was allocated must still be there, and long enough; other addresses are the processor's."""
@@ -120,10 +128,19 @@ class Cuda(ModuleType):
 
     def do(self, work: Callable[[], None]) -> tuple[CudaError]:
         if self.recording is None:
-            work()
+            self.queue.append((self.current, work))
         else:
             self.recording.append(work)
         return (CudaError.cudaSuccess,)
+
+    def run(self, count: int) -> None:
+        """Do so much of what was asked for: not before somebody waits for it, as late as a device may."""
+        waiting, self.queue = self.queue[:count], self.queue[count:]
+        self.done += len(waiting)
+        index = self.current
+        for self.thread.index, work in waiting:
+            work()
+        self.thread.index = index
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: Any) -> tuple[CudaError]:
         return self.cudaMemcpy2DAsync(target, size, source, size, size, 1, kind, stream)
@@ -147,7 +164,7 @@ class Cuda(ModuleType):
         return self.do(lambda: ctypes.memset(address, value, size) and None)
 
     def cudaMemGetInfo(self) -> tuple[CudaError, int, int]:
-        used = sum(self.ends[start] - start for start in self.blocks if self.owners[start] == self.current)
+        used = sum(self.ends[start] - start for start in [*self.blocks] if self.owners[start] == self.current)
         return CudaError.cudaSuccess, self.memory - used, self.memory
 
     # Device, streams, graphs
@@ -184,6 +201,22 @@ class Cuda(ModuleType):
         self.check_stream(stream)
         assert self.recording is None, "a stream cannot be waited for while it is captured"
         self.synchronized += 1
+        self.run(len(self.queue))
+        return (CudaError.cudaSuccess,)
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[CudaError, Any]:
+        return CudaError.cudaSuccess, SimpleNamespace(after=0)
+
+    def cudaEventRecord(self, event: Any, stream: Any) -> tuple[CudaError]:
+        self.check_stream(stream)
+        event.after = self.done + len(self.queue)
+        return (CudaError.cudaSuccess,)
+
+    def cudaEventSynchronize(self, event: Any) -> tuple[CudaError]:
+        self.run(max(0, event.after - self.done))
+        return (CudaError.cudaSuccess,)
+
+    def cudaEventDestroy(self, event: Any) -> tuple[CudaError]:
         return (CudaError.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[CudaError]:
@@ -201,7 +234,7 @@ class Cuda(ModuleType):
         self.check_stream(stream)
         self.launched += 1
         for work in graph:
-            work()
+            self.do(work)
         return (CudaError.cudaSuccess,)
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[CudaError]:
@@ -452,6 +485,8 @@ def install_cuda(monkeypatch: pytest.MonkeyPatch, cuda: Cuda) -> Cuda:
 
 def install_tensorrt(monkeypatch: pytest.MonkeyPatch, cuda: Cuda, version: str = "10.9.0.34") -> TensorRT:
     library = TensorRT(cuda, version)
+    kernels = SamplingLibrary(cuda)
+    monkeypatch.setattr(tensorrt_sampling, "open_kernels", lambda *_: kernels)
     monkeypatch.setitem(sys.modules, "tensorrt", library)
     monkeypatch.setattr(tensorrt_engine, "_loaded_plugins", {})
     return library

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from sampling_double import choose
 
-from vkvx.errors import NumericError, OptionError
 from vkvx.manifest import (
     FileInfo,
     Graph,
@@ -25,7 +25,6 @@ from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call, place_embeds
 from vkvx.runtime.engines.manifest import Limits
 from vkvx.runtime.sessions.processor import PLACEHOLDER, Prepared
-from vkvx.runtime.sessions.sampling import NONE_LEFT, NOT_NUMBERS, GenerationOptions, Sampler
 
 IMAGE, EOS, BOS = 3, 2, 1
 PICTURE_TOKENS, GROUP = 160, 128  # a picture pads to two groups
@@ -171,18 +170,7 @@ class FakeBackend:
         tokens, probabilities = np.zeros(len(slots), np.int32), np.zeros(len(slots), np.float32)
         for b, (slot, row) in enumerate(zip(slots, rows, strict=True)):
             seen, excluded = self.sequences[slot]
-            options = {name: getattr(row, name) for name in ("temperature", "top_k", "top_p", "seed")}
-            chosen = GenerationOptions(repetition_penalty=row.repetition_penalty, logprobs=True, **options)
-            sampler = Sampler(chosen, logits.shape[1], excluded)
-            for _ in range(row.step):
-                sampler.note(-1)  # no token that the penalty knows
-            sampler.observe(seen)
-            try:
-                tokens[b], probabilities[b] = sampler.choose(logits[b])
-            except NumericError:
-                tokens[b] = NOT_NUMBERS
-            except OptionError:
-                tokens[b] = NONE_LEFT
+            tokens[b], probabilities[b] = choose(logits[b], row, seen, excluded)
             self.last[slot] = max(0, int(tokens[b]))
             seen.append(self.last[slot])
         return FakePending(tokens, probabilities)

@@ -176,3 +176,33 @@ def test_bad_calls_are_refused(changes: dict[str, int], message: str) -> None:
     call = Sampling([GenerationOptions()], 100)
     with pytest.raises(OptionError, match=message):
         call.run(logits_of(1, 100, torch.float32, 0), 0, **changes)
+
+
+def test_idle_rows_stay_as_they_are() -> None:
+    """Rows of slot -1, which an engine's batch is padded with, whatever their logits and options hold."""
+    options = [GenerationOptions(temperature=1.0, top_p=0.9, seed=seed) for seed in range(3)]
+    logits = logits_of(3, 5000, torch.float32, 2)
+    expected = Sampling(options, 5000).run(logits, 1)
+    call = Sampling(options, 5000)
+    call.slot[1] = -1
+    logits[1] = float("nan")
+    assert call.run(logits, 1) == [expected[0], -9, expected[2]]
+    assert (call.last >= 0).sum() == call.seen.count_nonzero() == 2
+
+
+def test_last_tokens_of_slots_are_fed() -> None:
+    library, stream = torch_cuda.kernels(), torch.cuda.current_stream().cuda_stream
+    assert library is not None
+    rng = np.random.default_rng(3)
+    for rows in (1, 127, 300):
+        slot, last = rng.permutation(rows + 4)[:rows] - 2, rng.integers(0, 1 << 19, rows + 2)
+        slot[slot < 0] = -1
+        ids = np.where(rng.random(rows) < 0.5, -1, rng.integers(0, 99, rows))
+        on_device = [torch.from_numpy(array.astype(np.int32)).cuda() for array in (slot, last, ids)]
+        library.last_tokens(rows, *(tensor.data_ptr() for tensor in on_device), stream)
+        expected = np.where((ids < 0) & (slot >= 0), last[slot], ids)
+        assert on_device[2].tolist() == expected.tolist()
+    with pytest.raises(OptionError, match="rows is -1"):
+        library.last_tokens(-1, *(tensor.data_ptr() for tensor in on_device), stream)
+    with pytest.raises(OptionError, match="is a null pointer"):
+        library.last_tokens(1, 0, 0, 0, stream)

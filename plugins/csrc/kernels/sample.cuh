@@ -188,6 +188,7 @@ template <class T>
 __global__ void __launch_bounds__(kSampleThreads) sample_kernel(VkvxSampleParams p) {
   __shared__ SampleShared s;
   const int b = blockIdx.x, slot = p.slot[b];
+  if (slot < 0) return;
   const VkvxSampleRow options = p.options[b];
   const int64_t words = int64_t{slot} * divide_up(p.vocab, 32);
   const RowScores<T> row{static_cast<const T*>(p.logits) + b * p.logits_stride,
@@ -221,6 +222,12 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(VkvxSampleParams
   p.token[b] = token;
   if (p.last_token != nullptr) p.last_token[slot] = max(token, 0);
   if (token >= 0) p.seen[words + token / 32] |= 1u << (token % 32);
+}
+
+__global__ void last_tokens_kernel(int rows, const int32_t* slot, const int32_t* last_token,
+                                   int32_t* input_ids) {
+  const int b = blockIdx.x * blockDim.x + threadIdx.x;
+  if (b < rows && slot[b] >= 0 && input_ids[b] < 0) input_ids[b] = last_token[slot[b]];
 }
 
 }  // namespace vkvx

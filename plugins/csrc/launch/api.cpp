@@ -251,4 +251,16 @@ int vkvx_sample(const VkvxSampleParams* params, void* stream) {
     return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
   return params->rows ? vkvx::sample(*params, static_cast<cudaStream_t>(stream)) : VKVX_OK;
 }
+
+int vkvx_last_tokens(int32_t rows, const int32_t* slot, const int32_t* last_token,
+                     int32_t* input_ids, void* stream) {
+  if (rows < 0)
+    return vkvx::fail(VKVX_BAD_ARGUMENT, "rows is " + std::to_string(rows) + "; give at least 0");
+  if (slot == nullptr || last_token == nullptr || input_ids == nullptr)
+    return vkvx::fail(VKVX_BAD_ARGUMENT, "slot, last_token or input_ids is a null pointer");
+  if (vkvx::current_device().index < 0)
+    return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  if (rows == 0) return VKVX_OK;
+  return vkvx::last_tokens(rows, slot, last_token, input_ids, static_cast<cudaStream_t>(stream));
+}
 }

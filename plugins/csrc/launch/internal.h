@@ -44,6 +44,8 @@ int shape(const VkvxParams& p, const Device& device,
           cudaStream_t stream);  // after the levels and codes of `lloyd` are stored
 
 int sample(const VkvxSampleParams& p, cudaStream_t stream);
+int last_tokens(int rows, const int32_t* slot, const int32_t* last_token, int32_t* input_ids,
+                cudaStream_t stream);
 
 bool rows_are_aligned(const void* data, const int64_t (&stride)[3]);  // for copies of 16 bytes
 bool prefill_takes(const VkvxParams& p, const Device& device);

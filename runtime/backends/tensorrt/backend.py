@@ -1,8 +1,9 @@
 """The TensorRT backend: engines of a bundle over a packed cache in GPU memory, without torch or transformers.
 
 The caches are allocated once and bound to ``past.*`` and ``present.*`` at one address each: the operator writes past
-the counts in place. The counts have outputs of their own, copied over the old ones after the step. Decode steps are
-replayed as CUDA graphs, one for each of a few numbers of rows; a call waits for the device once, for its logits.
+the counts in place. The counts are the host's, which knows what a call makes of them: each call brings them, and what
+the engine gives in return is not looked at. Decode steps are replayed as CUDA graphs, one for each of a few numbers of
+rows, and choose the next tokens on the GPU if libvkvx is there.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ import numpy as np
 from vkvx.cache_layout import tensor_bytes
 from vkvx.errors import CapacityError, EngineError, OptionError, VkvxError
 from vkvx.manifest import Manifest
+from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.tensorrt.call_plan import (
-    COUNTS,
     CallPlan,
     cache_buffers,
     check_cache,
     embed_copies,
-    pack,
     plan_call,
 )
-from vkvx.runtime.backends.tensorrt.device import CapturedGraph, Device, DeviceArray, DeviceStorage, PinnedMemory
+from vkvx.runtime.backends.tensorrt.device import CapturedGraph, Device, DeviceArray, DeviceStorage
 from vkvx.runtime.backends.tensorrt.engine import Engines
+from vkvx.runtime.backends.tensorrt.lane import Lane
+from vkvx.runtime.backends.tensorrt.sampling import PendingTokens, open_sampler
 from vkvx.runtime.cache import PackedCache, Shape, numpy_dtype
 from vkvx.runtime.calls import Call
 from vkvx.runtime.engines.gpus import use_gpu
 from vkvx.runtime.engines.limits import has_tiles
-from vkvx.runtime.engines.manifest import DECODE, DECODER, VISION, Limits
+from vkvx.runtime.engines.manifest import DECODE, VISION, Limits
 
 
 class TensorRTBackend:
@@ -46,7 +48,6 @@ class TensorRTBackend:
 
     provider = "cuda"
     closed = False
-    samples = False
 
     def __init__(
         self, manifest: Manifest, engines: Engines, gpu: Device, *, slots: int, visual_tokens: int, text_tokens: int
@@ -63,12 +64,13 @@ class TensorRTBackend:
         buffers = cache_buffers(engines.manifest, self.cache)
         check_cache(engines.manifest, buffers)
         caches = {f"past.{key}": array for key, array in self.cache.buffers.items()}
-        self._arrays = {b.name: caches[b.alias or b.name] for b in buffers if (b.alias or b.name) in caches}
-        self._arrays |= {b.name: gpu.allocate(b.dtype, b.shape) for b in buffers if b.name not in self._arrays}
-        self._counts = PinnedMemory(gpu, 4 * (self.cache.visual_count.size + self.cache.text_count.size))
-        self._known_counts: tuple[np.ndarray, ...] | None = None  # what the device has; None: nobody knows
-        self._prefill: _Lane | None = None
-        self._decode: dict[int, _Lane] = {}
+        self.arrays = {b.name: caches[b.alias or b.name] for b in buffers if (b.alias or b.name) in caches}
+        """What all calls share: inputs and outputs of the decoder that keep their memory, by name."""
+        self.arrays |= {b.name: gpu.allocate(b.dtype, b.shape) for b in buffers if b.name not in self.arrays}
+        self.sampler = open_sampler(engines, gpu, slots, manifest.model.vocab_size)
+        """What chooses tokens on the GPU, None where the host does."""
+        self._prefill: Lane | None = None
+        self._decode: dict[int, Lane] = {}
         self._vision: Any = None
         self._scratch: dict[str, DeviceArray] = {}
 
@@ -83,20 +85,30 @@ class TensorRTBackend:
         for lane in (self._prefill, *self._decode.values()):
             if lane is not None:
                 lane.close()
-        self._prefill = self._vision = None
-        for held in (self._decode, self._arrays, self._scratch, self.cache.buffers):
+        self._prefill = self._vision = self.sampler = None
+        for held in (self._decode, self.arrays, self._scratch, self.cache.buffers):
             held.clear()
-        del self._counts, self.engines
+        del self.engines
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are chosen on the GPU."""
+        return self.sampler is not None
 
     @property
     def addresses(self) -> dict[str, int]:
-        """Where caches and counts lie in GPU memory, by the decoder's input or output. They never change."""
-        return {name: array.address for name, array in self._arrays.items()}
+        """Where caches lie in GPU memory, by the decoder's input or output. They never change."""
+        return {name: array.address for name, array in self.arrays.items()}
 
     @property
     def graphs(self) -> dict[int, CapturedGraph]:
-        """The captured decode steps, by rows."""
-        return {rows: lane.graph for rows, lane in self._decode.items() if lane.graph is not None}
+        """The captured decode steps that choose tokens, by rows."""
+        return {rows: lane.graphs[True] for rows, lane in self._decode.items() if True in lane.graphs}
+
+    @property
+    def logits_graphs(self) -> dict[int, CapturedGraph]:
+        """Those that give logits."""
+        return {rows: lane.graphs[False] for rows, lane in self._decode.items() if False in lane.graphs}
 
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> DeviceArray:
         """See :meth:`vkvx.runtime.backends.base.Backend.encode`; the embeddings stay on the device."""
@@ -127,10 +139,10 @@ class TensorRTBackend:
                     )
                 held = self._reserve(name, dtypes[name], array.shape)
                 self.gpu.upload(held, array.astype(numpy_dtype(dtypes[name]), copy=False))
-                self._bind(self._vision, {name: held}, inputs=True)
+                self.bind(self._vision, {name: held}, inputs=True)
             row = tensor_bytes(output.dtype, (first * rows // count, self.manifest.model.embed_width))
             self._vision.set_tensor_address(output.name, embeds.address + row)
-            self._enqueue(self._vision)
+            self.enqueue(self._vision)
         return embeds
 
     def place(self, call: Call, embeds: Sequence[DeviceArray]) -> DeviceArray:
@@ -145,30 +157,45 @@ class TensorRTBackend:
 
     def step(self, call: Call, visual_embeds: DeviceArray | np.ndarray | None) -> np.ndarray:
         """See :meth:`vkvx.runtime.backends.base.Backend.step`."""
-        use_gpu(self.gpu.gpu)  # TensorRT and its plugins take the thread's GPU for theirs
-        model, cache = self.manifest.model, self.cache
-        plan = plan_call(self.engines.manifest, call, cache, model.embed_width)
-        lane = self._lane(plan)
-        embeds = self._embeds(plan, visual_embeds)
-        known, self._known_counts = self._known_counts, None  # until the step is done
-        self._send_counts(known)
-        lane.run(plan, embeds)
-        self.gpu.synchronize()
-        logits = np.array(lane.logits[: plan.rows])
-        visual_count, text_count = (np.array(counts) for counts in lane.counts)
-        cache.commit(call, visual_count, text_count)
-        self._known_counts = visual_count, text_count
+        plan, lane, embeds = self._plan(call, visual_embeds)
+        logits = lane.logits(plan, embeds)
+        self.cache.commit(call, *self.cache.counts_after(call))
         return logits
 
-    def _lane(self, plan: CallPlan) -> _Lane:
+    def begin(self, slot: int, seen: Sequence[int], excluded: Sequence[int]) -> None:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.begin`."""
+        assert self.sampler is not None
+        self.sampler.begin(slot, seen, excluded)
+
+    def exclude(self, slot: int, excluded: Sequence[int]) -> None:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.exclude`."""
+        assert self.sampler is not None
+        self.sampler.exclude(slot, excluded)
+
+    def launch(
+        self, call: Call, visual_embeds: DeviceArray | np.ndarray | None, rows: Sequence[SampledRow]
+    ) -> PendingTokens:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.launch`."""
+        plan, lane, embeds = self._plan(call, visual_embeds)
+        pending = lane.launch(plan, embeds, rows)
+        self.cache.commit(call, *self.cache.counts_after(call))
+        return pending
+
+    def _plan(self, call: Call, visual_embeds: DeviceArray | np.ndarray | None) -> tuple[CallPlan, Lane, DeviceArray]:
+        """What a call is for the engine, what runs it, and its ``visual_embeds``."""
+        use_gpu(self.gpu.gpu)  # TensorRT and its plugins take the thread's GPU for theirs
+        plan = plan_call(self.engines.manifest, call, self.cache, self.manifest.model.embed_width)
+        return plan, self._lane(plan), self._embeds(plan, visual_embeds)
+
+    def _lane(self, plan: CallPlan) -> Lane:
         """What runs calls of this kind: one for all prefills, and one for each number of rows of a decode step."""
         if plan.profile.name != DECODE:
             if self._prefill is None:
-                self._prefill = _Lane(self, plan, captured=False)
+                self._prefill = Lane(self, plan, captured=False)
             return self._prefill
         rows = len(plan.call.slot)
         if rows not in self._decode:
-            self._decode[rows] = _Lane(self, plan, captured=True)
+            self._decode[rows] = Lane(self, plan, captured=True)
         return self._decode[rows]
 
     def _embeds(self, plan: CallPlan, given: DeviceArray | np.ndarray | None) -> DeviceArray:
@@ -193,28 +220,18 @@ class TensorRTBackend:
         self.gpu.upload(held, np.asarray(given, numpy_dtype(dtype)))
         return held
 
-    def _send_counts(self, known: tuple[np.ndarray, ...] | None) -> None:
-        """Bring the counts to the device if the host changed them: slots were taken, given back, copied."""
-        cache, offset = self.cache, 0
-        current = (cache.visual_count, cache.text_count)
-        if known is not None and all(np.array_equal(a, b) for a, b in zip(known, current, strict=True)):
-            return
-        for name, counts in zip(COUNTS, current, strict=True):
-            if counts.size:
-                self._counts.view(offset, "int32", counts.shape)[...] = counts
-                self.gpu.copy(self._arrays[name].address, self._counts.address + offset, counts.nbytes)
-            offset += counts.nbytes
-
     def _reserve(self, name: str, dtype: str, shape: Shape) -> DeviceArray:
         """Memory under a name, kept from call to call and replaced when a larger one is wanted."""
         size = tensor_bytes(dtype, shape)
         held = self._scratch.get(name)
         if held is None or held.nbytes < size:
+            self.gpu.synchronize()  # a call under way may use it
             self._scratch.pop(name, None)
             held = self._scratch[name] = self.gpu.allocate("int32", (-(-size // 4),))
         return DeviceArray(self.gpu, dtype, shape, held.address)
 
-    def _bind(self, context: Any, arrays: Mapping[str, DeviceArray], *, inputs: bool) -> None:
+    def bind(self, context: Any, arrays: Mapping[str, DeviceArray], *, inputs: bool) -> None:
+        """Give a context its inputs, or outputs, by name."""
         log = self.engines.log
         for name, array in arrays.items():
             what = f"the engines in {self.engines.directory} refuse {name} of shape {list(array.shape)}"
@@ -223,97 +240,8 @@ class TensorRTBackend:
                     log.require(context.set_input_shape(name, array.shape))
                 log.require(context.set_tensor_address(name, array.address))
 
-    def _enqueue(self, context: Any) -> None:
+    def enqueue(self, context: Any) -> None:
+        """Queue a run of an engine."""
         log = self.engines.log
         with log.explain(EngineError, f"TensorRT cannot run the engines in {self.engines.directory}"):
             log.require(context.execute_async_v3(int(self.gpu.stream)))
-
-
-class _Lane:
-    """A context of the decoder with what its calls read and write beside the caches.
-
-    A ``captured`` lane is for calls of one shape: the second is captured as a CUDA graph, which then serves all.
-    (Before a capture TensorRT needs one run with the same shapes.) Each has a context of its own, because a graph may
-    hold addresses inside its context.
-    """
-
-    def __init__(self, backend: TensorRTBackend, plan: CallPlan, *, captured: bool) -> None:
-        self._backend, self._device, self._captured = backend, backend.gpu, captured
-        self._context: Any = backend.engines.context(backend.engines.decoder, plan.profile.index, self._device)
-        names = {tensor.name: tensor for tensor in backend.engines.manifest.engine_tensors(DECODER, "input")}
-        for name, array in backend._arrays.items():
-            backend._bind(self._context, {name: array}, inputs=name in names)
-        self._staged: PinnedMemory | None = None
-        self._inputs: DeviceArray | None = None
-        self._logits: DeviceArray | None = None
-        self._results: PinnedMemory | None = None
-        self._ran = False
-        self.graph: CapturedGraph | None = None
-
-    def close(self) -> None:
-        """Drop the graph, then the context; the device must be done."""
-        self.graph = None
-        self._context = None
-
-    def run(self, plan: CallPlan, embeds: DeviceArray) -> None:
-        """Queue a call. ``logits`` and ``counts`` hold its results once the device is done."""
-        arrays = plan.call.inputs
-        shapes = {name: array.shape for name, array in arrays.items()}
-        offsets, size = pack(shapes)
-        if not self._captured or not self._ran:
-            self._prepare(plan, offsets, size, embeds)
-        assert self._staged is not None
-        for name, shape in shapes.items():
-            self._staged.view(offsets[name], "int32", shape)[...] = arrays[name]
-        if not self._captured or not self._ran:
-            self._enqueue(size, len(plan.call.slot))
-            self._ran = True
-            return
-        if self.graph is None:
-            with self._device.capture() as captured:
-                self._enqueue(size, len(plan.call.slot))
-            self.graph = captured[0]
-        self.graph.launch()
-
-    def _prepare(self, plan: CallPlan, offsets: Mapping[str, int], size: int, embeds: DeviceArray) -> None:
-        """Memory for a call of these shapes, bound to the context."""
-        backend, rows = self._backend, len(plan.call.slot)
-        if self._staged is None or self._staged.size < size:
-            self._staged, self._inputs = PinnedMemory(self._device, size), self._device.allocate("int32", (size // 4,))
-        assert self._inputs is not None
-        inputs = {
-            name: DeviceArray(self._device, "int32", plan.shapes[name], self._inputs.address + offset)
-            if prod(plan.shapes[name])
-            else self._device.allocate("int32", plan.shapes[name])
-            for name, offset in offsets.items()
-        }
-        backend._bind(self._context, {**inputs, "visual_embeds": embeds}, inputs=True)
-        if self._logits is None or self._logits.shape[0] < rows:
-            cache, vocabulary = backend.cache, backend.manifest.model.vocab_size
-            self._logits = self._device.allocate("float32", (rows, vocabulary))
-            sizes = [self._logits.nbytes, cache.visual_count.nbytes, cache.text_count.nbytes]
-            self._results = PinnedMemory(self._device, sum(sizes))
-            self.logits = self._results.view(0, "float32", self._logits.shape)
-            self.counts = tuple(
-                self._results.view(sum(sizes[: i + 1]), "int32", getattr(cache, name).shape)
-                for i, name in enumerate(COUNTS)
-            )
-        backend._bind(self._context, {"logits": self._logits}, inputs=False)
-
-    def _enqueue(self, size: int, rows: int) -> None:
-        """Inputs in (``size`` bytes), the engine, new counts over old ones, results of so many rows out."""
-        backend, device = self._backend, self._device
-        assert self._staged is not None
-        assert self._inputs is not None
-        assert self._results is not None
-        assert self._logits is not None
-        device.copy(self._inputs.address, self._staged.address, size)
-        backend._enqueue(self._context)
-        device.copy(self._results.address, self._logits.address, self._logits.nbytes // len(self._logits) * rows)
-        place = self._results.address + self._logits.nbytes
-        for name in COUNTS:
-            new = backend._arrays[f"{name}_out"]
-            if new.nbytes:
-                device.copy(backend._arrays[name].address, new.address, new.nbytes)
-                device.copy(place, new.address, new.nbytes)
-                place += new.nbytes

@@ -65,19 +65,15 @@ class Buffer:
 
 
 def cache_buffers(engines: EngineManifest, cache: PackedCache) -> tuple[Buffer, ...]:
-    """The memory that caches and counts keep between calls, for inputs and outputs of the decoder.
+    """The memory that calls share, for inputs and outputs of the decoder: that of the caches and of new counts.
 
-    An output that the engine updates in place shares the memory of its input. The counts have two buffers: all layers
-    read the old ones while the new ones are written.
+    An output that the engine updates in place shares the memory of its input. The counts before a call come with it,
+    for all layers read them while the new ones are written.
     """
     tensors = cache.layout.tensors(cache.slots, cache.visual_capacity, cache.text_capacity)
     past = {f"past.{name}": tensor for name, tensor in tensors.items()}
-    counts: dict[str, tuple[str, Shape]] = {
-        "visual_count": ("int32", (cache.slots, cache.groups)),
-        "text_count": ("int32", (cache.slots,)),
-    }
-    buffers = [Buffer(name, *spec) for name, spec in (past | counts).items()]
-    buffers += [Buffer(f"{name}_out", *counts[name]) for name in COUNTS]
+    buffers = [Buffer(name, *spec) for name, spec in past.items()]
+    buffers += [Buffer(f"{name}_out", "int32", getattr(cache, name).shape) for name in COUNTS]
     for present, source in engines.aliases.items():
         buffers.append(Buffer(present, *past[source], alias=source))
     return tuple(buffers)
@@ -96,12 +92,14 @@ def check_cache(engines: EngineManifest, buffers: Sequence[Buffer]) -> None:
 class CallPlan:
     """A call as an engine gets it: ``call`` padded to what ``profile`` takes, and the shapes of the inputs it brings.
 
-    ``rows`` are those of the call before it was padded by idle ones.
+    ``arrays`` are those of them that are integers, the counts before the call included; ``rows`` are those of the call
+    before it was padded by idle ones.
     """
 
     profile: Profile
     call: Call
     rows: int
+    arrays: dict[str, np.ndarray]
     shapes: dict[str, Shape]
 
 
@@ -130,11 +128,12 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, embed_wid
         visual_rows=_pad(call.visual_rows, least["visual_index"], -1),
         next_position=_pad(call.next_position, least["slot"], 0),
     )
-    shapes: dict[str, Shape] = {name: array.shape for name, array in call.inputs.items()}
+    arrays = {**call.inputs, **{name: getattr(cache, name) for name in COUNTS}}
+    shapes: dict[str, Shape] = {name: array.shape for name, array in arrays.items()}
     for name, sizes in shapes.items():
         _check(profile, name, sizes)
     shapes["visual_embeds"] = (*call.visual_index.shape, embed_width)
-    return CallPlan(profile, call, rows, shapes)
+    return CallPlan(profile, call, rows, arrays, shapes)
 
 
 def decode_rows(rows: int, most: int) -> int:

@@ -1,7 +1,7 @@
 """Memory, copies and captured graphs of one NVIDIA GPU, through the CUDA runtime of cuda-python.
 
-All work goes to one stream of this module's own; nothing waits for the device but :meth:`Device.synchronize` and the
-methods that say so.
+All work goes to one stream of this module's own; nothing waits for the device but :meth:`Device.synchronize`,
+:meth:`Event.synchronize` and the methods that say so.
 """
 
 from __future__ import annotations
@@ -80,6 +80,24 @@ class CapturedGraph:
     def launch(self) -> None:
         """Queue the work once more."""
         self._device.check(self._device.cuda.cudaGraphLaunch(self._executable, self._device.stream), "a CUDA graph")
+
+
+class Event:
+    """A mark in the work of a device's stream, for the processor to wait for."""
+
+    def __init__(self, device: Device) -> None:
+        cuda = device.cuda
+        self._device = device
+        self._handle = device.check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming), "an event")
+        weakref.finalize(self, cuda.cudaEventDestroy, self._handle)
+
+    def record(self) -> None:
+        """Put the mark behind what is queued now."""
+        self._device.check(self._device.cuda.cudaEventRecord(self._handle, self._device.stream), "an event")
+
+    def synchronize(self) -> None:
+        """Wait until what was queued before the mark is done. Raises DeviceError if some of it failed."""
+        self._device.check(self._device.cuda.cudaEventSynchronize(self._handle), "the work queued before")
 
 
 class Device:

@@ -11,12 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vkvx.plugins.library import DTYPES, KernelLibrary, SampleParams, SampleRow, token_bits
+from vkvx.plugins.library import DTYPES, KernelLibrary, SampleParams, token_bits
 from vkvx.runtime.backends.base import SampledRow
-
-OPTIONS = np.dtype(SampleRow)
-_SLOTS_OF_MEMORY = 3
-"""Calls that may be under way at a time, and one that is being prepared."""
+from vkvx.runtime.backends.sampling import CALLS, OPTIONS, read_results, write_options
 
 
 class Uploads:
@@ -27,7 +24,7 @@ class Uploads:
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
-        pinned = (torch.zeros(target.shape, dtype=target.dtype, pin_memory=True) for _ in range(_SLOTS_OF_MEMORY))
+        pinned = (torch.zeros(target.shape, dtype=target.dtype, pin_memory=True) for _ in range(CALLS))
         self.sources = [(tensor, torch.cuda.Event()) for tensor in pinned]
         self._next = 0
 
@@ -52,8 +49,7 @@ class PendingTokens:
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         self._event.synchronize()
-        token, probability = self._pinned.numpy()
-        return token, probability.view(np.float32)
+        return read_results(self._pinned.numpy())
 
 
 class TokenSampler:
@@ -83,9 +79,7 @@ class TokenSampler:
 
     def set_options(self, rows: Sequence[SampledRow]) -> None:
         """Send the options of the next call's rows."""
-        source = self._uploads.sources[self._uploads.begin()][0].numpy().view(OPTIONS)[:, 0]
-        for name in OPTIONS.names or ():
-            source[name][: len(rows)] = [getattr(row, name) for row in rows]
+        write_options(self._uploads.sources[self._uploads.begin()][0].numpy().view(OPTIONS)[:, 0], rows)
         self._uploads.send()
 
     def choose(self, logits: Tensor, slot: Tensor) -> None:
