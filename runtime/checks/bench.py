@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,12 +16,14 @@ from vkvx.manifest import Progress
 from vkvx.models.pictures.base import prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.runtime.backends import golden
-from vkvx.runtime.backends.base import Backend
+from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
 from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.calls import build_call
 from vkvx.runtime.engines.gpus import load_cuda
+
+GREEDY = SampledRow(0.0, 0, 1.0, 1.0, seed=0, step=0, wants_log_probability=False)
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ def time_backend(
     """Seconds of each vision call, prefill and decode step, and the bytes of the cache that the batch took in the end.
 
     A vision call encodes the pictures of the whole batch, and a prefill feeds all rows in as many calls as the
-    backend's limits ask for. Tokens are chosen greedily, as a session does; what waits for the
-    device is a part of the times.
+    backend's limits ask for. Tokens are chosen greedily, as a session does: where the backend chooses them itself, a
+    step is launched before the tokens of the one before are read. What waits for the device is a part of the times.
     """
     manifest, cache, limits = backend.manifest, backend.cache, backend.limits
     size, image_token = cache.group_size, manifest.model.image_token_id
@@ -172,42 +174,53 @@ def time_backend(
         if progress is not None:
             progress(f"bench {backend.name}", done, total)
 
-    def feed(slots: Sequence[int], ids: Sequence[Sequence[int]], embeds: Sequence[Any]) -> np.ndarray:
+    def launch(slots: Sequence[int], ids: Sequence[Sequence[int]], embeds: Sequence[Any]) -> Callable[[], np.ndarray]:
+        """What waits for the tokens of a call."""
         pictures = (tokens,) * load.pictures if embeds else ()
         fed = [
             cache.row(slot, np.array(one, np.int32), pictures, positions if embeds else None)
             for slot, one in zip(slots, ids, strict=True)
         ]
         call = build_call(fed, group_size=size, image_token_id=image_token)
-        return backend.step(call, backend.place(call, embeds) if embeds else None).argmax(axis=1)
+        placed = backend.place(call, embeds) if embeds else None
+        if backend.samples:
+            pending = cast(SamplingBackend, backend).launch(call, placed, [GREEDY] * len(slots))
+            return lambda: pending.result()[0]
+        chosen = backend.step(call, placed).argmax(axis=1)
+        return lambda: chosen
 
     for round_ in range(1 + load.repeats):
         slots = [cache.acquire() for _ in range(load.batch_size)]
+        if backend.samples:
+            for slot in slots:
+                cast(SamplingBackend, backend).begin(slot, (), ())
         started = time.perf_counter()
         embeds = [[backend.encode(inputs) for inputs in calls] for _ in slots] if calls else []
         if embeds and isinstance(embeds[-1][-1], DeviceArray):
             embeds[-1][-1].device.synchronize()
         encoded = time.perf_counter()
-        chosen = np.concatenate(
-            [
-                feed(
-                    slots[i : i + rows], [prompt] * len(slots[i : i + rows]), [*itertools.chain(*embeds[i : i + rows])]
-                )
-                for i in range(0, len(slots), rows)
-            ]
-        )
+        chosen = list[int]()
+        for i in range(0, len(slots), rows):
+            part = slots[i : i + rows]
+            chosen += launch(part, [prompt] * len(part), [*itertools.chain(*embeds[i : i + rows])])().tolist()
         filled = time.perf_counter()
         count()
         if round_:
             prefill.append(filled - encoded)
             if embeds:
                 vision.append(encoded - started)
-        for _ in range(load.steps):
-            started = time.perf_counter()
-            chosen = feed(slots, [[token] for token in chosen.tolist()], [])
+        last, waited = time.perf_counter(), launch(slots, [[token] for token in chosen], [])
+        for step in range(load.steps):
+            more = step + 1 < load.steps
+            following = launch(slots, [[-1]] * len(slots), []) if more and backend.samples else None
+            fed = [[token] for token in waited().tolist()]
+            now = time.perf_counter()
             if round_:
-                decode.append(time.perf_counter() - started)
+                decode.append(now - last)
+            last = now
             count()
+            if more:
+                waited = following or launch(slots, fed, [])
         used = sum(cache.bytes_used(slot) for slot in slots)
         for slot in slots:
             cache.release(slot)
