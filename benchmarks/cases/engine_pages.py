@@ -72,6 +72,9 @@ class Observed:
 class Silent:
     """In place of a processor where nobody reads the answers."""
 
+    def __init__(self, manifest: Manifest) -> None:
+        self.placeholder_ids = (manifest.model.image_token_id,)
+
     @staticmethod
     def decode(token_ids: Sequence[int]) -> str:
         return ""
@@ -88,7 +91,7 @@ def converse(backend: Backend, turns: Sequence[Sequence[Prepared]]) -> dict[str,
         for number, steps in enumerate(STEPS):
             options = GenerationOptions(max_new_tokens=steps + 1, ignore_eos=True)
             requests = [
-                Request(row, turn[number], options, Silent(), observed, slot=slot, history=history)
+                Request(row, turn[number], options, Silent(backend.manifest), observed, slot=slot, history=history)
                 for row, (turn, slot, history) in enumerate(zip(batch, slots, histories, strict=True))
             ]
             for request in requests:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from samples import Page
 
@@ -70,6 +71,33 @@ def test_tokens_of_three_conversations_in_two_slots(built: tuple[Path, str], pag
                 places, aliases = engines.addresses, engines.engines.manifest.aliases
                 assert all(places[present] == places[past] for present, past in aliases.items())
     assert said[0] == said[1]
+
+
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0.8, "top_p": 0.9, "seed": 4},
+    {"temperature": 1.5, "top_k": 20, "repetition_penalty": 1.3, "logprobs": True},
+]
+
+
+def test_tokens_chosen_on_the_gpu(built: tuple[Path, str], pages: list[Page]) -> None:
+    """Those that NumPy chooses from the engine's logits; all rows of a step run to the same end, so that engines round
+    alike."""
+    bundle, name = built
+    found: list[Any] = []
+    for on_gpu in (True, False):
+        with Session.load(bundle, backend=name, slots=2, text_tokens=200) as session:
+            engines: Any = session.backend
+            assert engines.samples
+            if not on_gpu:
+                engines.sampler = None
+            options = [session.options(None, {**way, "max_new_tokens": 24, "ignore_eos": True}) for way in WAYS]
+            prompt = "USER: <image>\nTranscribe the page. ASSISTANT:"
+            answers = session.generate([prompt] * 2, [page.path for page in pages[:2]], options=options)
+            assert set(engines.graphs) == ({2} if on_gpu else set())
+        found.append([one.token_ids for one in answers])
+        found.append(answers[1].logprobs)
+    assert found[0] == found[2]
+    np.testing.assert_allclose(found[1], found[3], rtol=1e-4, atol=1e-5)
 
 
 def test_validate(built: tuple[Path, str]) -> None:
