@@ -246,16 +246,14 @@ class PackedCache:
         visual_count, text_count = self.visual_count.copy(), self.text_count.copy()
         groups = (call.visual_index >= 0).reshape(len(call.slot), -1, self.group_size).sum(axis=2)
         texts = (call.text_index >= 0).sum(axis=1)
-        for b, slot in enumerate(call.slot):
-            if slot < 0:
-                continue
-            text_count[slot] += texts[b]
-            if self.layout.is_packed:
-                new = groups[b][groups[b] > 0]
-                first = self.group_count(slot)
-                visual_count[slot, first : first + len(new)] = new
-            else:
-                text_count[slot] += groups[b].sum()
+        if not self.layout.is_packed:
+            texts += groups.sum(axis=1)
+        live = call.slot >= 0
+        text_count[call.slot[live]] += texts[live].astype(np.int32)
+        for b in np.flatnonzero(live & groups.any(axis=1)) if self.layout.is_packed else ():
+            slot, new = call.slot[b], groups[b][groups[b] > 0]
+            first = self.group_count(slot)
+            visual_count[slot, first : first + len(new)] = new
         return visual_count, text_count
 
     def retract(self, slot: int, text_tokens: int) -> None:

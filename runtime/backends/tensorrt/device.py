@@ -10,6 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class PinnedMemory:
     def view(self, offset: int, dtype: str, shape: Shape) -> np.ndarray:
         """A part as an array, without a copy. It must not outlive this object."""
         kind = numpy_dtype(dtype)
-        size = kind.itemsize * int(np.prod(shape))
+        size = kind.itemsize * prod(shape)
         if offset + size > self.size:
             raise ValueError(f"bytes {offset} to {offset + size} of {self.size}")
         raw = (ctypes.c_uint8 * size).from_address(self.address + offset)
