@@ -40,7 +40,7 @@ BENCHMARKS = {
 """Modules of ``cases``, with ``add_arguments(parser)`` and ``run(arguments)``, which returns rows of
 results, or gives all of them so far again and again, to be kept at once; they are the table unless there is
 ``tables(rows)``, which returns tables by title."""
-FIGURES = {"plots": "figures of attention and breakeven from their JSON files; needs no GPU"}
+FIGURES = {"plots": "figures of attention, breakeven and throughput from their JSON files; needs no GPU"}
 """Modules of the same form that measure nothing: ``run`` returns nothing."""
 PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 RESULTS = Path(__file__).parent / "results"

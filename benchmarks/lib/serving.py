@@ -7,6 +7,7 @@ then goes its own way by its first token.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -47,11 +48,10 @@ class Setting:
     @classmethod
     def parse(cls, text: str) -> Setting:
         """Raises OptionError for what is none."""
-        bits, _, compiled = text.partition("+")
-        visual, _, rows = bits.partition("/")
-        if not visual.isdigit() or not (rows or "16").isdigit() or compiled not in ("", "compile"):
+        found = re.fullmatch(r"(\d+)(?:/(\d+))?(\+compile)?", text)
+        if found is None:
             raise OptionError(f"contender '{text}' is not understood; write bits such as 1, 1/8 or 1/8+compile")
-        return cls(int(visual), int(rows or SIXTEEN), bool(compiled))
+        return cls(int(found[1]), int(found[2] or SIXTEEN), bool(found[3]))
 
     def __str__(self) -> str:
         rows = "" if self.text_bits == SIXTEEN else f"/{self.text_bits}"
@@ -144,7 +144,8 @@ class Model:
         return sum(held.values())
 
     @cached_property
-    def _metrics(self) -> tuple[tuple[Any, Any], ...]:
+    def metrics(self) -> tuple[tuple[Any, Any], ...]:
+        """Key and value metric of each cache, as an export would store them."""
         from vkvx.models.graph.metric import model_metrics
 
         found = model_metrics(self.family, self.model, self.info)
@@ -177,7 +178,7 @@ class Model:
         from vkvx.runtime.backends.torch.backend import TorchBackend
 
         manifest = self.manifest(setting)
-        metrics = self._metrics if setting.bits != SIXTEEN else ()
+        metrics = self.metrics if setting.bits != SIXTEEN else ()
         visual, text = self.capacity(setting, answer)
         backend = TorchBackend(
             *(self.model, self.family, manifest, metrics), slots=slots, visual_tokens=visual, text_tokens=text
