@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ _LOGIT_BYTES = 16
 _GROWTH = 1.03
 """A batch is tried again with more rows where so many times as many seem to fit."""
 
+Result = TypeVar("Result")
+
 
 def ours(
     model: Model, setting: Setting, budget: float, *, fill: str, equal: int | None, off: float, layers: int
@@ -32,10 +34,10 @@ def ours(
     slot, _ = model.slot_bytes(setting), model.metrics  # what computing these takes is none of the session's
     if not _fits(whole, model.weights + slot):
         return {"note": _too_large(model, budget)}
-    try:
-        one, taken = _one_row(model, setting, whole, slot)
-    except CapacityError:
+    alone = _tried(lambda rows: _one_row(model, setting, whole, slot), 1)
+    if alone is None:
         return {"note": "one request does not fit"}
+    one, taken = alone
     row = slot + _LOGIT_BYTES * model.info.vocab_size
     guess = (whole.limit() - model.weights - taken) // row
 
@@ -156,7 +158,8 @@ def _largest(whole: memory.Budget, guess: int, row: int, attempt: Callable[[int]
     return found
 
 
-def _tried(attempt: Callable[[int], dict[str, Any]], rows: int) -> dict[str, Any] | None:
+def _tried(attempt: Callable[[int], Result], rows: int) -> Result | None:
+    """What an attempt gives, None if memory does not suffice for it."""
     import torch
 
     try:
