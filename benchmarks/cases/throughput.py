@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = f"any of {', '.join(RIVALS)}, and bits of ours: 1, 1/8 (text rows of 8 bits), 1/8+compile, ..."
     parser.add_argument("--contender", nargs="+", default=[DYNAMIC, *OURS], help=names)
     parser.add_argument("--fill", choices=("copies", "prompts"), default="copies", help="how rows of ours are filled")
-    parser.add_argument("--rate", nargs="*", type=float, default=[1.0, 2.0, 4.0], help="arrivals a second")
+    parser.add_argument("--rate", nargs="*", type=float, default=[0.5, 1.0, 2.0, 4.0], help="arrivals a second")
     parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals at each rate")
     parser.add_argument("--prefill-chunk", nargs="+", type=int, default=[0], help="tokens; 0 for whole prompts")
     parser.add_argument("--layers", type=int, help="decoder layers in place of a preset's, to try the driver")
@@ -125,7 +125,7 @@ def _served(model: Model, setting: Setting, chunk: int, arguments: argparse.Name
     """A server with room for long answers, outside of any budget."""
     try:
         session = model.open(setting, SLOTS, LONG_ANSWER, chunk)
-    except CapacityError as error:
+    except (CapacityError, OptionError) as error:
         return {"note": str(error)}
     try:
         warm_up = arrivals.warm_up(session, SLOTS)

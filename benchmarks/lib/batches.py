@@ -17,6 +17,8 @@ CHECK_ROWS, CHECK_STEPS = 16, 4
 _TRIES, _SHRINK = 4, 0.96
 _LOGIT_BYTES = 16
 """Of each entry of the vocabulary, for a row: logits in two types, before a step is captured and in its graph."""
+_COMPILED = 1 << 29
+"""For what a compiled step of transformers holds besides: one that does not fit would be compiled again."""
 _GROWTH = 1.03
 """A batch is tried again with more rows where so many times as many seem to fit."""
 
@@ -77,7 +79,8 @@ def rival(model: Model, kind: str, budget: float) -> dict[str, Any]:
     # What a layer's keys and values take once more while a step makes longer or plain ones of them.
     share = 1 + {DYNAMIC: 2, STATIC: 1}.get(kind, 8) / layers
     each = int(row * share) + _LOGIT_BYTES * model.info.vocab_size
-    guess = (whole.limit() - model.weights) // each
+    reserve = _COMPILED if kind == STATIC else 0
+    guess = (whole.limit() - model.weights - reserve) // each
 
     def attempt(rows: int) -> dict[str, Any]:
         with whole:

@@ -185,7 +185,13 @@ class Model:
         )
         if setting.compiled:
             backend.compile()
-        return Session(manifest, backend, self.prompts)  # type: ignore[arg-type]
+        pieces: dict[str, Any] = {}
+        if chunk:
+            if not hasattr(backend, "capture_prefills"):
+                raise OptionError("prompts cannot be fed in pieces")
+            backend.capture_prefills(chunk)
+            pieces["prefill_chunk"] = chunk
+        return Session(manifest, backend, self.prompts, **pieces)  # type: ignore[arg-type]
 
 
 class Rows:

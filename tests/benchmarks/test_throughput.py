@@ -272,3 +272,26 @@ def test_figures(tmp_path: Path) -> None:
     assert set(texts) == {"throughput", "arrivals"}
     assert {"a", "b", DYNAMIC, "vkvx 1/8", "24"} <= texts["throughput"]
     assert {"a, vkvx 1, p50", "a, vkvx 1, chunks of 640, p99", "gap between tokens, ms"} <= texts["arrivals"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_budget_holds_all_that_the_process_takes() -> None:
+    torch.zeros(1, device="cuda")
+    available, total = torch.cuda.mem_get_info()
+    size = total - available + (512 << 20)
+    with memory.Budget(size) as budget:
+        weights = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+        work = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+        del work
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+        assert budget.holds()
+        found = memory.parts(weights.nbytes, 0)
+    held = found.total - found.outside
+    assert 192 << 20 <= held <= budget.limit()
+    assert (found.weights, found.working >= 64 << 20) == (128 << 20, True)
+    assert 0 < budget.left() <= size - found.total
+    del weights
+    memory.free()
+    torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
