@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -33,11 +34,13 @@ BENCHMARKS = {
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
     "session_steps": "what a session adds to a decode step on a GPU: tokens chosen there and by the host",
+    "throughput": "tokens a second of sessions and transformers in budgets of GPU memory, and a server's waiting times",
     "windows": "decode attention of layers with sliding windows and wide heads on a GPU, against torch's",
 }
 """Modules of ``cases``, with ``add_arguments(parser)`` and ``run(arguments)``, which returns rows of
-results; they are the table unless there is ``tables(rows)``, which returns tables by title."""
-FIGURES = {"plots": "figures of attention and breakeven from their JSON files; needs no GPU"}
+results, or gives all of them so far again and again, to be kept at once; they are the table unless there is
+``tables(rows)``, which returns tables by title."""
+FIGURES = {"plots": "figures of attention, breakeven and throughput from their JSON files; needs no GPU"}
 """Modules of the same form that measure nothing: ``run`` returns nothing."""
 PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 RESULTS = Path(__file__).parent / "results"
@@ -79,18 +82,23 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     module = importlib.import_module(f"benchmarks.cases.{arguments.name}")
     try:
+        if arguments.name in FIGURES:
+            module.run(arguments)
+            return
+        arguments.output = arguments.output or RESULTS / f"{arguments.name}.json"
         rows = module.run(arguments)
-        if arguments.name in BENCHMARKS:
-            _report(module, rows, arguments)
+        for found in rows if isinstance(rows, Iterator) else [rows]:
+            text = _write(module, found, arguments)
     except VkvxError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"{text}\nwritten to {arguments.output} and {arguments.output.with_suffix('.md').name}")
 
 
-def _report(module: ModuleType, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def _write(module: ModuleType, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+    """Write both files; returns the tables."""
     tables = module.tables(rows) if hasattr(module, "tables") else {"Results": rows}
     text = "\n".join(f"## {title}\n\n{markdown(table)}" for title, table in tables.items())
-    print(text)
-    output = arguments.output or RESULTS / f"{arguments.name}.json"
+    output: Path = arguments.output
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("name", "output")}
     facts = environment()
@@ -98,7 +106,7 @@ def _report(module: ModuleType, rows: list[dict[str, Any]], arguments: argparse.
     write_file(output, json.dumps(result, indent=2) + "\n")
     where = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     write_file(output.with_suffix(".md"), f"# {BENCHMARKS[arguments.name]}\n\n{where}\n\n{text}")
-    print(f"written to {output} and {output.with_suffix('.md').name}")
+    return text
 
 
 if __name__ == "__main__":

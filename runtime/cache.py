@@ -168,7 +168,7 @@ class PackedCache:
         rotary = None
         if self.layout.info.position_rows > 1:
             start, count = int(self.next_position[slot]), len(token_ids)
-            rotary = np.tile(np.arange(start, start + count), (3, 1))
+            rotary = np.arange(start, start + count)[None].repeat(3, axis=0)
             if prompt_positions is not None:
                 before = count - prompt_positions.shape[1]
                 rotary[:, before:] = prompt_positions + (start + before)
@@ -246,12 +246,15 @@ class PackedCache:
         visual_count, text_count = self.visual_count.copy(), self.text_count.copy()
         groups = (call.visual_index >= 0).reshape(len(call.slot), -1, self.group_size).sum(axis=2)
         texts = (call.text_index >= 0).sum(axis=1)
+        live = np.flatnonzero(call.slot >= 0)
+        slots = call.slot[live]
+        text_count[slots] += texts[live].astype(np.int32)
         if not self.layout.is_packed:
-            texts += groups.sum(axis=1)
-        live = call.slot >= 0
-        text_count[call.slot[live]] += texts[live].astype(np.int32)
-        for b in np.flatnonzero(live & groups.any(axis=1)) if self.layout.is_packed else ():
-            slot, new = call.slot[b], groups[b][groups[b] > 0]
+            text_count[slots] += groups[live].sum(axis=1, dtype=np.int32)
+            return visual_count, text_count
+        for b in live[groups[live].any(axis=1)]:
+            slot = call.slot[b]
+            new = groups[b][groups[b] > 0]
             first = self.group_count(slot)
             visual_count[slot, first : first + len(new)] = new
         return visual_count, text_count

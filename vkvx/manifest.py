@@ -161,7 +161,7 @@ class ModelInfo:
     eos_token_ids: tuple[Index, ...]
     pad_token_id: Index
 
-    @property
+    @cached_property
     def sliding_window(self) -> int:
         """Positions that a token sees in layers with a window, itself included; 0 where no layer has one."""
         return max((layer.sliding_window for layer in self.layers), default=0)
@@ -176,7 +176,7 @@ class ModelInfo:
         """The layers that attend to what is cached."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.linear is None)
 
-    @property
+    @cached_property
     def linear_layers(self) -> tuple[int, ...]:
         """The layers of linear attention, which have a state."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.linear is not None)

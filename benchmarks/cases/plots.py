@@ -1,4 +1,4 @@
-"""Figures of ``attention`` and ``breakeven`` from their JSON files, as SVG for the pages in ``docs/``."""
+"""Figures of ``attention``, ``breakeven`` and ``throughput`` from their JSON files, as SVG for pages in ``docs/``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import attention, breakeven
 from vkvx.errors import InputError
-from vkvx.evaluation.plots import COLOURS, INK, MARKERS, WIDTH, drawing_style
+from vkvx.evaluation.plots import COLOURS, DASHES, INK, MARKERS, WIDTH, drawing_style
 from vkvx.storage import write_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write every figure whose results are there; InputError if there are none."""
     arguments.images.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in {"attention": attention_figures, "breakeven": breakeven_figures}.items():
+    for name, draw in FIGURES.items():
         path = arguments.results / f"{name}.json"
         if not path.exists():
             continue
@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
             written.append(arguments.images / f"{figure}.svg")
             write_file(written[-1], svg)
     if not written:
-        raise InputError(f"{arguments.results} has no attention.json or breakeven.json; run those benchmarks on a GPU")
+        *names, last = (f"{name}.json" for name in FIGURES)
+        raise InputError(f"{arguments.results} has no {', '.join(names)} or {last}; run those benchmarks on a GPU")
     print("\n".join(map(str, written)))
 
 
@@ -152,6 +153,86 @@ def _heat_map(axes: Axes, values: list[list[float]]) -> Any:
                 text = f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
     return image
+
+
+def throughput_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Sampled tokens a second over the budget, a panel a shape; waiting times at a server over the rate of arrivals."""
+    batch = [row for row in rows if row["part"] == "batch" and "sampled tokens/s" in row and row["fill"] != "prompts"]
+    served = [row for row in rows if row["part"] == "arrivals" and "rates" in row]
+    with drawing_style():
+        drawn = {"throughput": _budgets(batch)} if batch else {}
+        return {
+            name: _svg(figure) for name, figure in (drawn | ({"arrivals": _arrivals(served)} if served else {})).items()
+        }
+
+
+def _budgets(rows: list[dict[str, Any]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    shapes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "contender"))
+    figure = Figure(figsize=(WIDTH, 2.6 * math.ceil((len(shapes) + 1) / _COLUMNS)))
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.08)
+    grid = figure.subplots(math.ceil((len(shapes) + 1) / _COLUMNS), _COLUMNS, squeeze=False)
+    count = len(COLOURS)
+    styles = [
+        {"color": COLOURS[i % count], "marker": MARKERS[i % count], "ls": DASHES[i // count]} for i in range(len(names))
+    ]
+    for axes, shape in zip(grid.flat, shapes, strict=False):
+        here = [row for row in rows if row["shape"] == shape]
+        for name, style in zip(names, styles, strict=True):
+            points = sorted((row["budget"], row["sampled tokens/s"]) for row in here if row["contender"] == name)
+            axes.plot(*zip(*points, strict=True) if points else ((), ()), lw=1.4, ms=5, **style)
+        axes.set_title(shape)
+        axes.set_yscale("log")
+        budgets = sorted({row["budget"] for row in here})
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+        axes.minorticks_off()
+        axes.set_xlabel("GB")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("tokens/s (logarithmic)")
+    for axes in grid.flat[len(shapes) :]:
+        axes.set_axis_off()
+    labels = [name if name.startswith("transformers") else f"vkvx {name}" for name in names]
+    _named(grid.flat[len(shapes)], labels, styles)
+    return figure
+
+
+def _arrivals(rows: list[dict[str, Any]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 2.8))
+    figure.set_layout_engine("constrained", w_pad=0.06)
+    *panels, legend = figure.subplots(1, 3)
+    labels, styles = [], []
+    for i, row in enumerate(rows):
+        chunk = f", chunks of {row['chunk']}" if row["chunk"] else ""
+        for part, dashes in (("p50", "--"), ("p99", "-")):
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ls": dashes}
+            labels.append(f"{row['shape']}, vkvx {row['contender']}{chunk}, {part}")
+            styles.append(style)
+            for axes, what in zip(panels, ("first token ms", "gap ms"), strict=True):
+                axes.plot(
+                    [r["rate"] for r in row["rates"]], [r[f"{what} {part}"] for r in row["rates"]], lw=1.4, **style
+                )
+    for axes, title in zip(panels, ("first token, ms", "gap between tokens, ms"), strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("arrivals a second")
+        axes.set_ylim(bottom=0)
+    legend.set_axis_off()
+    _named(legend, labels, styles)
+    return figure
+
+
+def _named(axes: Axes, labels: list[str], styles: list[dict[str, Any]]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], lw=1.4, ms=5, label=label, **style) for label, style in zip(labels, styles, strict=True)]
+    axes.legend(handles=lines, loc="center left", frameon=False)
+
+
+FIGURES = {"attention": attention_figures, "breakeven": breakeven_figures, "throughput": throughput_figures}
+"""What draws the figures of a benchmark, from its results."""
 
 
 def _svg(figure: Figure) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from vkvx.models.family import Family
 
-EAGER, PACKED = "eager", "vkvx_flash_vision"
-"""Attention implementations of towers: the plain formula, which in ONNX has the fewest nodes, and
-:func:`_packed_attention`. transformers gives what stands for the lengths of segments to names with "flash" in them."""
+EAGER, FUSED = "eager", "sdpa"
+"""Attention implementations of towers: the plain formula, which in ONNX has the fewest nodes, and torch's kernels,
+which take no memory for the scores of all pairs of patches."""
+PACKED, PACKED_FUSED = "vkvx_flash_vision", "vkvx_flash_vision_fused"
+"""The same for towers of packed patches: :func:`_packed_attention`. transformers gives what stands for the lengths of
+segments to names with "flash" in them."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,13 @@ class Windows:
     place: Tensor
 
 
-def use_packed_attention(model: Any) -> None:
+def use_packed_attention(model: Any, *, fused: bool = False) -> None:
     """Let the tower of ``model`` attend as :class:`Whole` and :class:`Windows` say."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, _packed_attention)
-    model.set_attn_implementation({"vision_config": PACKED})
+    AttentionInterface.register(PACKED_FUSED, partial(_packed_attention, fused=True))
+    model.set_attn_implementation({"vision_config": PACKED_FUSED if fused else PACKED})
 
 
 def _packed_attention(
@@ -48,10 +55,13 @@ def _packed_attention(
     *,
     scaling: float,
     cu_seq_lens_q: Whole | Windows,
+    fused: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query, key and value [1, H, N, D]; returns [1, N, H, D]."""
     if isinstance(cu_seq_lens_q, Whole):
+        if fused:
+            return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
         weights = torch.softmax(query @ key.transpose(2, 3) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
         return (weights @ value).transpose(1, 2), None
     patches, place = cu_seq_lens_q.patches, cu_seq_lens_q.place
@@ -79,15 +89,18 @@ def resampled(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 class VisionGraph(nn.Module):
-    """Tower and projector. Pixels come in float32 and are cast to the model's dtype."""
+    """Tower and projector. Pixels come in float32 and are cast to the model's dtype.
 
-    def __init__(self, model: Any, family: Family, dtype: torch.dtype):
+    With ``fused`` the tower attends by torch's kernels, but for windows, whose scores are few.
+    """
+
+    def __init__(self, model: Any, family: Family, dtype: torch.dtype, *, fused: bool = False):
         super().__init__()
         if family.packed_vision:
-            use_packed_attention(model)
+            use_packed_attention(model, fused=fused)
         else:
-            model.set_attn_implementation({"vision_config": EAGER})
-        self.model, self.family, self.dtype = model, family, dtype
+            model.set_attn_implementation({"vision_config": FUSED if fused else EAGER})
+        self.model, self.family, self.dtype, self.fused = model, family, dtype, fused
         self.constants = family.vision_constants(model)
         for name, tensor in self.constants.items():
             self.register_buffer(name, tensor.to(model.device), persistent=False)
@@ -95,4 +108,13 @@ class VisionGraph(nn.Module):
     def forward(self, *pixel_inputs: Tensor) -> Tensor:
         """Pixel inputs as the family describes them; returns image_embeds [tokens of all pictures, hidden]."""
         cast = (x.to(self.dtype) if x.is_floating_point() else x for x in pixel_inputs)
-        return self.family.image_embeds(self.model, *cast, **{name: getattr(self, name) for name in self.constants})
+        constants = {name: getattr(self, name) for name in self.constants}
+        with _kernels() if self.fused else nullcontext():
+            return self.family.image_embeds(self.model, *cast, **constants)
+
+
+def _kernels() -> AbstractContextManager[None]:
+    """torch's attention by any kernel but cuDNN's, which makes a plan for each new size of picture."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

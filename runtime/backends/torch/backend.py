@@ -113,7 +113,10 @@ class TorchBackend:
             merge_projections(family.text_model(model))
         attributes = model_attributes(manifest.layout)
         self._decoder: Any = DecoderGraph(model, family, attributes, metrics, in_place=True)
-        self._vision: Any = VisionGraph(model, family, self._dtype)
+        # Scores of all pairs of a picture's patches can take more memory than the cache of many rows. In FP32 kernels
+        # may use other products than the ones that codes were compared with.
+        fused = self._stream is not None and self._dtype is not torch.float32
+        self._vision: Any = VisionGraph(model, family, self._dtype, fused=fused)
         self._steps: DecodeSteps | None = None
         self._sampler: Any = None
         if self._stream is not None and has_kernels(manifest):

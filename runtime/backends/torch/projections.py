@@ -51,7 +51,9 @@ def merge_projections(model: nn.Module) -> int:
     Weights of a module are held twice only while it is merged.
     """
     merged = 0
-    for module in list(model.modules()):
+    # Of all modules only those that change: a list of all would keep the old projections until the last one is merged.
+    parents = [one for one in model.modules() if any(hasattr(one, name) for names in GROUPS for name in names)]
+    for module in parents:
         for names in GROUPS:
             projections: list[Any] = [getattr(module, name, None) for name in names]
             if not all(type(one) is nn.Linear for one in projections) or not _fit(projections):
