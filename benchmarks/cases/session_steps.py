@@ -161,9 +161,10 @@ def _check_tokens(backend: Any) -> None:
 
 def _steps(backend: Any, options: dict[str, Any]) -> Iterator[list[Any]]:
     """What the steps of a session's scheduler add, for a request in every slot."""
-    from vkvx.runtime.sessions.generation import Request, Scheduler
+    from vkvx.runtime.sessions.generation import Request
     from vkvx.runtime.sessions.processor import Prepared
     from vkvx.runtime.sessions.sampling import GenerationOptions
+    from vkvx.runtime.sessions.scheduler import Scheduler
 
     _reset(backend)
     scheduler, text = Scheduler(backend), _Text()

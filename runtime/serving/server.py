@@ -15,9 +15,10 @@ from typing import Any
 
 from vkvx.errors import OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError, describe
 from vkvx.runtime.serving.answer import Answer, ChunkStream
-from vkvx.runtime.sessions.generation import Chunk, Failure, Request, Scheduler
+from vkvx.runtime.sessions.generation import Chunk, Failure, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.sampling import GenerationOptions
+from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
 from vkvx.runtime.sessions.videos import Video, listed_videos
 

@@ -13,10 +13,11 @@ from typing import Any
 from vkvx.errors import InputError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
-from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request
 from vkvx.runtime.sessions.pictures import Picture, listed
 from vkvx.runtime.sessions.processor import Message, Prepared, Processor, user_message
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
+from vkvx.runtime.sessions.scheduler import run
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 

@@ -13,10 +13,11 @@ from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.sessions.conversation import Conversation
-from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.processor import Message, Processor
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
+from vkvx.runtime.sessions.scheduler import run
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 if TYPE_CHECKING:
