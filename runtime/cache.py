@@ -132,10 +132,8 @@ class PackedCache:
 
     def reset(self, slot: int) -> None:
         """Empty a slot. Only the counts change."""
-        self.visual_count[slot] = 0
-        self.text_count[slot] = 0
-        self.next_position[slot] = 0
-        self._inline_visual[slot] = 0
+        for counts in self._counts:
+            counts[slot] = 0
 
     def fork(self, source: int, target: int) -> None:
         """Make slot ``target`` hold the same sequence as ``source``; only what is valid is copied."""
@@ -146,12 +144,22 @@ class PackedCache:
             used = entries.get(name.partition(".")[2], self._state_entries.get(name, 0))
             if used:
                 self._storage.copy(buffer, source, target, used)
-        self.visual_count[target] = self.visual_count[source]
-        self.text_count[target] = self.text_count[source]
-        self.next_position[target] = self.next_position[source]
-        self._inline_visual[target] = self._inline_visual[source]
+        self.rewind(target, self.mark(source))
         self._visual_position[target] = self._visual_position[source]
         self._text_position[target] = self._text_position[source]
+
+    def mark(self, slot: int) -> tuple[np.ndarray, ...]:
+        """How full a slot is, for :meth:`rewind`."""
+        return tuple(np.copy(counts[slot]) for counts in self._counts)
+
+    def rewind(self, slot: int, mark: tuple[np.ndarray, ...]) -> None:
+        """Forget what came into a slot after its :meth:`mark`; states of linear attention only know the empty slot."""
+        for counts, before in zip(self._counts, mark, strict=True):
+            counts[slot] = before
+
+    @property
+    def _counts(self) -> tuple[np.ndarray, ...]:
+        return self.visual_count, self.text_count, self.next_position, self._inline_visual
 
     def row(
         self,

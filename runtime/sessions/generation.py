@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 
-from vkvx.errors import BundleError, CapacityError, NumericError
+from vkvx.errors import BundleError, CapacityError, NumericError, OptionError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend
 from vkvx.runtime.calls import Row
 from vkvx.runtime.sessions import nonfinite
+from vkvx.runtime.sessions.pieces import check_prefill_chunk, cut
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler, checked
 from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings
@@ -70,7 +72,8 @@ class Request:
 
     ``history`` holds every token of the sequence and is extended in place. What of it is not in the cache yet is what
     the next call feeds; that is at least the token chosen last. ``slot`` None asks for a free slot, which is given
-    back at the end. ``progress`` is called with the stage "vision".
+    back at the end. A prompt of more than ``prefill_chunk`` tokens is fed in pieces, one call after another, see
+    :mod:`vkvx.runtime.sessions.pieces`. ``progress`` is called with the stage "vision".
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Request:
         *,
         slot: int | None = None,
         history: list[int] | None = None,
+        prefill_chunk: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         model = backend.manifest.model
@@ -104,6 +108,12 @@ class Request:
         self._stops = StopStrings(options.stop)
         self._base = len(self.history)
         self._start = 0 if slot is None else backend.cache.length(slot)
+        self._fed = np.concatenate([np.array(self.history[self._start :], np.int32), prepared.token_ids])
+        # Part of a prompt could not be taken back from states that hold others.
+        limit = None if model.linear_layers and self._start else prefill_chunk
+        self._pieces = deque(cut(self._fed, prepared.picture_lengths, backend.manifest, limit))
+        self._mark: tuple[np.ndarray, ...] = ()  # of the slot before the prompt
+        self._first_position = 0  # of the prompt, for the rotary embedding
         self._text: list[str] = []
         self._answer: list[int] = []
         self._embeds: list[Any] = []  # until the first token
@@ -123,12 +133,22 @@ class Request:
                 f"{self._shorter}"
             )
         cache.check_capacity(self.slot, *cache.demand(lengths, fed - sum(lengths)))
-        limits, prompt = self._backend.limits, fed - answer
-        if limits is not None and prompt > limits.input_len:
+        limits, longest = self._backend.limits, max(map(len, self._pieces))
+        if limits is not None and longest > limits.input_len:
+            what = "the prompt" if len(self._pieces) == 1 else "a piece of the prompt"
             raise CapacityError(
-                f"the prompt has {prompt} tokens with its pictures, the engine takes {limits.input_len} in a call; "
-                f"build it with `vkvx build BUNDLE --max-input-len {prompt}`, or {self._shorter}"
+                f"{what} has {longest} tokens with its pictures, the engine takes {limits.input_len} in a call; "
+                f"build it with `vkvx build BUNDLE --max-input-len {longest}`{self._pieces_help(limits.input_len)}, "
+                f"or {self._shorter}"
             )
+
+    def _pieces_help(self, limit: int) -> str:
+        """That a prompt may be fed in pieces, if it may."""
+        try:
+            check_prefill_chunk(self._backend.manifest, limit)
+        except OptionError:
+            return ""
+        return f", feed it in pieces by prefill_chunk= (--prefill-chunk) {limit}" if len(self._pieces) == 1 else ""
 
     @property
     def _shorter(self) -> str:
@@ -147,24 +167,44 @@ class Request:
         """Take a slot if there is none yet, and make the prompt part of the history."""
         if self.slot is None:
             self.slot = self._backend.cache.acquire()
+        self._mark = self._backend.cache.mark(self.slot)
+        self._first_position = int(self._backend.cache.next_position[self.slot]) + self._base - self._start
         self.history.extend(self.prepared.token_ids.tolist())
         self._sampler.observe(self.history)
 
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether pieces of the prompt are still to be fed."""
+        return bool(self._pieces)
+
+    @property
+    def next_length(self) -> int:
+        """How many tokens the next piece of the prompt has."""
+        return len(self._pieces[0])
+
     def encode(self) -> list[Any]:
-        """Embeddings of the prompt's pictures, a call after another, so that memory for one of them suffices."""
-        found = []
-        for number, inputs in enumerate(self.prepared.vision_calls, 1):
-            found.append(self._backend.encode(inputs))
+        """Embeddings of the prompt's pictures, up to those of the next piece; none if it has no pictures.
+
+        They come from a call after another, so that memory for one of them suffices.
+        """
+        piece, calls = self._pieces[0], self.prepared.vision_calls
+        if not piece.picture_lengths:
+            return []
+        wanted = sum(self.prepared.picture_lengths)
+        while len(self._embeds) < len(calls) and (self._encoded < piece.last_embed or piece.last_embed == wanted):
+            self._embeds.append(self._backend.encode(calls[len(self._embeds)]))
             if self._progress is not None:
-                self._progress("vision", number, len(self.prepared.vision_calls))
-        self._embeds = found
-        made, wanted = sum(embeds.shape[0] for embeds in found), sum(self.prepared.picture_lengths)
-        if made != wanted:
+                self._progress("vision", len(self._embeds), len(calls))
+        if self._encoded < piece.last_embed or (len(self._embeds) == len(calls) and self._encoded != wanted):
             raise BundleError(
-                f"the vision graph makes {made} visual tokens of pictures that have {wanted} by the manifest; "
+                f"the vision graph makes {self._encoded} visual tokens of pictures that have {wanted} by the manifest; "
                 "export the model again"
             )
-        return found
+        return self._embeds
+
+    @property
+    def _encoded(self) -> int:
+        return sum(embeds.shape[0] for embeds in self._embeds)
 
     @property
     def wants_more(self) -> bool:
@@ -175,18 +215,31 @@ class Request:
         """What the next call feeds of this request: -1 for a token that the host has not read."""
         assert self.slot is not None
         cache = self._backend.cache
-        is_prompt, is_unread = self._launched == 0, self._launched > len(self._answer)
-        fed = np.array([-1] if is_unread else self.history[cache.length(self.slot) :], np.int32)
-        self._launched += 1
-        if not is_prompt:
+        if not self._pieces:
+            is_unread = self._launched > len(self._answer)
+            fed = np.array([-1] if is_unread else self.history[cache.length(self.slot) :], np.int32)
+            self._launched += 1
             return cache.row(self.slot, fed)
-        return cache.row(self.slot, fed, self.prepared.picture_lengths, self.prepared.positions)
+        piece = self._pieces.popleft()
+        if not self._pieces:
+            self._launched += 1
+        positions = self.prepared.positions
+        if positions is not None:
+            before = len(self._fed) - positions.shape[1]  # tokens in front of the prompt
+            positions = positions[:, max(0, piece.start - before) : max(0, piece.end - before)] + self._first_position
+            positions = positions - (int(cache.next_position[self.slot]) + len(piece) - positions.shape[1])
+        row = cache.row(self.slot, self._fed[piece.start : piece.end], piece.picture_lengths, positions)
+        if not piece.picture_lengths:
+            return row
+        return replace(row, other_embeds=(piece.first_embed, self._encoded - piece.last_embed))
 
     def prepare_choice(self) -> SampledRow:
         """How the backend chooses the token of the call that is about to be launched; tells it what it lacks."""
         assert self.slot is not None
         backend = cast(SamplingBackend, self._backend)
         options, step = self.options, self._launched - 1
+        if self._pieces:  # the prompt goes on: whatever is chosen is dropped
+            return SampledRow(0.0, 0, 1.0, 1.0, 0, step=0, wants_log_probability=False)
         excluded = self._sampler.excluded(step)
         if self._excluded is None:
             backend.begin(self.slot, self.history if options.repetition_penalty != 1 else (), excluded)
@@ -214,6 +267,10 @@ class Request:
         """The next token from logits [V], on the host. Raises NumericError and OptionError."""
         self._excluded = None  # the backend does not know of this token
         return self._sampler.choose(logits)
+
+    def note_piece(self, seconds: float) -> None:
+        """A call of so many seconds fed a piece of the prompt that is not the last."""
+        self.prefill_seconds += seconds
 
     def accept(self, choice: Choice | Exception, seconds: float) -> Chunk:
         """Take over the token that a call of so many seconds chose, or raise the error that it is.
@@ -270,13 +327,14 @@ class Request:
         return Chunk(self.row, text, (token,), self.finish_reason, generation, logprobs)
 
     def leave(self) -> None:
-        """End the request, at its end or before: give the slot back, or undo a prompt that never reached the cache."""
+        """End the request, at its end or before: give the slot back, or undo a prompt of which a part was not fed."""
         cache = self._backend.cache
         if self.slot is None:
             return
         if self.owns_slot:
             cache.release(self.slot)
-        elif cache.length(self.slot) == self._start:
+        elif cache.length(self.slot) < self._base + len(self.prepared.token_ids):
+            cache.rewind(self.slot, self._mark)
             del self.history[self._base :]
         else:  # what a call under way feeds is not part of the history
             fed = self._base + len(self.prepared.token_ids) + max(0, self._read - 1)

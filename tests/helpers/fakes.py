@@ -170,7 +170,7 @@ class FakeBackend:
         logits = self.step(replace(call, input_ids=ids), visual_embeds)
         tokens, probabilities = np.zeros(len(slots), np.int32), np.zeros(len(slots), np.float32)
         for b, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-            seen, excluded = self.sequences[slot]
+            seen, excluded = self.sequences.get(slot, ([], ()))  # none yet in the midst of a prompt
             options = {name: getattr(row, name) for name in ("temperature", "top_k", "top_p", "seed")}
             chosen = GenerationOptions(repetition_penalty=row.repetition_penalty, logprobs=True, **options)
             sampler = Sampler(chosen, logits.shape[1], excluded)

@@ -27,7 +27,7 @@ from vkvx.plugins.operator import model_attributes
 from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
 from vkvx.runtime.backends.torch.projections import merge_projections
-from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler
+from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler, upload
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
 from vkvx.runtime.calls import Call, place_embeds
 
@@ -226,8 +226,10 @@ class TorchBackend:
         return logits
 
     def _place(self, array: np.ndarray | Tensor) -> Tensor:
-        """The array on the model's device: its own memory if it is there."""
-        return (array if isinstance(array, Tensor) else to_torch(array)).to(self._device)
+        """The array on the model's device: its own memory if it is there. Nothing waits for a copy to a GPU."""
+        if isinstance(array, Tensor):
+            return array.to(self._device)
+        return to_torch(array) if self._stream is None else upload(to_torch(array), self._device)
 
     @contextmanager
     def _running(self, what: str) -> Iterator[None]:
