@@ -2,9 +2,10 @@
 
 Random weights in the shape of a known model; each live row has a picture and some text in the cache. Prompts of a
 picture and some text arrive by a Poisson process, the same for all limits of a piece, and leave with their first token.
-That token is compared with the argmax of the logits of the same pieces fed one by one: they must be equal. Pictures
-come encoded: the vision tower is not part of this. A gap is the time between two tokens of a live row, as the scheduler
-hands them out; the step is the median gap while nothing arrives.
+That token is compared with the argmax of the logits of the same pieces fed one by one: they must be equal. "off" is how
+far these logits are from those of eager calls, as a share of their range. Pictures come encoded: the vision tower is not
+part of this. A gap is the time between two tokens of a live row, as the scheduler hands them out; the step is the median
+gap while nothing arrives.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for limit in arguments.chunks:
         chunk = limit or None
-        trace.check_token(chunk)
+        if chunk is not None:
+            backend.capture_prefills(chunk)
+        off = trace.check_token(chunk)
         trace.run(chunk, trace.arrivals[:1] * 2)  # captures, fills pools
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -58,6 +61,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "live rows": arguments.live,
                 "piece": limit or "whole",
                 "group": arguments.group_size,
+                "off": f"{off:.1g}",
                 **found,
                 "prefill MiB": round((torch.cuda.max_memory_allocated() - before) / 2**20),
                 "device": torch.cuda.get_device_name(),
@@ -106,25 +110,35 @@ class _Trace:
         options = GenerationOptions(max_new_tokens=tokens, ignore_eos=True)
         return Request(row, prompt, options, self.text, self.backend, prefill_chunk=chunk, **place)  # type: ignore[arg-type]
 
-    def check_token(self, chunk: int | None) -> None:
-        """The first token of a prompt is the argmax of the logits of its pieces, fed one by one."""
+    def check_token(self, chunk: int | None) -> float:
+        """Compare the first token of a prompt with its pieces fed one by one; how far captured pieces are from eager."""
+        from vkvx.runtime.sessions.scheduler import run
+
+        (found,) = run(self.backend, [self.request(0, chunk, self.prompt, 1)], chunk)
+        logits = self._logits(chunk)
+        captured, self.backend._prefills = self.backend._prefills, None
+        eager = self._logits(chunk)
+        self.backend._prefills = captured
+        if found.token_ids != (int(logits.argmax()),):
+            raise SystemExit("the first token of a prompt is not that of its pieces fed one by one")
+        return float(np.abs(logits - eager).max() / np.ptp(eager))
+
+    def _logits(self, chunk: int | None) -> np.ndarray:
+        """Of the last token of a prompt whose pieces are fed one by one."""
         from vkvx.runtime.calls import build_call, place_embeds
         from vkvx.runtime.sessions.pieces import cut
-        from vkvx.runtime.sessions.scheduler import run
 
         cache, manifest = self.backend.cache, self.backend.manifest
         image, size = manifest.model.image_token_id, manifest.quantization.group_size
-        (chunk_of_text,) = run(self.backend, [self.request(0, chunk, self.prompt, 1)], chunk)
-        slot = cache.acquire()
+        slot, logits = cache.acquire(), np.empty(0)
         for piece in cut(self.prompt.token_ids, self.prompt.picture_lengths, manifest, chunk):
             row = cache.row(slot, self.prompt.token_ids[piece.start : piece.end], piece.picture_lengths)
             call = build_call([row], group_size=size, image_token_id=image)
             rows = self.embeds[piece.first_embed : piece.last_embed]
             logits = self.backend.step(call, place_embeds(call, rows) if len(rows) else None)[0]
         cache.release(slot)
-        logits[[3, image]] = -np.inf
-        if chunk_of_text.token_ids != (int(logits.argmax()),):
-            raise SystemExit("the first token of a prompt is not that of its pieces fed one by one")
+        logits[[3, image]] = logits.min()  # tokens of pictures are never chosen
+        return logits
 
     def run(self, chunk: int | None, arrivals: list[float]) -> dict[str, Any]:
         """Decode until all prompts have come and gone."""
@@ -161,11 +175,11 @@ class _Trace:
         step = statistics.median(gaps[WARM_UP : STEPS + WARM_UP - 1])
         under_load = gaps[STEPS + WARM_UP :]
         return {
-            "step ms": round(step, 2),
+            "step ms": round(float(step), 2),
             "median gap ms": round(float(np.median(under_load)), 2),
             "p99 gap ms": round(float(np.quantile(under_load, 0.99)), 1),
             "largest gap ms": round(float(under_load.max()), 1),
-            "p99 over step": round(float(np.quantile(under_load, 0.99)) / step, 2),
-            "first token ms": round(1000 * statistics.median(firsts), 1),
+            "p99 over step": round(float(np.quantile(under_load, 0.99) / step), 2),
+            "first token ms": round(1000 * float(statistics.median(firsts)), 1),
             "tokens/s of live rows": round(live * len(under_load) / (at[-1] - at[STEPS + WARM_UP])),
         }

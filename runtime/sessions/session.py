@@ -115,6 +115,8 @@ class Session:
             except OptionError:
                 opened.close()
                 raise
+        if prefill_chunk is not None and found.name == "torch":
+            cast("TorchBackend", opened).capture_prefills(prefill_chunk)
         return cls(manifest, opened, processor or Processor.of_bundle(directory, manifest), found.reason, prefill_chunk)
 
     @overload

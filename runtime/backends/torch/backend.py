@@ -1,8 +1,9 @@
 """The torch backend: the modules that the graphs of a bundle were traced from, over a packed cache updated in place.
 
 On a CPU every call runs eagerly. On a GPU with the kernels of ``vkvx.plugins`` a decode step is the replay of a CUDA
-graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than a token per row run eagerly. Tokens are
-chosen there, too, and embeddings of pictures stay.
+graph, see :mod:`vkvx.runtime.backends.torch.capture`, and so are pieces of prompts, see
+:mod:`vkvx.runtime.backends.torch.prefills`; other calls run eagerly, and the host waits for none. Tokens are chosen
+there, too, and embeddings of pictures stay.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vkvx.plugins.library import MAX_HEAD_DIM, MAX_VOCAB
 from vkvx.plugins.operator import model_attributes
 from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
+from vkvx.runtime.backends.torch.prefills import Prefills
 from vkvx.runtime.backends.torch.projections import merge_projections
 from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler, upload
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
@@ -116,6 +118,7 @@ class TorchBackend:
         self._vision: Any = VisionGraph(model, family, self._dtype)
         self._steps: DecodeSteps | None = None
         self._sampler: Any = None
+        self._prefills: Prefills | None = None
         if self._stream is not None and has_kernels(manifest):
             with self._running("the buffers of decode steps"):
                 library = torch_cuda.kernels()
@@ -149,11 +152,22 @@ class TorchBackend:
             )
         self._steps.compile()
 
+    def capture_prefills(self, limit: int) -> None:
+        """Run prefills of one row and at most ``limit`` tokens as CUDA graphs from now on, where steps are captured.
+
+        See :mod:`vkvx.runtime.backends.torch.prefills`; states of linear attention are left out.
+        """
+        info = self.manifest.model
+        if self._stream is not None and self._steps is not None and not info.linear_layers:
+            with self._running("the buffers of prefills"):
+                self._prefills = Prefills(self._decoder, self._buffers, self.cache, info, self._stream, limit)
+
     def close(self) -> None:
         if self._stream is not None and not self.closed:
             self._stream.synchronize()
         self.closed = True
-        self._steps = self._sampler = self._decoder = self._vision = None  # graphs before the memory that they use
+        self._steps = self._prefills = self._sampler = None  # graphs before the memory that they use
+        self._decoder = self._vision = None
         self._buffers.clear()
         self.cache.buffers.clear()
 
@@ -211,6 +225,8 @@ class TorchBackend:
 
     def _run(self, call: Call, visual_embeds: np.ndarray | Tensor | None) -> Tensor:
         """Logits FP32 [B, V] on the device."""
+        if self._prefills is not None and self._prefills.takes(call):
+            return self._prefills.run(call, None if visual_embeds is None else self._place(visual_embeds))
         info, cache = self.manifest.model, self.cache
         shape = (*call.visual_index.shape, info.embed_width)
         given = {"visual_count": cache.visual_count, "text_count": cache.text_count}
