@@ -3,9 +3,9 @@
 Random weights in the shape of a known model; each live row has a picture and some text in the cache. Prompts of a
 picture and some text arrive by a Poisson process, the same for all limits of a piece, and leave with their first token.
 That token is compared with the argmax of the logits of the same pieces fed one by one: they must be equal. "off" is how
-far these logits are from those of eager calls, as a share of their range. Pictures come encoded: the vision tower is not
-part of this. A gap is the time between two tokens of a live row, as the scheduler hands them out; the step is the median
-gap while nothing arrives.
+far these logits are from those of eager calls, as a share of their range. Pictures come encoded: the vision tower is no
+part of this. A gap is the time between two tokens of a live row, as the scheduler hands them out; the step is the
+median gap while nothing arrives.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _Trace:
         return Request(row, prompt, options, self.text, self.backend, prefill_chunk=chunk, **place)  # type: ignore[arg-type]
 
     def check_token(self, chunk: int | None) -> float:
-        """Compare the first token of a prompt with its pieces fed one by one; how far captured pieces are from eager."""
+        """Compare a first token with that of pieces fed one by one; how far captured pieces are from eager ones."""
         from vkvx.runtime.sessions.scheduler import run
 
         (found,) = run(self.backend, [self.request(0, chunk, self.prompt, 1)], chunk)

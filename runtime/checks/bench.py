@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,20 +20,26 @@ from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
 from vkvx.runtime.bundles import load_manifest
-from vkvx.runtime.calls import build_call
+from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.engines.gpus import load_cuda
+from vkvx.runtime.sessions.pieces import check_prefill_chunk, cut
+
+if TYPE_CHECKING:
+    from vkvx.runtime.backends.torch.backend import TorchBackend
 
 
 @dataclass(frozen=True)
 class Load:
     """What is timed: ``batch_size`` rows, each with ``pictures`` pictures and ``prompt_tokens`` text tokens, then
-    ``steps`` decode steps; all ``repeats`` times, after one round that does not count."""
+    ``steps`` decode steps; all ``repeats`` times, after one round that does not count. Prompts of more than
+    ``prefill_chunk`` tokens are fed in pieces."""
 
     batch_size: int = 1
     pictures: int = 1
     prompt_tokens: int = 32
     steps: int = 64
     repeats: int = 3
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("pictures", 0), ("prompt_tokens", 1), ("steps", 1), ("repeats", 1)):
@@ -104,6 +110,7 @@ def bench_bundle(
     Raises what opening raises, and CapacityError if a sequence is longer than the model's positions.
     """
     manifest = load_manifest(bundle)
+    check_prefill_chunk(manifest, load.prefill_chunk)
     found = choose_backend(backend, bundle, manifest, provider, threads)
     if verify:
         manifest.verify(bundle, progress)
@@ -123,6 +130,8 @@ def bench_bundle(
         verify=verify,
     )
     seconds = time.perf_counter() - started
+    if load.prefill_chunk is not None and found.name == "torch":
+        cast("TorchBackend", opened).capture_prefills(load.prefill_chunk)
     try:
         vision, prefill, decode, used = time_backend(opened, load, progress)
         after, taken = resident_bytes(), device_bytes_used(found.gpu)
@@ -161,6 +170,8 @@ def time_backend(
     calls = open_pictures(manifest.model.pictures).join([example] * load.pictures) if load.pictures else ()
     prompt = [image_token] * (tokens * load.pictures) + golden.text(manifest, load.prompt_tokens)
     positions = prompt_positions(np.array(prompt) == image_token, [example] * load.pictures)
+    prompt_ids, lengths = np.array(prompt, np.int32), (tokens,) * load.pictures
+    pieces = cut(prompt_ids, lengths, manifest, load.prefill_chunk)
     rows = load.batch_size if limits is None else min(load.batch_size, limits.batch_size)
     vision, prefill, decode = list[float](), list[float](), list[float]()
     total, used = (1 + load.repeats) * (load.steps + 1), 0
@@ -172,14 +183,15 @@ def time_backend(
         if progress is not None:
             progress(f"bench {backend.name}", done, total)
 
-    def feed(slots: Sequence[int], ids: Sequence[Sequence[int]], embeds: Sequence[Any]) -> np.ndarray:
-        pictures = (tokens,) * load.pictures if embeds else ()
-        fed = [
-            cache.row(slot, np.array(one, np.int32), pictures, positions if embeds else None)
-            for slot, one in zip(slots, ids, strict=True)
-        ]
-        call = build_call(fed, group_size=size, image_token_id=image_token)
+    def feed(rows: Sequence[Row], embeds: Sequence[Any] = ()) -> np.ndarray:
+        call = build_call(rows, group_size=size, image_token_id=image_token)
         return backend.step(call, backend.place(call, embeds) if embeds else None).argmax(axis=1)
+
+    def fill(slots: Sequence[int], embeds: Sequence[Any]) -> np.ndarray:
+        for piece in pieces:
+            given = [piece.row(cache, slot, prompt_ids, positions, 0, embeds=sum(lengths)) for slot in slots]
+            chosen = feed(given, embeds if piece.picture_lengths else ())
+        return chosen
 
     for round_ in range(1 + load.repeats):
         slots = [cache.acquire() for _ in range(load.batch_size)]
@@ -189,12 +201,7 @@ def time_backend(
             embeds[-1][-1].device.synchronize()
         encoded = time.perf_counter()
         chosen = np.concatenate(
-            [
-                feed(
-                    slots[i : i + rows], [prompt] * len(slots[i : i + rows]), [*itertools.chain(*embeds[i : i + rows])]
-                )
-                for i in range(0, len(slots), rows)
-            ]
+            [fill(slots[i : i + rows], [*itertools.chain(*embeds[i : i + rows])]) for i in range(0, len(slots), rows)]
         )
         filled = time.perf_counter()
         count()
@@ -204,7 +211,9 @@ def time_backend(
                 vision.append(encoded - started)
         for _ in range(load.steps):
             started = time.perf_counter()
-            chosen = feed(slots, [[token] for token in chosen.tolist()], [])
+            chosen = feed(
+                [cache.row(slot, np.array([token], np.int32)) for slot, token in zip(slots, chosen, strict=True)]
+            )
             if round_:
                 decode.append(time.perf_counter() - started)
             count()

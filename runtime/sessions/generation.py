@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -224,14 +224,7 @@ class Request:
         if not self._pieces:
             self._launched += 1
         positions = self.prepared.positions
-        if positions is not None:
-            before = len(self._fed) - positions.shape[1]  # tokens in front of the prompt
-            positions = positions[:, max(0, piece.start - before) : max(0, piece.end - before)] + self._first_position
-            positions = positions - (int(cache.next_position[self.slot]) + len(piece) - positions.shape[1])
-        row = cache.row(self.slot, self._fed[piece.start : piece.end], piece.picture_lengths, positions)
-        if not piece.picture_lengths:
-            return row
-        return replace(row, other_embeds=(piece.first_embed, self._encoded - piece.last_embed))
+        return piece.row(cache, self.slot, self._fed, positions, self._first_position, embeds=self._encoded)
 
     def prepare_choice(self) -> SampledRow:
         """How the backend chooses the token of the call that is about to be launched; tells it what it lacks."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from vkvx.errors import OptionError
 from vkvx.manifest import Manifest
+from vkvx.runtime.cache import PackedCache
+from vkvx.runtime.calls import Row
 
 _OPTION = "prefill_chunk (--prefill-chunk)"
 
@@ -33,6 +35,30 @@ class Piece:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+    def row(
+        self,
+        cache: PackedCache,
+        slot: int,
+        token_ids: np.ndarray,
+        positions: np.ndarray | None,
+        first_position: int,
+        *,
+        embeds: int,
+    ) -> Row:
+        """What the call of this piece feeds, of all tokens INT [n].
+
+        ``positions`` INT [3, m] are those of the rotary embedding for the last m tokens, from ``first_position``, in
+        models that have them; ``embeds`` is how many embeddings are given where the piece has pictures.
+        """
+        if positions is not None:
+            before = len(token_ids) - positions.shape[1]
+            positions = positions[:, max(0, self.start - before) : max(0, self.end - before)] + first_position
+            # The cache counts on from the slot's next position, which a piece within a picture leaves anywhere.
+            positions = positions - (int(cache.next_position[slot]) + len(self) - positions.shape[1])
+        row = cache.row(slot, token_ids[self.start : self.end], self.picture_lengths, positions)
+        others = (self.first_embed, embeds - self.last_embed) if self.picture_lengths else (0, 0)
+        return replace(row, other_embeds=others)
 
 
 def check_prefill_chunk(manifest: Manifest, limit: int | None) -> None:
