@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from vkvx.errors import BatchError
-from vkvx.runtime.backends.base import Backend, SamplingBackend, check_open
+from vkvx.runtime.backends.base import Backend, CallInParts, SamplingBackend, check_open
 from vkvx.runtime.calls import build_call
 from vkvx.runtime.sessions.generation import Chunk, Failure, Generation, Request
 from vkvx.runtime.sessions.sampling import Choice
@@ -31,19 +31,21 @@ piece if there is one: it bounds the memory of a prefill."""
 @dataclass
 class _Flight:
     """A call that was launched; ``tokens`` gives what was chosen for each of its requests, or waits for it: None for
-    those whose prompts go on."""
+    those whose prompts go on. ``parts`` are to be launched first, if it has any."""
 
     requests: list[Request]
     tokens: Callable[[], Sequence[Choice | Exception | None]]
     is_prefill: bool
     started: float
+    parts: CallInParts | None = None
 
 
 class Scheduler:
     """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for.
 
     Prompts do not starve answers: after a prefill, or a piece of one, rows that were running before get as much time as
-    it took. ``prefill_chunk`` is the limit of a piece that the requests were given.
+    it took; a prefill that a backend launches in parts has a step of theirs after each part. ``prefill_chunk`` is the
+    limit of a piece that the requests were given.
     """
 
     def __init__(self, backend: Backend, prefill_chunk: int | None = None) -> None:
@@ -51,7 +53,8 @@ class Scheduler:
         self._positions = min(_PREFILL_POSITIONS, prefill_chunk or _PREFILL_POSITIONS)
         self._waiting = deque[Request]()
         self._live = list[Request]()
-        self._flight: _Flight | None = None
+        self._flights = deque[_Flight]()  # launched, tokens not read
+        self._partial: _Flight | None = None  # parts of it are still to be launched
         self._last_result = 0.0  # when the tokens of a call were read last
         self._left = 0.0  # when the last step ended
         self._owed = 0.0  # seconds of decoding, before the next prefill
@@ -95,35 +98,36 @@ class Scheduler:
         next_ones = islice(self._waiting, len(self._backend.cache.free_slots) + 1)
         ahead = self._backend.samples and not any(one.needs_host for one in (*self._live, *next_ones))
         if not ahead:
+            self._advance(to_its_end=True)
             self._collect(results)
         launched = self._launch(results, ahead)
-        if ahead:
-            self._collect(results)
-        self._flight = launched
-        if not ahead:
-            self._collect(results)
-        if not self._live:
-            self._flight = None  # what is under way belongs to nobody
+        self._collect(results, but=int(ahead and launched))
         self._left = time.perf_counter()
         return results
 
     def close(self) -> None:
         """End all requests."""
         self._waiting.clear()
-        self._flight, self._owed = None, 0.0
+        self._forget()
         while self._live:
             self._live.pop().leave()
 
-    def _skip_idle_time(self) -> None:
-        """Between steps others have the thread: what they take is no time of the call that is under way."""
-        if self._flight is not None:
-            idle = time.perf_counter() - self._left
-            self._flight.started += idle
-            self._last_result += idle
+    def _forget(self) -> None:
+        """What is under way belongs to nobody."""
+        self._flights.clear()
+        self._partial, self._owed = None, 0.0
 
-    def _launch(self, results: list[Chunk | Failure], ahead: bool) -> _Flight | None:
+    def _skip_idle_time(self) -> None:
+        """Between steps others have the thread: what they take is no time of the calls that are under way."""
+        idle = time.perf_counter() - self._left
+        for flight in (*self._flights, *filter(None, [self._partial])):
+            flight.started += idle
+        self._last_result += idle if self._flights else 0.0
+
+    def _launch(self, results: list[Chunk | Failure], ahead: bool) -> bool:
+        """Launch what runs next, a prompt or a part of one, or a step, or both; whether a call was launched whole."""
         started = time.perf_counter()
-        is_decoding = self._is_decoding
+        is_decoding = bool(self._decoding)
         starting = self._start()
         if starting:  # the host waits for vision towers and prompts; tokens of others come before
             self._collect(results)
@@ -135,17 +139,36 @@ class Scheduler:
             except Exception as error:
                 starting.remove(request)
                 results.append(self._fail(request, error))
-        requests = starting or [one for one in self._live if one.wants_more and not one.is_prefilling]
-        if not requests:
-            return None
-        tokens = _launch(self._backend, requests, embeds, ahead)
-        return _Flight(requests, tokens, is_prefill=bool(starting) and is_decoding, started=started)
+        if starting:
+            flight = _launch(self._backend, starting, embeds, ahead, is_prefill=is_decoding, started=started)
+            if flight.parts is None:
+                self._flights.append(flight)
+                return True
+            self._partial = flight
+        launched = self._advance()
+        decoding = self._decoding
+        if decoding:
+            self._flights.append(_launch(self._backend, decoding, [], ahead, is_prefill=False, started=started))
+        return launched or bool(decoding)
+
+    def _advance(self, to_its_end: bool = False) -> bool:
+        """Launch the next part of the call in parts, if there is one, or all if no row waits; whether the last was."""
+        partial = self._partial
+        if partial is None:
+            return False
+        assert partial.parts is not None
+        while partial.parts.advance():
+            if self._decoding and not to_its_end:
+                return False
+        self._partial = None
+        self._flights.append(partial)
+        return True
 
     def _start(self) -> list[Request]:
         """Requests whose prompts, or next pieces, run next."""
         live, waiting = self._live, self._waiting
-        is_paid = self._owed <= 0 and not (self._flight is not None and self._flight.is_prefill)
-        if self._is_decoding and not is_paid:
+        is_paid = self._owed <= 0 and not any(flight.is_prefill for flight in self._flights)
+        if self._partial is not None or (self._decoding and not is_paid):
             return []
         starting = list[Request]()
         for request in [one for one in live if one.is_prefilling]:
@@ -158,8 +181,10 @@ class Scheduler:
         return starting
 
     @property
-    def _is_decoding(self) -> bool:
-        return not all(request.is_prefilling for request in self._live)
+    def _decoding(self) -> list[Request]:
+        """Requests that a step is to be launched for."""
+        busy = () if self._partial is None else self._partial.requests
+        return [one for one in self._live if one.wants_more and not one.is_prefilling and one not in busy]
 
     def _may_start(self, request: Request, starting: Sequence[Request]) -> bool:
         if not starting and not self._live:
@@ -176,16 +201,20 @@ class Scheduler:
         longest = max(one.next_length for one in (request, *starting))
         return not starting or longest * (len(starting) + 1) <= self._positions
 
-    def _collect(self, results: list[Chunk | Failure]) -> None:
-        """Read the tokens of the call that is under way, if one is, for the requests that are still there."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return
+    def _collect(self, results: list[Chunk | Failure], but: int = 0) -> None:
+        """Read the tokens of the calls that are under way, ``but`` the last ones, for requests that are still there."""
+        while len(self._flights) > but:
+            self._read(self._flights.popleft(), results)
+
+    def _read(self, flight: _Flight, results: list[Chunk | Failure]) -> None:
         choices = flight.tokens()
         now = time.perf_counter()
         seconds = now - max(flight.started, self._last_result)
         self._last_result = now
-        self._owed = seconds if flight.is_prefill else max(0.0, self._owed - seconds)
+        if flight.parts is None:
+            self._owed = seconds if flight.is_prefill else max(0.0, self._owed - seconds)
+        else:  # steps came between
+            seconds = now - flight.started
         for request, choice in zip(flight.requests, choices, strict=True):
             if request not in self._live:
                 continue
@@ -207,8 +236,10 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self._live.remove(request)
         request.leave()
+        if self._partial is not None and request in self._partial.requests:
+            self._partial = None
         if not self._live:
-            self._flight, self._owed = None, 0.0  # what is under way belongs to nobody
+            self._forget()
 
 
 def run(
@@ -242,9 +273,15 @@ def run(
 
 
 def _launch(
-    backend: Backend, requests: Sequence[Request], embeds: Sequence[Any], ahead: bool
-) -> Callable[[], Sequence[Choice | Exception | None]]:
-    """Run a call; what is returned gives the tokens, which may not be chosen yet: None where a prompt goes on."""
+    backend: Backend,
+    requests: Sequence[Request],
+    embeds: Sequence[Any],
+    ahead: bool,
+    *,
+    is_prefill: bool,
+    started: float,
+) -> _Flight:
+    """Run a call, whose tokens may not be chosen yet, or prepare it if the backend launches it in parts."""
     manifest = backend.manifest
     rows = [request.next_row() for request in requests]
     size, image_token = manifest.quantization.group_size, manifest.model.image_token_id
@@ -253,9 +290,10 @@ def _launch(
     ends = [not request.is_prefilling for request in requests]
     if not ahead:
         logits = backend.step(call, placed)
-        return lambda: [
+        chosen = [
             _choose(request, row) if end else None for request, row, end in zip(requests, logits, ends, strict=True)
         ]
+        return _Flight(list(requests), lambda: chosen, is_prefill, started)
     choices = [request.prepare_choice() for request in requests]
     pending = cast(SamplingBackend, backend).launch(call, placed, choices)
 
@@ -266,7 +304,8 @@ def _launch(
             for request, token, logprob, end in zip(requests, found, logprobs, ends, strict=True)
         ]
 
-    return tokens
+    parts = pending if isinstance(pending, CallInParts) else None
+    return _Flight(list(requests), tokens, is_prefill, started, parts)
 
 
 def _choose(request: Request, logits: np.ndarray) -> Choice | Exception:

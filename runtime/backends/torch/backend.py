@@ -8,6 +8,7 @@ there, too, and embeddings of pictures stay.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import MAX_HEAD_DIM, MAX_VOCAB
 from vkvx.plugins.operator import model_attributes
-from vkvx.runtime.backends.base import SampledRow
+from vkvx.runtime.backends.base import CallInParts, SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
 from vkvx.runtime.backends.torch.prefills import Prefills
 from vkvx.runtime.backends.torch.projections import merge_projections
@@ -201,9 +202,12 @@ class TorchBackend:
 
     def launch(
         self, call: Call, visual_embeds: np.ndarray | Tensor | None, rows: Sequence[SampledRow]
-    ) -> PendingTokens:
-        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.launch`."""
+    ) -> PendingTokens | CallInParts:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.launch`; prefills that are captured come in parts."""
         assert self._steps is not None
+        if self._prefills is not None and self._prefills.takes(call) and not DecodeSteps.takes(call):
+            with self._running("a prompt"):
+                return _Prefill(self, call, rows, self._prefills.start(call, self._on_device(visual_embeds)))
         with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
             self._sampler.set_options(rows)
             if DecodeSteps.takes(call):
@@ -226,7 +230,7 @@ class TorchBackend:
     def _run(self, call: Call, visual_embeds: np.ndarray | Tensor | None) -> Tensor:
         """Logits FP32 [B, V] on the device."""
         if self._prefills is not None and self._prefills.takes(call):
-            return self._prefills.run(call, None if visual_embeds is None else self._place(visual_embeds))
+            return self._prefills.run(call, self._on_device(visual_embeds))
         info, cache = self.manifest.model, self.cache
         shape = (*call.visual_index.shape, info.embed_width)
         given = {"visual_count": cache.visual_count, "text_count": cache.text_count}
@@ -240,6 +244,9 @@ class TorchBackend:
                 inputs.append(self._place(visual_embeds).to(self._dtype))
         logits: Tensor = self._decoder(*inputs, *self._buffers)[0]
         return logits
+
+    def _on_device(self, visual_embeds: np.ndarray | Tensor | None) -> Tensor | None:
+        return None if visual_embeds is None else self._place(visual_embeds)
 
     def _place(self, array: np.ndarray | Tensor) -> Tensor:
         """The array on the model's device: its own memory if it is there. Nothing waits for a copy to a GPU."""
@@ -271,6 +278,33 @@ class TorchBackend:
                 f"the GPU has no memory left for {what}; lower slots=, visual_tokens= (--max-visual-tokens) or "
                 "text_tokens= (--max-text-tokens), or give --backend onnxruntime --provider cpu"
             ) from error
+
+
+class _Prefill(CallInParts):
+    """A prefill of some graphs."""
+
+    def __init__(
+        self, backend: TorchBackend, call: Call, rows: Sequence[SampledRow], graphs: Sequence[torch.cuda.CUDAGraph]
+    ) -> None:
+        self._backend, self._call, self._rows, self._graphs = backend, call, rows, deque(graphs)
+        self._pending: PendingTokens | None = None
+
+    def advance(self) -> bool:
+        backend, call = self._backend, self._call
+        with backend._running("a prompt"):
+            self._graphs.popleft().replay()
+            if self._graphs:
+                return True
+            assert backend._prefills is not None
+            backend._sampler.set_options(self._rows)
+            backend._sampler.choose(backend._prefills.logits, backend._place(call.slot))
+            self._pending = backend._sampler.pending(1)
+        backend.cache.commit(call, *backend.cache.counts_after(call))
+        return False
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        assert self._pending is not None
+        return self._pending.result()
 
 
 def _exact_convolutions() -> AbstractContextManager[None]:

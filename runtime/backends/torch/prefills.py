@@ -1,13 +1,15 @@
 """Short prompts and pieces of long ones on a GPU as CUDA graphs: one for each of a few lengths, padded to it.
 
 The host takes longer to launch the kernels of a short prefill one by one than a GPU takes to run them, and no decode
-step can follow meanwhile. A replay is one launch.
+step can follow meanwhile. A replay is one launch. Each length has several graphs, of some layers each, between which
+decode steps fit: so their rows wait for some layers, not for a prompt.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +24,14 @@ from vkvx.runtime.calls import Call
 
 GRAPHS = 8
 """The most lengths; they are multiples of a tile of the cache."""
+PART = 256
+"""A call of so many positions is launched in two parts, and in one more for each further so many."""
 
 
 class Prefills:
     """Runs calls of one row and at most ``limit`` positions over the buffers of one cache, on one stream.
 
-    Call :meth:`run` with ``stream`` as the current one, and without gradients.
+    Call its methods with ``stream`` as the current one, and without gradients.
     """
 
     def __init__(
@@ -64,10 +68,10 @@ class Prefills:
         ]
         dtype = getattr(torch, model.dtype)
         self._embeds = torch.zeros(1, self._entries(most), model.embed_width, dtype=dtype, device=device)
-        self._logits = torch.zeros(1, model.vocab_size, dtype=torch.float32, device=device)
+        self.logits = torch.zeros(1, model.vocab_size, dtype=torch.float32, device=device)
         self._pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        """The graphs captured so far, by length."""
+        self.graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
+        """The graphs captured so far, by length, in the order of their layers."""
 
     def takes(self, call: Call) -> bool:
         """Whether there is a graph for a call: it may have one group more than its positions fill."""
@@ -78,14 +82,19 @@ class Prefills:
 
     def run(self, call: Call, visual_embeds: Tensor | None) -> Tensor:
         """Logits FP32 [1, V] of a call on the device, good until the next one."""
+        for graph in self.start(call, visual_embeds):
+            graph.replay()
+        return self.logits
+
+    def start(self, call: Call, visual_embeds: Tensor | None) -> list[torch.cuda.CUDAGraph]:
+        """Bring a call to the device: the graphs to replay, after which ``logits`` are its logits."""
         if visual_embeds is not None:
             self._embeds[:, : visual_embeds.shape[1]].copy_(visual_embeds)
         self._send(call)
         length = self._padded(call.input_ids.shape[1])
         if length not in self.graphs:
             self.graphs[length] = self._capture(length)
-        self.graphs[length].replay()
-        return self._logits
+        return self.graphs[length]
 
     def _padded(self, length: int) -> int:
         return -(-length // self._step) * self._step
@@ -115,13 +124,32 @@ class Prefills:
         parts["visual_count"][...], parts["text_count"][...] = self._cache.visual_count, self._cache.text_count
         self._uploads.send()
 
-    def _capture(self, length: int) -> torch.cuda.CUDAGraph:
-        """The graph of a length; what the first run stores lies past the counts, and the replay stores the same."""
+    def _capture(self, length: int) -> list[torch.cuda.CUDAGraph]:
+        """The graphs of a length; what the first run stores lies past the counts, and replays store the same."""
         self._forward(length)  # loads kernels and allocates workspaces, which must not happen within a capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._logits.copy_(self._forward(length))
-        return graph
+        torch.cuda.synchronize(self._stream.device)
+        layers: Any = self._decoder.text_model.layers
+        parts = min(len(layers), 1 + -(-length // PART))
+        graphs = [torch.cuda.CUDAGraph()]
+
+        def begin() -> None:
+            graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+        def cut(*ignored: object) -> None:
+            graphs[-1].capture_end()
+            graphs.append(torch.cuda.CUDAGraph())
+            begin()
+
+        # What later layers need of earlier ones lives on while they are captured, so it keeps its place.
+        hooks = [layers[number * len(layers) // parts - 1].register_forward_hook(cut) for number in range(1, parts)]
+        begin()
+        try:
+            self.logits.copy_(self._forward(length))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            graphs[-1].capture_end()
+        return graphs
 
     def _forward(self, length: int) -> Tensor:
         parts = self._device_parts
