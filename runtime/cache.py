@@ -30,8 +30,8 @@ class Storage(Protocol):
     def copy(self, buffer: Any, source: int, target: int, entries: int) -> None:
         """Copy the first ``entries`` of axis 2 from row ``source`` of axis 0 to row ``target``."""
 
-    def read(self, buffer: Any) -> np.ndarray:
-        """The contents as an array, without a copy where the buffer is in host memory."""
+    def read(self, buffer: Any, row: int | None = None) -> np.ndarray:
+        """The contents, or one row of axis 0, as an array, without a copy where the buffer is in host memory."""
 
     def write(self, buffer: Any, contents: np.ndarray) -> None:
         """Replace the contents; the array has the buffer's shape and dtype."""
@@ -52,8 +52,8 @@ class HostStorage:
     def copy(self, buffer: np.ndarray, source: int, target: int, entries: int) -> None:
         buffer[target, :, :entries] = buffer[source, :, :entries]
 
-    def read(self, buffer: np.ndarray) -> np.ndarray:
-        return buffer
+    def read(self, buffer: np.ndarray, row: int | None = None) -> np.ndarray:
+        return buffer if row is None else buffer[row]
 
     def write(self, buffer: np.ndarray, contents: np.ndarray) -> None:
         buffer[...] = contents
@@ -306,9 +306,9 @@ class PackedCache:
         text = self.text_tokens(slot) * self.layout.text_bytes_per_token
         return self.visual_bytes_used(slot) + text + (self.layout.state_bytes if self.length(slot) else 0)
 
-    def read(self, name: str) -> np.ndarray:
-        """One buffer as an array, for inspection: a view where it is in host memory, a copy where it is on a device."""
-        return self._storage.read(self.buffers[name])
+    def read(self, name: str, slot: int | None = None) -> np.ndarray:
+        """One buffer, or what it has of a slot, as an array: a view where it is in host memory, else a copy."""
+        return self._storage.read(self.buffers[name], slot)
 
     def load(self, other: PackedCache) -> None:
         """Take over the contents of another cache of the same capacities; text rows are converted to this one's dtype.

@@ -49,9 +49,9 @@ class CudaStorage:
         with torch.cuda.stream(self._stream):
             buffer[target, :, :entries] = buffer[source, :, :entries]
 
-    def read(self, buffer: Tensor) -> np.ndarray:
+    def read(self, buffer: Tensor, row: int | None = None) -> np.ndarray:
         with torch.cuda.stream(self._stream):
-            return to_numpy(buffer.cpu())
+            return to_numpy((buffer if row is None else buffer[row]).cpu())
 
     def write(self, buffer: Tensor, contents: np.ndarray) -> None:
         with torch.cuda.stream(self._stream):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import GROUP, IMAGE, PICTURE_TOKENS, FakeBackend, FakeProcessor, manifest
+from fakes import GROUP, IMAGE, PICTURE_TOKENS, FakeBackend, FakeParts, FakeProcessor, manifest
 
 from vkvx.errors import BatchError, CapacityError, OptionError, RequestCancelledError
 from vkvx.manifest import LayerInfo, LinearInfo, Manifest
@@ -24,11 +24,12 @@ from vkvx.runtime.sessions.session import Session
 PROMPT, PICTURES = "before<image><image>, between <image> and behind them all.", [1.0, 4.0, 2.0]
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["host", "ahead"])
-def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the backend chooses tokens, so that a call is under way while those of the one before are read."""
-    monkeypatch.setattr(FakeBackend, "samples", request.param)
-    return bool(request.param)
+@pytest.fixture(autouse=True, params=[0, 1, 3], ids=["host", "ahead", "parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many parts prompts are launched in, where the backend chooses tokens; 0 where the host does."""
+    monkeypatch.setattr(FakeBackend, "samples", request.param > 0)
+    monkeypatch.setattr(FakeBackend, "parts", request.param)
+    return int(request.param)
 
 
 def session(slots: int = 1, bits: int = 1, chunk: int | None = GROUP, base: Manifest | None = None) -> Session:
@@ -182,6 +183,78 @@ def test_others_go_on_between_the_pieces() -> None:
     assert seen.index(1) >= 6
     scheduler.close()
     assert loaded.backend.cache.free_slots == (0, 1)
+
+
+def test_steps_run_between_the_parts_of_a_call(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a prompt is launched in parts; a request that looks back, or that leaves, ends it at once."""
+    if parts < 2:
+        pytest.skip("calls are launched whole")
+    events, advance, step = list[str](), FakeParts.advance, FakeBackend.step
+
+    def advancing(self: FakeParts) -> bool:
+        events.append("part")
+        return advance(self)
+
+    def stepping(self: FakeBackend, call: Any, embeds: Any) -> np.ndarray:
+        events.append("step" if call.input_ids.shape[1] == 1 else "prompt")
+        return step(self, call, embeds)
+
+    monkeypatch.setattr(FakeParts, "advance", advancing)
+    monkeypatch.setattr(FakeBackend, "step", stepping)
+    loaded, processor = session(3, chunk=None), FakeProcessor()
+    expected = session(chunk=None).generate(PROMPT, PICTURES, max_new_tokens=6, ignore_eos=True)
+    scheduler = Scheduler(loaded.backend)
+    tokens = dict[int, list[int]]()
+
+    def submit(row: int, prompt: str, pictures: list[float], count: int, **rules: Any) -> Request:
+        options = GenerationOptions(max_new_tokens=count, ignore_eos=True, **rules)
+        prepared = processor.prepare(prompt, pictures)
+        request = Request(row, prepared, options, processor, loaded.backend)  # type: ignore[arg-type]
+        scheduler.submit(request)
+        tokens[row] = []
+        return request
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            for result in scheduler.step():
+                assert isinstance(result, Chunk)
+                tokens[result.row] += result.token_ids
+
+    submit(0, "first", [], 500)
+    steps(4)
+    events.clear()
+    submit(1, PROMPT, PICTURES, 6)
+    steps(8)
+    assert events[:7] == ["part", "step", "part", "step", "part", "prompt", "step"]
+    assert tokens[1] == list(expected.token_ids)
+    length = loaded.backend.cache.length(0)
+    assert len(tokens[0]) >= length - len("first") - 2  # each step gave it a token, and is read but for the last
+    # One that leaves: its other parts never come, and the slot is good for the next.
+    events.clear()
+    leaving = submit(2, PROMPT, PICTURES, 6)
+    while "part" not in events:
+        steps(1)
+    scheduler.cancel(leaving)
+    assert len(loaded.backend.cache.free_slots) == 2
+    submit(3, "<image>?", [5.0], 6)
+    steps(40)
+    assert events.count("part") == 1 + 3
+    assert tokens[3] == list(
+        session(chunk=None).generate("<image>?", [5.0], max_new_tokens=6, ignore_eos=True).token_ids
+    )
+    # One that needs the host comes while a prompt is under way.
+    events.clear()
+    submit(4, PROMPT, PICTURES, 6)
+    while "part" not in events:
+        steps(1)
+    submit(5, "again", [], 4, no_repeat_ngram_size=1)
+    steps(1)
+    assert events.count("part") == 3
+    steps(30)
+    assert tokens[4] == list(expected.token_ids)
+    assert len(tokens[5]) == 4
+    scheduler.close()
+    assert loaded.backend.cache.free_slots == (0, 1, 2)
 
 
 def test_a_request_is_cancelled_between_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
