@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from vkvx.errors import InputError, OptionError
+from vkvx.errors import InputError, OptionError, VkvxError
 from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.backends.registry import choose_backend
@@ -109,14 +109,14 @@ class Session:
                 capacity = limits.text_tokens - (0 if manifest.layout.is_packed else visual_tokens)
                 text_tokens = max(1, min(text_tokens, capacity))
         opened = found.open(slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, verify=verify)
-        if compile:
-            try:
+        try:
+            if compile:
                 cast("TorchBackend", opened).compile()
-            except OptionError:
-                opened.close()
-                raise
-        if prefill_chunk is not None and found.name == "torch":
-            cast("TorchBackend", opened).capture_prefills(prefill_chunk)
+            if prefill_chunk is not None and found.name == "torch":
+                cast("TorchBackend", opened).capture_prefills(prefill_chunk)
+        except VkvxError:
+            opened.close()
+            raise
         return cls(manifest, opened, processor or Processor.of_bundle(directory, manifest), found.reason, prefill_chunk)
 
     @overload

@@ -205,7 +205,7 @@ class TorchBackend:
     ) -> PendingTokens | CallInParts:
         """See :meth:`vkvx.runtime.backends.base.SamplingBackend.launch`; prefills that are captured come in parts."""
         assert self._steps is not None
-        if self._prefills is not None and self._prefills.takes(call) and not DecodeSteps.takes(call):
+        if self._prefills is not None and self._prefills.takes(call) and not self._steps.takes(call):
             with self._running("a prompt"):
                 return _Prefill(self, call, rows, self._prefills.start(call, self._on_device(visual_embeds)))
         with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
