@@ -5,7 +5,7 @@ picture and some text arrive by a Poisson process, the same for all limits of a 
 That token is compared with the argmax of the logits of the same pieces fed one by one: they must be equal. "off" is how
 far these logits are from those of eager calls, as a share of their range. Pictures come encoded: the vision tower is no
 part of this. A gap is the time between two tokens of a live row, as the scheduler hands them out; the step is the
-median gap while nothing arrives.
+median gap while nothing arrives. "prefill MiB" is what calls allocate at their peak, without what graphs hold.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ decode steps fit: so their rows wait for some layers, not for a prompt.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -128,6 +129,7 @@ class Prefills:
         """The graphs of a length; what the first run stores lies past the counts, and replays store the same."""
         self._forward(length)  # loads kernels and allocates workspaces, which must not happen within a capture
         torch.cuda.synchronize(self._stream.device)
+        gc.collect()  # what is dead must not be freed within a capture either
         layers: Any = self._decoder.text_model.layers
         parts = min(len(layers), 1 + -(-length // PART))
         graphs = [torch.cuda.CUDAGraph()]
