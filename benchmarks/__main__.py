@@ -28,6 +28,7 @@ BENCHMARKS = {
     "stress": "every way to quantise a cache on cases with known answers, through the torch operator",
     "attention": "decode attention over the packed cache on a GPU, against other ways to do it",
     "breakeven": "from how many visual tokens on the packed cache is faster than 16 bits on a GPU",
+    "chunked_prefill": "gaps between tokens on a GPU while long prompts arrive, whole and in pieces",
     "compiled_steps": "decode steps with projections apart, merged and compiled, on a GPU",
     "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
     "export_shapes": "memory and time of exports of large models, from checkpoints of zeros that take no room",

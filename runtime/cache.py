@@ -30,8 +30,8 @@ class Storage(Protocol):
     def copy(self, buffer: Any, source: int, target: int, entries: int) -> None:
         """Copy the first ``entries`` of axis 2 from row ``source`` of axis 0 to row ``target``."""
 
-    def read(self, buffer: Any) -> np.ndarray:
-        """The contents as an array, without a copy where the buffer is in host memory."""
+    def read(self, buffer: Any, row: int | None = None) -> np.ndarray:
+        """The contents, or one row of axis 0, as an array, without a copy where the buffer is in host memory."""
 
     def write(self, buffer: Any, contents: np.ndarray) -> None:
         """Replace the contents; the array has the buffer's shape and dtype."""
@@ -52,8 +52,8 @@ class HostStorage:
     def copy(self, buffer: np.ndarray, source: int, target: int, entries: int) -> None:
         buffer[target, :, :entries] = buffer[source, :, :entries]
 
-    def read(self, buffer: np.ndarray) -> np.ndarray:
-        return buffer
+    def read(self, buffer: np.ndarray, row: int | None = None) -> np.ndarray:
+        return buffer if row is None else buffer[row]
 
     def write(self, buffer: np.ndarray, contents: np.ndarray) -> None:
         buffer[...] = contents
@@ -132,10 +132,8 @@ class PackedCache:
 
     def reset(self, slot: int) -> None:
         """Empty a slot. Only the counts change."""
-        self.visual_count[slot] = 0
-        self.text_count[slot] = 0
-        self.next_position[slot] = 0
-        self._inline_visual[slot] = 0
+        for counts in self._counts:
+            counts[slot] = 0
 
     def fork(self, source: int, target: int) -> None:
         """Make slot ``target`` hold the same sequence as ``source``; only what is valid is copied."""
@@ -146,12 +144,22 @@ class PackedCache:
             used = entries.get(name.partition(".")[2], self._state_entries.get(name, 0))
             if used:
                 self._storage.copy(buffer, source, target, used)
-        self.visual_count[target] = self.visual_count[source]
-        self.text_count[target] = self.text_count[source]
-        self.next_position[target] = self.next_position[source]
-        self._inline_visual[target] = self._inline_visual[source]
+        self.rewind(target, self.mark(source))
         self._visual_position[target] = self._visual_position[source]
         self._text_position[target] = self._text_position[source]
+
+    def mark(self, slot: int) -> tuple[np.ndarray, ...]:
+        """How full a slot is, for :meth:`rewind`."""
+        return tuple(np.copy(counts[slot]) for counts in self._counts)
+
+    def rewind(self, slot: int, mark: tuple[np.ndarray, ...]) -> None:
+        """Forget what came into a slot after its :meth:`mark`; states of linear attention only know the empty slot."""
+        for counts, before in zip(self._counts, mark, strict=True):
+            counts[slot] = before
+
+    @property
+    def _counts(self) -> tuple[np.ndarray, ...]:
+        return self.visual_count, self.text_count, self.next_position, self._inline_visual
 
     def row(
         self,
@@ -299,9 +307,9 @@ class PackedCache:
         text = self.text_tokens(slot) * self.layout.text_bytes_per_token
         return self.visual_bytes_used(slot) + text + (self.layout.state_bytes if self.length(slot) else 0)
 
-    def read(self, name: str) -> np.ndarray:
-        """One buffer as an array, for inspection: a view where it is in host memory, a copy where it is on a device."""
-        return self._storage.read(self.buffers[name])
+    def read(self, name: str, slot: int | None = None) -> np.ndarray:
+        """One buffer, or what it has of a slot, as an array: a view where it is in host memory, else a copy."""
+        return self._storage.read(self.buffers[name], slot)
 
     def load(self, other: PackedCache) -> None:
         """Take over the contents of another cache of the same capacities; text rows are converted to this one's dtype.

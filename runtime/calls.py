@@ -25,6 +25,7 @@ class Row:
     tokens of each picture, in order. ``position`` is the number of tokens already in the slot. ``rotary`` INT [3, n]
     are the positions of the rotary embedding where it tells time, rows and columns apart, else None.
     ``window_start`` INT32 [2, n] is where the window of each token starts in the slot, in models that have one.
+    ``other_embeds`` are how many embeddings are given for the row before and behind those that the call takes.
     """
 
     slot: int
@@ -33,6 +34,7 @@ class Row:
     position: int = 0
     rotary: np.ndarray | None = None
     window_start: np.ndarray | None = None
+    other_embeds: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Call:
 
     ``input_ids`` are [B, S], ``position_ids`` too, or [B, 4, S] with the plain index first; ``visual_index`` and
     ``visual_rows`` [B, Nv], ``text_index`` [B, Nt], ``last_index`` and ``slot`` [B]. ``visual_rows`` says which row of
-    the embeddings of all pictures (rows' pictures one after another) belongs to which entry of ``visual_index``; both
+    the embeddings that are given (rows' pictures one after another) belongs to which entry of ``visual_index``; both
     are -1 where there is none.
     ``next_position`` [B] is where the rotary embedding of each row's next token is. ``window_start`` [B, 2, S] are the
     first cached visual entry and the first cached text row that each position sees, in models with a sliding window.
@@ -109,12 +111,14 @@ def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> 
         text = np.flatnonzero(~mask)
         text_index[b, : len(text)] = text
         entry = taken = 0
+        embedded += row.other_embeds[0]
         for size in row.picture_lengths:
             visual_index[b, entry : entry + size] = found[taken : taken + size]
             visual_rows[b, entry : entry + size] = np.arange(embedded, embedded + size)
             taken += size
             embedded += size
             entry += -(-size // group_size) * group_size
+        embedded += row.other_embeds[1]
     slot = np.array([row.slot for row in rows], np.int32)
     window_start = None
     if any(row.window_start is not None for row in rows):

@@ -30,9 +30,9 @@ from vkvx.manifest import Manifest
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import open_backend
 from vkvx.runtime.sessions.generation import Request
-from vkvx.runtime.sessions.generation import run as run_requests
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.sampling import GenerationOptions
+from vkvx.runtime.sessions.scheduler import run as run_requests
 
 PAGES = "pages.npz"
 STEPS = (64, 16)

@@ -98,8 +98,10 @@ class _Text:
         return self._tokenizer.decode([token % len(self._tokenizer) for token in token_ids])  # type: ignore[no-any-return]
 
 
-def filled_backend(model: Any, batch: int, visual_tokens: int, dtype: str = "float16") -> Any:
-    """A backend whose rows all hold the same picture and text."""
+def filled_backend(
+    model: Any, batch: int, visual_tokens: int, dtype: str = "float16", group_size: int = 640, slots: int | None = None
+) -> Any:
+    """A backend whose first rows all hold the same picture and text."""
     from vkvx import ExportOptions
     from vkvx.manifest import Graph, Manifest
     from vkvx.models.registry import family_of
@@ -108,12 +110,13 @@ def filled_backend(model: Any, batch: int, visual_tokens: int, dtype: str = "flo
 
     family = family_of(model)
     info = family.info(model.config, dtype)
-    quantization = ExportOptions(bits=1, quantizer="lloyd", group_size=640).resolve(info.cached_layers, 640)
+    quantization = ExportOptions(bits=1, quantizer="lloyd", group_size=group_size).resolve(info.cached_layers, 640)
     manifest = Manifest("", 1, info, quantization, {"vision": Graph("", 18, (), ())}, ".", {})
-    backend = TorchBackend(model, family, manifest, slots=batch, visual_tokens=visual_tokens, text_tokens=1024)
+    backend = TorchBackend(model, family, manifest, slots=slots or batch, visual_tokens=visual_tokens, text_tokens=1024)
     rng = np.random.default_rng(0)
     ids = np.concatenate([np.full(visual_tokens, info.image_token_id), rng.integers(4, 1000, TEXT)]).astype(np.int32)
-    call = build_call([backend.cache.row(0, ids, (visual_tokens,))], group_size=640, image_token_id=info.image_token_id)
+    first = backend.cache.row(0, ids, (visual_tokens,))
+    call = build_call([first], group_size=group_size, image_token_id=info.image_token_id)
     embeds = rng.standard_normal((1, call.visual_index.shape[1], info.embed_width), np.float32)
     backend.step(call, embeds.astype(dtype))
     for row in range(1, batch):
@@ -161,9 +164,10 @@ def _check_tokens(backend: Any) -> None:
 
 def _steps(backend: Any, options: dict[str, Any]) -> Iterator[list[Any]]:
     """What the steps of a session's scheduler add, for a request in every slot."""
-    from vkvx.runtime.sessions.generation import Request, Scheduler
+    from vkvx.runtime.sessions.generation import Request
     from vkvx.runtime.sessions.processor import Prepared
     from vkvx.runtime.sessions.sampling import GenerationOptions
+    from vkvx.runtime.sessions.scheduler import Scheduler
 
     _reset(backend)
     scheduler, text = Scheduler(backend), _Text()

@@ -287,7 +287,7 @@ class DecoderGraph(nn.Module):
         """Metrics of each attention layer's cache, and the layer's rotation at each row's last position."""
         if not self.key_metrics:
             return dict.fromkeys(self.attributes, ())
-        # A call ends with text, which is at the same time, row and column.
+        # A call ends with text, which is at the same time, row and column, or is cut within a picture: at its time.
         plain = position_ids if position_ids.dim() == 2 else position_ids[:, 1]
         last = plain.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
         turns = rotations(self.rotary, last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,6 +39,22 @@ class PendingTokens(Protocol):
 
         A token is -1 where logits are no numbers, -2 where all are excluded.
         """
+
+
+class CallInParts(ABC):
+    """A call of one row that is launched part by part, so that other calls fit in between; tokens as of
+    :class:`PendingTokens` once all are. Counts of the cache are those after the call when the last part is launched.
+
+    No other call of several positions may be launched before that; a call whose last part never comes has no effect.
+    """
+
+    @abstractmethod
+    def advance(self) -> bool:
+        """Launch the next part; whether there are others."""
+
+    @abstractmethod
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`PendingTokens.result`."""
 
 
 class Backend(Protocol):
@@ -97,11 +114,11 @@ class SamplingBackend(Backend, Protocol):
     def exclude(self, slot: int, excluded: Sequence[int]) -> None:
         """Other tokens are never chosen in a slot from now on."""
 
-    def launch(self, call: Call, visual_embeds: Any | None, rows: Sequence[SampledRow]) -> PendingTokens:
+    def launch(self, call: Call, visual_embeds: Any | None, rows: Sequence[SampledRow]) -> PendingTokens | CallInParts:
         """Like :meth:`Backend.step`, and choose the next token of each row; nothing is waited for.
 
         -1 in the input of a decode step is the token chosen last in the row's slot. Counts of the cache are those after
-        the call when this returns.
+        the call when this returns. A call that brings a prompt may come back in parts, none of which is launched.
         """
 
 

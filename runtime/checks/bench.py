@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,8 +20,12 @@ from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
 from vkvx.runtime.bundles import load_manifest
-from vkvx.runtime.calls import build_call
+from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.engines.gpus import load_cuda
+from vkvx.runtime.sessions.pieces import check_prefill_chunk, cut
+
+if TYPE_CHECKING:
+    from vkvx.runtime.backends.torch.backend import TorchBackend
 
 GREEDY = SampledRow(0.0, 0, 1.0, 1.0, seed=0, step=0, wants_log_probability=False)
 
@@ -29,13 +33,15 @@ GREEDY = SampledRow(0.0, 0, 1.0, 1.0, seed=0, step=0, wants_log_probability=Fals
 @dataclass(frozen=True)
 class Load:
     """What is timed: ``batch_size`` rows, each with ``pictures`` pictures and ``prompt_tokens`` text tokens, then
-    ``steps`` decode steps; all ``repeats`` times, after one round that does not count."""
+    ``steps`` decode steps; all ``repeats`` times, after one round that does not count. Prompts of more than
+    ``prefill_chunk`` tokens are fed in pieces."""
 
     batch_size: int = 1
     pictures: int = 1
     prompt_tokens: int = 32
     steps: int = 64
     repeats: int = 3
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("pictures", 0), ("prompt_tokens", 1), ("steps", 1), ("repeats", 1)):
@@ -106,6 +112,7 @@ def bench_bundle(
     Raises what opening raises, and CapacityError if a sequence is longer than the model's positions.
     """
     manifest = load_manifest(bundle)
+    check_prefill_chunk(manifest, load.prefill_chunk)
     found = choose_backend(backend, bundle, manifest, provider, threads)
     if verify:
         manifest.verify(bundle, progress)
@@ -125,6 +132,8 @@ def bench_bundle(
         verify=verify,
     )
     seconds = time.perf_counter() - started
+    if load.prefill_chunk is not None and found.name == "torch":
+        cast("TorchBackend", opened).capture_prefills(load.prefill_chunk)
     try:
         vision, prefill, decode, used = time_backend(opened, load, progress)
         after, taken = resident_bytes(), device_bytes_used(found.gpu)
@@ -163,6 +172,8 @@ def time_backend(
     calls = open_pictures(manifest.model.pictures).join([example] * load.pictures) if load.pictures else ()
     prompt = [image_token] * (tokens * load.pictures) + golden.text(manifest, load.prompt_tokens)
     positions = prompt_positions(np.array(prompt) == image_token, [example] * load.pictures)
+    prompt_ids, lengths = np.array(prompt, np.int32), (tokens,) * load.pictures
+    pieces = cut(prompt_ids, lengths, manifest, load.prefill_chunk)
     rows = load.batch_size if limits is None else min(load.batch_size, limits.batch_size)
     vision, prefill, decode = list[float](), list[float](), list[float]()
     total, used = (1 + load.repeats) * (load.steps + 1), 0
@@ -174,20 +185,24 @@ def time_backend(
         if progress is not None:
             progress(f"bench {backend.name}", done, total)
 
-    def launch(slots: Sequence[int], ids: Sequence[Sequence[int]], embeds: Sequence[Any]) -> Callable[[], np.ndarray]:
+    def launch(rows: Sequence[Row], embeds: Sequence[Any] = ()) -> Callable[[], np.ndarray]:
         """What waits for the tokens of a call."""
-        pictures = (tokens,) * load.pictures if embeds else ()
-        fed = [
-            cache.row(slot, np.array(one, np.int32), pictures, positions if embeds else None)
-            for slot, one in zip(slots, ids, strict=True)
-        ]
-        call = build_call(fed, group_size=size, image_token_id=image_token)
+        call = build_call(rows, group_size=size, image_token_id=image_token)
         placed = backend.place(call, embeds) if embeds else None
         if backend.samples:
-            pending = cast(SamplingBackend, backend).launch(call, placed, [GREEDY] * len(slots))
+            pending = cast(SamplingBackend, backend).launch(call, placed, [GREEDY] * len(rows))
             return lambda: pending.result()[0]
         chosen = backend.step(call, placed).argmax(axis=1)
         return lambda: chosen
+
+    def step(slots: Sequence[int], fed: Sequence[int]) -> Callable[[], np.ndarray]:
+        return launch([cache.row(slot, np.array([token], np.int32)) for slot, token in zip(slots, fed, strict=True)])
+
+    def fill(slots: Sequence[int], embeds: Sequence[Any]) -> np.ndarray:
+        for piece in pieces:
+            given = [piece.row(cache, slot, prompt_ids, positions, 0, embeds=sum(lengths)) for slot in slots]
+            chosen = launch(given, embeds if piece.picture_lengths else ())()
+        return chosen
 
     for round_ in range(1 + load.repeats):
         slots = [cache.acquire() for _ in range(load.batch_size)]
@@ -199,28 +214,27 @@ def time_backend(
         if embeds and isinstance(embeds[-1][-1], DeviceArray):
             embeds[-1][-1].device.synchronize()
         encoded = time.perf_counter()
-        chosen = list[int]()
-        for i in range(0, len(slots), rows):
-            part = slots[i : i + rows]
-            chosen += launch(part, [prompt] * len(part), [*itertools.chain(*embeds[i : i + rows])])().tolist()
+        chosen = np.concatenate(
+            [fill(slots[i : i + rows], [*itertools.chain(*embeds[i : i + rows])]) for i in range(0, len(slots), rows)]
+        )
         filled = time.perf_counter()
         count()
         if round_:
             prefill.append(filled - encoded)
             if embeds:
                 vision.append(encoded - started)
-        last, waited = time.perf_counter(), launch(slots, [[token] for token in chosen], [])
-        for step in range(load.steps):
-            more = step + 1 < load.steps
-            following = launch(slots, [[-1]] * len(slots), []) if more and backend.samples else None
-            fed = [[token] for token in waited().tolist()]
+        last, waited = time.perf_counter(), step(slots, chosen.tolist())
+        for i in range(load.steps):
+            more = i + 1 < load.steps
+            following = step(slots, [-1] * len(slots)) if more and backend.samples else None
+            fed = waited().tolist()
             now = time.perf_counter()
             if round_:
                 decode.append(now - last)
             last = now
             count()
             if more:
-                waited = following or launch(slots, fed, [])
+                waited = following or step(slots, fed)
         used = sum(cache.bytes_used(slot) for slot in slots)
         for slot in slots:
             cache.release(slot)

@@ -15,6 +15,7 @@ from vkvx.manifest import FILE_NAME, Progress
 from vkvx.runtime.backends.registry import BACKENDS
 from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.engines.manifest import BACKENDS as ENGINE_BACKENDS
+from vkvx.runtime.sessions.pieces import check_prefill_chunk
 from vkvx.storage import can_share_blocks, check_room, share_blocks
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -38,6 +39,7 @@ def triton_config(
     slots: int = 8,
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
+    prefill_chunk: int | None = None,
     threads: int | None = None,
     environment: str | None = None,
     gpus: Sequence[int] | None = None,
@@ -57,6 +59,7 @@ def triton_config(
     parameters = {"bundle": bundle, "backend": backend, "slots": slots}
     parameters |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     parameters |= {} if text_tokens is None else {"text_tokens": text_tokens}
+    parameters |= {} if prefill_chunk is None else {"prefill_chunk": prefill_chunk}
     parameters |= {} if threads is None else {"threads": threads}
     parameters |= {} if environment is None else {"EXECUTION_ENV_PATH": environment}
     kind = "KIND_AUTO" if gpus is None else "KIND_GPU" if gpus else "KIND_CPU"
@@ -86,6 +89,7 @@ def write_triton_repository(
     slots: int = 8,
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
+    prefill_chunk: int | None = None,
     threads: int | None = None,
     environment: str | None = None,
     gpus: Sequence[int] | None = None,
@@ -111,6 +115,7 @@ def write_triton_repository(
     manifest = load_manifest(source)
     model = name or re.sub(r"[^A-Za-z0-9._-]", "-", manifest.model.name)
     _check(model, backend, reference, slots, visual_tokens, text_tokens, threads, environment, gpus, instances)
+    check_prefill_chunk(manifest, prefill_chunk)
     target = Path(repository).expanduser().absolute() / model
     if target.exists() and not (force and target.is_dir() and {x.name for x in target.iterdir()} <= _REPLACEABLE):
         hint = (
@@ -126,6 +131,7 @@ def write_triton_repository(
         slots=slots,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
+        prefill_chunk=prefill_chunk,
         threads=threads,
         environment=environment,
         gpus=gpus,

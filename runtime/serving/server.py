@@ -15,9 +15,10 @@ from typing import Any
 
 from vkvx.errors import OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError, describe
 from vkvx.runtime.serving.answer import Answer, ChunkStream
-from vkvx.runtime.sessions.generation import Chunk, Failure, Request, Scheduler
+from vkvx.runtime.sessions.generation import Chunk, Failure, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
 from vkvx.runtime.sessions.sampling import GenerationOptions
+from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
@@ -79,7 +80,7 @@ class Server:
             raise OptionError(f"max_waiting must be at least 1, got {max_waiting}")
         self._session = session
         self._max_waiting = max_waiting
-        self._scheduler = Scheduler(session.backend)
+        self._scheduler = Scheduler(session.backend, session.prefill_chunk)
         self._running: dict[int, _Running] = {}
         self._lock = threading.RLock()
         self._joining: dict[int, _Running] = {}
@@ -117,7 +118,9 @@ class Server:
         with self._lock:
             self._check_open()
             number = self._stats.submitted
-            request = Request(number, prepared, chosen, session.processor, session.backend)
+            request = Request(
+                *(number, prepared, chosen, session.processor, session.backend), prefill_chunk=session.prefill_chunk
+            )
             request.check()
             waiting = self._scheduler.waiting + len(self._joining)
             if waiting >= self._max_waiting:

@@ -74,7 +74,7 @@ class TritonPythonModel:
         version = Path(args["model_repository"]) / args["model_version"]
         settings: dict[str, Any] = {
             name: int(parameters[name])
-            for name in ("slots", "visual_tokens", "text_tokens", "threads")
+            for name in ("slots", "visual_tokens", "text_tokens", "prefill_chunk", "threads")
             if name in parameters
         }
         settings |= {"backend": parameters["backend"], "provider": "auto" if is_on_gpu else "cpu"}

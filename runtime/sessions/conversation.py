@@ -13,10 +13,11 @@ from typing import Any
 from vkvx.errors import InputError
 from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, check_open
-from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request
 from vkvx.runtime.sessions.pictures import Picture, listed
 from vkvx.runtime.sessions.processor import Message, Prepared, Processor, user_message
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
+from vkvx.runtime.sessions.scheduler import run
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 
@@ -28,9 +29,10 @@ class Conversation:
     turn out not to be numbers: that error ends the answer only, but what follows on such a history likely fails too.
     """
 
-    def __init__(self, backend: Backend, processor: Processor) -> None:
+    def __init__(self, backend: Backend, processor: Processor, prefill_chunk: int | None = None) -> None:
         self._backend = backend
         self._processor = processor
+        self._prefill_chunk = prefill_chunk
         self._slot: int | None = backend.cache.acquire()
         self._history: list[int] = []
         self._messages: list[Message] = []
@@ -103,7 +105,7 @@ class Conversation:
         """A second conversation with the same history, in a slot of its own. Only what is valid is copied."""
         self._stop_running()
         slot = self._open_slot()
-        twin = Conversation(self._backend, self._processor)
+        twin = Conversation(self._backend, self._processor, self._prefill_chunk)
         self._backend.cache.fork(slot, twin._open_slot())
         twin._history, twin._messages, twin.last = list(self._history), list(self._messages), self.last
         return twin
@@ -173,10 +175,14 @@ class Conversation:
             )
         prepared = self._without_repeated_end(prepared)
         request = Request(
-            *(0, prepared, chosen, self._processor, self._backend), slot=slot, history=self._history, progress=progress
+            *(0, prepared, chosen, self._processor, self._backend),
+            slot=slot,
+            history=self._history,
+            prefill_chunk=self._prefill_chunk,
+            progress=progress,
         )
         request.check()
-        return self._remember(run(self._backend, [request]))
+        return self._remember(run(self._backend, [request], self._prefill_chunk))
 
     def _remember(self, chunks: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
         with closing(chunks):

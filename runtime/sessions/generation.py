@@ -1,31 +1,22 @@
-"""The loop that turns prepared prompts into tokens: admit, prefill, decode, leave.
-
-Where a backend chooses tokens itself, one call is under way while the host reads the tokens of the one before. So an
-end-of-sequence token or a stop string is noticed when its row has been fed once more: what comes of that is dropped.
-"""
+"""Answers, and the state of a request from its prompt to the end of its answer."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 
-from vkvx.errors import BatchError, BundleError, CapacityError, NumericError
+from vkvx.errors import BundleError, CapacityError, NumericError, OptionError
 from vkvx.manifest import Progress
-from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend, check_open
-from vkvx.runtime.calls import Row, build_call
+from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend
+from vkvx.runtime.calls import Row
 from vkvx.runtime.sessions import nonfinite
+from vkvx.runtime.sessions.pieces import check_prefill_chunk, cut
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler, checked
 from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings
-
-_PREFILL_POSITIONS = 4096
-"""Prompts start together while rows times the longest prompt stay below this: it bounds the memory of a prefill."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,8 @@ class Request:
 
     ``history`` holds every token of the sequence and is extended in place. What of it is not in the cache yet is what
     the next call feeds; that is at least the token chosen last. ``slot`` None asks for a free slot, which is given
-    back at the end. ``progress`` is called with the stage "vision".
+    back at the end. A prompt of more than ``prefill_chunk`` tokens is fed in pieces, one call after another, see
+    :mod:`vkvx.runtime.sessions.pieces`. ``progress`` is called with the stage "vision".
     """
 
     def __init__(
@@ -94,6 +86,7 @@ class Request:
         *,
         slot: int | None = None,
         history: list[int] | None = None,
+        prefill_chunk: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         model = backend.manifest.model
@@ -115,6 +108,12 @@ class Request:
         self._stops = StopStrings(options.stop)
         self._base = len(self.history)
         self._start = 0 if slot is None else backend.cache.length(slot)
+        self._fed = np.concatenate([np.array(self.history[self._start :], np.int32), prepared.token_ids])
+        # Part of a prompt could not be taken back from states that hold others.
+        limit = None if model.linear_layers and self._start else prefill_chunk
+        self._pieces = deque(cut(self._fed, prepared.picture_lengths, backend.manifest, limit))
+        self._mark: tuple[np.ndarray, ...] = ()  # of the slot before the prompt
+        self._first_position = 0  # of the prompt, for the rotary embedding
         self._text: list[str] = []
         self._answer: list[int] = []
         self._embeds: list[Any] = []  # until the first token
@@ -134,12 +133,22 @@ class Request:
                 f"{self._shorter}"
             )
         cache.check_capacity(self.slot, *cache.demand(lengths, fed - sum(lengths)))
-        limits, prompt = self._backend.limits, fed - answer
-        if limits is not None and prompt > limits.input_len:
+        limits, longest = self._backend.limits, max(map(len, self._pieces))
+        if limits is not None and longest > limits.input_len:
+            what = "the prompt" if len(self._pieces) == 1 else "a piece of the prompt"
             raise CapacityError(
-                f"the prompt has {prompt} tokens with its pictures, the engine takes {limits.input_len} in a call; "
-                f"build it with `vkvx build BUNDLE --max-input-len {prompt}`, or {self._shorter}"
+                f"{what} has {longest} tokens with its pictures, the engine takes {limits.input_len} in a call; "
+                f"build it with `vkvx build BUNDLE --max-input-len {longest}`{self._pieces_help(limits.input_len)}, "
+                f"or {self._shorter}"
             )
+
+    def _pieces_help(self, limit: int) -> str:
+        """That a prompt may be fed in pieces, if it may."""
+        try:
+            check_prefill_chunk(self._backend.manifest, limit)
+        except OptionError:
+            return ""
+        return f", feed it in pieces by prefill_chunk= (--prefill-chunk) {limit}" if len(self._pieces) == 1 else ""
 
     @property
     def _shorter(self) -> str:
@@ -158,24 +167,44 @@ class Request:
         """Take a slot if there is none yet, and make the prompt part of the history."""
         if self.slot is None:
             self.slot = self._backend.cache.acquire()
+        self._mark = self._backend.cache.mark(self.slot)
+        self._first_position = int(self._backend.cache.next_position[self.slot]) + self._base - self._start
         self.history.extend(self.prepared.token_ids.tolist())
         self._sampler.observe(self.history)
 
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether pieces of the prompt are still to be fed."""
+        return bool(self._pieces)
+
+    @property
+    def next_length(self) -> int:
+        """How many tokens the next piece of the prompt has."""
+        return len(self._pieces[0])
+
     def encode(self) -> list[Any]:
-        """Embeddings of the prompt's pictures, a call after another, so that memory for one of them suffices."""
-        found = []
-        for number, inputs in enumerate(self.prepared.vision_calls, 1):
-            found.append(self._backend.encode(inputs))
+        """Embeddings of the prompt's pictures, up to those of the next piece; none if it has no pictures.
+
+        They come from a call after another, so that memory for one of them suffices.
+        """
+        piece, calls = self._pieces[0], self.prepared.vision_calls
+        if not piece.picture_lengths:
+            return []
+        wanted = sum(self.prepared.picture_lengths)
+        while len(self._embeds) < len(calls) and (self._encoded < piece.last_embed or piece.last_embed == wanted):
+            self._embeds.append(self._backend.encode(calls[len(self._embeds)]))
             if self._progress is not None:
-                self._progress("vision", number, len(self.prepared.vision_calls))
-        self._embeds = found
-        made, wanted = sum(embeds.shape[0] for embeds in found), sum(self.prepared.picture_lengths)
-        if made != wanted:
+                self._progress("vision", len(self._embeds), len(calls))
+        if self._encoded < piece.last_embed or (len(self._embeds) == len(calls) and self._encoded != wanted):
             raise BundleError(
-                f"the vision graph makes {made} visual tokens of pictures that have {wanted} by the manifest; "
+                f"the vision graph makes {self._encoded} visual tokens of pictures that have {wanted} by the manifest; "
                 "export the model again"
             )
-        return found
+        return self._embeds
+
+    @property
+    def _encoded(self) -> int:
+        return sum(embeds.shape[0] for embeds in self._embeds)
 
     @property
     def wants_more(self) -> bool:
@@ -186,18 +215,24 @@ class Request:
         """What the next call feeds of this request: -1 for a token that the host has not read."""
         assert self.slot is not None
         cache = self._backend.cache
-        is_prompt, is_unread = self._launched == 0, self._launched > len(self._answer)
-        fed = np.array([-1] if is_unread else self.history[cache.length(self.slot) :], np.int32)
-        self._launched += 1
-        if not is_prompt:
+        if not self._pieces:
+            is_unread = self._launched > len(self._answer)
+            fed = np.array([-1] if is_unread else self.history[cache.length(self.slot) :], np.int32)
+            self._launched += 1
             return cache.row(self.slot, fed)
-        return cache.row(self.slot, fed, self.prepared.picture_lengths, self.prepared.positions)
+        piece = self._pieces.popleft()
+        if not self._pieces:
+            self._launched += 1
+        positions = self.prepared.positions
+        return piece.row(cache, self.slot, self._fed, positions, self._first_position, embeds=self._encoded)
 
     def prepare_choice(self) -> SampledRow:
         """How the backend chooses the token of the call that is about to be launched; tells it what it lacks."""
         assert self.slot is not None
         backend = cast(SamplingBackend, self._backend)
         options, step = self.options, self._launched - 1
+        if self._pieces:  # the prompt goes on: whatever is chosen is dropped
+            return SampledRow(0.0, 0, 1.0, 1.0, 0, step=0, wants_log_probability=False)
         excluded = self._sampler.excluded(step)
         if self._excluded is None:
             backend.begin(self.slot, self.history if options.repetition_penalty != 1 else (), excluded)
@@ -225,6 +260,10 @@ class Request:
         """The next token from logits [V], on the host. Raises NumericError and OptionError."""
         self._excluded = None  # the backend does not know of this token
         return self._sampler.choose(logits)
+
+    def note_piece(self, seconds: float) -> None:
+        """A call of so many seconds fed a piece of the prompt that is not the last."""
+        self.prefill_seconds += seconds
 
     def accept(self, choice: Choice | Exception, seconds: float) -> Chunk:
         """Take over the token that a call of so many seconds chose, or raise the error that it is.
@@ -281,13 +320,14 @@ class Request:
         return Chunk(self.row, text, (token,), self.finish_reason, generation, logprobs)
 
     def leave(self) -> None:
-        """End the request, at its end or before: give the slot back, or undo a prompt that never reached the cache."""
+        """End the request, at its end or before: give the slot back, or undo a prompt of which a part was not fed."""
         cache = self._backend.cache
         if self.slot is None:
             return
         if self.owns_slot:
             cache.release(self.slot)
-        elif cache.length(self.slot) == self._start:
+        elif cache.length(self.slot) < self._base + len(self.prepared.token_ids):
+            cache.rewind(self.slot, self._mark)
             del self.history[self._base :]
         else:  # what a call under way feeds is not part of the history
             fed = self._base + len(self.prepared.token_ids) + max(0, self._read - 1)
@@ -296,230 +336,3 @@ class Request:
     @property
     def _prompt_tokens(self) -> int:
         return len(self.history) - len(self._answer) - self._start
-
-
-@dataclass
-class _Flight:
-    """A call that was launched; ``tokens`` gives what was chosen for each of its requests, or waits for it."""
-
-    requests: list[Request]
-    tokens: Callable[[], Sequence[Choice | Exception]]
-    is_prefill: bool
-    started: float
-
-
-class Scheduler:
-    """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for.
-
-    Prompts do not starve answers: after a prefill, rows that were running before get as much time as it took.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._waiting = deque[Request]()
-        self._live = list[Request]()
-        self._flight: _Flight | None = None
-        self._last_result = 0.0  # when the tokens of a call were read last
-        self._left = 0.0  # when the last step ended
-        self._owed = 0.0  # seconds of decoding, before the next prefill
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request waits or runs."""
-        return bool(self._waiting or self._live)
-
-    @property
-    def waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._waiting)
-
-    @property
-    def live(self) -> int:
-        """Requests that run."""
-        return len(self._live)
-
-    def submit(self, request: Request) -> None:
-        """Queue a request that was checked; it starts as soon as a slot is free."""
-        self._waiting.append(request)
-
-    def cancel(self, request: Request) -> None:
-        """End a request before its end, if it has not ended."""
-        if request in self._waiting:
-            self._waiting.remove(request)
-        elif request in self._live:
-            self._leave(request)
-
-    def step(self) -> list[Chunk | Failure]:
-        """Start what may start, launch one call, and return what the call before it added.
-
-        Where the backend does not choose tokens itself, or cannot for a request, that is the same call. Rows that
-        finished or failed have left by then. A row fails alone, and the others go on. What is raised is an error of the
-        whole call, or InputError if the backend was closed.
-        """
-        check_open(self._backend)
-        results = list[Chunk | Failure]()
-        self._skip_idle_time()
-        next_ones = islice(self._waiting, len(self._backend.cache.free_slots) + 1)
-        ahead = self._backend.samples and not any(one.needs_host for one in (*self._live, *next_ones))
-        if not ahead:
-            self._collect(results)
-        launched = self._launch(results, ahead)
-        if ahead:
-            self._collect(results)
-        self._flight = launched
-        if not ahead:
-            self._collect(results)
-        if not self._live:
-            self._flight = None  # what is under way belongs to nobody
-        self._left = time.perf_counter()
-        return results
-
-    def close(self) -> None:
-        """End all requests."""
-        self._waiting.clear()
-        self._flight, self._owed = None, 0.0
-        while self._live:
-            self._live.pop().leave()
-
-    def _skip_idle_time(self) -> None:
-        """Between steps others have the thread: what they take is no time of the call that is under way."""
-        if self._flight is not None:
-            idle = time.perf_counter() - self._left
-            self._flight.started += idle
-            self._last_result += idle
-
-    def _launch(self, results: list[Chunk | Failure], ahead: bool) -> _Flight | None:
-        started = time.perf_counter()
-        had_live = bool(self._live)
-        starting = self._start()
-        if starting:  # the host waits for vision towers and prompts; tokens of others come before
-            self._collect(results)
-            started = time.perf_counter()
-        embeds = list[Any]()
-        for request in list(starting):
-            try:
-                embeds += request.encode()
-            except Exception as error:
-                starting.remove(request)
-                results.append(self._fail(request, error))
-        requests = starting or [request for request in self._live if request.wants_more]
-        if not requests:
-            return None
-        tokens = _launch(self._backend, requests, embeds, ahead)
-        return _Flight(requests, tokens, is_prefill=bool(starting) and had_live, started=started)
-
-    def _start(self) -> list[Request]:
-        """Requests whose prompts run next."""
-        backend, live, waiting = self._backend, self._live, self._waiting
-        starting = list[Request]()
-        is_paid = self._owed <= 0 and not (self._flight is not None and self._flight.is_prefill)
-        if live and not is_paid:
-            return starting
-        while waiting and _may_start(backend, waiting[0], starting, live):
-            starting.append(waiting.popleft())
-            live.append(starting[-1])
-            starting[-1].admit()
-        return starting
-
-    def _collect(self, results: list[Chunk | Failure]) -> None:
-        """Read the tokens of the call that is under way, if one is, for the requests that are still there."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return
-        choices = flight.tokens()
-        now = time.perf_counter()
-        seconds = now - max(flight.started, self._last_result)
-        self._last_result = now
-        self._owed = seconds if flight.is_prefill else max(0.0, self._owed - seconds)
-        for request, choice in zip(flight.requests, choices, strict=True):
-            if request not in self._live:
-                continue
-            try:
-                results.append(request.accept(choice, seconds))
-            except Exception as error:
-                results.append(self._fail(request, error))
-            else:
-                if request.finish_reason:
-                    self._leave(request)
-
-    def _fail(self, request: Request, error: Exception) -> Failure:
-        self._leave(request)
-        return Failure(request.row, error)
-
-    def _leave(self, request: Request) -> None:
-        self._live.remove(request)
-        request.leave()
-        if not self._live:
-            self._flight, self._owed = None, 0.0  # what is under way belongs to nobody
-
-
-def run(backend: Backend, requests: Sequence[Request]) -> Generator[Chunk, None, None]:
-    """Run requests to their ends, as many at a time as there are slots, and yield what each step adds.
-
-    The row of a request is its index. A finished row leaves, and the next request takes its slot while the others go
-    on. Closing the iterator ends all rows. The error of a request that is alone is raised as it is; among several, the
-    others go on to their ends first, and a BatchError with their answers is raised then.
-    """
-    scheduler = Scheduler(backend)
-    for request in requests:
-        scheduler.submit(request)
-    errors: dict[int, Exception] = {}
-    generations: list[Generation | None] = [None] * len(requests)
-    try:
-        while scheduler.busy:
-            for result in scheduler.step():
-                if isinstance(result, Failure):
-                    errors[result.row] = result.error
-                else:
-                    generations[result.row] = result.generation
-                    yield result
-    finally:
-        scheduler.close()
-    if errors and len(requests) == 1:
-        raise errors[0]
-    if errors:
-        raise BatchError(errors, generations) from errors[min(errors)]
-
-
-def _may_start(backend: Backend, request: Request, starting: Sequence[Request], live: Sequence[Request]) -> bool:
-    if not starting and not live:
-        return True  # if there is no slot, acquiring one says so
-    if request.owns_slot and not backend.cache.free_slots:
-        return False
-    limits = backend.limits
-    if limits is not None and len(starting) >= limits.batch_size:
-        return False
-    longest = max(len(one.prepared.token_ids) for one in (request, *starting))
-    return not starting or longest * (len(starting) + 1) <= _PREFILL_POSITIONS
-
-
-def _launch(
-    backend: Backend, requests: Sequence[Request], embeds: Sequence[Any], ahead: bool
-) -> Callable[[], Sequence[Choice | Exception]]:
-    """Run a call; what is returned gives the tokens, which may not be chosen yet."""
-    manifest = backend.manifest
-    rows = [request.next_row() for request in requests]
-    size, image_token = manifest.quantization.group_size, manifest.model.image_token_id
-    call = build_call(rows, group_size=size, image_token_id=image_token)
-    placed = backend.place(call, embeds) if embeds else None
-    if not ahead:
-        logits = backend.step(call, placed)
-        return lambda: [_choose(request, row) for request, row in zip(requests, logits, strict=True)]
-    choices = [request.prepare_choice() for request in requests]
-    pending = cast(SamplingBackend, backend).launch(call, placed, choices)
-
-    def tokens() -> list[Choice | Exception]:
-        found, logprobs = pending.result()
-        return [
-            Choice(int(token), float(logprob) if request.options.logprobs else None)
-            for request, token, logprob in zip(requests, found, logprobs, strict=True)
-        ]
-
-    return tokens
-
-
-def _choose(request: Request, logits: np.ndarray) -> Choice | Exception:
-    try:
-        return request.choose(logits)
-    except Exception as error:
-        return error

@@ -45,7 +45,7 @@ def _first_layer(cache: PackedCache, slot: int) -> int | None:
         layer, _, kind = name.partition(".")
         if kind in ("visual_key", "visual_value"):
             continue  # codes
-        values = cache.read(name)[slot]
+        values = cache.read(name, slot)
         values = values[:, : used[kind]] if kind in used else values
         if not np.isfinite(np.asarray(values, np.float32)).all():
             return int(layer)

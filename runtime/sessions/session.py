@@ -7,16 +7,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from vkvx.errors import InputError, OptionError
+from vkvx.errors import InputError, OptionError, VkvxError
 from vkvx.manifest import Manifest, Progress
 from vkvx.runtime.backends.base import Backend, check_open
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.sessions.conversation import Conversation
-from vkvx.runtime.sessions.generation import Chunk, Generation, Request, run
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
+from vkvx.runtime.sessions.pieces import check_prefill_chunk
 from vkvx.runtime.sessions.processor import Message, Processor
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
+from vkvx.runtime.sessions.scheduler import run
 from vkvx.runtime.sessions.videos import Video, listed_videos
 
 if TYPE_CHECKING:
@@ -36,12 +38,18 @@ class Session:
     """
 
     def __init__(
-        self, manifest: Manifest, backend: Backend, processor: Processor, backend_reason: str = "it was asked for"
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        processor: Processor,
+        backend_reason: str = "it was asked for",
+        prefill_chunk: int | None = None,
     ) -> None:
         self.manifest = manifest
         self.backend = backend
         self.processor = processor
         self.backend_reason = backend_reason
+        self.prefill_chunk = prefill_chunk
 
     @classmethod
     def load(
@@ -54,6 +62,7 @@ class Session:
         visual_tokens: int | None = None,
         text_tokens: int | None = None,
         threads: int | None = None,
+        prefill_chunk: int | None = None,
         verify: bool = True,
         compile: bool = False,
         progress: Progress | None = None,
@@ -65,7 +74,9 @@ class Session:
         where they vary in size), and 1024 text tokens or as many as the model has positions. ``backend`` is
         "onnxruntime", "torch", "tensorrt", "rtx", or "auto": engines that were built for the GPU, torch on a GPU
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
-        a CPU. ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
+        a CPU. ``prefill_chunk`` feeds prompts of more tokens in pieces of at most so many, between which other rows go
+        on; later pieces read earlier ones from the packed cache (None: prompts stay whole, and are exact while they
+        run). ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
         sample. ``compile`` is for torch on a GPU: decode steps become a fifth to a quarter faster, after half a minute
         at the first step of each number of rows. ``processor`` is the bundle's, where it is open already and the files
         were compared before that.
@@ -80,6 +91,7 @@ class Session:
             raise OptionError(f"visual_tokens (--max-visual-tokens) must be at least 0, got {visual_tokens}")
         if text_tokens is not None and text_tokens < 1:
             raise OptionError(f"text_tokens (--max-text-tokens) must be at least 1, got {text_tokens}")
+        check_prefill_chunk(manifest, prefill_chunk)
         model, size = manifest.model, manifest.quantization.group_size
         found = choose_backend(backend, directory, manifest, provider, threads)
         if compile and found.name != "torch":
@@ -97,13 +109,15 @@ class Session:
                 capacity = limits.text_tokens - (0 if manifest.layout.is_packed else visual_tokens)
                 text_tokens = max(1, min(text_tokens, capacity))
         opened = found.open(slots=slots, visual_tokens=visual_tokens, text_tokens=text_tokens, verify=verify)
-        if compile:
-            try:
+        try:
+            if compile:
                 cast("TorchBackend", opened).compile()
-            except OptionError:
-                opened.close()
-                raise
-        return cls(manifest, opened, processor or Processor.of_bundle(directory, manifest), found.reason)
+            if prefill_chunk is not None and found.name == "torch":
+                cast("TorchBackend", opened).capture_prefills(prefill_chunk)
+        except VkvxError:
+            opened.close()
+            raise
+        return cls(manifest, opened, processor or Processor.of_bundle(directory, manifest), found.reason, prefill_chunk)
 
     @overload
     def generate(
@@ -190,14 +204,16 @@ class Session:
             prepared = self.processor.prepare(
                 prompt, listed(pictures), listed_videos(clips), limits=chosen.limits, fps=chosen.fps
             )
-            requests.append(Request(row, prepared, chosen, self.processor, self.backend))
+            requests.append(
+                Request(row, prepared, chosen, self.processor, self.backend, prefill_chunk=self.prefill_chunk)
+            )
             requests[-1].check()
-        return run(self.backend, requests)
+        return run(self.backend, requests, self.prefill_chunk)
 
     def conversation(self) -> Conversation:
         """Start a conversation in a free slot. Raises CapacityError if there is none."""
         check_open(self.backend)
-        return Conversation(self.backend, self.processor)
+        return Conversation(self.backend, self.processor, self.prefill_chunk)
 
     def format(self, messages: Sequence[Message]) -> str:
         """The prompt of messages by the model's chat template. See :meth:`Processor.format`."""

@@ -264,6 +264,12 @@ def test_more_tokens_than_capacity(
     assert flag in refused("run", tiny_bundle, "What?", *images, *options)
 
 
+@pytest.mark.parametrize("verb", [("run", "What?"), ("bench",)], ids=lambda verb: verb[0])
+def test_pieces_shorter_than_a_group(refused: Callable, tiny_bundle: Path, verb: tuple[str, ...]) -> None:
+    message = refused(verb[0], tiny_bundle, *verb[1:], "--prefill-chunk", "639")
+    assert "prefill_chunk (--prefill-chunk) must be at least 640, the group size of the bundle, got 639" in message
+
+
 @pytest.mark.parametrize(
     "option", [("--top-k", "5"), ("--top-p", "0.9"), ("--seed", "3")], ids=lambda option: option[0]
 )

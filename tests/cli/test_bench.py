@@ -17,10 +17,13 @@ SMALL = ("--steps", 3, "--repeats", 2, "--prompt-tokens", 5, "--threads", 1, "--
 
 
 def test_json_of_onnxruntime(cli: Callable, tiny_bundle: Path) -> None:
-    done = cli("bench", tiny_bundle, "--backend", "onnxruntime", "--batch-size", 2, "--json", *SMALL)
+    chunk = Manifest.load(tiny_bundle).quantization.group_size
+    options = ("--batch-size", 2, "--pictures", 2, "--prefill-chunk", chunk)
+    done = cli("bench", tiny_bundle, "--backend", "onnxruntime", *options, "--json", *SMALL)
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert found["load"] == {"batch_size": 2, "pictures": 1, "prompt_tokens": 5, "steps": 3, "repeats": 2}
+    load = Load(2, 2, 5, 3, 2, prefill_chunk=chunk)
+    assert found["load"] == vars(load)
     (result,) = found["results"]
     assert (result["backend"], result["provider"], result["reason"]) == ("onnxruntime", "cpu", "it was asked for")
     assert (result["vision"]["count"], result["prefill"]["count"], result["decode"]["count"]) == (2, 2, 6)
@@ -31,7 +34,7 @@ def test_json_of_onnxruntime(cli: Callable, tiny_bundle: Path) -> None:
     assert result["tokens_per_second"] == pytest.approx(2000 / result["decode"]["mean"])
     manifest = Manifest.load(tiny_bundle)
     text = (5 + 3) * manifest.layout.text_bytes_per_token
-    assert result["cache_bytes_used"] == 2 * (manifest.layout.visual_bytes_per_picture() + text)
+    assert result["cache_bytes_used"] == 2 * (2 * manifest.layout.visual_bytes_per_picture() + text)
     assert result["cache_bytes_used"] <= result["cache_bytes_allocated"]
     assert result["process_bytes"] > 10_000_000
     assert result["device_bytes"] is None

@@ -33,7 +33,13 @@ def parsed(text: str) -> Any:
 
 @pytest.mark.parametrize(("gpus", "kind"), [(None, "KIND_AUTO"), ((), "KIND_CPU"), ((0, 3), "KIND_GPU")])
 def test_config_is_what_triton_reads(gpus: tuple[int, ...] | None, kind: str) -> None:
-    options: dict[str, Any] = {"slots": 5, "visual_tokens": 640, "threads": 3, "environment": "/envs/a b"}
+    options: dict[str, Any] = {
+        "slots": 5,
+        "visual_tokens": 640,
+        "prefill_chunk": 896,
+        "threads": 3,
+        "environment": "/envs/a b",
+    }
     config = parsed(triton_config("a.model", gpus=gpus, instances=2, bundle='b "c"', **options))
     assert (config.name, config.backend, config.max_batch_size) == ("a.model", "python", 0)
     assert config.model_transaction_policy.decoupled
@@ -41,7 +47,13 @@ def test_config_is_what_triton_reads(gpus: tuple[int, ...] | None, kind: str) ->
     assert model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind) == kind
     assert (group.count, tuple(group.gpus)) == (2, tuple(gpus or ()))
     values = {name: entry.string_value for name, entry in config.parameters.items()}
-    options = {"slots": "5", "visual_tokens": "640", "threads": "3", "EXECUTION_ENV_PATH": "/envs/a b"}
+    options = {
+        "slots": "5",
+        "visual_tokens": "640",
+        "prefill_chunk": "896",
+        "threads": "3",
+        "EXECUTION_ENV_PATH": "/envs/a b",
+    }
     assert values == {"bundle": 'b "c"', "backend": "auto", **options}
     assert {entry.name for entry in config.input if list(entry.dims) == [-1]} == {"images", "stop"}
     assert [entry.name for entry in config.input if not entry.optional] == ["prompt"]
@@ -113,6 +125,7 @@ def test_no_room_is_told_before_anything_is_copied(
         {"backend": "tensorflow"},
         {"reference": "relative"},
         {"text_tokens": 0},
+        {"prefill_chunk": 1},
     ],
 )
 def test_wrong_options_are_refused(tiny_bundle: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:

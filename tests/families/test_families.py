@@ -20,10 +20,11 @@ from PIL import Image
 from reference import Reference, joined
 
 from vkvx import ExportOptions, evaluate, quantize_visual_cache
-from vkvx.errors import BuildError
+from vkvx.errors import BuildError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends import golden
 from vkvx.runtime.engines.manifest import VISION, EngineManifest
+from vkvx.runtime.sessions.pieces import check_prefill_chunk
 from vkvx.runtime.sessions.processor import PLACEHOLDER
 from vkvx.runtime.sessions.session import Session
 
@@ -94,6 +95,28 @@ def test_second_turn_with_another_picture(reference: Reference, session: Session
         later = conversation.generate(PROMPTS[0], [TALL, WIDE], max_new_tokens=8, ignore_eos=True)
         assert later.token_ids == tuple(expected[0])
         np.testing.assert_allclose(np.stack(recorded.logits[conversation.slot]), logits[0], rtol=0, atol=ATOL)
+
+
+def test_prompts_in_pieces(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 16 bits a cut changes rounding only: positions, windows, features of layers and states go on behind it."""
+    model = session.manifest.model
+    masks = {layer.visual_mask for layer in model.layers}
+    if "prefix" in masks:
+        with pytest.raises(OptionError, match="--prefill-chunk"):
+            check_prefill_chunk(session.manifest, model.max_positions)
+        return
+    limit = max(24, model.usual_tokens if "run" in masks else 0)
+    check_prefill_chunk(session.manifest, limit)
+    found = []
+    for chunk in (None, limit):
+        monkeypatch.setattr(session, "prefill_chunk", chunk)
+        recorded = Recorded(session)
+        answers = session.generate(list(PROMPTS), list(PICTURES), max_new_tokens=4, ignore_eos=True)
+        found.append([(one.token_ids, list(recorded.logits[row])) for row, one in enumerate(answers)])
+    assert len(found[1][0][1]) > len(found[0][0][1]) == 4  # the first is long
+    for (tokens, logits), (others, in_pieces) in zip(*found, strict=True):
+        assert tokens == others
+        np.testing.assert_allclose(np.stack(in_pieces[-4:]), np.stack(logits[-4:]), rtol=0, atol=ATOL)
 
 
 def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from sampling_double import choose
@@ -20,7 +21,7 @@ from vkvx.manifest import (
     Quantization,
     TensorSpec,
 )
-from vkvx.runtime.backends.base import SampledRow
+from vkvx.runtime.backends.base import CallInParts, SampledRow
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Call, place_embeds
 from vkvx.runtime.engines.manifest import Limits
@@ -126,12 +127,31 @@ class FakePending:
         return self.tokens, self.probabilities
 
 
+class FakeParts(CallInParts):
+    """A call in parts, all of which runs with the last."""
+
+    def __init__(self, backend: FakeBackend, parts: int, *given: Any) -> None:
+        self.backend, self.left, self.given = backend, parts, given
+
+    def advance(self) -> bool:
+        self.left -= 1
+        self.backend.parts_seen.append(self.left)
+        if self.backend.fail_at == len(self.backend.calls):
+            raise KeyboardInterrupt
+        if not self.left:
+            self.pending = self.backend.launch_whole(*self.given)
+        return self.left > 0
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.pending.result()
+
+
 class FakeBackend:
     """Chooses the next token by a hash of all that a slot holds, or by ``script`` (tokens after the prompt of a slot).
 
     What a slot holds is kept beside the cache and checked against the counts and positions of each call. Where it ends
     with the text ``nan_after``, the logits are NaN. ``encode`` refuses pictures whose number is negative. With
-    ``samples`` it chooses tokens itself.
+    ``samples`` it chooses tokens itself, and launches prompts that run alone in so many ``parts``.
     """
 
     name = "fake"
@@ -140,6 +160,7 @@ class FakeBackend:
     limits: Limits | None = None
     closed = False
     samples = False
+    parts = 1
 
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
@@ -151,6 +172,7 @@ class FakeBackend:
         self.nan_after: str | None = None
         self.sequences: dict[int, tuple[list[int], Sequence[int]]] = {}
         self.last = dict.fromkeys(range(slots), -9)
+        self.parts_seen: list[int] = []
 
     def begin(self, slot: int, seen: Sequence[int], excluded: Sequence[int]) -> None:
         self.sequences[slot] = list(seen), excluded
@@ -158,7 +180,14 @@ class FakeBackend:
     def exclude(self, slot: int, excluded: Sequence[int]) -> None:
         self.sequences[slot] = self.sequences[slot][0], excluded
 
-    def launch(self, call: Call, visual_embeds: np.ndarray | None, rows: Sequence[SampledRow]) -> FakePending:
+    def launch(
+        self, call: Call, visual_embeds: np.ndarray | None, rows: Sequence[SampledRow]
+    ) -> FakePending | FakeParts:
+        if self.parts > 1 and len(rows) == 1 and call.input_ids.shape[1] > 1:
+            return FakeParts(self, self.parts, call, visual_embeds, rows)
+        return self.launch_whole(call, visual_embeds, rows)
+
+    def launch_whole(self, call: Call, visual_embeds: np.ndarray | None, rows: Sequence[SampledRow]) -> FakePending:
         np.zeros(len(rows), np.int32)[:] = [row.top_k for row in rows]  # as it goes to the device
         slots = call.slot.tolist()
         ids = call.input_ids.copy()
@@ -169,7 +198,7 @@ class FakeBackend:
         logits = self.step(replace(call, input_ids=ids), visual_embeds)
         tokens, probabilities = np.zeros(len(slots), np.int32), np.zeros(len(slots), np.float32)
         for b, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-            seen, excluded = self.sequences[slot]
+            seen, excluded = self.sequences.get(slot, ([], ()))  # none yet in the midst of a prompt
             tokens[b], probabilities[b] = choose(logits[b], row, seen, excluded)
             self.last[slot] = max(0, int(tokens[b]))
             seen.append(self.last[slot])

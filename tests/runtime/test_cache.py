@@ -215,8 +215,8 @@ def test_storage_may_be_elsewhere() -> None:
             self.copies += 1
             super().copy(buffer[0], source, target, entries)
 
-        def read(self, buffer: list[np.ndarray]) -> np.ndarray:  # type: ignore[override]
-            return buffer[0]
+        def read(self, buffer: list[np.ndarray], row: int | None = None) -> np.ndarray:  # type: ignore[override]
+            return super().read(buffer[0], row)
 
     storage = Recorder()
     cache = PackedCache(manifest().layout, 2, GROUP, 8, storage)
@@ -225,6 +225,7 @@ def test_storage_may_be_elsewhere() -> None:
     cache.fork(0, 1)
     assert storage.copies == 4  # text keys and values of two layers
     assert (cache.read("1.text_key")[1, :, :3] == 2).all()
+    assert (cache.read("1.text_key", 1)[:, :3] == 2).all()
 
 
 def test_states_of_linear_attention_are_forked_whole() -> None:

@@ -40,6 +40,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="rounds that count, after one that does not (default: 3)"
     )
+    parser.add_argument("--prefill-chunk", type=int, metavar="N", help="feed longer prompts in pieces of N tokens")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Time each backend in turn; those of ``all`` that this machine lacks are named, not timed."""
     from vkvx.runtime.checks.bench import Load, bench_bundle
 
-    load = Load(args.batch_size, args.pictures, args.prompt_tokens, args.steps, args.repeats)
+    load = Load(args.batch_size, args.pictures, args.prompt_tokens, args.steps, args.repeats, args.prefill_chunk)
     wanted = list(dict.fromkeys(args.backend or ["auto"]))
     if ALL in wanted and len(wanted) > 1:
         raise OptionError(f"--backend {ALL} is every backend; leave out the others")

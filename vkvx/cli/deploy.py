@@ -29,6 +29,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     triton.add_argument("--slots", type=int, default=8, metavar="N", help="sequences an instance runs side by side (8)")
     triton.add_argument("--max-visual-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
     triton.add_argument("--max-text-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
+    triton.add_argument("--prefill-chunk", type=int, metavar="N", help="feed longer prompts in pieces of N tokens")
     triton.add_argument("--threads", type=int, metavar="N", help="CPU threads of an instance, which then is on the CPU")
     triton.add_argument("--gpus", metavar="LIST", help="such as 0,1; none: the CPU (default: what Triton finds)")
     triton.add_argument("--instances", type=int, default=1, metavar="N", help="on each GPU (default: 1)")
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             slots=args.slots,
             visual_tokens=args.max_visual_tokens,
             text_tokens=args.max_text_tokens,
+            prefill_chunk=args.prefill_chunk,
             threads=args.threads,
             environment=args.environment,
             gpus=_gpus(args.gpus),

@@ -69,6 +69,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
     machine.add_argument("--max-visual-tokens", type=int, metavar="N", help="visual tokens that the cache holds")
     machine.add_argument("--max-text-tokens", type=int, metavar="N", help="text tokens that the cache holds")
+    machine.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="feed longer prompts in pieces of N tokens (default: whole)"
+    )
     machine.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
 
 
@@ -128,6 +131,7 @@ def load_session(
             visual_tokens=visual_tokens if args.max_visual_tokens is None else args.max_visual_tokens,
             text_tokens=text_tokens if args.max_text_tokens is None else args.max_text_tokens,
             threads=args.threads,
+            prefill_chunk=args.prefill_chunk,
             verify=not args.no_verify,
             progress=progress,
             processor=processor,

@@ -64,10 +64,11 @@ class OrtStorage:
         contents[target, :, :entries] = contents[source, :, :entries]
         buffer.update_inplace(contents)
 
-    def read(self, buffer: Any) -> np.ndarray:
+    def read(self, buffer: Any, row: int | None = None) -> np.ndarray:
         if isinstance(buffer, np.ndarray):
-            return buffer
-        contents = np.array(buffer.numpy())
+            return buffer if row is None else buffer[row]
+        contents = np.array(buffer.numpy())  # all of it: onnxruntime copies no part
+        contents = contents if row is None else contents[row]
         return contents.view(numpy_dtype("bfloat16")) if contents.dtype == np.uint16 else contents
 
     def write(self, buffer: Any, contents: np.ndarray) -> None:

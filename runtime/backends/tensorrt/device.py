@@ -232,7 +232,11 @@ class DeviceStorage:
             start + target * heads * pitch, start + source * heads * pitch, pitch, entries * entry, heads
         )
 
-    def read(self, buffer: DeviceArray) -> np.ndarray:
+    def read(self, buffer: DeviceArray, row: int | None = None) -> np.ndarray:
+        if row is not None:
+            shape = buffer.shape[1:]
+            start = buffer.address + row * tensor_bytes(buffer.dtype, shape)
+            return self._device.download(DeviceArray(self._device, buffer.dtype, shape, start))
         return self._device.download(buffer)
 
     def write(self, buffer: DeviceArray, contents: np.ndarray) -> None:

@@ -1,12 +1,14 @@
 """The torch backend: the modules that the graphs of a bundle were traced from, over a packed cache updated in place.
 
 On a CPU every call runs eagerly. On a GPU with the kernels of ``vkvx.plugins`` a decode step is the replay of a CUDA
-graph, see :mod:`vkvx.runtime.backends.torch.capture`; calls that feed more than a token per row run eagerly. Tokens are
-chosen there, too, and embeddings of pictures stay.
+graph, see :mod:`vkvx.runtime.backends.torch.capture`, and so are pieces of prompts, see
+:mod:`vkvx.runtime.backends.torch.prefills`; other calls run eagerly, and the host waits for none. Tokens are chosen
+there, too, and embeddings of pictures stay.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -24,10 +26,11 @@ from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import MAX_HEAD_DIM, MAX_VOCAB
 from vkvx.plugins.operator import model_attributes
-from vkvx.runtime.backends.base import SampledRow
+from vkvx.runtime.backends.base import CallInParts, SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
+from vkvx.runtime.backends.torch.prefills import Prefills
 from vkvx.runtime.backends.torch.projections import merge_projections
-from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler
+from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler, upload
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
 from vkvx.runtime.calls import Call, place_embeds
 
@@ -46,9 +49,9 @@ class CudaStorage:
         with torch.cuda.stream(self._stream):
             buffer[target, :, :entries] = buffer[source, :, :entries]
 
-    def read(self, buffer: Tensor) -> np.ndarray:
+    def read(self, buffer: Tensor, row: int | None = None) -> np.ndarray:
         with torch.cuda.stream(self._stream):
-            return to_numpy(buffer.cpu())
+            return to_numpy((buffer if row is None else buffer[row]).cpu())
 
     def write(self, buffer: Tensor, contents: np.ndarray) -> None:
         with torch.cuda.stream(self._stream):
@@ -119,6 +122,7 @@ class TorchBackend:
         self._vision: Any = VisionGraph(model, family, self._dtype, fused=fused)
         self._steps: DecodeSteps | None = None
         self._sampler: Any = None
+        self._prefills: Prefills | None = None
         if self._stream is not None and has_kernels(manifest):
             with self._running("the buffers of decode steps"):
                 library = torch_cuda.kernels()
@@ -152,11 +156,22 @@ class TorchBackend:
             )
         self._steps.compile()
 
+    def capture_prefills(self, limit: int) -> None:
+        """Run prefills of one row and at most ``limit`` tokens as CUDA graphs from now on, where steps are captured.
+
+        See :mod:`vkvx.runtime.backends.torch.prefills`; states of linear attention are left out.
+        """
+        info = self.manifest.model
+        if self._stream is not None and self._steps is not None and not info.linear_layers:
+            with self._running("the buffers of prefills"):
+                self._prefills = Prefills(self._decoder, self._buffers, self.cache, info, self._stream, limit)
+
     def close(self) -> None:
         if self._stream is not None and not self.closed:
             self._stream.synchronize()
         self.closed = True
-        self._steps = self._sampler = self._decoder = self._vision = None  # graphs before the memory that they use
+        self._steps = self._prefills = self._sampler = None  # graphs before the memory that they use
+        self._decoder = self._vision = None
         self._buffers.clear()
         self.cache.buffers.clear()
 
@@ -190,9 +205,12 @@ class TorchBackend:
 
     def launch(
         self, call: Call, visual_embeds: np.ndarray | Tensor | None, rows: Sequence[SampledRow]
-    ) -> PendingTokens:
-        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.launch`."""
+    ) -> PendingTokens | CallInParts:
+        """See :meth:`vkvx.runtime.backends.base.SamplingBackend.launch`; prefills that are captured come in parts."""
         assert self._steps is not None
+        if self._prefills is not None and self._prefills.takes(call) and not self._steps.takes(call):
+            with self._running("a prompt"):
+                return _Prefill(self, call, rows, self._prefills.start(call, self._on_device(visual_embeds)))
         with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
             self._sampler.set_options(rows)
             if DecodeSteps.takes(call):
@@ -214,6 +232,8 @@ class TorchBackend:
 
     def _run(self, call: Call, visual_embeds: np.ndarray | Tensor | None) -> Tensor:
         """Logits FP32 [B, V] on the device."""
+        if self._prefills is not None and self._prefills.takes(call):
+            return self._prefills.run(call, self._on_device(visual_embeds))
         info, cache = self.manifest.model, self.cache
         shape = (*call.visual_index.shape, info.embed_width)
         given = {"visual_count": cache.visual_count, "text_count": cache.text_count}
@@ -228,9 +248,14 @@ class TorchBackend:
         logits: Tensor = self._decoder(*inputs, *self._buffers)[0]
         return logits
 
+    def _on_device(self, visual_embeds: np.ndarray | Tensor | None) -> Tensor | None:
+        return None if visual_embeds is None else self._place(visual_embeds)
+
     def _place(self, array: np.ndarray | Tensor) -> Tensor:
-        """The array on the model's device: its own memory if it is there."""
-        return (array if isinstance(array, Tensor) else to_torch(array)).to(self._device)
+        """The array on the model's device: its own memory if it is there. Nothing waits for a copy to a GPU."""
+        if isinstance(array, Tensor):
+            return array.to(self._device)
+        return to_torch(array) if self._stream is None else upload(to_torch(array), self._device)
 
     @contextmanager
     def _running(self, what: str) -> Iterator[None]:
@@ -256,6 +281,33 @@ class TorchBackend:
                 f"the GPU has no memory left for {what}; lower slots=, visual_tokens= (--max-visual-tokens) or "
                 "text_tokens= (--max-text-tokens), or give --backend onnxruntime --provider cpu"
             ) from error
+
+
+class _Prefill(CallInParts):
+    """A prefill of some graphs."""
+
+    def __init__(
+        self, backend: TorchBackend, call: Call, rows: Sequence[SampledRow], graphs: Sequence[torch.cuda.CUDAGraph]
+    ) -> None:
+        self._backend, self._call, self._rows, self._graphs = backend, call, rows, deque(graphs)
+        self._pending: PendingTokens | None = None
+
+    def advance(self) -> bool:
+        backend, call = self._backend, self._call
+        with backend._running("a prompt"):
+            self._graphs.popleft().replay()
+            if self._graphs:
+                return True
+            assert backend._prefills is not None
+            backend._sampler.set_options(self._rows)
+            backend._sampler.choose(backend._prefills.logits, backend._place(call.slot))
+            self._pending = backend._sampler.pending(1)
+        backend.cache.commit(call, *backend.cache.counts_after(call))
+        return False
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        assert self._pending is not None
+        return self._pending.result()
 
 
 def _exact_convolutions() -> AbstractContextManager[None]:

@@ -16,6 +16,11 @@ from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.sampling import CALLS, OPTIONS, read_results, write_options
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU that the host does not wait for: it comes from pinned memory, which torch keeps until then."""
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Uploads:
     """Copies to a tensor of the device that the host does not wait for.
 
@@ -75,7 +80,7 @@ class TokenSampler:
         self._set(self._excluded, slot, tokens)
 
     def _set(self, bits: Tensor, slot: int, tokens: Iterable[int]) -> None:
-        bits[slot] = torch.from_numpy(token_bits(tokens, self._vocab_size)).to(bits.device)
+        bits[slot] = upload(torch.from_numpy(token_bits(tokens, self._vocab_size)), bits.device)
 
     def set_options(self, rows: Sequence[SampledRow]) -> None:
         """Send the options of the next call's rows."""

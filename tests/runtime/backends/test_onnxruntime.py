@@ -210,6 +210,7 @@ def test_device_buffers_are_copied_and_read_through_main_memory(dtype: str) -> N
     read = storage.read(buffer)
     assert read.dtype.name == dtype
     np.testing.assert_array_equal(read.view(contents.dtype), contents)
+    np.testing.assert_array_equal(storage.read(buffer, 1).view(contents.dtype), contents[1])
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="there is a CUDA provider")

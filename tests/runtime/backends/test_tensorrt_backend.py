@@ -128,6 +128,7 @@ def test_a_prefill_touches_only_its_own_slots(bundle: Path) -> None:
     before = {name: backend.cache.read(name) for name in backend.cache.buffers}
     golden.run(backend, 0)
     for name, contents in before.items():
+        np.testing.assert_array_equal(backend.cache.read(name, 2).view(np.uint8), contents[2].view(np.uint8))
         np.testing.assert_array_equal(backend.cache.read(name)[1:].view(np.uint8), contents[1:].view(np.uint8))
     assert backend.cache.group_count(0) == backend.cache.group_count(2) == 1
 

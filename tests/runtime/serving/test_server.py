@@ -16,9 +16,10 @@ from fakes import FakeBackend, FakeProcessor, manifest
 
 from vkvx import CapacityError, OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError
 from vkvx.runtime.serving.server import Server
-from vkvx.runtime.sessions import generation
-from vkvx.runtime.sessions.generation import Failure, Request, Scheduler
+from vkvx.runtime.sessions import scheduler as scheduling
+from vkvx.runtime.sessions.generation import Failure, Request
 from vkvx.runtime.sessions.sampling import GenerationOptions
+from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
 
 
@@ -336,7 +337,7 @@ def test_prompts_do_not_starve_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(call, embeds)
 
     loaded.backend.step = timed  # type: ignore[method-assign]
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(scheduling.time, "perf_counter", lambda: now[0])
     scheduler = Scheduler(loaded.backend)
     for row in range(12):
         prepared = loaded.processor.prepare("<image>question", [1.0])  # type: ignore[list-item]

@@ -11,9 +11,10 @@ from fakes import EOS, IMAGE, PICTURE_TOKENS, FakeBackend, FakeProcessor, manife
 
 from vkvx.errors import BatchError, CapacityError, InputError, OptionError, VkvxError
 from vkvx.manifest import LayerInfo, LinearInfo, Manifest
-from vkvx.runtime.sessions import generation
-from vkvx.runtime.sessions.generation import Chunk, Generation, Request, Scheduler
+from vkvx.runtime.sessions import scheduler as scheduling
+from vkvx.runtime.sessions.generation import Chunk, Generation, Request
 from vkvx.runtime.sessions.sampling import GenerationOptions
+from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
 
 
@@ -125,7 +126,7 @@ class Clock:
 def test_time_between_steps_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a consumer takes is no time of an answer, and what passes after a cancelled prompt is no debt."""
     clock = Clock()
-    monkeypatch.setattr(generation, "time", clock)
+    monkeypatch.setattr(scheduling, "time", clock)
     for chunk in session().stream("x", max_new_tokens=6, ignore_eos=True):
         clock.now += 1.0
         last = chunk.generation
