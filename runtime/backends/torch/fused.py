@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,18 +49,28 @@ class Norm(NamedTuple):
     shift: float
 
 
-class _FusedLayer:
-    """In place of the forward method of a layer."""
+class _Replacement:
+    """In place of the forward method of a module, which it does not keep alive: its memory is freed at once."""
+
+    def __init__(self, module: Any, kernels: Kernels) -> None:
+        self._module, self._kernels = weakref.ref(module), kernels
+
+    def _whole(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module does by itself."""
+        module: Any = self._module()
+        result: Tensor = type(module).forward(module, *args, **kwargs)
+        return result
+
+
+class _FusedLayer(_Replacement):
+    """A layer whose norms are those of ``norms``."""
 
     def __init__(self, layer: Any, norms: tuple[str, ...], kernels: Kernels) -> None:
+        super().__init__(layer, kernels)
         attention, mlp = layer.self_attn, layer.mlp
-        self._whole: Callable[..., Tensor] = layer.forward
-        self._kernels, self._attention = kernels, attention
-        self._head_dim: int = attention.head_dim
-        self._qkv, self._output, self._gate_up, self._down = (
-            *(attention.q_proj, attention.o_proj),
-            *(mlp.gate_proj, mlp.down_proj),
-        )
+        self._attention, self._head_dim = attention, attention.head_dim
+        self._qkv, self._output = attention.q_proj, attention.o_proj
+        self._gate_up, self._down = mlp.gate_proj, mlp.down_proj
         self._norms = [_norm(getattr(layer, name)) for name in norms]
         self._head_norms = [_norm(getattr(attention, name)) for name in HEAD_NORMS if hasattr(attention, name)]
         # Mistral's attention passes on what its config says, others keep it.
@@ -122,28 +133,22 @@ class _FusedLayer:
         return output.reshape(len(qkv), -1)
 
 
-class _Head:
-    """In place of the forward method of a head without bias."""
-
-    def __init__(self, head: nn.Linear, kernels: Kernels) -> None:
-        self._head, self._whole, self._kernels = head, head.forward, kernels
+class _Head(_Replacement):
+    """A head without bias."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if hidden.numel() != hidden.shape[-1] or torch.compiler.is_compiling():
             return self._whole(hidden)
-        return self._kernels.product(hidden.view(1, -1), self._head).view(*hidden.shape[:-1], -1)
+        return self._kernels.product(hidden.view(1, -1), self._module()).view(*hidden.shape[:-1], -1)
 
 
-class _LastNorm:
-    """In place of the forward method of the norm behind the layers."""
-
-    def __init__(self, norm: Any, kernels: Kernels) -> None:
-        self._norm, self._whole, self._kernels = _norm(norm), norm.forward, kernels
+class _LastNorm(_Replacement):
+    """The norm behind the layers."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if hidden.shape[1] > POSITIONS or torch.compiler.is_compiling():
             return self._whole(hidden)
-        return self._kernels.norm(hidden.reshape(-1, hidden.shape[-1]), self._norm).view(hidden.shape)
+        return self._kernels.norm(hidden.reshape(-1, hidden.shape[-1]), _norm(self._module())).view(hidden.shape)
 
 
 def fuse(text_model: nn.Module, head: nn.Module) -> int:

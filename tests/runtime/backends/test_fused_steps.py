@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -61,6 +63,29 @@ def test_a_changed_part_is_not_known() -> None:
 
     layers[1].self_attn.__class__ = Patched
     assert [fused.known_norms(layer) for layer in layers] == [None, None]
+
+
+def test_a_fused_layer_is_freed_with_its_model() -> None:
+    """Without the collector of cycles: a session that is closed gives its weights back at once."""
+    config = preset_config("tiny")
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    text: Any = family_of(model).text_model(model)
+    merge_projections(text)
+    kernels: Any = object()
+    for layer in text.layers:
+        norms = fused.known_norms(layer)
+        assert norms is not None
+        layer.forward = fused._FusedLayer(layer, norms, kernels)
+    text.norm.forward, model.lm_head.forward = fused._LastNorm(text.norm, kernels), fused._Head(model.lm_head, kernels)
+    modules = [weakref.ref(module) for module in (*text.layers, text.norm, model.lm_head)]
+    gc.collect()
+    gc.disable()
+    try:
+        del layer, text, model
+        assert [module() for module in modules] == [None] * len(modules)
+    finally:
+        gc.enable()
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
