@@ -185,7 +185,7 @@ def _load_kernels(text_model: nn.Module) -> Kernels | str:
         return "Triton needs a GPU of compute capability 8.0"
     kernels = Kernels(capability >= (9, 0))
     try:
-        kernels.gate(weight.new_zeros(1, 2), "silu")
+        kernels.gate(weight.new_zeros(1, 32), "silu")
     except Exception as error:  # Triton raises its own, and what the C compiler makes of a missing Python.h
         return f"Triton cannot compile ({str(error).strip().partition(chr(10))[0] or type(error).__name__})"
     return kernels
