@@ -75,6 +75,23 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         },
     },
+    "internvl3.5-2b": {
+        "model_type": "internvl",
+        "vision_config": {**INTERNVIT_300M, "image_size": [448, 448], "patch_size": [14, 14]},
+        "text_config": {
+            "model_type": "qwen3",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
     "internvl3-38b": {
         "model_type": "internvl",
         "vision_config": {

@@ -114,7 +114,7 @@ def use_attention_function(model: Any) -> None:
     from transformers import AttentionInterface
 
     # No mask function is registered under this name, so transformers builds no mask.
-    AttentionInterface.register(IMPLEMENTATION, _attention_function)
+    AttentionInterface.register(IMPLEMENTATION, attend)
     model.set_attn_implementation({"text_config": IMPLEMENTATION})
 
 
@@ -124,7 +124,7 @@ def _bounds_nothing(window: int, module: nn.Module) -> bool:
     return bool(window >= config.max_position_embeddings)
 
 
-def _attention_function(
+def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What the text model calls in each layer; transformers wants [B, S, Hq, D] and the attention weights, if any."""
@@ -154,7 +154,7 @@ class DecoderGraph(nn.Module):
 
     ``attributes`` holds the operator's attributes of each attention layer, ``metrics`` the key and value metric of each
     cache if the quantiser needs them. ``model`` is set to the attention function ``vkvx``. With ``in_place`` the caches
-    given are updated and returned, which cannot be exported.
+    given are updated, which cannot be exported.
     """
 
     def __init__(
@@ -205,7 +205,8 @@ class DecoderGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         """One call, of the shapes of ``graph_specs.decoder_inputs``; gives logits [B, V] FP32, counts, caches.
 
-        Where layers have a sliding window, ``window_start`` comes before the caches.
+        With ``in_place`` it gives logits alone, in the type of the model. Where layers have a sliding window,
+        ``window_start`` comes before the caches.
         """
         window_start = None
         if any(entry.sliding_window for entry in self.attributes.values()):
@@ -213,13 +214,15 @@ class DecoderGraph(nn.Module):
         position_ids = position_ids + self.first_position if self.first_position else position_ids
         embeds = self.text_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         width = embeds.shape[-1]
-        more = visual_embeds.shape[-1] - width
+        # An exported graph has to work for calls with pictures, too.
+        is_text = self.in_place and not visual_index.shape[1]
+        more = 0 if is_text else visual_embeds.shape[-1] - width
         if more:  # positions of text have no features for the first layers: zeros
             embeds = torch.cat([embeds, embeds.new_zeros(*embeds.shape[:2], more)], -1)
-        embeds = place_embeds(embeds, visual_embeds, visual_index)
+        embeds = embeds if is_text else place_embeds(embeds, visual_embeds, visual_index)
         features = [embeds[..., start : start + width] for start in range(width, width + more, width)]
         embeds = embeds[..., :width] if more else embeds
-        indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index)
+        indices, metrics = (visual_index, text_index, slot), self._metrics(position_ids, last_index, is_text)
         given = iter(caches)
         stored = {layer: list(islice(given, count)) for layer, count in self.tensor_counts.items()}
         own = [tensors for layer, tensors in stored.items() if layer not in self.linear_modules]
@@ -243,10 +246,15 @@ class DecoderGraph(nn.Module):
         if not all(attention.presents) or len(states) < len(self.linear_modules):
             raise ModelError(f"not every layer of {type(self.text_model).__name__} calls the attention function")
         batch, positions, width = hidden.shape
-        # The head is by far the largest product of a prefill: give it one position per row.
-        last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index
-        logits = self.head(hidden.reshape(batch * positions, width).index_select(0, last))
-        logits = self.finish_logits(logits).float()
+        hidden = hidden.reshape(batch * positions, width)
+        if not self.in_place or positions > 1:
+            # The head is by far the largest product of a prefill: give it one position per row.
+            last = torch.arange(batch, dtype=torch.int32, device=hidden.device) * positions + last_index
+            hidden = hidden.index_select(0, last)
+        logits = self.finish_logits(self.head(hidden))
+        if self.in_place:
+            return (logits,)
+        logits = logits.float()
         counts = self._updated_counts(visual_index, text_index, slot, visual_count, text_count, own[0][4].shape[2])
         presents = iter(attention.presents)
         updated = (states[layer] if layer in states else next(presents) for layer in stored)
@@ -283,14 +291,24 @@ class DecoderGraph(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def _metrics(self, position_ids: Tensor, last_index: Tensor) -> dict[int, tuple[Tensor, ...]]:
-        """Metrics of each attention layer's cache, and the layer's rotation at each row's last position."""
+    def _metrics(self, position_ids: Tensor, last_index: Tensor, is_text: bool) -> dict[int, tuple[Tensor, ...]]:
+        """Metrics of each attention layer's cache, and the layer's rotation at each row's last position.
+
+        Nothing looks at rotations in a call of text: they are zero.
+        """
         if not self.key_metrics:
             return dict.fromkeys(self.attributes, ())
         # A call ends with text, which is at the same time, row and column, or is cut within a picture: at its time.
         plain = position_ids if position_ids.dim() == 2 else position_ids[:, 1]
         last = plain.gather(1, last_index.unsqueeze(1).long()).squeeze(1)
-        turns = rotations(self.rotary, last)
+        if is_text:
+            zeros = {
+                one.head_dim: torch.zeros(len(last), 2, one.head_dim, device=last.device)
+                for one in self.rotary.values()
+            }
+            turns = {layer: zeros[one.head_dim] for layer, one in self.rotary.items()}
+        else:
+            turns = rotations(self.rotary, last)
         return {layer: (self.key_metrics[i], self.value_metrics[i], turns[layer]) for layer, i in self.cache_of.items()}
 
     def _updated_counts(

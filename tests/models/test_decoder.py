@@ -17,7 +17,7 @@ from vkvx.errors import ModelError
 from vkvx.export.options import ExportOptions
 from vkvx.graph_specs import decoder_inputs, decoder_outputs
 from vkvx.manifest import Manifest
-from vkvx.models.graph.decoder import DecoderGraph, _attention_function, place_embeds
+from vkvx.models.graph.decoder import DecoderGraph, attend, place_embeds
 from vkvx.models.graph.metric import model_metrics
 from vkvx.models.registry import resolve
 from vkvx.plugins.operator import OperatorAttributes, layer_attributes
@@ -238,7 +238,7 @@ def test_a_window_over_all_positions_is_none(window: int) -> None:
             return query
 
     options: dict[str, Any] = {"scaling": 1.0, "vkvx_attention": Plain()}
-    output, _ = _attention_function(attention_layer(), *tensors, None, sliding_window=window, **options)
+    output, _ = attend(attention_layer(), *tensors, None, sliding_window=window, **options)
     assert output.shape == (1, 1, 1, 32)
 
 
@@ -263,7 +263,7 @@ def test_other_attention_than_declared_is_refused(
     layer = attention_layer(causal)
     tensors = (torch.zeros(1, 1, 1, 32),) * 3
     with pytest.raises(ModelError, match=words):
-        _attention_function(layer, *tensors, None, scaling=1.0, vkvx_attention=attention, **given)
+        attend(layer, *tensors, None, scaling=1.0, vkvx_attention=attention, **given)
 
 
 def test_a_layer_that_bypasses_the_attention_function_is_noticed(checkpoint: Path, model: Any) -> None:

@@ -1,7 +1,8 @@
 """The torch backend: the modules that the graphs of a bundle were traced from, over a packed cache updated in place.
 
-On a CPU every call runs eagerly. On a GPU with the kernels of ``vkvx.plugins`` a decode step is the replay of a CUDA
-graph, see :mod:`vkvx.runtime.backends.torch.capture`, and so are pieces of prompts, see
+On a CPU every call runs eagerly. On a GPU with the kernels of ``vkvx.plugins`` a step of one or a few text tokens per
+row is the replay of a CUDA graph, see :mod:`vkvx.runtime.backends.torch.capture`, of few kernels, see
+:mod:`vkvx.runtime.backends.torch.fused`, and so are pieces of prompts, see
 :mod:`vkvx.runtime.backends.torch.prefills`; other calls run eagerly, and the host waits for none. Tokens are chosen
 there, too, and embeddings of pictures stay.
 """
@@ -28,6 +29,7 @@ from vkvx.plugins.library import MAX_HEAD_DIM, MAX_VOCAB
 from vkvx.plugins.operator import model_attributes
 from vkvx.runtime.backends.base import CallInParts, SampledRow
 from vkvx.runtime.backends.torch.capture import DecodeSteps
+from vkvx.runtime.backends.torch.fused import fuse
 from vkvx.runtime.backends.torch.prefills import Prefills
 from vkvx.runtime.backends.torch.projections import merge_projections
 from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler, upload
@@ -127,6 +129,7 @@ class TorchBackend:
             with self._running("the buffers of decode steps"):
                 library = torch_cuda.kernels()
                 assert library is not None
+                fuse(family.text_model(model), family.head(model))
                 self._sampler = TokenSampler(library, slots, info.vocab_size, self._device)
                 self._steps = DecodeSteps(self._decoder, self._buffers, self.cache, info, self._stream, self._sampler)
 
@@ -213,7 +216,7 @@ class TorchBackend:
                 return _Prefill(self, call, rows, self._prefills.start(call, self._on_device(visual_embeds)))
         with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
             self._sampler.set_options(rows)
-            if DecodeSteps.takes(call):
+            if self._steps.takes(call):
                 self._steps.launch(call)
             else:
                 self._sampler.choose(self._run(call, visual_embeds), self._place(call.slot))
@@ -223,15 +226,15 @@ class TorchBackend:
 
     def step(self, call: Call, visual_embeds: np.ndarray | Tensor | None) -> np.ndarray:
         with self._running(f"{call.input_ids.shape[0]} rows of {call.input_ids.shape[1]} tokens"):
-            if self._steps is not None and DecodeSteps.takes(call):
+            if self._steps is not None and self._steps.takes(call):
                 logits = self._steps.logits(call)
             else:
-                logits = self._run(call, visual_embeds).cpu().numpy()
+                logits = self._run(call, visual_embeds).float().cpu().numpy()
         self.cache.commit(call, *self.cache.counts_after(call))
         return logits
 
     def _run(self, call: Call, visual_embeds: np.ndarray | Tensor | None) -> Tensor:
-        """Logits FP32 [B, V] on the device."""
+        """Logits [B, V] on the device, in the type of the model."""
         if self._prefills is not None and self._prefills.takes(call):
             return self._prefills.run(call, self._on_device(visual_embeds))
         info, cache = self.manifest.model, self.cache

@@ -69,7 +69,7 @@ class Prefills:
         ]
         dtype = getattr(torch, model.dtype)
         self._embeds = torch.zeros(1, self._entries(most), model.embed_width, dtype=dtype, device=device)
-        self.logits = torch.zeros(1, model.vocab_size, dtype=torch.float32, device=device)
+        self.logits = torch.zeros(1, model.vocab_size, dtype=dtype, device=device)
         self._pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
         """The graphs captured so far, by length, in the order of their layers."""
@@ -82,7 +82,7 @@ class Prefills:
         return call.visual_index.shape[1] <= self._entries(self._padded(length))
 
     def run(self, call: Call, visual_embeds: Tensor | None) -> Tensor:
-        """Logits FP32 [1, V] of a call on the device, good until the next one."""
+        """Logits [1, V] of a call on the device, in the type of the model, good until the next one."""
         for graph in self.start(call, visual_embeds):
             graph.replay()
         return self.logits
@@ -158,7 +158,7 @@ class Prefills:
         positions = parts["position_ids"][:, :length]
         windows = [parts["window_start"][:, :length].unsqueeze(0).contiguous()] if self._has_window else []
         entries = self._entries(length)
-        logits, *_ = self._decoder(
+        (logits,) = self._decoder(
             parts["input_ids"][:length].unsqueeze(0),
             positions.unsqueeze(0) if self._has_rotary else positions,
             self._embeds[:, :entries],

@@ -16,7 +16,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """In the order in which modules call them."""
 
 
-class _First(nn.Module):
+class Merged(nn.Module):
     """Computes the projections of a group, and gives the first."""
 
     def __init__(self, projections: list[nn.Linear], parts: list[Tensor]) -> None:
@@ -59,7 +59,7 @@ def merge_projections(model: nn.Module) -> int:
             if not all(type(one) is nn.Linear for one in projections) or not _fit(projections):
                 continue
             parts: list[Tensor] = []
-            setattr(module, names[0], _First(projections, parts))
+            setattr(module, names[0], Merged(projections, parts))
             for name in names[1:]:
                 setattr(module, name, _Next(parts))
             merged += 1
