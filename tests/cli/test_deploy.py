@@ -364,10 +364,12 @@ def test_an_instance_runs_where_triton_puts_it(
     asked: dict[str, Any] = {}
     monkeypatch.setattr(Session, "load", lambda bundle, **settings: asked.update(settings))
     monkeypatch.setattr(triton, "Server", lambda session: None)
-    config = json_format.MessageToDict(parsed(triton_config("a", threads=3)), preserving_proto_field_name=True)
+    config = json_format.MessageToDict(
+        parsed(triton_config("a", threads=3, prefill_chunk=640)), preserving_proto_field_name=True
+    )
     arguments = {"model_repository": "/", "model_version": "1", "model_config": json.dumps(config)}
     triton.TritonPythonModel().initialize({**arguments, "model_instance_kind": kind, "model_instance_device_id": "3"})
-    assert asked == {"backend": "auto", "slots": 8, "threads": 3, "provider": provider}
+    assert asked == {"backend": "auto", "slots": 8, "prefill_chunk": 640, "threads": 3, "provider": provider}
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == devices
 
 

@@ -185,10 +185,9 @@ def test_others_go_on_between_the_pieces() -> None:
     assert loaded.backend.cache.free_slots == (0, 1)
 
 
-def test_steps_run_between_the_parts_of_a_call(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [3], indirect=True)
+def test_steps_run_between_the_parts_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a prompt is launched in parts; a request that looks back, or that leaves, ends it at once."""
-    if parts < 2:
-        pytest.skip("calls are launched whole")
     events, advance, step = list[str](), FakeParts.advance, FakeBackend.step
 
     def advancing(self: FakeParts) -> bool:
