@@ -19,8 +19,8 @@ class Recorded:
     """Of one call with one row.
 
     ``tokens`` are each group's tokens, as indices INT [n] of the visual tokens of the call; ``first`` is which group of
-    the slot is the first of them, and ``first_row`` which text row is that of the first text token. ``scores`` is the root mean square of the scores among the tokens of the call, in the
-    layer where it is largest.
+    the slot is the first of them, and ``first_row`` the text row of the first text token. ``scores`` is the root mean
+    square of the scores among the tokens of the call, in the layer where it is largest.
     """
 
     first: int

@@ -18,7 +18,7 @@ def unpack_values(words: np.ndarray) -> np.ndarray:
 
 
 def unpack_text(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys or values FP64 [..., N, D], and scales FP64 [..., N, 1], from text rows of 8 bits INT32 [..., N, D/4 + 1]."""
+    """Keys or values FP64 [..., N, D] and scales FP64 [..., N, 1] from text rows of 8 bits INT32 [..., N, D/4 + 1]."""
     little = np.ascontiguousarray(words.astype("<i4", copy=False))
     codes = np.ascontiguousarray(little[..., :-1]).view(np.int8).astype(np.float64)
     scale = np.ascontiguousarray(little[..., -1:]).view("<f2")[..., :1].astype(np.float64)

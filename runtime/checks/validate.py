@@ -341,8 +341,8 @@ class _Comparison:
             self._count_codes(phase, groups)
 
     def _text(self, layer: int, kind: str, phase: str, rows: int) -> None:
-        """Compare text rows. At 8 bits a code may fall to either side: two rows are up to a step of theirs apart, too, and
-        what is there is within half a step of what the reference computed."""
+        """Compare text rows. At 8 bits a code may fall to either side: two rows are up to a step apart, too, and what
+        is there is within half a step of what the reference computed."""
         name, sides = f"text_{kind}", (self.backend.cache, self.reference.cache)
         actual, expected = (cache.read(f"{layer}.{name}")[self.SLOT, :, :rows] for cache in sides)
         if self.manifest.quantization.text_bits == BASELINE_BITS:

@@ -76,6 +76,18 @@ def test_same_tokens_as_onnxruntime(bundle_factory: BundleOf, bits: int) -> None
     assert [len(row) for row in found[0][0]] == list(LENGTHS)
 
 
+def test_same_tokens_with_text_of_8_bits(bundle_factory: BundleOf) -> None:
+    bundle = bundle_factory(key_bits=2, value_bits=1, dtype="float32", text_bits=8)
+    found = []
+    for backend in ("torch", "onnxruntime"):
+        with load(bundle, backend, slots=2, visual_tokens=3 * 640) as session:
+            cache = session.backend.cache
+            assert cache.read("0.text_key").shape == (2, 2, 160, 17)
+            assert cache.layout.text_bytes_per_token == 4 * 2 * 2 * 4 * 17  # layers, heads, kinds, bytes, words
+            found.append(turns(session))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_pages_in_16_bits(bundle_factory: BundleOf, dtype: str) -> None:
     """Rounded elsewhere than in onnxruntime, so only the text that the model is sure of is the same."""
