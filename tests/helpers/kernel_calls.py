@@ -86,7 +86,7 @@ def make(case: Case, device: str = "cuda") -> dict[str, Tensor]:
     for name in ("text_key", "text_value"):
         t[name] = normal(*lead, n, d).to(case.dtype)
         if case.text_bits == 8:  # rows of sizes that differ, and past the count any bits
-            t[name] = text_rows.encode(t[name] * (2 * normal(*lead, n, 1)).exp())
+            t[name] = text_rows.encode(t[name] * (0.3 * normal(*lead, n, 1)).exp())
     for at in range(case.slots):
         for name in ("text_key", "text_value"):
             past = t[name][at, :, text_count[at] :]
