@@ -45,10 +45,10 @@ def encode(b: Builder, x: Value, head_dim: int) -> Value:
     codes = b.op("Clip", b.op("Round", b.op("Div", x, step)), -float(TEXT_TOP), float(TEXT_TOP))
     # Three unsigned bytes and a signed one, as two half words of which the upper is signed.
     parts = b.reshape(codes, [0, 0, 0, head_dim // 4, 2, 2])
-    wrapped = b.op("Mul", b.cast(b.op("Less", parts, 0.0), FLOAT), np.float32([[256, 256], [256, 0]]))
-    halves = b.op("Mul", b.op("Add", parts, wrapped), np.float32([1, 256]))
+    wrapped = b.op("Mul", b.cast(b.op("Less", parts, 0.0), FLOAT), np.array([[256, 256], [256, 0]], np.float32))
+    halves = b.op("Mul", b.op("Add", parts, wrapped), np.array([1, 256], np.float32))
     halves = b.cast(b.reduce("ReduceSum", halves, 5, keepdims=False), INT32)
-    words = b.reduce("ReduceSum", b.op("Mul", halves, np.int32([1, 1 << 16])), 4, keepdims=False)
+    words = b.reduce("ReduceSum", b.op("Mul", halves, np.array([1, 1 << 16], np.int32)), 4, keepdims=False)
     at_least = b.cast(b.op("GreaterOrEqual", scale, _NORMAL), FLOAT)
     exponent = b.cast(b.reduce("ReduceSum", at_least, 3), INT32)
     fraction = b.op("Div", scale, b.op("Gather", _UNITS, exponent, axis=0))

@@ -245,8 +245,9 @@ bool Operator::supports(int position, DataType type, nvinfer1::TensorFormat form
   if (format != nvinfer1::TensorFormat::kLINEAR || position < 0 || position >= inputs + kOutputs)
     return false;
   const int output = position - inputs;
-  const Tensor& tensor =
-      input(attributes_, output < 0 ? position : output == 0 ? 0 : kAliases[output]);
+  const Tensor& tensor = input(attributes_, output < 0    ? position
+                                            : output == 0 ? 0
+                                                          : kAliases[output]);
   int32_t number;
   switch (tensor.type) {
     case Type::kModel:
