@@ -299,6 +299,7 @@ def test_workspace_is_that_of_the_library(creator: Creator, plugin_builds: Build
             text_capacity=SIZES["N"], visual_entries=SIZES["Nv"], text_entries=SIZES["Nt"],
             key_bits=attributes.key_bits, value_bits=attributes.value_bits,
             correction=2 if attributes.score_correction == "expected" else 1, tau=3.0, correction_limit=3.0, scale=1.0,
+            text_bits=16,
         )  # fmt: skip
         bound = library.workspace_bound(params)
         assert bound <= node.workspace(inputs, outputs) <= bound + 1024
