@@ -35,6 +35,7 @@ BENCHMARKS = {
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
     "session_steps": "what a session adds to a decode step on a GPU: tokens chosen there and by the host",
+    "text_rows": "decode attention over text rows of 16 and of 8 bits on a GPU",
     "throughput": "tokens a second of sessions and transformers in budgets of GPU memory, and a server's waiting times",
     "windows": "decode attention of layers with sliding windows and wide heads on a GPU, against torch's",
 }

@@ -174,7 +174,7 @@ def operator_functions(built: Built, model: BuiltModel) -> list[onnx.FunctionPro
     kinds = [(entry, layer.kv_heads, layer.head_dim) for entry, layer in zip(attributes, layers, strict=True)]
     overloads: dict[tuple[OperatorAttributes, int, int], str] = {}
     for kind in dict.fromkeys(kinds):
-        name = f"k{kind[0].key_bits}v{kind[0].value_bits}"
+        name = f"k{kind[0].key_bits}v{kind[0].value_bits}" + ("" if kind[0].keeps_text else f"t{kind[0].text_bits}")
         more = sum(other.partition("_")[0] == name for other in overloads.values())
         overloads[kind] = f"{name}_{more}" if more else name
     own = [node for node in built.traced.model.graph if node.domain == DOMAIN]

@@ -9,7 +9,15 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from vkvx.format import CACHE_NAMES
-from vkvx.plugins.operator import ALL_INPUTS, INPUTS, OUTPUTS, OperatorAttributes, TensorDefinition, definitions
+from vkvx.plugins.operator import (
+    ALL_INPUTS,
+    INPUTS,
+    OUTPUTS,
+    TEXT_ROWS_8,
+    OperatorAttributes,
+    TensorDefinition,
+    definitions,
+)
 
 ABI_VERSION = 5
 """Raised with every change of the struct or of a number."""
@@ -148,4 +156,5 @@ def _pointer(tensor: TensorDefinition) -> Field:
     kind = {"int32": "int32_t *", "float32": "float *"}.get(tensor.dtype, "void *")
     is_written = tensor.name in CACHE_NAMES or tensor is OUTPUTS[0]
     meaning = f"{tensor.dtype} [{', '.join(tensor.shape)}]"
+    meaning += "".join(f"; 8 bits: {t.dtype} [{', '.join(t.shape)}]" for t in TEXT_ROWS_8 if t.name == tensor.name)
     return Field(tensor.name, kind if is_written else f"const {kind}", meaning)

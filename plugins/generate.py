@@ -19,6 +19,7 @@ from vkvx.plugins.operator import (
     METRIC_INPUTS,
     NAME,
     OUTPUTS,
+    TEXT_ROWS_8,
     VERSION,
     WINDOW_INPUTS,
     OperatorAttributes,
@@ -101,7 +102,8 @@ inline constexpr int kOutputs = {outputs};
 // The input whose memory an output shares; -1 for none.
 inline constexpr int kAliases[kOutputs] = {{{aliases}}};
 
-// Sizes of docs/operator.md: kC128 is C/128, kD32 is D/32. In a shape, numbers above 0 stand for themselves.
+// Sizes of docs/operator.md: kC128 is C/128, kD32 is D/32, kD41 is D/4+1.
+// In a shape, numbers above 0 stand for themselves.
 inline constexpr int kSymbols = {symbols};
 enum Symbol {{ {symbol} = -kSymbols, {other_symbols} }};
 {symbol_names}
@@ -118,6 +120,11 @@ struct Tensor {{
 }};
 inline constexpr Tensor kTable[kInputs + kMetricInputs + kWindowInputs] = {{
 {tensors}
+}};
+// With text rows of 8 bits, in place of the inputs kTextRows.
+inline constexpr int kTextRows[] = {{{text_rows}}};
+inline constexpr Tensor kTextRows8[] = {{
+{text_rows_8}
 }};
 
 // A field that is a size: that of a symbol, times the field `unit` if there is one.
@@ -187,7 +194,8 @@ def table_header(table: Table = OperatorAttributes) -> str:
     known, attributes, params = enumerations(table), definitions(table), struct_fields(table)
     inputs = ALL_INPUTS
     names = [tensor.name for tensor in inputs]
-    symbols = list(dict.fromkeys(size for tensor in inputs for size in tensor.shape if not size.isdigit()))
+    shapes = [tensor.shape for tensor in (*inputs, *TEXT_ROWS_8)]
+    symbols = list(dict.fromkeys(size for shape in shapes for size in shape if not size.isdigit()))
     return _TABLE_HEADER.format(
         name=NAME,
         version=VERSION,
@@ -208,6 +216,8 @@ def table_header(table: Table = OperatorAttributes) -> str:
         symbol_names=_names("kSymbolNames", symbols),
         rank=max(len(tensor.shape) for tensor in inputs),
         tensors=_lines(map(_tensor, inputs)),
+        text_rows=", ".join(str(names.index(t.name)) for t in TEXT_ROWS_8),
+        text_rows_8=_lines(map(_tensor, TEXT_ROWS_8)),
         sizes=_lines(_size(field) for field in params if field.size),
         members=_lines(f"  {_member(f.name, f.default)}" for f in fields(table)),
         visits=_lines(f'    visit("{name}", self.{name});' for name in attributes),
@@ -254,7 +264,7 @@ def _numbered(field: str, enumeration: Enumeration) -> str:
 
 
 def _symbol(size: str) -> str:
-    return f"k{size[0].upper()}{size[1:].replace('/', '')}"
+    return f"k{size[0].upper()}{size[1:].replace('/', '').replace('+', '')}"
 
 
 def _tensor(tensor: TensorDefinition) -> str:

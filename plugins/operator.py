@@ -22,6 +22,7 @@ from vkvx.format import (
     VISUAL_MASKS,
     check_bits,
     check_group_size,
+    check_text_bits,
 )
 from vkvx.manifest import Quantization
 
@@ -49,6 +50,12 @@ _CACHES = (
     TensorDefinition("text_value", "T", ("Bc", "Hkv", "N", "D"), "text values, position order"),
 )
 assert tuple(t.name for t in _CACHES) == CACHE_NAMES
+TEXT_ROWS_8 = (
+    TensorDefinition("text_key", "int32", ("Bc", "Hkv", "N", "D/4+1"), "codes and scale of text keys"),
+    TensorDefinition("text_value", "int32", ("Bc", "Hkv", "N", "D/4+1"), "codes and scale of text values"),
+)
+"""What takes the place of the tensors of these names in nodes with text rows of 8 bits."""
+_WITH_TEXT_8 = {t.name: t for t in TEXT_ROWS_8}
 _VISUAL_COUNT = TensorDefinition("visual_count", "int32", ("Bc", "G"), "valid tokens in each group")
 _TEXT_COUNT = TensorDefinition("text_count", "int32", ("Bc",), "valid text rows")
 
@@ -165,6 +172,7 @@ class OperatorAttributes:
     softcap: float = attribute(0.0, "bound of the scores; 0: none", within=Range(least=0.0))
     sliding_window: int = attribute(0, "positions that a token sees, itself included; 0: all", within=Range(least=0.0))
     visual_mask: str = attribute("causal", choices=VISUAL_MASKS)
+    text_bits: int = attribute(16, "of text rows: 16, those of T, or 8")
 
     def __post_init__(self) -> None:
         """Refuse values that no implementation supports (OptionError)."""
@@ -172,6 +180,7 @@ class OperatorAttributes:
             check_bits(self.key_bits)
             check_bits(self.value_bits)
         check_group_size(self.group_size)
+        check_text_bits(self.text_bits, self.key_bits)
         if (checked := _CHECKED.get(type(self))) is None:
             known = definitions(type(self)).items()
             checked = _CHECKED[type(self)] = [(name, a) for name, a in known if a.choices or a.within]
@@ -196,13 +205,19 @@ class OperatorAttributes:
     @property
     def inputs(self) -> tuple[TensorDefinition, ...]:
         """Inputs of a node with these attributes, in order."""
+        tensors = INPUTS if self.keeps_text else (_WITH_TEXT_8.get(t.name, t) for t in INPUTS)
         metrics = METRIC_INPUTS if self.needs_metrics else ()
-        return (*INPUTS, *metrics, *(WINDOW_INPUTS if self.sliding_window else ()))
+        return (*tensors, *metrics, *(WINDOW_INPUTS if self.sliding_window else ()))
 
     @property
     def is_packed(self) -> bool:
         """False for the 16-bit baseline, which keeps visual tokens in the text rows."""
         return self.key_bits != BASELINE_BITS
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether text rows hold keys and values as they are, not codes."""
+        return self.text_bits == BASELINE_BITS
 
     def to_dict(self) -> dict[str, Any]:
         """Attribute name to value, in the order of the table; int, float and str as in the ONNX attributes."""

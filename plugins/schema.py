@@ -11,6 +11,7 @@ from vkvx.plugins import delta_rule, operator
 
 _OPTION = onnx.defs.OpSchema.FormalParameterOption
 _FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
+_TEXT_ROWS = {definition.name for definition in operator.TEXT_ROWS_8}
 
 
 @lru_cache(maxsize=1)
@@ -20,7 +21,7 @@ def operator_schema() -> onnx.defs.OpSchema:
         operator.NAME,
         operator.DOMAIN,
         operator.VERSION,
-        doc="Attention over a packed visual and a 16-bit text cache, which are then extended by this call's tokens.",
+        doc="Attention over a packed visual and a text cache, which are then extended by this call's tokens.",
         inputs=[
             *(_parameter(definition) for definition in operator.INPUTS),
             *(
@@ -29,7 +30,10 @@ def operator_schema() -> onnx.defs.OpSchema:
             ),
         ],
         outputs=[_parameter(definition) for definition in operator.OUTPUTS],
-        type_constraints=[("T", _FLOATS, "The model's float type")],
+        type_constraints=[
+            ("T", _FLOATS, "The model's float type"),
+            ("R", [*_FLOATS, "tensor(int32)"], "T, or words of codes with text_bits 8"),
+        ],
         attributes=[
             onnx.defs.OpSchema.Attribute(name, onnx.helper.make_attribute(name, value))
             for name, value in operator.OperatorAttributes().to_dict().items()
@@ -52,5 +56,7 @@ def delta_rule_schema() -> onnx.defs.OpSchema:
 
 def _parameter(definition: operator.TensorDefinition, kind: Any = _OPTION.Single) -> Any:
     dtype = "T" if definition.dtype == "T" else f"tensor({definition.dtype.replace('float32', 'float')})"
+    if definition.name in _TEXT_ROWS:
+        dtype = "R"
     shape = f"[{', '.join(definition.shape)}]"
     return onnx.defs.OpSchema.FormalParameter(definition.name, dtype, shape, param_option=kind)

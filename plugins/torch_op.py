@@ -17,7 +17,7 @@ from vkvx.errors import CapacityError, OptionError
 from vkvx.format import CACHE_NAMES, TILE
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.operator import ALL_INPUTS, INPUTS, METRIC_INPUTS, WINDOW_INPUTS, OperatorAttributes
-from vkvx.plugins.reference import quantization, shaping
+from vkvx.plugins.reference import quantization, shaping, text_rows
 
 MASKED = -1e30
 """Score of what must not be attended to; finite, so that a row without any token stays free of NaN."""
@@ -177,8 +177,11 @@ def _attend(
         cached = cached & (row >= window_start[:, 1, :, None])
         if attributes.visual_mask != "prefix":
             own = own & (position[:, None] - position < attributes.sliding_window)
+    text = (cache.text_key, cache.text_value)
+    if not attributes.keeps_text:
+        text = (text_rows.decode(text[0]), text_rows.decode(text[1]))
     for k, v, seen in (
-        (cache.text_key, cache.text_value, cached),
+        (*text, cached),
         (key, value, own),
     ):
         k = torch.where(seen.any(1)[:, None, :, None], k.float(), 0.0)
@@ -238,7 +241,10 @@ def _append(
         )
     batch, entry = call.text_valid.nonzero(as_tuple=True)
     for name, new in (("text_key", key), ("text_value", value)):
-        caches[name][call.row[batch], :, rows[batch, entry]] = _take(new, call.text_position)[batch, :, entry]
+        stored = _take(new, call.text_position)[batch, :, entry]
+        caches[name][call.row[batch], :, rows[batch, entry]] = (
+            stored if attributes.keeps_text else text_rows.encode(stored)
+        )
     if not groups:
         return
     mask = call.visual_valid[:, None].expand(-1, key.shape[1], -1, -1)
@@ -284,8 +290,9 @@ def _check(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> None:
         if tensor.dtype != dtype or tensor.dim() != len(definition.shape):
             raise OptionError(f"{expected}, not {tensor.dtype} {list(tensor.shape)}")
         for symbol, size in zip(definition.shape, tensor.shape, strict=True):
-            name, _, divisor = symbol.partition("/")
-            whole = size * int(divisor or 1)
+            quotient, _, more = symbol.partition("+")
+            name, _, divisor = quotient.partition("/")
+            whole = (size - int(more or 0)) * int(divisor or 1)
             known = int(symbol) if symbol.isdigit() else dims.setdefault(name, whole)
             if whole != known:
                 raise OptionError(f"{expected} with {name} = {known}, not {list(tensor.shape)}")

@@ -58,6 +58,7 @@ def test_examples(page: Path) -> None:
         ("input", operator.INPUTS),
         ("metric input", operator.METRIC_INPUTS),
         ("window input", operator.WINDOW_INPUTS),
+        ("text row of 8 bits", operator.TEXT_ROWS_8),
         ("output", operator.OUTPUTS),
         ("rule input", delta_rule.INPUTS),
         ("rule output", delta_rule.OUTPUTS),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from vkvx.format import BASELINE_BITS, CACHE_NAMES, STATE_NAMES, TILE, WORD_BITS
+from vkvx.format import BASELINE_BITS, CACHE_NAMES, STATE_NAMES, TILE, WORD_BITS, text_words
 
 if TYPE_CHECKING:
     from vkvx.manifest import ModelInfo, Quantization
@@ -63,6 +63,8 @@ class CacheLayout:
             for bits in (self.quantization.key_bits, self.quantization.value_bits)
         )
         text: tuple[str, tuple[Size | int, ...]] = (self.info.dtype, (slots, heads, rows, dim))
+        if self.quantization.text_bits != BASELINE_BITS:
+            text = ("int32", (slots, heads, rows, text_words(dim)))
         tensors: tuple[tuple[str, tuple[Size | int, ...]], ...] = (
             ("int32", (slots, heads, tiles, key_planes, TILE, dim // WORD_BITS)),
             ("float16", (slots, heads, groups, _KEY_PARAMS, dim)),
@@ -115,7 +117,8 @@ class CacheLayout:
     @property
     def elements_per_token(self) -> int:
         """Key and value elements of a token."""
-        return self.text_bytes_per_token // ITEM_BYTES[self.info.dtype]
+        layers = (self.info.layers[i] for i in self.info.caches)
+        return sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
 
     def visual_bytes(self, lengths: Iterable[int]) -> int:
         """Bytes that pictures of these numbers of tokens take, with params and padding to groups."""

@@ -14,6 +14,12 @@ WORD_BITS = 32
 BITS = (1, 2, 4, 8)
 BASELINE_BITS = 16
 """Stands for the unquantised baseline, which stores visual tokens with the text; for a whole model only."""
+TEXT_BITS = (16, 8)
+"""Of text rows: 16 stands for the model's float type, 8 for codes with a scale for each token and KV head."""
+TEXT_TOP = 127
+"""The largest code of a text row of 8 bits; the least is its negative."""
+TEXT_SCALE_MOST = 515.5
+"""The largest scale of such a row: the largest whose product with that code is an FP16 number when it is rounded."""
 QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
 """Names in the order of their numbers in the C interface: a new one comes last."""
 METRIC_QUANTIZERS = ("shaped",)
@@ -44,6 +50,19 @@ def check_bits(bits: int) -> None:
     """Raise OptionError unless a code may have this many bits."""
     if bits not in BITS:
         raise OptionError(f"{bits} bits a code are not supported: give one of {', '.join(map(str, BITS))}")
+
+
+def check_text_bits(text_bits: int, key_bits: int) -> None:
+    """Raise OptionError unless text rows beside key codes of so many bits may have ``text_bits``."""
+    if text_bits not in TEXT_BITS:
+        raise OptionError(f"text bits {text_bits} are not supported: give one of {', '.join(map(str, TEXT_BITS))}")
+    if text_bits != BASELINE_BITS and key_bits == BASELINE_BITS:
+        raise OptionError(f"text bits {text_bits} need packed pictures: give fewer than {BASELINE_BITS} bits a code")
+
+
+def text_words(head_dim: int) -> int:
+    """INT32 words of a text row of 8 bits: four codes a word, and one with the scale."""
+    return head_dim // 4 + 1
 
 
 def check_quantizer(quantizer: str) -> None:

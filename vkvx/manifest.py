@@ -21,6 +21,7 @@ from vkvx.format import (
     BITS,
     QUANTIZERS,
     SCORE_CORRECTIONS,
+    TEXT_BITS,
     TILE,
     VISUAL_MASKS,
     WORD_BITS,
@@ -50,7 +51,8 @@ __all__ = [
 
 FILE_NAME = "vkvx.json"
 FORMAT = "vkvx-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+"""The newest; a bundle is written in the oldest version that can say what it is."""
 
 _VERSION_1: dict[str, object] = {
     "position_rows": 1,
@@ -194,7 +196,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the visual cache is packed. Tuples hold one entry a cache; 16 bits means that nothing is packed."""
+    """How the cache is packed. Tuples hold one entry a cache; 16 bits means that nothing is packed.
+
+    ``text_bits`` are those of the text rows.
+    """
 
     key_bits: tuple[Bits, ...]
     value_bits: tuple[Bits, ...]
@@ -207,6 +212,7 @@ class Quantization:
     score_correction: Annotated[str, OneOf(SCORE_CORRECTIONS)]
     tau: Real
     correction_limit: Real
+    text_bits: Annotated[int, OneOf(TEXT_BITS)]
 
 
 @dataclass(frozen=True)
@@ -247,13 +253,21 @@ class Manifest(ManifestFile):
 
     @classmethod
     def _upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Version 1 knew pictures of one size only, versions 1 and 2 layers that are all alike."""
+        """Version 1 knew pictures of one size only, 1 and 2 layers that are all alike, 1 to 3 text of 16 bits."""
         try:
-            if data["format_version"] == 1:
+            version = data["format_version"]
+            if version == 1:
                 data = _version_2(data)
-            return _version_3(data)
+            if version < 3:
+                data = _version_3(data)
+            return {**data, "quantization": {**data["quantization"], "text_bits": BASELINE_BITS}}
         except (KeyError, TypeError, ValueError, ArithmeticError):
             return data  # reading it says what is wrong
+
+    @property
+    def format_version(self) -> int:
+        """Version 4 says more than 3 of text rows of 8 bits only."""
+        return 3 if self.quantization.text_bits == BASELINE_BITS else FORMAT_VERSION
 
     def _check(self) -> None:
         """What fields say together; ``typed_json`` has read what each may be alone."""
@@ -275,6 +289,8 @@ class Manifest(ManifestFile):
         bits = set(quantization.key_bits + quantization.value_bits)
         allowed = bits == {BASELINE_BITS} or bits <= set(BITS)
         require(allowed, "quantization.key_bits and value_bits", "among 1, 2, 4, 8, or 16 throughout", sorted(bits))
+        text = quantization.text_bits == BASELINE_BITS or bits != {BASELINE_BITS}
+        require(text, "quantization.text_bits", f"{BASELINE_BITS} where nothing is packed", quantization.text_bits)
         size = quantization.group_size
         require(size % TILE == 0, "quantization.group_size", f"a multiple of {TILE}", size)
         for name, (valid, wanted) in RANGES.items():

@@ -155,9 +155,14 @@ class ManifestFile:
         """An object of an older format version as one of the newest."""
         return data
 
+    @property
+    def format_version(self) -> int:
+        """The version to write: the oldest that can say what the manifest says."""
+        return self.kind.version
+
     def to_json(self) -> dict[str, Any]:
         """The object to write as the file."""
-        return {"format": self.kind.format, "format_version": self.kind.version, **asdict(cast(Any, self))}
+        return {"format": self.kind.format, "format_version": self.format_version, **asdict(cast(Any, self))}
 
     def save(self, directory: str | Path) -> None:
         """Write the file into the directory."""

@@ -17,6 +17,7 @@ from vkvx.format import (
     SCORE_CORRECTIONS,
     SHRINK_KEY,
     SHRINK_VALUE,
+    TEXT_BITS,
     check_group_size,
     typical_group_size,
 )
@@ -35,7 +36,8 @@ _NUMBERS = {
 }
 """Options of one method: the option that chooses it, its name there, what is allowed in words and as a range."""
 _METHODS = (*_DEFAULTS, *_NUMBERS)
-"""Options that have no effect where nothing is quantised."""
+_OF_PACKED: dict[str, Any] = {"group_size": "auto", "text_bits": BASELINE_BITS}
+"""Options that, like those of a method, are for packed pictures only, and their defaults."""
 
 
 def keyword(name: str) -> str:
@@ -65,6 +67,7 @@ class QuantizationOptions:
         score_correction: one of ``vkvx.format.SCORE_CORRECTIONS``; expected by default.
         tau: of ``affine``, at least 0; 3 by default.
         correction_limit: of ``expected``, greater than 0; 3 by default.
+        text_bits: of cached text tokens: 16, the model's type, or 8. Not at 16 bits, where text rows hold pictures.
     """
 
     bits: int = 1
@@ -77,10 +80,13 @@ class QuantizationOptions:
     score_correction: str | None = None
     tau: float | None = None
     correction_limit: float | None = None
+    text_bits: int = BASELINE_BITS
 
     def check(self) -> None:
         """Raise OptionError for what no model could be exported with."""
         self._check_bits()
+        if self.text_bits not in TEXT_BITS:
+            raise OptionError(f"{self.text_bits} bits are not supported for text; give {keyword('text_bits')} 16 or 8")
         if self.group_size != "auto":
             if not isinstance(self.group_size, int):
                 raise OptionError(f"group size '{self.group_size}' is not supported; give 'auto' or a multiple of 128")
@@ -102,15 +108,20 @@ class QuantizationOptions:
 
     def with_bits(self, bits: int) -> Self:
         """The same options with this many bits throughout; those that have no effect at 16 are left out there."""
-        other: dict[str, Any] = {**dict.fromkeys(_METHODS), "group_size": "auto"} if bits == BASELINE_BITS else {}
+        other: dict[str, Any] = {**dict.fromkeys(_METHODS), **_OF_PACKED} if bits == BASELINE_BITS else {}
         return replace(self, bits=bits, key_bits=None, value_bits=None, bits_per_layer=None, **other)
 
     def without_effect(self) -> dict[str, str]:
         """The options given that would change nothing, and for each the line that says so."""
         given = {name for name in _METHODS if getattr(self, name) is not None}
         if self._pair == (BASELINE_BITS, BASELINE_BITS):
-            idle = [name for name in _METHODS if name in given] + (["group_size"] if self.group_size != "auto" else [])
-            return {name: f"{keyword(name)} has no effect at 16 bits; leave it out" for name in idle}
+            idle = [name for name in _METHODS if name in given]
+            idle += [name for name, default in _OF_PACKED.items() if getattr(self, name) != default]
+            reasons = {name: f"{keyword(name)} has no effect at 16 bits; leave it out" for name in idle}
+            if "text_bits" in reasons:
+                packed = f"{keyword('text_bits')} {self.text_bits} is for text beside packed pictures"
+                reasons["text_bits"] = f"{packed}; leave it out at 16 bits"
+            return reasons
         reasons = {}
         for name, (of, needed, *_) in _NUMBERS.items():
             chosen = getattr(self, of) or _DEFAULTS[of]
@@ -145,6 +156,7 @@ class QuantizationOptions:
             correction_limit=DEFAULT_CORRECTION_LIMIT
             if self.correction_limit is None
             else float(self.correction_limit),
+            text_bits=self.text_bits,
         )
 
     @property

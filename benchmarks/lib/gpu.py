@@ -150,7 +150,8 @@ class OperatorCall:
     """An operator call of `rows` rows on caches of its own; `attend` and `append` launch it on the current stream.
 
     Tensors are FP16: query [B, Hq, S, D], key and value [B, Hkv, S, D]; `visual` of the call's S positions are visual
-    tokens, the rest text. `cached` visual tokens a row are in the cache: random words, random levels.
+    tokens, the rest text. `cached` visual and `text` text tokens a row are in the cache: random words, random levels,
+    random text rows of `text_bits`.
     """
 
     def __init__(
@@ -170,8 +171,12 @@ class OperatorCall:
         kernel: str = "auto",
         head_dim: int = 128,
         sliding_window: int = 0,
+        text: int = 0,
+        text_bits: int = 16,
     ) -> None:
         import torch
+
+        from vkvx.plugins.reference import text_rows
 
         self.kernels, d, lead = kernels, head_dim, (rows, kv_heads)
 
@@ -203,10 +208,14 @@ class OperatorCall:
             "visual_value": words[1],
             "visual_value_params": params[:, :, :, :2].contiguous(),
             "visual_count": integers(counts),
-            "text_key": normal(*lead, max(16, positions), d),
-            "text_value": normal(*lead, max(16, positions), d),
-            "text_count": torch.zeros(rows, dtype=torch.int32, device="cuda"),
+            "text_key": normal(*lead, text + max(16, positions), d),
+            "text_value": normal(*lead, text + max(16, positions), d),
+            "text_count": torch.full((rows,), text, dtype=torch.int32, device="cuda"),
         }
+        self.text = text
+        if text_bits == 8:
+            for name in ("text_key", "text_value"):
+                self.tensors[name] = text_rows.encode(self.tensors[name])
         if quantizer == "shaped":
             root = normal(kv_heads, d, d).float()
             metric = (root @ root.transpose(1, 2) / d + 0.1 * torch.eye(d, device="cuda")).half()
@@ -230,6 +239,7 @@ class OperatorCall:
             score_correction=correction,
             scale=self.attribute_scale,
             sliding_window=sliding_window,
+            text_bits=text_bits,
         )
         self.params = Params.of(self.tensors, attributes, self.output)
         self.params.kernel = KERNELS[kernel]
@@ -271,6 +281,8 @@ class OperatorCall:
         """Float64 [rows, Hq, 1, D] that a decode step should give for the first rows; the own token takes part."""
         import torch
 
+        from vkvx.plugins.reference import text_rows
+
         t, scale, params = self.tensors, self.attribute_scale, self.params
         key, value = (x.double() for x in self.dequantized(rows))
         query = t["query"][:rows].double().unflatten(1, (key.shape[1], -1)).squeeze(3)
@@ -285,6 +297,10 @@ class OperatorCall:
             scores = low + (scores - low) * ((high - params.tau - low) / (high - low)).clamp(min=0)
         if params.sliding_window:
             scores[..., : int(t["window_start"][0, 0, 0])] = -math.inf
-        own = query @ t["key"][:rows].double().transpose(2, 3) * scale
-        weights = torch.cat([scores, own], -1).softmax(-1)
-        return (weights @ torch.cat([value, t["value"][:rows].double()], 2)).flatten(1, 2).unsqueeze(2)
+        rest = []  # keys and values of cached text, then of the own token
+        for name in ("key", "value"):
+            text = t[f"text_{name}"][:rows, :, : self.text]
+            text = text_rows.decode(text) if params.text_bits == 8 else text
+            rest.append(torch.cat([text.double(), t[name][:rows].double()], 2))
+        weights = torch.cat([scores, query @ rest[0].transpose(2, 3) * scale], -1).softmax(-1)
+        return (weights @ torch.cat([value, rest[1]], 2)).flatten(1, 2).unsqueeze(2)

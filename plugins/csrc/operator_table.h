@@ -44,10 +44,11 @@ inline constexpr int kOutputs = 7;
 // The input whose memory an output shares; -1 for none.
 inline constexpr int kAliases[kOutputs] = {-1, 6, 7, 8, 9, 11, 12};
 
-// Sizes of docs/operator.md: kC128 is C/128, kD32 is D/32. In a shape, numbers above 0 stand for themselves.
-inline constexpr int kSymbols = 14;
-enum Symbol { kB = -kSymbols, kHq, kS, kD, kHkv, kNv, kNt, kBc, kC128, kBk, kD32, kG, kBv, kN };
-inline constexpr const char* kSymbolNames[] = {"B", "Hq", "S", "D", "Hkv", "Nv", "Nt", "Bc", "C/128", "bk", "D/32", "G", "bv", "N"};
+// Sizes of docs/operator.md: kC128 is C/128, kD32 is D/32, kD41 is D/4+1.
+// In a shape, numbers above 0 stand for themselves.
+inline constexpr int kSymbols = 15;
+enum Symbol { kB = -kSymbols, kHq, kS, kD, kHkv, kNv, kNt, kBc, kC128, kBk, kD32, kG, kBv, kN, kD41 };
+inline constexpr const char* kSymbolNames[] = {"B", "Hq", "S", "D", "Hkv", "Nv", "Nt", "Bc", "C/128", "bk", "D/32", "G", "bv", "N", "D/4+1"};
 
 enum class Type { kModel, kInt32, kFloat16, kFloat32 };
 
@@ -78,6 +79,12 @@ inline constexpr Tensor kTable[kInputs + kMetricInputs + kWindowInputs] = {
     {"value_metric", Type::kFloat16, 3, {kHkv, kD, kD}, offsetof(VkvxParams, value_metric)},
     {"rotation", Type::kFloat32, 3, {kB, 2, kD}, offsetof(VkvxParams, rotation)},
     {"window_start", Type::kInt32, 3, {kB, 2, kS}, offsetof(VkvxParams, window_start)},
+};
+// With text rows of 8 bits, in place of the inputs kTextRows.
+inline constexpr int kTextRows[] = {11, 12};
+inline constexpr Tensor kTextRows8[] = {
+    {"text_key", Type::kInt32, 4, {kBc, kHkv, kN, kD41}, offsetof(VkvxParams, text_key)},
+    {"text_value", Type::kInt32, 4, {kBc, kHkv, kN, kD41}, offsetof(VkvxParams, text_value)},
 };
 
 // A field that is a size: that of a symbol, times the field `unit` if there is one.
@@ -119,6 +126,7 @@ struct Attributes {
   float softcap = 0.0f;
   int32_t sliding_window = 0;
   std::string visual_mask = "causal";
+  int32_t text_bits = 16;
 
   // Calls visit(name, member) for each, in the order of the table.
   template <class Self, class Visit>
@@ -140,6 +148,7 @@ struct Attributes {
     visit("softcap", self.softcap);
     visit("sliding_window", self.sliding_window);
     visit("visual_mask", self.visual_mask);
+    visit("text_bits", self.text_bits);
   }
 
   // What is wrong with the first attribute that is out of its range; empty if none is.
@@ -172,6 +181,7 @@ VkvxParams params_of(const Attributes& a, NumberOf&& number_of) {
   p.rotary_interleaved = a.rotary_interleaved;
   p.sliding_window = a.sliding_window;
   p.visual_mask = number_of("visual_mask", a.visual_mask, kVisualMaskNames);
+  p.text_bits = a.text_bits;
   p.quantile_alpha_key = a.quantile_alpha_key;
   p.quantile_alpha_value = a.quantile_alpha_value;
   p.shrink_key = a.shrink_key;

@@ -53,6 +53,7 @@ typedef struct VkvxParams {
   int32_t rotary_interleaved;        /* 1: RoPE turns neighbours, 0: halves */
   int32_t sliding_window;            /* positions that a token sees, itself included; 0: all */
   int32_t visual_mask;               /* VKVX_MASK_CAUSAL to VKVX_MASK_PREFIX */
+  int32_t text_bits;                 /* of text rows: 16, those of T, or 8 */
   int32_t kernel;                    /* VKVX_AUTO, or one of the kernels */
   int32_t splits;                    /* parts of the sequence that run side by side in decode; 0: chosen by shape */
   float quantile_alpha_key;          /* of VKVX_QUANTILE */
@@ -77,8 +78,8 @@ typedef struct VkvxParams {
   int32_t *visual_value;             /* int32 [Bc, Hkv, C/128, bv, D, 4] */
   void *visual_value_params;         /* float16 [Bc, Hkv, G, 2, D] */
   const int32_t *visual_count;       /* int32 [Bc, G] */
-  void *text_key;                    /* T [Bc, Hkv, N, D] */
-  void *text_value;                  /* T [Bc, Hkv, N, D] */
+  void *text_key;                    /* T [Bc, Hkv, N, D]; 8 bits: int32 [Bc, Hkv, N, D/4+1] */
+  void *text_value;                  /* T [Bc, Hkv, N, D]; 8 bits: int32 [Bc, Hkv, N, D/4+1] */
   const int32_t *text_count;         /* int32 [Bc] */
   /* Of VKVX_SHAPED, for calls with visual entries that are to be packed; null otherwise. */
   const void *key_metric;            /* float16 [Hkv, D, D] */

@@ -71,7 +71,7 @@ def attention_function(
     call = read_call(b, shape, attributes)
     visual = VisualCache(b, shape, attributes, call) if packed else None
     b.add("Identity", [attend(b, shape, attributes, call, visual, elem_type)], ["output"])
-    append_text(b, shape, call, packed)
+    append_text(b, shape, attributes, call, elem_type)
     if packed:
         append_visual(b, shape, attributes, call, elem_type)
     else:

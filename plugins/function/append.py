@@ -1,4 +1,4 @@
-"""Append of a call's tokens: text rows as they are, visual tokens quantised and packed.
+"""Append of a call's tokens: text rows as they are or of 8 bits, visual tokens quantised and packed.
 
 Writes are ScatterND nodes on the whole caches, which onnxruntime does in place when the same buffer is bound to a
 cache's input and output. What they write lies past the counts of the rows, or equals what is there, so it does not
@@ -9,25 +9,27 @@ from __future__ import annotations
 
 from onnx import helper
 
-from vkvx.format import TILE, WORD_BITS
+from vkvx.format import TILE, WORD_BITS, text_words
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT32, INT64, Builder, Typed, Value
 from vkvx.plugins.function.call import FAR, CallValues, NodeSizes, flat_indices, indices, place
 from vkvx.plugins.function.pack import bit_planes, pack_keys, pack_values
 from vkvx.plugins.function.quantize import Quantizer, center, quantize, residual_rms
 from vkvx.plugins.function.shape import read_metrics, shape_pair, shaped_rms
+from vkvx.plugins.function.text_rows import encode
 from vkvx.plugins.operator import OperatorAttributes
 
 
-def append_text(b: Builder, shape: NodeSizes, call: CallValues, packed: bool) -> None:
+def append_text(b: Builder, shape: NodeSizes, attributes: OperatorAttributes, call: CallValues, dtype: int) -> None:
     """Add the text tokens (at 16 bits all tokens, in ascending position) to the text rows."""
     with b.scope("append_text"):
-        if packed:
+        if attributes.is_packed:
             source = b.tail(call.source, b.size("visual_index", 1), 1)
             source = b.op("Slice", source, [0], [-1], [1])
         else:
             source = _in_order(b, call)
         entries = b.size(source, 1)
-        placement = place(b, call, call.text_count, b.size("text_key", 2), entries)
+        capacity = b.size("text_key", 2)
+        placement = place(b, call, call.text_count, capacity, entries)
         source = b.op("Gather", source, placement.batch, axis=0)
         source = b.op("GatherElements", source, placement.entry, axis=1)
         source_rows = indices(b, shape, placement.batch, source)
@@ -36,7 +38,13 @@ def append_text(b: Builder, shape: NodeSizes, call: CallValues, packed: bool) ->
         old_first = b.op("Mul", b.op("Sub", 1, b.cast(placement.fits, INT64)), entries)
         choice = b.op("Add", b.arange(entries), old_first)
         for cache, new in (("text_key", "key"), ("text_value", "value")):
-            new_rows, old_rows = b.op("GatherND", new, source_rows), b.op("GatherND", cache, target_rows)
+            new_rows = b.op("GatherND", new, source_rows)
+            if attributes.keeps_text:
+                old_rows = b.op("GatherND", cache, target_rows)
+            else:
+                new_rows = encode(b, new_rows if dtype == FLOAT else b.cast(new_rows, FLOAT), shape.head_dim)
+                flat = flat_indices(b, shape, placement.row, placement.target, capacity)
+                old_rows = b.gather_flat(cache, flat, [text_words(shape.head_dim)])
             rows = b.op("Gather", b.op("Concat", new_rows, old_rows, axis=2), choice, axis=2)
             b.add("ScatterND", [cache, target_rows, rows], [f"present_{cache}"])
 

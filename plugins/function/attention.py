@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from vkvx.format import text_words
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, Builder, Value
 from vkvx.plugins.function.call import CallValues, NodeSizes
 from vkvx.plugins.function.quantize import FP16_MAX
+from vkvx.plugins.function.text_rows import decode
 from vkvx.plugins.function.visual import VisualCache
 from vkvx.plugins.operator import OperatorAttributes
 
@@ -36,7 +40,7 @@ def attend(
         is_token = b.reduce("ReduceSum", b.cast(is_token, FLOAT), 2)
         is_token = b.unsqueeze(b.op("Greater", is_token, 0.0), 1)
     with b.scope("scores"):
-        scores = b.matmul_transposed(query, _rows(b, call, "text_key", "key", dtype), 4)
+        scores = b.matmul_transposed(query, _rows(b, shape, attributes, call, "key", dtype), 4)
         if visual:
             scores = b.op("Concat", visual.scores(b, query), scores, axis=3)
         scores = b.reshape(scores, [0, shape.query_heads, -1, 0])
@@ -46,7 +50,7 @@ def attend(
         weights = b.op("Softmax", b.op("Add", scores, bias), axis=-1)
         weights = b.reshape(weights, [0, shape.kv_heads, -1, 0])
     with b.scope("output"):
-        rows = _rows(b, call, "text_value", "value", dtype)
+        rows = _rows(b, shape, attributes, call, "value", dtype)
         if visual:
             cached = b.op("Mul", call.groups, shape.group_size)
             output = b.op("MatMul", b.tail(weights, cached, 3), rows)
@@ -65,10 +69,17 @@ def _float(b: Builder, x: Value, dtype: int) -> Value:
     return x if dtype == FLOAT else b.cast(x, FLOAT)
 
 
-def _rows(b: Builder, call: CallValues, cache: Value, new: Value, dtype: int) -> Value:
-    """Cached text rows, then the call's tokens by entry: [B, Hkv, n + M, D] FP32."""
-    cached = _float(b, b.op("GatherND", cache, call.text_rows), dtype)
+def _rows(
+    b: Builder, shape: NodeSizes, attributes: OperatorAttributes, call: CallValues, new: Value, dtype: int
+) -> Value:
+    """Cached text rows, then the call's tokens by entry: [B, Hkv, n + M, D] FP32. ``new`` is ``key`` or ``value``."""
+    cache, dim = f"text_{new}", shape.head_dim
     # Where there is no cached text, the row read is unspecified: it must not get in, not even as 0 * NaN.
     has_text = b.unsqueeze(b.op("Greater", call.text_count, 0), 1, 2, 3)
-    cached = b.op("Where", has_text, cached, 0.0)
+    if attributes.keeps_text:
+        cached = _float(b, b.op("GatherND", cache, call.text_rows), dtype)
+        cached = b.op("Where", has_text, cached, 0.0)
+    else:
+        words = b.gather_flat(cache, call.text_rows, [text_words(dim)])
+        cached = decode(b, b.op("Where", has_text, words, np.int32(0)), dim)
     return b.op("Concat", cached, _float(b, b.op("GatherND", new, call.new_rows), dtype), axis=2)

@@ -53,7 +53,9 @@ class CallValues:
     source: Value  # [B, M] the same, with a valid token in place of padding
     column_position: Value  # [B, g * group_size + n + M] earliest query position that sees the key
     in_window: Value  # [B, S, g * group_size + n + M] bool, the key is in the query's window ("" without one)
-    text_rows: Value  # [B, Hkv, n, 3] cached text rows in the cache
+    text_rows: (
+        Value  # [B, Hkv, n, 3] cached text rows in the cache; [B, Hkv, n] in its rows of all slots and heads at 8 bits
+    )
     new_rows: Value  # [B, Hkv, M, 3] entries in key and value
 
 
@@ -103,7 +105,10 @@ def read_call(b: Builder, shape: NodeSizes, attributes: OperatorAttributes) -> C
         cached = b.unsqueeze(b.arange(longest), 0)
         count = b.unsqueeze(text_count, 1)
         text_row = b.op("Max", b.op("Min", cached, b.op("Sub", count, 1)), 0)
-        text_rows = indices(b, shape, row, text_row)
+        if attributes.keeps_text:
+            text_rows = indices(b, shape, row, text_row)
+        else:
+            text_rows = flat_indices(b, shape, row, text_row, b.size("text_key", 2))
         own = _earliest(b, position, valid, attributes.visual_mask)
         columns = [b.op("Where", b.op("Less", cached, count), -1, FAR), own]
         window = _window(b, longest, position, attributes) if attributes.sliding_window else []

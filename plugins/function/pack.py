@@ -18,8 +18,13 @@ def unpack(b: Builder, words: Value) -> Value:
     which the CUDA provider lacks, and 10 to 12 times with INT64 Div and Mod (``python -m benchmarks unpack``). As
     UINT32, division is a shift also where the top bit is set; Cast to UINT8 keeps the low byte.
     """
+    return b.op("Gather", _BYTE_BITS, word_bytes(b, words), axis=0)
+
+
+def word_bytes(b: Builder, words: Value) -> Value:
+    """INT32 [..., n] to their bytes, INT32 [..., n, 4] of 0 to 255, the lowest first."""
     shifted = b.op("Div", b.unsqueeze(b.cast(words, UINT32), -1), np.array([1, 2**8, 2**16, 2**24], np.uint32))
-    return b.op("Gather", _BYTE_BITS, b.cast(b.cast(shifted, UINT8), INT32), axis=0)
+    return b.cast(b.cast(shifted, UINT8), INT32)
 
 
 def bit_planes(b: Builder, codes: Value, bits: int) -> list[Value]:

@@ -94,7 +94,7 @@ def plan_model(
     Args:
         name: as in :func:`vkvx.export_model`.
         dtype: of weights and text cache.
-        options: group size and quantiser; its bits are replaced by each of ``bits``.
+        options: group size, quantiser and bits of text; its bits are replaced by each of ``bits``.
         pictures, text_tokens: of one sequence.
         tokens_per_picture: where the model's pictures vary in size; by default those of a usual one.
         reserve: share of the memory that is kept free, 0 to less than 1.

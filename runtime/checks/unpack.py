@@ -17,6 +17,14 @@ def unpack_values(words: np.ndarray) -> np.ndarray:
     return codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])
 
 
+def unpack_text(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys or values FP64 [..., N, D] and scales FP64 [..., N, 1] from text rows of 8 bits INT32 [..., N, D/4 + 1]."""
+    little = np.ascontiguousarray(words.astype("<i4", copy=False))
+    codes = np.ascontiguousarray(little[..., :-1]).view(np.int8).astype(np.float64)
+    scale = np.ascontiguousarray(little[..., -1:]).view("<f2")[..., :1].astype(np.float64)
+    return codes * scale, scale
+
+
 def _bits(words: np.ndarray) -> np.ndarray:
     """The bits of the last axis, least significant first."""
     little = np.ascontiguousarray(words.astype("<i4", copy=False))

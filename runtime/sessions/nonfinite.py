@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vkvx.format import BASELINE_BITS
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.cache import PackedCache
 
@@ -25,8 +26,10 @@ def explain(backend: Backend, slot: int, embeds: Sequence[Any], picture_lengths:
         part = f"what the vision tower gives for picture {picture}"
     elif layer is not None:
         part = f"what decoder layer {layer} puts into the cache"
-    else:
+    elif backend.manifest.quantization.text_bits == BASELINE_BITS:
         part = "what follows the last cache"
+    else:
+        part = "what the decoder makes of the text, whose rows of 8 bits do not tell the layer"
     helps = OVERFLOW if backend.manifest.model.dtype == "float16" else "compare bundle and model with `vkvx validate`"
     return f"the first that is not finite is {part}; {helps}"
 
@@ -43,9 +46,9 @@ def _first_layer(cache: PackedCache, slot: int) -> int | None:
     used = {"text_key": rows, "text_value": rows, "visual_key_params": groups, "visual_value_params": groups}
     for name in cache.buffers:  # in the order of the layers
         layer, _, kind = name.partition(".")
-        if kind in ("visual_key", "visual_value"):
-            continue  # codes
         values = cache.read(name, slot)
+        if values.dtype == np.int32:
+            continue  # codes, which are always finite
         values = values[:, : used[kind]] if kind in used else values
         if not np.isfinite(np.asarray(values, np.float32)).all():
             return int(layer)

@@ -125,7 +125,7 @@ class PackedVisualCache(Cache):
     def buffers(self, number: int, key: Tensor) -> dict[str, Tensor]:
         """The tensors of an attention cache, in the order of the operator's outputs, with room for the running call.
 
-        Text rows take the dtype of ``key``; what lies at or past the counts is unspecified.
+        Text rows of 16 bits take the dtype of ``key``; what lies at or past the counts is unspecified.
         """
         groups = self._visual_count.shape[1]
         tiles = groups * self.layout.quantization.group_size // TILE
@@ -133,7 +133,8 @@ class PackedVisualCache(Cache):
         specs = self.layout.layer_tensors(layer, len(self._visual_count), tiles, groups, self._text_capacity)
         grown: dict[str, Tensor] = {}
         for name, (kind, shape) in specs.items():
-            dtype = key.dtype if name.startswith("text") else getattr(torch, kind)
+            is_kept = name.startswith("text") and self.attributes[layer].keeps_text
+            dtype = key.dtype if is_kept else getattr(torch, kind)
             tensor = old.get(name)
             if tensor is None or tensor.shape != shape or tensor.device != key.device:
                 with torch.inference_mode(False):  # may be used outside of that mode later

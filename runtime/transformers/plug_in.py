@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import InputError, ModelError, OptionError
+from vkvx.format import BASELINE_BITS
 from vkvx.manifest import FLOAT_DTYPES
 from vkvx.models.graph.decoder import IMPLEMENTATION, use_attention_function
 from vkvx.models.graph.metric import Metrics, model_metrics
@@ -41,6 +42,7 @@ def quantize_visual_cache(
     score_correction: str | None = None,
     tau: float | None = None,
     correction_limit: float | None = None,
+    text_bits: int = BASELINE_BITS,
 ) -> VisualCacheHandle:
     """Let ``model.generate()`` and forward calls of a transformers model keep pictures packed in their KV cache.
 
@@ -60,6 +62,7 @@ def quantize_visual_cache(
         score_correction=score_correction,
         tau=tau,
         correction_limit=correction_limit,
+        text_bits=text_bits,
     )
     options.check()
     return VisualCacheHandle(model, *_prepare(model, options))

@@ -83,6 +83,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (["--cache-dir", "x"], ["tiny-llava", "leave out cache_dir= (--cache-dir)"]),
         (["--bits", "2", "--key-bits", "1", "--value-bits", "1"], ["(--bits) has no effect"]),
         (["--bits", "16", "--group-size", "256"], ["(--group-size) has no effect at 16 bits"]),
+        (["--text-bits", "4"], ["4 bits", "(--text-bits) 16 or 8"]),
+        (["--bits", "16", "--text-bits", "8"], ["(--text-bits) 8 is for text beside packed pictures", "leave it out"]),
     ],
 )
 def test_export_options(refused: Callable, tmp_path: Path, options: list[str], words: list[str]) -> None:

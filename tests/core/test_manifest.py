@@ -78,6 +78,7 @@ def example(bits: int = 1, layers: int = 2) -> dict[str, Any]:
             "score_correction": "expected",
             "tau": 3,
             "correction_limit": 3.0,
+            "text_bits": 16,
         },
         "graphs": {},
         "processor": "processor",
@@ -118,7 +119,25 @@ def test_round_trip(tmp_path: Path) -> None:
     manifest = Manifest.load(write(tmp_path))
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
-    assert json.loads((tmp_path / FILE_NAME).read_text())["format_version"] == FORMAT_VERSION
+    assert json.loads((tmp_path / FILE_NAME).read_text())["format_version"] == 3
+
+
+def test_text_of_8_bits_is_version_four() -> None:
+    data = example()
+    data["quantization"]["text_bits"] = 8
+    found = Manifest.from_json(describe(data))
+    assert found.to_json()["format_version"] == FORMAT_VERSION == 4
+    assert found.layout.tensors(1, 640, 9)["1.text_value"] == ("int32", (1, 2, 9, 17))
+    assert found.layout.text_bytes_per_token == 2 * 2 * 2 * (64 + 4)  # layers, keys and values, heads
+
+
+def test_version_three_knew_text_of_16_bits() -> None:
+    """Whatever stands under the key, which its readers do not know."""
+    data = example() | {"format_version": 3}
+    data["quantization"]["text_bits"] = 8
+    assert Manifest.from_json(data).quantization.text_bits == 16
+    del data["quantization"]["text_bits"]
+    assert Manifest.from_json(data) == Manifest.from_json(example())
 
 
 def test_unknown_keys_are_ignored() -> None:
@@ -302,6 +321,8 @@ def set_at(*path: Any) -> Callable[[dict[str, Any], Any], None]:
         (("quantization", "score_correction"), "magic"),
         (("quantization", "tau"), float("nan")),
         (("quantization", "tau"), "3"),
+        (("quantization", "text_bits"), 4),
+        (("quantization", "text_bits"), 8),  # the graphs have text rows of 16 bits
         (("graphs",), {}),
         (("graphs", "vision", "file"), "absent.onnx"),
         (("graphs", "vision", "inputs"), [{"name": "x", "dtype": "float32", "shape": [None]}]),

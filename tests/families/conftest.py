@@ -45,10 +45,10 @@ def exact(family_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def packed(family_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(case: Case, family_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 1 bit, which computes in FP32."""
     from vkvx import ExportOptions, export_model
 
     output = tmp_path_factory.mktemp("bundles") / "packed"
-    export_model(family_checkpoint, output, ExportOptions(dtype="float32"))
+    export_model(family_checkpoint, output, ExportOptions(dtype="float32", text_bits=case.text_bits))
     return output

@@ -122,7 +122,8 @@ def test_prompts_in_pieces(session: Session, monkeypatch: pytest.MonkeyPatch) ->
 def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> None:
     manifest = Manifest.load(packed)
     inputs = reference.inputs(reference_prompts(reference), PICTURES)
-    with quantize_visual_cache(reference.model, bits=1, group_size=manifest.quantization.group_size) as handle:
+    options = {"group_size": manifest.quantization.group_size, "text_bits": manifest.quantization.text_bits}
+    with quantize_visual_cache(reference.model, bits=1, **options) as handle:
         assert handle.layout.quantization == manifest.quantization
         expected, logits = reference.generate(inputs, 16)
     _, exact = reference.generate(inputs, 16)
@@ -138,7 +139,7 @@ def test_one_bit_is_that_of_the_plug_in(reference: Reference, packed: Path) -> N
             np.testing.assert_allclose(found, logits[row], rtol=0, atol=PACKED_SHARE * effect)
 
 
-def test_evaluation_of_bundle_and_checkpoint(packed: Path, family_checkpoint: Path, tmp_path: Path) -> None:
+def test_evaluation_of_bundle_and_checkpoint(case: Case, packed: Path, family_checkpoint: Path, tmp_path: Path) -> None:
     """`vkvx eval` measures the same by onnxruntime and by the plug-in: pictures in a batch, positions, padding."""
     questions = tmp_path / "questions.jsonl"
     with questions.open("w") as file:
@@ -149,7 +150,7 @@ def test_evaluation_of_bundle_and_checkpoint(packed: Path, family_checkpoint: Pa
             file.write(json.dumps(line) + "\n")
     options: dict[str, Any] = {"data": questions, "device": "cpu", "max_new_tokens": 6, "batch": 2}
     ours = evaluate(packed, model=str(family_checkpoint), **options).to_json()["settings"][1]
-    settings = [ExportOptions()]
+    settings = [ExportOptions(text_bits=case.text_bits)]
     theirs = evaluate(family_checkpoint, settings=settings, dtype="float32", **options).to_json()["settings"][1]
     for name in ("token_agreement", "equal_answers", "bits_per_element", "visual_bytes"):
         assert ours[name] == theirs[name], name

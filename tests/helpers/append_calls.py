@@ -38,6 +38,7 @@ class Append:
     shift: float = 2.0
     positions_first: bool = True
     rotary: tuple[int, int] = (0, 0)
+    text_bits: int = 16
     seed: int = field(default_factory=lambda: random.randrange(2**31))
 
     @property
@@ -54,6 +55,7 @@ class Append:
             scale=self.head_dim**-0.5,
             rotary_dim=self.rotary[0],
             rotary_interleaved=self.rotary[1],
+            text_bits=self.text_bits,
         )
 
 
@@ -102,7 +104,10 @@ def make(case: Append, device: str = "cuda") -> dict[str, Tensor]:
     t["visual_value_params"] = torch.full((*lead, g, 2, d), torch.nan, dtype=torch.float16, device=device)
     t["visual_count"] = visual_count.to(device)
     for name in ("text_key", "text_value"):
-        t[name] = torch.full((*lead, case.text + rows, d), torch.nan, dtype=case.dtype, device=device)
+        if case.text_bits == 8:
+            t[name] = words(*lead, case.text + rows, d // 4 + 1)
+        else:
+            t[name] = torch.full((*lead, case.text + rows, d), torch.nan, dtype=case.dtype, device=device)
     t["text_count"] = text_count.to(device)
     if case.attributes.needs_metrics:
         for name in ("key_metric", "value_metric"):

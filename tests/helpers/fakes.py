@@ -77,6 +77,7 @@ def manifest(
             score_correction="expected",
             tau=3.0,
             correction_limit=3.0,
+            text_bits=16,
         ),
         graphs={
             "vision": VISION,

@@ -14,10 +14,14 @@ from vkvx.runtime.sessions.session import Session
 
 @dataclass(frozen=True)
 class Case:
-    """A preset of ``vkvx.models.presets``, and the visual tokens of two pictures, 150 x 90 and 60 x 130 pixels."""
+    """A preset of ``vkvx.models.presets``, and the visual tokens of two pictures, 150 x 90 and 60 x 130 pixels.
+
+    ``text_bits`` are those of its bundle of 1 bit: 8 where layers have windows, share keys, or are of linear attention.
+    """
 
     preset: str
     tokens: tuple[int, int]
+    text_bits: int = 16
 
 
 CASES = (
@@ -33,7 +37,7 @@ CASES = (
     Case("tiny-qwen2-vl", (15, 10)),
     Case("tiny-qwen2.5-vl", (15, 10)),
     Case("tiny-qwen3-vl", (15, 8)),
-    Case("tiny-qwen3.5", (15, 8)),
+    Case("tiny-qwen3.5", (15, 8), text_bits=8),
     Case("tiny-glm-4.1v", (15, 10)),
     Case("tiny-glm-4.6v", (15, 10)),
     Case("tiny-glm-ocr", (15, 10)),
@@ -42,11 +46,11 @@ CASES = (
     Case("tiny-mistral3", (12, 8)),
     Case("tiny-ministral3", (12, 8)),
     Case("tiny-lightonocr", (8, 8)),
-    Case("tiny-gemma3", (16, 16)),
+    Case("tiny-gemma3", (16, 16), text_bits=8),
     Case("tiny-paligemma", (16, 16)),
     Case("tiny-paligemma2", (16, 16)),
     Case("tiny-gemma4", (60, 60)),
-    Case("tiny-gemma4-e", (60, 60)),
+    Case("tiny-gemma4-e", (60, 60), text_bits=8),
 )
 
 WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)

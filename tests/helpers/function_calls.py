@@ -46,6 +46,7 @@ def model_for(attributes: Attributes, dims: Dims, opset: int = 18) -> onnx.Model
     types = {**DTYPES, "int32": onnx.TensorProto.INT32, "T": DTYPES[dims.float_type]}
     bits = (1, 1) if attributes.key_bits == 16 else (attributes.key_bits, attributes.value_bits)
     sizes = {"Hq": dims.query_heads, "Hkv": dims.kv_heads, "D": dims.head_dim, "D/32": dims.head_dim // 32}
+    sizes["D/4+1"] = dims.head_dim // 4 + 1
     sizes |= {"bk": bits[0], "bv": bits[1]}
 
     def info(definition: operator.TensorDefinition, name: str) -> onnx.ValueInfoProto:
@@ -55,6 +56,7 @@ def model_for(attributes: Attributes, dims: Dims, opset: int = 18) -> onnx.Model
     present = [f"present_{t.name}" if t.name in CACHES else t.name for t in operator.OUTPUTS]
     function = function_for(attributes, dims, opset)
     definition = operator.OperatorAttributes(**asdict(attributes))
+    inputs = {t.name: t for t in definition.inputs}
     node = helper.make_node(
         operator.NAME,
         [t.name for t in definition.inputs],
@@ -68,7 +70,7 @@ def model_for(attributes: Attributes, dims: Dims, opset: int = 18) -> onnx.Model
         [node],
         "one_layer",
         [info(t, t.name) for t in definition.inputs],
-        [info(t, name) for t, name in zip(operator.OUTPUTS, present, strict=True)],
+        [info(inputs.get(t.name, t), name) for t, name in zip(operator.OUTPUTS, present, strict=True)],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(operator.DOMAIN, operator.VERSION)]
     return helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)

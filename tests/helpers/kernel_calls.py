@@ -11,6 +11,7 @@ from torch import Tensor
 from vkvx.plugins import torch_cuda
 from vkvx.plugins.library import KERNELS, Params
 from vkvx.plugins.operator import OperatorAttributes
+from vkvx.plugins.reference import text_rows
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Case:
     sliding_window: int = 0
     visual_mask: str = "causal"
     softcap: float = 0.0
+    text_bits: int = 16
     slots: int = 6
     groups: int = 4
     text_rows: int = 100
@@ -49,6 +51,7 @@ class Case:
             sliding_window=self.sliding_window,
             visual_mask=self.visual_mask,
             softcap=self.softcap,
+            text_bits=self.text_bits,
         )
 
 
@@ -82,9 +85,12 @@ def make(case: Case, device: str = "cuda") -> dict[str, Tensor]:
         text_count[at] = case.text[row]
     for name in ("text_key", "text_value"):
         t[name] = normal(*lead, n, d).to(case.dtype)
+        if case.text_bits == 8:  # rows of sizes that differ, and past the count any bits
+            t[name] = text_rows.encode(t[name] * (0.3 * normal(*lead, n, 1)).exp())
     for at in range(case.slots):
         for name in ("text_key", "text_value"):
-            t[name][at, :, text_count[at] :] = torch.nan
+            past = t[name][at, :, text_count[at] :]
+            past.copy_(torch.full_like(past, torch.nan) if past.is_floating_point() else words(*past.shape))
         for name in ("visual_key_params", "visual_value_params"):
             t[name][at, :, visual_count[at] == 0] = torch.nan
     t["visual_count"], t["text_count"] = visual_count.to(device), text_count.to(device)
@@ -193,9 +199,12 @@ def reference(t: dict[str, Tensor], a: OperatorAttributes) -> Tensor:
             scores.append(bounded(x, visual_start, torch.arange(valid.numel(), device=out.device)[valid.flatten()]))
             values.append(v)
         count = int(t["text_count"][slot])
-        x = q @ t["text_key"][slot, :, :count].double().transpose(1, 2) * a.scale
+        text_key, text_value = (t[f"text_{n}"][slot, :, :count] for n in ("key", "value"))
+        if a.text_bits == 8:
+            text_key, text_value = text_rows.decode(text_key), text_rows.decode(text_value)
+        x = q @ text_key.double().transpose(1, 2) * a.scale
         scores.append(bounded(x, text_start, torch.arange(count, device=out.device)))
-        values.append(t["text_value"][slot, :, :count].double())
+        values.append(text_value.double())
         key, value = (torch.where(token[:, None], t[n][b].double(), 0.0) for n in ("key", "value"))
         seen = _own_seen(is_text, is_visual, a) & token
         x = bounded(q @ key.transpose(1, 2) * a.scale, torch.zeros_like(text_start), torch.arange(s, device=out.device))

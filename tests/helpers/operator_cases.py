@@ -89,14 +89,17 @@ def empty_state(dims: Dims, attributes: Attributes, rng: np.random.Generator) ->
         return np.full((*lead, *shape), np.nan, dtype)
 
     text_type = "float32" if dims.float_type == "bfloat16" else dims.float_type
+    if attributes.text_bits == 8:
+        text = {name: words(dims.text_rows, d // 4 + 1) for name in ("text_key", "text_value")}
+    else:
+        text = {name: nan(text_type, dims.text_rows, d) for name in ("text_key", "text_value")}
     return {
         "visual_key": words(tiles, key_bits, 128, d // 32),
         "visual_key_params": nan("float16", groups, 3, d),
         "visual_value": words(tiles, value_bits, d, 4),
         "visual_value_params": nan("float16", groups, 2, d),
         "visual_count": np.zeros((dims.slots, groups), np.int32),
-        "text_key": nan(text_type, dims.text_rows, d),
-        "text_value": nan(text_type, dims.text_rows, d),
+        **text,
         "text_count": np.zeros(dims.slots, np.int32),
     }
 

@@ -222,6 +222,41 @@ def unpack_values(words: np.ndarray) -> np.ndarray:
     return out
 
 
+# --- text rows of 8 bits ----------------------------------------------------------------------------------------------
+
+
+def pack_row(x: np.ndarray) -> np.ndarray:
+    """Keys or values [D] of a token to INT32 [D/4 + 1]: a byte a code, then the bits of the FP16 scale."""
+    clean = sanitise(x).astype(np.float32)
+    scale = np.float16(min(np.float16(np.abs(clean).max() / np.float32(127)), np.float16(515.5)))
+    words = []
+    for w in range(len(x) // 4):
+        word = 0
+        for j in range(4):
+            code = 0 if scale == 0 else int(np.clip(np.rint(clean[4 * w + j] / np.float32(scale)), -127, 127))
+            word |= (code & 0xFF) << 8 * j
+        words.append(word)
+    return _signed(np.array([*words, int(scale.view(np.uint16))], np.uint64))
+
+
+def unpack_row(words: np.ndarray) -> np.ndarray:
+    """INT32 [D/4 + 1] to what attention reads, float64 [D]."""
+    scale = np.uint16(int(words[-1]) & 0xFFFF).view(np.float16)
+    found = []
+    for word in words[:-1]:
+        for j in range(4):
+            byte = int(word) >> 8 * j & 0xFF
+            found.append(byte - 256 if byte > 127 else byte)
+    return np.array(found, np.float64) * float(scale)
+
+
+def cached_rows(rows: np.ndarray, attributes: Attributes) -> np.ndarray:
+    """Text rows [n, D or D/4 + 1] as attention reads them, float64 [n, D]."""
+    if attributes.text_bits == 16:
+        return np.asarray(rows, np.float64)
+    return np.array([unpack_row(row) for row in rows]).reshape(len(rows), 4 * (rows.shape[1] - 1))
+
+
 def auto_group_size(tokens_per_picture: int | None) -> int:
     """Group size of `auto`: whole tiles, as few groups of at most 8 tiles as hold a picture, made equally long."""
     if tokens_per_picture is None:
@@ -255,6 +290,7 @@ class Attributes:
     softcap: float = 0.0
     sliding_window: int = 0
     visual_mask: str = "causal"
+    text_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -334,8 +370,8 @@ def visual_kv_attention(inputs: dict[str, np.ndarray], attributes: Attributes) -
 
         for h in range(kv_heads):
             keys, values, rms_squared = _cached_visual(inputs, attributes, slot, h, cached_groups)
-            text_key = np.asarray(inputs["text_key"][slot, h, :cached_text], np.float64)
-            text_value = np.asarray(inputs["text_value"][slot, h, :cached_text], np.float64)
+            text_key = cached_rows(inputs["text_key"][slot, h, :cached_text], a)
+            text_value = cached_rows(inputs["text_value"][slot, h, :cached_text], a)
             share = query_heads // kv_heads
             for hq in range(h * share, (h + 1) * share):
                 for s in new_positions:
@@ -381,8 +417,10 @@ def visual_kv_attention(inputs: dict[str, np.ndarray], attributes: Attributes) -
         for j, position in enumerate(stored):
             row = cached_text + j
             if row < capacity_text:
-                caches["text_key"][slot, :, row] = inputs["key"][b, :, position]
-                caches["text_value"][slot, :, row] = inputs["value"][b, :, position]
+                for name in ("key", "value"):
+                    x = inputs[name][b, :, position]
+                    stored_row = x if a.text_bits == 16 else np.stack([pack_row(head) for head in x])
+                    caches[f"text_{name}"][slot, :, row] = stored_row
                 text_count[slot] = row + 1
                 text_rows.append((slot, row))
     return Result(output, sensitivity, caches, visual_count, text_count, appended, text_rows)

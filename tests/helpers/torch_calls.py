@@ -17,7 +17,8 @@ TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 def tensors(inputs: Arrays, float_type: str = "float32") -> dict[str, Tensor]:
     out = {name: torch.from_numpy(inputs[name].copy()) for name in inputs}
     for name in ("query", "key", "value", "text_key", "text_value"):
-        out[name] = out[name].to(TORCH_TYPES[float_type])
+        if out[name].dtype.is_floating_point:
+            out[name] = out[name].to(TORCH_TYPES[float_type])
     return out
 
 

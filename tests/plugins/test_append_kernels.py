@@ -103,6 +103,15 @@ def test_odd_numbers(quantizer: str, dtype: torch.dtype, change: object, monkeyp
         check(Append(quantizer, bits, bits, 64, dtype=dtype), monkeypatch, change)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("change", [None, _outliers, _large, _small, _not_numbers])
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 160, 256, 512])
+def test_text_rows_of_8_bits(head_dim: int, change: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the reference, to the bit."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        case = Append(head_dim=head_dim, kv_heads=3, dtype=dtype, text_bits=8, counts=[[5], [1], [], [9]], text=5)
+        check(case, monkeypatch, *([change] if change else []))  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize("change", [_outliers, _offset, _two_lumps])
 def test_odd_numbers_shaped(change: object, monkeypatch: pytest.MonkeyPatch) -> None:
     for bits in (1, 2):

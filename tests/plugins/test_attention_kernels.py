@@ -259,10 +259,12 @@ def test_parts_of_the_sequence_change_rounding_only(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["codes", "planes", "plain", "prefill"])
-def test_rows_do_not_depend_on_each_other(kernel: str) -> None:
+@pytest.mark.parametrize("text_bits", [16, 8])
+def test_rows_do_not_depend_on_each_other(text_bits: int, kernel: str) -> None:
     corrections = ("none", "expected") if kernel == "planes" else CORRECTIONS
     for correction in corrections:
-        case = Case(ratio=2, positions=200 if kernel == "prefill" else 1, correction=correction, padding=PADDING)
+        positions = 200 if kernel == "prefill" else 1
+        case = Case(ratio=2, positions=positions, correction=correction, padding=PADDING, text_bits=text_bits)
         tensors = make(case)
         together = attend(tensors, case.attributes, kernel, 2)
         call = ("query", "key", "value", "visual_index", "text_index", "slot")
@@ -272,6 +274,26 @@ def test_rows_do_not_depend_on_each_other(kernel: str) -> None:
         moved = {name: x if name in call else x.roll(1, 0) for name, x in tensors.items()}
         moved["slot"] = (moved["slot"] + 1) % case.slots
         assert torch.equal(attend(moved, case.attributes, kernel, 2), together)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 256, 512])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_text_rows_of_8_bits(head_dim: int, dtype: torch.dtype) -> None:
+    """All kernels; a capacity of an odd number of rows, so that few begin at multiples of more than 4 bytes."""
+    case = Case(head_dim=head_dim, dtype=dtype, text_bits=8, text=[101, 0, 33, 16], text_rows=101, padding=PADDING)
+    for i, (ratio, positions) in enumerate(SHAPES):
+        for kernel in ("codes", "planes") if head_dim == 128 else ("codes",):
+            compare(replace(case, ratio=ratio, positions=positions), kernel, (0, 1, 3)[i % 3])
+    for kernel, positions in (("prefill", 130), ("plain", 17)):
+        if head_dim <= 256 or positions == 17 or head_dim == 512:
+            compare(replace(case, ratio=2, positions=positions), kernel)
+    if head_dim <= 256:
+        for kernel, positions in (("codes", 3), ("prefill", 70)):
+            compare(replace(case, positions=positions, sliding_window=20, softcap=5.0), kernel)
+
+
+def test_text_rows_of_8_bits_in_float32() -> None:
+    compare(Case(dtype=torch.float32, text_bits=8, positions=9), "auto")
 
 
 def test_many_groups() -> None:

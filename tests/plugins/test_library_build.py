@@ -201,7 +201,14 @@ def _params(**changes: object) -> Params:
     sizes: dict[str, object] = dict.fromkeys(
         ("rows", "positions", "slots", "text_entries", "key_bits", "value_bits"), 1
     )
-    sizes |= {"query_heads": 4, "kv_heads": 2, "head_dim": 64, "group_size": 128, "visual_capacity": 256}
+    sizes |= {
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "group_size": 128,
+        "visual_capacity": 256,
+        "text_bits": 16,
+    }
     sizes |= {"text_capacity": 32, "tau": 3.0, "correction_limit": 3.0, "scale": 0.125}
     return Params(**(sizes | changes))
 
@@ -212,6 +219,8 @@ def _params(**changes: object) -> Params:
         ({"head_dim": 100}, "head_dim is 100; give a multiple of 32 up to 512"),
         ({"key_bits": 3}, "key_bits is 3"),
         ({"key_bits": 16}, "key_bits is 16"),
+        ({"text_bits": 4}, "text_bits is 4; give 16 or 8"),
+        ({"text_bits": 8, "key_bits": 16, "value_bits": 16, "visual_capacity": 0}, "text_bits is 8; give 16 where"),
         ({"query_heads": 5}, "query_heads is 5; give a multiple of kv_heads"),
         ({"group_size": 100}, "group_size is 100"),
         ({"visual_capacity": 100}, "visual_capacity is 100"),

@@ -80,6 +80,12 @@ def test_windows_masks_and_softcaps(bits: int, float_type: str, more: dict[str, 
     converse(attributes, Dims(text_rows=170, head_dim=64, float_type=float_type), seed=bits)
 
 
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 3, "visual_mask": "run"}], ids=str)
+@pytest.mark.parametrize("float_type", SLACK)
+def test_text_rows_of_8_bits(float_type: str, more: dict[str, object]) -> None:
+    converse(attributes_for(1, 1, text_bits=8, **more), Dims(head_dim=64, float_type=float_type), seed=2)
+
+
 @pytest.mark.parametrize("float_type", SLACK)
 def test_conversations_at_16_bits(float_type: str) -> None:
     converse(attributes_for(16, 16), Dims(text_rows=170, head_dim=64, float_type=float_type), seed=1)

@@ -27,6 +27,7 @@ def shape_of(tensor: TensorDefinition, attributes: OperatorAttributes, **sizes: 
     else:
         known |= {"bk": attributes.key_bits, "bv": attributes.value_bits}
     known |= {"C/128": known["G"] * attributes.group_size // 128, "D/32": known["D"] // 32}
+    known["D/4+1"] = known["D"] // 4 + 1
     return [known[symbol] if symbol in known else int(symbol) for symbol in tensor.shape]
 
 
@@ -34,10 +35,16 @@ def descs(attributes: OperatorAttributes, model: str = "float16", **sizes: int) 
     """Descriptions of inputs and outputs."""
     lists = (
         [Desc.of(shape_of(t, attributes, **sizes), model if t.dtype == "T" else t.dtype) for t in tensors]
-        for tensors in (attributes.inputs, OUTPUTS)
+        for tensors in (attributes.inputs, outputs_of(attributes))
     )
     inputs, outputs = lists
     return inputs, outputs
+
+
+def outputs_of(attributes: OperatorAttributes) -> list[TensorDefinition]:
+    """A cache output is as the input of its name."""
+    inputs = {definition.name: definition for definition in attributes.inputs}
+    return [inputs.get(definition.name, definition) for definition in OUTPUTS]
 
 
 @pytest.fixture(scope="module", params=INTERFACES, ids=["v3", "v2"])
@@ -105,6 +112,8 @@ def test_missing_fields_have_their_defaults(creator: Creator) -> None:
         ({"scale": float("inf")}, "scale must be finite"),
         ({"softcap": -1.0}, "softcap is -1.0.*; give at least 0"),
         ({"sliding_window": -5}, "sliding_window is -5; give at least 0"),
+        ({"text_bits": 4}, "text_bits is 4; give 16 or 8"),
+        ({"text_bits": 8, "key_bits": 16, "value_bits": 16}, "text_bits is 8; give 16 where key_bits is"),
         ({"key_bits": 1.0}, "field 'key_bits' has type 1 and length 1; expected one INT32"),
         ({"tau": 3}, "field 'tau' has type 5 and length 1; expected one FLOAT32"),
         ({"quantizer": 3}, "field 'quantizer' .* expected text"),
@@ -121,9 +130,9 @@ def test_fields_that_are_refused(creator: Creator, values: dict[str, object], wo
 
 def test_types_and_formats(creator: Creator) -> None:
     """Only the types of the table, T the same everywhere, only the linear format."""
-    for quantizer, model in (("lloyd", "float16"), ("shaped", "bfloat16"), ("shaped", "float32")):
-        attributes, node = make(creator, quantizer=quantizer)
-        tables = (*attributes.inputs, *OUTPUTS)
+    for quantizer, model, text_bits in (("lloyd", "float16", 8), ("shaped", "bfloat16", 8), ("shaped", "float32", 16)):
+        attributes, node = make(creator, quantizer=quantizer, text_bits=text_bits)
+        tables = (*attributes.inputs, *outputs_of(attributes))
         inputs, outputs = descs(attributes, model)
         right = [*inputs, *outputs]
         for position, definition in enumerate(tables):
@@ -137,7 +146,7 @@ def test_types_and_formats(creator: Creator) -> None:
             wrong[position] = Desc.of(shape_of(definition, attributes), right_type(definition, model), form=2)
             assert not node.supports(position, wrong), definition.name
         types = [right_type(definition, model) for definition in attributes.inputs]
-        for output, definition in enumerate(OUTPUTS):
+        for output, definition in enumerate(outputs_of(attributes)):
             assert node.output_type(output, types) == TYPES[right_type(definition, model)]
 
 
@@ -291,6 +300,7 @@ def test_workspace_is_that_of_the_library(creator: Creator, plugin_builds: Build
             text_capacity=SIZES["N"], visual_entries=SIZES["Nv"], text_entries=SIZES["Nt"],
             key_bits=attributes.key_bits, value_bits=attributes.value_bits,
             correction=2 if attributes.score_correction == "expected" else 1, tau=3.0, correction_limit=3.0, scale=1.0,
+            text_bits=16,
         )  # fmt: skip
         bound = library.workspace_bound(params)
         assert bound <= node.workspace(inputs, outputs) <= bound + 1024

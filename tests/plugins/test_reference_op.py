@@ -89,6 +89,13 @@ def test_conversations_agree_with_the_oracle(
     assert state["text_count"].tolist() == [9, 7, 0, 13, 0, 5]
 
 
+@pytest.mark.parametrize(
+    ("float_type", "more"), [("float16", {}), ("bfloat16", {"sliding_window": 3, "visual_mask": "run"})]
+)
+def test_text_rows_of_8_bits_agree_with_the_oracle(float_type: str, more: dict[str, object]) -> None:
+    converse(attributes_for(1, 1, text_bits=8, **more), Dims(float_type=float_type))
+
+
 @pytest.mark.parametrize("float_type", TORCH_TYPES)
 @pytest.mark.parametrize("correction", SCORE_CORRECTIONS)
 def test_conversations_at_16_bits_agree_with_the_oracle(float_type: str, correction: str) -> None:

@@ -240,7 +240,7 @@ def test_workspaces_are_within_the_bound() -> None:
             dtype=int(rng.integers(0, 3)), slots=most["rows"], group_size=128, visual_capacity=128 * groups,
             text_capacity=int(rng.integers(1, 3000)), key_bits=bits, value_bits=bits, quantizer=3,
             correction=CORRECTIONS[attributes.score_correction], tau=3.0, correction_limit=3.0, scale=1.0,
-            **most, **dims,
+            text_bits=16, **most, **dims,
         )  # fmt: skip
         bound = library.workspace_bound(params)
         for rows in {1, 2, most["rows"] // 2 + 1, most["rows"]}:

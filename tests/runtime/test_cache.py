@@ -179,6 +179,20 @@ def test_a_picture_of_576_tokens_at_one_bit_takes_a_twelfth() -> None:
     assert sum(cache.buffers[name].nbytes for name in cache.buffers if ".visual" in name) * 12 <= sixteen
 
 
+def test_text_rows_of_8_bits() -> None:
+    """Rows of words, forked and loaded as they are, whatever the model's type."""
+    facts = manifest(dtype="bfloat16")
+    layout = CacheLayout(facts.model, replace(facts.quantization, text_bits=8))
+    cache, other = (PackedCache(layout, 2, GROUP, 20) for _ in range(2))
+    fill(cache, 0, [128], 7)
+    assert cache.buffers["1.text_key"].dtype == np.int32
+    assert cache.bytes_used(0) == cache.visual_bytes_used(0) + 7 * 2 * 2 * 2 * 68  # layers, kinds, heads
+    cache.fork(0, 1)
+    other.load(cache)
+    for name in ("0.text_key", "1.text_value"):
+        assert np.array_equal(other.buffers[name][1, :, :7], cache.buffers[name][0, :, :7])
+
+
 @pytest.mark.parametrize("slots", [1 << 40, 1 << 60])
 def test_more_than_main_memory_holds(slots: int) -> None:
     with pytest.raises(CapacityError, match=r"no room .*; lower slots="):

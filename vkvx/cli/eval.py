@@ -30,6 +30,7 @@ HELP = {
     "score_correction": f"some of {','.join(SCORE_CORRECTIONS)}",
     "tau": "with the score correction affine",
     "correction_limit": "with the score correction expected",
+    "text_bits": "of cached text tokens: 16 or 8 (default: 16)",
 }
 """What to say of the fields of ExportOptions that are options here."""
 REPEATED = ("bits_per_layer",)

@@ -28,6 +28,7 @@ _PLAIN_OPTIONS = (
     "score_correction",
     "tau",
     "correction_limit",
+    "text_bits",
     "opset",
     "min_pixels",
     "max_pixels",
@@ -67,6 +68,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     cache.add_argument("--score-correction", choices=SCORE_CORRECTIONS, help="see docs/operator.md (default: expected)")
     cache.add_argument("--correction-limit", type=float, metavar="C", help="bound of 'expected' (default: 3)")
     cache.add_argument("--tau", type=float, metavar="T", help="shift of 'affine' (default: 3)")
+    cache.add_argument(
+        "--text-bits", type=int, metavar="N", help="of cached text tokens: 16, the type of --dtype (default), or 8"
+    )
 
     source = parser.add_argument_group("source and graph")
     source.add_argument("--opset", type=int, metavar="N", help="ONNX opset of the graphs (default: 18)")

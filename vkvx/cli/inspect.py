@@ -167,7 +167,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         ),
         _row("bits per element", f"{cache['bits_per_element']:.3f}", "with scales, offsets, key RMS, padding"),
         _row("a visual token", size(cache["bytes_per_visual_token"])),
-        _row("a text token", size(cache["bytes_per_text_token"]), "not quantised"),
+        _row("a text token", size(cache["bytes_per_text_token"]), _text_remark(report["quantization"])),
     ]
     if cache["state_bytes"]:
         lines.append(_row("states of a sequence", size(cache["state_bytes"]), "linear attention, any length"))
@@ -180,6 +180,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
 
 def _row(name: str, value: str, remark: str = "") -> str:
     return f"  {name:<25}{value:>12}   {remark}".rstrip()
+
+
+def _text_remark(quantization: dict[str, Any]) -> str:
+    bits = quantization["text_bits"]
+    return "not quantised" if bits == 16 else f"{bits} bits, with scales"
 
 
 def _quantization_lines(quantization: dict[str, Any]) -> list[str]:

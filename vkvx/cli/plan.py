@@ -31,6 +31,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--bits", default="16,4,2,1", metavar="LIST", help="to compare (default: 16,4,2,1)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     parser.add_argument("--group-size", default="auto", metavar="N", help="a multiple of 128, or auto (the default)")
+    parser.add_argument(
+        "--text-bits", type=int, default=16, metavar="N", help="of text beside packed pictures: 16 (default) or 8"
+    )
     parser.add_argument("--pictures", type=int, default=1, metavar="N", help="in one sequence (default: 1)")
     parser.add_argument("--text-tokens", type=int, default=1024, metavar="N", help="in one sequence (default: 1024)")
     parser.add_argument("--tokens-per-picture", type=int, metavar="N", help="where the model's pictures vary in size")
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         memory,
         dtype=args.dtype,
-        options=QuantizationOptions(group_size=group_size(args.group_size)),
+        options=QuantizationOptions(group_size=group_size(args.group_size), text_bits=args.text_bits),
         bits=_bits(args.bits),
         pictures=args.pictures,
         text_tokens=args.text_tokens,

@@ -1,7 +1,7 @@
-// Stores tokens as they are: text rows, and at 16 bits everything.
+// Stores tokens as text rows, as they are or of 8 bits; at 16 bits of pictures everything.
 #pragma once
 
-#include "common.cuh"
+#include "text_rows.cuh"
 
 namespace vkvx {
 
@@ -42,6 +42,26 @@ __global__ void append_rows_kernel(const __grid_constant__ VkvxParams p, const i
     copy(uint32_t{});
   else
     copy(uint16_t{});
+}
+
+constexpr int kCodeRowWarps = 8;
+
+// Text rows of 8 bits, a warp for the key and one for the value of each KV head. Grid: (entries, B,
+// parts of a token).
+__global__ void __launch_bounds__(kCodeRowWarps * 32)
+    append_code_rows_kernel(const __grid_constant__ VkvxParams p) {
+  const int b = blockIdx.y, slot = p.slot[b];
+  if (slot < 0) return;
+  const int position = p.text_index[static_cast<int64_t>(b) * p.text_entries + blockIdx.x],
+            row = blockIdx.x + p.text_count[slot],
+            part = blockIdx.z * kCodeRowWarps + (threadIdx.x >> 5), head = part >> 1;
+  if (position < 0 || row >= p.text_capacity || head >= p.kv_heads) return;
+  const bool is_key = part % 2 == 0;
+  const int64_t (&stride)[3] = is_key ? p.key_stride : p.value_stride;
+  const int64_t to = (static_cast<int64_t>(slot) * p.kv_heads + head) * p.text_capacity + row;
+  store_text_row(text_row(is_key ? p.text_key : p.text_value, to, p.head_dim),
+                 is_key ? p.key : p.value, b * stride[0] + head * stride[1] + position * stride[2],
+                 p.head_dim, p.dtype);
 }
 
 }  // namespace vkvx

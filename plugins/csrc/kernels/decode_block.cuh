@@ -297,11 +297,12 @@ struct DecodeBlock {
                                               float factor) const {
     const int t = lane & 3;
     const uint32_t buffer = shared_address(mine);
-    const int64_t row_bytes = 2 * D, slot_head = static_cast<int64_t>(slot) * p.kv_heads + head;
-    RowSource source{
-        static_cast<const char*>(p.text_key) + slot_head * p.text_capacity * row_bytes,
-        static_cast<const char*>(p.text_value) + slot_head * p.text_capacity * row_bytes, row_bytes,
-        row_bytes};
+    const bool coded = p.text_bits == 8;
+    const int64_t row_bytes = coded ? 4 * text_words(D) : 2 * D,
+                  at = (static_cast<int64_t>(slot) * p.kv_heads + head) * p.text_capacity *
+                       row_bytes;
+    RowSource source{static_cast<const char*>(p.text_key) + at,
+                     static_cast<const char*>(p.text_value) + at, row_bytes, row_bytes, coded};
     uint32_t seen[2] = {kFull, kFull};
     int hidden[2] = {0, 0};  // text rows that columns 2t and 2t + 1 do not see
     if constexpr (Engine::kMasked)
@@ -317,7 +318,7 @@ struct DecodeBlock {
             static_cast<const char*>(p.key) + (b * p.key_stride[0] + head * p.key_stride[1]) * 2,
             static_cast<const char*>(p.value) +
                 (b * p.value_stride[0] + head * p.value_stride[1]) * 2,
-            p.key_stride[2] * 2, p.value_stride[2] * 2};
+            p.key_stride[2] * 2, p.value_stride[2] * 2, false};
         first = 0;
 #pragma unroll
         for (int c = 0; c < 2; ++c) seen[c] = 2 * t + c < columns ? own_seen[2 * t + c] : kFull;

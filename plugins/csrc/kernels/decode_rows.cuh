@@ -1,7 +1,7 @@
-// Decode attention on 16-bit rows: cached text, and the call's own tokens.
+// Decode attention on rows: cached text, of 16 or 8 bits, and the call's own tokens.
 #pragma once
 
-#include "common.cuh"
+#include "text_rows.cuh"
 
 namespace vkvx {
 
@@ -83,12 +83,59 @@ struct WarpResult {
   }
 };
 
-// Rows of one KV head: where its keys and values of row 0 start, and how far apart rows are.
+// Rows of one KV head: where its keys and values of row 0 start, how far apart rows are, and
+// whether they are codes.
 struct RowSource {
   const char* key;
   const char* value;
   int64_t key_stride, value_stride;  // in bytes
+  bool coded;
 };
+
+// Where chunk `chunk` of 8 channels of row `row` lies in shared memory, in bytes.
+template <int kDim>
+__device__ __forceinline__ uint32_t row_place(int row, int chunk) {
+  constexpr int kChunks = kDim / 8;
+  return (row * kChunks + (chunk ^ (row & 7 & (kChunks - 1)))) * 16;
+}
+
+// 16 rows of codes into shared memory as numbers of the model's type: keys to `key_buffer`, values
+// to `value_buffer`. They begin at multiples of 4 bytes only. A function of its own, so that it
+// takes no registers from the loop over tiles.
+template <bool kBfloat, int kDim>
+static __device__ __noinline__ void load_code_rows(const int* keys, const int* values,
+                                                   uint32_t present, int dim, uint32_t key_buffer,
+                                                   uint32_t value_buffer) {
+  constexpr int kChunks = kDim / 8, kSteps = kRowsAtOnce * kChunks / 32, kAtOnce = 8;
+  const int lane = threadIdx.x & 31, r = lane & 15;
+  // Lane r has the scale of key r, lane 16 + r that of value r.
+  int scales = 0;
+  if (present >> r & 1) scales = (lane < 16 ? keys : values)[r * text_words(dim) + dim / 4];
+#pragma unroll 1
+  for (int step = 0; step < kSteps; step += kAtOnce) {
+    uint2 key[kAtOnce], value[kAtOnce];
+    auto row_of = [&](int i) { return ((step + i) * 32 + lane) / kChunks; };
+    auto chunk_of = [&](int i) { return ((step + i) * 32 + lane) % kChunks; };
+    auto load = [&](const int* rows, int i) {
+      if (!(present >> row_of(i) & 1) || chunk_of(i) >= dim / 8) return make_uint2(0, 0);
+      const int* words = rows + row_of(i) * text_words(dim) + 2 * chunk_of(i);
+      return make_uint2(words[0], words[1]);
+    };
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      key[i] = load(keys, i);
+      value[i] = load(values, i);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint32_t to = row_place<kDim>(row_of(i), chunk_of(i));
+      const int key_scale = __shfl_sync(kFull, scales, row_of(i)),
+                value_scale = __shfl_sync(kFull, scales, 16 + row_of(i));
+      store_eight<kBfloat>(key_buffer + to, key[i], scale_of(key_scale));
+      store_eight<kBfloat>(value_buffer + to, value[i], scale_of(value_scale));
+    }
+  }
+}
 
 // Rows of `dim` channels, at most kDim; those that do not exist are zeros.
 template <int kDim>
@@ -123,18 +170,12 @@ struct RowsEngine {
   }
 
   __device__ __forceinline__ static uint32_t place(int row, int chunk) {
-    return (row * kChunks + (chunk ^ (row & 7 & (kChunks - 1)))) * 16;
+    return row_place<kDim>(row, chunk);
   }
 
-  // Attend to rows [first, first + 16): bit r of `present` tells whether row first + r exists, that
-  // of `seen[c]` whether column 2t + c sees it. Scores are bounded, if kBounded and `bound` is
-  // not 0.
-  template <bool kBfloat, bool kBounded>
-  __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present,
-                                         const uint32_t (&seen)[2], float scale, float bound,
-                                         uint32_t buffer) {
-    const uint32_t value_buffer = buffer + kRowsAtOnce * kDim * 2;
-    __syncwarp();
+  // Rows [first, first + 16) into shared memory.
+  __device__ __forceinline__ void load_rows(const RowSource& source, int first, uint32_t present,
+                                            uint32_t buffer, uint32_t value_buffer) const {
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce * kChunks / 32; ++i) {
       const int row = (i * 32 + lane()) / kChunks, chunk = (i * 32 + lane()) % kChunks;
@@ -147,6 +188,24 @@ struct RowsEngine {
     }
     copy_commit();
     copy_wait<0>();
+  }
+
+  // Attend to rows [first, first + 16): bit r of `present` tells whether row first + r exists, that
+  // of `seen[c]` whether column 2t + c sees it. Scores are bounded, if kBounded and `bound` is
+  // not 0.
+  template <bool kBfloat, bool kBounded>
+  __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present,
+                                         const uint32_t (&seen)[2], float scale, float bound,
+                                         uint32_t buffer) {
+    const uint32_t value_buffer = buffer + kRowsAtOnce * kDim * 2;
+    __syncwarp();
+    if (source.coded)
+      load_code_rows<kBfloat, kDim>(
+          reinterpret_cast<const int*>(source.key + first * source.key_stride),
+          reinterpret_cast<const int*>(source.value + first * source.value_stride), present, dim,
+          buffer, value_buffer);
+    else
+      load_rows(source, first, present, buffer, value_buffer);
     __syncwarp();
     const int g = lane() >> 2;
     float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};

@@ -2,7 +2,7 @@
 // and architecture, any number of positions.
 #pragma once
 
-#include "common.cuh"
+#include "text_rows.cuh"
 
 namespace vkvx {
 
@@ -158,27 +158,33 @@ __global__ void __launch_bounds__(kPlainThreads)
       }
     }
   }
-  auto attend_rows = [&](const void* keys, const void* values, int64_t key_base, int64_t value_base,
-                         int64_t key_stride, int64_t value_stride, int begin, int rows, bool own) {
+  // Rows from `begin` on: key(row, c) and value(row, c) give channel c.
+  auto attend_rows = [&](auto key, auto value, int begin, int rows, bool own) {
     for (int first = begin; first < rows; first += kPlainThreads) {
       const int count = min(kPlainThreads, rows - first), row = first + tid;
       float score = -INFINITY;
       if (tid < count && (!own || rank[static_cast<int64_t>(b) * S + row] >= 0)) {
         score = 0.0f;
-        for (int c = 0; c < D; ++c)
-          score = fmaf(query[c], load_float(keys, key_base + row * key_stride + c, p.dtype), score);
+        for (int c = 0; c < D; ++c) score = fmaf(query[c], key(row, c), score);
       }
-      attend(score, count, [&](int i, int c) {
-        return load_float(values, value_base + (first + i) * value_stride + c, p.dtype);
-      });
+      attend(score, count, [&](int i, int c) { return value(first + i, c); });
     }
   };
-  const int64_t text = slot_head * p.text_capacity * D;
+  auto text = [&](const void* rows) {
+    return [&p, rows, D, first = slot_head * p.text_capacity](int row, int c) {
+      return p.text_bits == 8 ? load_code(rows, first + row, D, c)
+                              : load_float(rows, (first + row) * D + c, p.dtype);
+    };
+  };
+  auto own = [&](const void* rows, const int64_t (&stride)[3]) {
+    return [&p, rows, base = b * stride[0] + kv * stride[1], step = stride[2]](int row, int c) {
+      return load_float(rows, base + row * step + c, p.dtype);
+    };
+  };
   __syncthreads();
-  attend_rows(p.text_key, p.text_value, text, text, D, D, seen.text, p.text_count[slot], false);
-  attend_rows(p.key, p.value, b * p.key_stride[0] + kv * p.key_stride[1],
-              b * p.value_stride[0] + kv * p.value_stride[1], p.key_stride[2], p.value_stride[2],
-              seen.first, seen.last + 1, true);
+  attend_rows(text(p.text_key), text(p.text_value), seen.text, p.text_count[slot], false);
+  attend_rows(own(p.key, p.key_stride), own(p.value, p.value_stride), seen.first, seen.last + 1,
+              true);
   for (int n = 0; n * kPlainThreads + tid < D; ++n)
     store_float(p.output, out + n * kPlainThreads + tid, p.dtype, sum[n] / total);
 }

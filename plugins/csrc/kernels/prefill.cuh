@@ -11,6 +11,7 @@
 #pragma once
 
 #include "prefill_warp.cuh"
+#include "text_rows.cuh"
 
 namespace vkvx {
 
@@ -50,6 +51,26 @@ __device__ __forceinline__ void copy_rows(char* to, int rows, const void* data, 
     const uint32_t row_to = shared_address(to + place<kDim>(row, tid % kUnit));
 #pragma unroll
     for (int c = 0; c < kChunks; c += kUnit) copy_async(row_to + c * 16, row_from + c * 16, copied);
+  }
+}
+
+// The same of text rows of 8 bits: kChannels of them from `channel` on, those from `end` on as
+// zeros. A function of its own, so that it takes no registers from the loop over tiles.
+template <int kDim, int kChannels, bool kBfloat>
+static __device__ __noinline__ void unpack_rows(char* to, const int* words, int channel, int first,
+                                                int end) {
+  constexpr int kChunks = kChannels / 8;
+  for (int i = threadIdx.x; i < kPrefillKeys * kChunks; i += kPrefillThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    uint2 codes = make_uint2(0, 0);
+    int scale = 0;
+    if (first + row < end) {
+      const int* from = words + static_cast<int64_t>(first + row) * text_words(kDim);
+      const int* mine = from + channel / 4 + 2 * chunk;
+      codes = make_uint2(mine[0], mine[1]);
+      scale = from[kDim / 4];
+    }
+    store_eight<kBfloat>(shared_address(to + place<kChannels>(row, chunk)), codes, scale_of(scale));
   }
 }
 
@@ -107,11 +128,15 @@ struct PrefillTiles {
     return static_cast<const __half*>(params) + (slot_head * groups + c.group) * rows * kDim;
   }
   // Channels from `channel` on of a tile of text rows or of own positions.
-  template <int kChannels, class IsToken>
+  template <int kChannels, bool kBfloat, class IsToken>
   __device__ __forceinline__ void copy(PrefillCursor c, char* to, int channel,
                                        const void* text_rows, const void* rows,
                                        const int64_t (&stride)[3], IsToken is_token) const {
-    if (c.group == PrefillCursor::kText)
+    if (c.group == PrefillCursor::kText && p.text_bits == 8)
+      unpack_rows<kDim, kChannels, kBfloat>(
+          to, static_cast<const int*>(text_rows) + slot_head * p.text_capacity * text_words(kDim),
+          channel, c.first, text_count);
+    else if (c.group == PrefillCursor::kText)
       copy_rows<kChannels>(to, kPrefillKeys, text_rows,
                            slot_head * p.text_capacity * kDim + channel, kDim, c.first,
                            [&](int i) { return i < text_count; });
@@ -197,7 +222,7 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
       counts, groups, text_count, last, first.text & kWhole, first.first & kWhole};
   const PrefillTiles<kDim> tiles{p, b, kv, groups, text_count, slot_head};
   auto copy_keys = [&](Cursor c) {
-    tiles.template copy<kDim>(c, key_tile, 0, p.text_key, p.key, p.key_stride, is_token);
+    tiles.template copy<kDim, kBfloat>(c, key_tile, 0, p.text_key, p.key, p.key_stride, is_token);
   };
 
   const int warp_row = 16 * kTiles * warp;
@@ -233,8 +258,8 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks(kDim, kTiles))
     copy_wait<0>();
     __syncthreads();
     if (!visual) {
-      tiles.template copy<kValues>(c, value_tile, channel, p.text_value, p.value, p.value_stride,
-                                   is_token);
+      tiles.template copy<kValues, kBfloat>(c, value_tile, channel, p.text_value, p.value,
+                                            p.value_stride, is_token);
       copy_commit();
     } else if (!c.scan) {
       const int* words = tiles.value_words(c) + channel * 4;

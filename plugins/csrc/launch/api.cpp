@@ -41,6 +41,8 @@ int check(const VkvxParams* given) {
     return bad("key_bits", p.key_bits, "1, 2, 4 or 8, or 16 for keys and values");
   if (!baseline && !is_code_width(p.value_bits))
     return bad("value_bits", p.value_bits, "1, 2, 4 or 8, or 16 for keys and values");
+  if (p.text_bits != 16 && (p.text_bits != 8 || baseline))
+    return bad("text_bits", p.text_bits, baseline ? "16 where key_bits is" : "16 or 8");
   if (p.group_size < kTile || p.group_size % kTile)
     return bad("group_size", p.group_size, "a positive multiple of " + std::to_string(kTile));
   if (p.visual_capacity < 0 || p.visual_capacity % p.group_size || (baseline && p.visual_capacity))

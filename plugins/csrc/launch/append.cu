@@ -52,7 +52,12 @@ int append(const VkvxParams& p, const Device& device, cudaStream_t stream) {
     return check_cuda("append of text rows");
   }
   if (p.text_entries && p.text_capacity) {
-    append_rows_kernel<<<dim3(p.text_entries, p.rows, parts), threads, 0, stream>>>(p, nullptr);
+    if (p.text_bits == 8)
+      append_code_rows_kernel<<<dim3(p.text_entries, p.rows,
+                                     divide_up(2 * p.kv_heads, kCodeRowWarps)),
+                                kCodeRowWarps * 32, 0, stream>>>(p);
+    else
+      append_rows_kernel<<<dim3(p.text_entries, p.rows, parts), threads, 0, stream>>>(p, nullptr);
     if (const int code = check_cuda("append of text rows")) return code;
   }
   if (p.visual_entries == 0 || p.visual_capacity == 0) return VKVX_OK;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 namespace vkvx {
@@ -37,6 +38,9 @@ bool needs_metrics(const Attributes& attributes) {
 
 // Input i of a node: those that it does without are left out of the table.
 const Tensor& input(const Attributes& attributes, int i) {
+  if (attributes.text_bits != kBaseline)
+    for (size_t row = 0; row < std::size(kTextRows); ++row)
+      if (kTextRows[row] == i) return kTextRows8[row];
   return kTable[i >= kInputs && !needs_metrics(attributes) ? i + kMetricInputs : i];
 }
 
@@ -77,8 +81,10 @@ class Sizes {
       const int symbol = tensor.shape[axis];
       const int64_t given = dims.d[axis];
       if (given < 0 || given > INT32_MAX) throw mismatch(tensor, axis, given, "a size");
-      if (symbol == kD32 && of(kD32) < 0) of(kD32) = of(kD) / 32;
-      const bool fixed = symbol > 0 || symbol == kBk || symbol == kBv || symbol == kD32;
+      if (symbol == kD32) of(kD32) = of(kD) / 32;
+      if (symbol == kD41) of(kD41) = of(kD) / 4 + 1;
+      const bool fixed =
+          symbol > 0 || symbol == kBk || symbol == kBv || symbol == kD32 || symbol == kD41;
       const int64_t known = symbol > 0 ? symbol : of(static_cast<Symbol>(symbol));
       if (known < 0 || (!fixed && !exact_)) {
         of(static_cast<Symbol>(symbol)) = std::max(known, given);
@@ -239,8 +245,9 @@ bool Operator::supports(int position, DataType type, nvinfer1::TensorFormat form
   if (format != nvinfer1::TensorFormat::kLINEAR || position < 0 || position >= inputs + kOutputs)
     return false;
   const int output = position - inputs;
-  const Tensor& tensor =
-      output < 0 ? input(attributes_, position) : kTable[output == 0 ? 0 : kAliases[output]];
+  const Tensor& tensor = input(attributes_, output < 0    ? position
+                                            : output == 0 ? 0
+                                                          : kAliases[output]);
   int32_t number;
   switch (tensor.type) {
     case Type::kModel:
@@ -255,8 +262,8 @@ bool Operator::supports(int position, DataType type, nvinfer1::TensorFormat form
   }
 }
 
-DataType Operator::output_type(int output, DataType model) {
-  const Type type = kTable[output == 0 ? 0 : kAliases[output]].type;
+DataType Operator::output_type(int output, DataType model) const {
+  const Type type = input(attributes_, output == 0 ? 0 : kAliases[output]).type;
   return type == Type::kModel ? model : type == Type::kInt32 ? DataType::kINT32 : DataType::kHALF;
 }
 
@@ -305,7 +312,7 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
   const auto cache = [&](int output) {
     const int from = kAliases[output];
     if (inputs[from] != outputs[output]) {
-      const int64_t bytes = bytes_of(kTable[from], descs[from].dims, model);
+      const int64_t bytes = bytes_of(input(attributes_, from), descs[from].dims, model);
       if (bytes && cudaMemcpyAsync(outputs[output], inputs[from], bytes, cudaMemcpyDeviceToDevice,
                                    stream) != cudaSuccess)
         throw Error(std::string(kTable[from].name) + ": " + cudaGetErrorString(cudaGetLastError()));

@@ -46,7 +46,7 @@ class Operator {
   bool supports(int position, nvinfer1::DataType type, nvinfer1::TensorFormat format,
                 nvinfer1::DataType model) const;
   // Of an output, where the first input has the type `model`.
-  static nvinfer1::DataType output_type(int output, nvinfer1::DataType model);
+  nvinfer1::DataType output_type(int output, nvinfer1::DataType model) const;
   // Bytes that suffice for these shapes of the inputs and all smaller ones, on any device. Throws
   // Error for shapes that no call has.
   size_t workspace(const std::vector<nvinfer1::Dims>& shapes, nvinfer1::DataType model) const;

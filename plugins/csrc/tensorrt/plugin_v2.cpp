@@ -104,7 +104,7 @@ class PluginV2 : public IPluginV2DynamicExt {
 
   DataType getOutputDataType(int32_t output, const DataType* input_types,
                              int32_t) const noexcept override {
-    return Operator::output_type(output, input_types[0]);
+    return op_.output_type(output, input_types[0]);
   }
 
   DimsExprs getOutputDimensions(int32_t output, const DimsExprs* in, int32_t inputs,

@@ -52,7 +52,7 @@ class PluginV3 : public IPluginV3,
                              int32_t inputs) const noexcept override {
     return guarded(op_.layer(), 1, [&] {
       op_.check_counts(inputs, outputs);
-      for (int i = 0; i < outputs; ++i) types[i] = Operator::output_type(i, input_types[0]);
+      for (int i = 0; i < outputs; ++i) types[i] = op_.output_type(i, input_types[0]);
       return 0;
     });
   }

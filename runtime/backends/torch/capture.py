@@ -140,10 +140,9 @@ class DecodeSteps:
         self.graphs.clear()
 
     def takes(self, call: Call) -> bool:
-        """Whether every row feeds text, and no more tokens than are captured."""
+        """Whether calls of its size are captured."""
         # Linear attention runs over several positions in another way, which waits for the device.
-        most = 1 if self._states else POSITIONS
-        return call.input_ids.shape[1] <= most and not call.visual_index.shape[1] and bool((call.slot >= 0).all())
+        return is_step(call, 1 if self._states else POSITIONS)
 
     def logits(self, call: Call) -> np.ndarray:
         """Logits FP32 [B, V] of a call; waits for them."""
@@ -211,3 +210,8 @@ class DecodeSteps:
         windows = [others["window_start"]] if "window_start" in others else []
         logits, *_ = run(ids, others["position_ids"], *by_row, *counts, *windows, *self._buffers)
         return slot, logits
+
+
+def is_step(call: Call, most: int = POSITIONS) -> bool:
+    """Whether every row feeds text, and no more than ``most`` tokens."""
+    return call.input_ids.shape[1] <= most and not call.visual_index.shape[1] and bool((call.slot >= 0).all())

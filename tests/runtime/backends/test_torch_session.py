@@ -22,7 +22,7 @@ from vkvx.errors import BundleError, CapacityError, DependencyError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.models.registry import resolve, sample_pages
 from vkvx.runtime.backends.registry import choose_backend
-from vkvx.runtime.backends.torch.capture import DecodeSteps
+from vkvx.runtime.backends.torch.capture import is_step
 from vkvx.runtime.backends.torch.loading import load_model
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.sessions.processor import user_message
@@ -74,6 +74,18 @@ def test_same_tokens_as_onnxruntime(bundle_factory: BundleOf, bits: int) -> None
             found.append((answers(session), turns(session) if bits in (1, 16) else []))
     assert found[0] == found[1]
     assert [len(row) for row in found[0][0]] == list(LENGTHS)
+
+
+def test_same_tokens_with_text_of_8_bits(bundle_factory: BundleOf) -> None:
+    bundle = bundle_factory(key_bits=2, value_bits=1, dtype="float32", text_bits=8)
+    found = []
+    for backend in ("torch", "onnxruntime"):
+        with load(bundle, backend, slots=2, visual_tokens=3 * 640) as session:
+            cache = session.backend.cache
+            assert cache.read("0.text_key").shape == (2, 2, 160, 17)
+            assert cache.layout.text_bytes_per_token == 4 * 2 * 2 * 4 * 17  # layers, heads, kinds, bytes, words
+            found.append(turns(session))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -280,11 +292,12 @@ assert "vkvx.export" not in sys.modules
 
 def test_which_calls_are_decode_steps() -> None:
     def takes(*rows: Row) -> bool:
-        return DecodeSteps.takes(build_call(rows, group_size=128, image_token_id=3))
+        return is_step(build_call(rows, group_size=128, image_token_id=3))
 
     token = Row(0, np.array([7]), (), 5)
     assert takes(token)
     assert takes(token, Row(1, np.array([3]), (), 9))
-    assert not takes(token, Row(1, np.array([7, 8]), (), 9))
+    assert takes(token, Row(1, np.arange(4, 12), (), 9))
+    assert not takes(token, Row(1, np.arange(4, 13), (), 9))
     assert not takes(token, Row(-1, np.zeros(0, int)))
     assert not takes(Row(0, np.array([3]), (1,), 5))

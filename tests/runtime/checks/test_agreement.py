@@ -13,6 +13,7 @@ from vkvx import Manifest, validate_bundle
 from vkvx.models.registry import sample_pages
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from vkvx.runtime.backends.torch.backend import TorchBackend
 from vkvx.runtime.checks.validate import TOLERANCES, Report
 
 # Every bit width, quantiser, score correction and dtype; `python -m benchmarks agreement` runs all combinations.
@@ -20,12 +21,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"bits": 1},
     {"bits": 1, "dtype": "float32"},
     {"bits": 1, "dtype": "bfloat16"},
-    {"bits": 2, "quantizer": "quantile", "score_correction": "affine"},
+    {"bits": 2, "quantizer": "quantile", "score_correction": "affine", "text_bits": 8},
     {"bits": 4, "quantizer": "minmax", "score_correction": "none"},
     {"bits": 8, "quantizer": "shrink", "score_correction": "expected"},
     {"bits": 16},
     {"bits": 2},
-    {"key_bits": 2, "value_bits": 1, "dtype": "float32"},
+    {"key_bits": 2, "value_bits": 1, "dtype": "float32", "text_bits": 8},
     {"bits_per_layer": "0:8,1-:1", "dtype": "float32", "quantizer": "quantile"},
 ]
 
@@ -103,6 +104,29 @@ def test_a_wrong_bundle_fails(mixed_bundle: Path, monkeypatch: pytest.MonkeyPatc
     first = next(check for check in report.checks if not check.passed)
     assert first.name == name
     assert first.phase == {"image_embeds": "vision", "visual_key": "decode 1"}.get(name, "prefill")
+
+
+@pytest.mark.parametrize(("channel", "change", "name"), [(0, 2, "text_key"), (-1, 8, "text_key rounding")])
+def test_wrong_text_rows_of_8_bits_fail(
+    bundle_factory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, channel: int, change: int, name: str
+) -> None:
+    """A code that is two steps off, and a scale that is, by 8 units in the last place, where both sides have it."""
+    bundle = bundle_factory(**SETTINGS[8])
+    for side in (OnnxRuntimeBackend,) if channel == 0 else (OnnxRuntimeBackend, TorchBackend):
+        step = side.step
+
+        def wrong_step(self: Any, call: Any, embeds: Any, step: Any = step) -> np.ndarray:
+            logits = step(self, call, embeds)
+            if call.visual_index.size:
+                buffer = self.cache.read("1.text_key")
+                buffer[1, 0, 3, channel] ^= change
+                self.cache._storage.write(self.cache.buffers["1.text_key"], buffer)
+            return logits
+
+        monkeypatch.setattr(side, "step", wrong_step)
+    report = validate_bundle(bundle, provider="cpu", images=[sample_pages()[0]], steps=1)
+    first = next(check for check in report.checks if not check.passed)
+    assert (first.name, first.phase, first.layer) == (name, "prefill", 1)
 
 
 def test_a_wrong_checkpoint_is_noticed(tiny_bundle: Path, tmp_path: Path) -> None:

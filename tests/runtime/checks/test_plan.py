@@ -10,6 +10,7 @@ import pytest
 from vkvx import CapacityError, ExportOptions, ModelError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.models.registry import TINY_LLAVA
+from vkvx.options import QuantizationOptions
 from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.checks.plan import plan_model
 
@@ -27,6 +28,12 @@ def test_bytes_are_those_of_a_bundle(tiny_bundle: Path) -> None:
     assert row.bytes_per_slot == allocated + row.bytes_per_picture
     assert row.max_slots == plan.cache // row.bytes_per_slot
     assert plan.rows[0].bytes_per_picture == manifest.layout.sixteen_bit_bytes_per_picture()
+
+
+def test_text_of_8_bits_beside_packed_pictures() -> None:
+    plain, packed = plan_model("tiny-llava", MEMORY, options=QuantizationOptions(text_bits=8), bits=(16, 1)).rows
+    assert plain.bytes_per_text_token == 4 * 2 * 2 * 2 * 64  # layers, keys and values, heads, bytes, channels
+    assert packed.bytes_per_text_token == 4 * 2 * 2 * (64 + 4)
 
 
 def test_weights_are_those_of_the_files(tiny_bundle: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vkvx.format import BITS
-from vkvx.plugins.reference import quantization
-from vkvx.runtime.checks.unpack import unpack_keys, unpack_values
+from vkvx.plugins.reference import quantization, text_rows
+from vkvx.runtime.checks.unpack import unpack_keys, unpack_text, unpack_values
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -23,3 +23,11 @@ def test_random_words(bits: int, tiles: int, dim: int) -> None:
         codes = ours(words)
         assert codes.shape == (2, 128 * tiles, dim)
         np.testing.assert_array_equal(codes, theirs(torch.from_numpy(words)).numpy())
+
+
+def test_text_rows() -> None:
+    rows = torch.randn(2, 7, 64) * torch.logspace(-6, 4, 7)[:, None]
+    words = text_rows.encode(rows)
+    numbers, scale = unpack_text(words.numpy())
+    np.testing.assert_array_equal(numbers, text_rows.decode(words).numpy())
+    np.testing.assert_array_equal(scale[..., 0].astype(np.float16).view(np.int16), words[..., -1].numpy())

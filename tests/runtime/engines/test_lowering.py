@@ -394,7 +394,7 @@ def logits_of_a_conversation(bundle: Path) -> list[np.ndarray]:
 
 CASES = [
     ({"bits": 1, "dtype": "float32"}, OLD),
-    ({"bits": 2, "quantizer": "quantile", "score_correction": "affine"}, RECENT),
+    ({"bits": 2, "quantizer": "quantile", "score_correction": "affine", "text_bits": 8}, RECENT),
     ({"bits": 16}, OLD),
 ]
 

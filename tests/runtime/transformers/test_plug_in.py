@@ -53,13 +53,15 @@ def new_tokens(result: Any, inputs: dict[str, Tensor]) -> list[list[int]]:
     return result.sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("bits", [1, 4, 16])
+@pytest.mark.parametrize(
+    "options", [{"bits": 1}, {"bits": 4}, {"bits": 16}, {"key_bits": 2, "value_bits": 1, "text_bits": 8}], ids=str
+)
 def test_tokens_are_those_of_the_bundle(
-    model: Any, processor: Any, pages: list[Page], bundle_factory: Callable[..., Path], bits: int
+    model: Any, processor: Any, pages: list[Page], bundle_factory: Callable[..., Path], options: dict[str, int]
 ) -> None:
     with (
-        Session.load(bundle_factory(bits=bits, dtype="float32"), provider="cpu", threads=1) as session,
-        quantize_visual_cache(model, bits),
+        Session.load(bundle_factory(**options, dtype="float32"), provider="cpu", threads=1) as session,
+        quantize_visual_cache(model, **options),
     ):
         for page in pages[:2]:
             inputs = prepare(processor, [TRANSCRIBE], [page])
@@ -237,11 +239,11 @@ def test_capacity_grows(model: Any, processor: Any, pages: list[Page]) -> None:
         assert cache.visual_tokens == [TOKENS]
 
 
-@pytest.mark.parametrize("bits", [1, 16])
-def test_crop_and_reset(model: Any, processor: Any, pages: list[Page], bits: int) -> None:
+@pytest.mark.parametrize(("bits", "text_bits"), [(1, 8), (16, 16)])
+def test_crop_and_reset(model: Any, processor: Any, pages: list[Page], bits: int, text_bits: int) -> None:
     inputs = prepare(processor, [TRANSCRIBE], pages[:1])
     step = torch.tensor([[50, 60, 70]])
-    with quantize_visual_cache(model, bits):
+    with quantize_visual_cache(model, bits, text_bits=text_bits):
         cache = model(**inputs).past_key_values
         length = cache.get_seq_length()
         expected = model(input_ids=step, past_key_values=cache).logits
