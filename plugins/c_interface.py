@@ -25,8 +25,6 @@ MAX_HEAD_DIM = 512
 """The widest head that the kernels take."""
 MAX_VOCAB = 1 << 19
 """The most tokens that ``vkvx_sample`` chooses among: what the sums of its histogram have bits for."""
-MAX_SHAPED_GROUP = 4096
-"""The largest group that the quantiser ``shaped`` takes."""
 STRIDED = ("query", "key", "value")
 """Tensors that may lie in any order, but for their last axis."""
 

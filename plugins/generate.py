@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from vkvx.errors import VkvxError
-from vkvx.format import LLOYD_ITERATIONS, METRIC_QUANTIZERS, TILE
+from vkvx.format import LLOYD_ITERATIONS, METRIC_QUANTIZERS, SHAPED_STEP, TILE
 from vkvx.plugins import c_interface
 from vkvx.plugins.build import SOURCES
 from vkvx.plugins.c_interface import Enumeration, Field, enumerations, struct_fields
@@ -79,8 +79,8 @@ namespace vkvx {{
 inline constexpr const char* kName = "{name}";
 inline constexpr const char* kVersion = "{version}";
 inline constexpr int kTile = {tile};  // visual tokens
-inline constexpr int kMostShapedGroup = {group};  // the largest group that VKVX_SHAPED takes
 inline constexpr int kLloydIterations = {iterations};
+inline constexpr float kShapedStep[] = {{{steps}}};  // by bits
 
 // Names in the order of their numbers in vkvx.h.
 {names}
@@ -200,8 +200,8 @@ def table_header(table: Table = OperatorAttributes) -> str:
         name=NAME,
         version=VERSION,
         tile=TILE,
-        group=c_interface.MAX_SHAPED_GROUP,
         iterations=LLOYD_ITERATIONS,
+        steps=", ".join(f"{SHAPED_STEP.get(bits, 0.0)}f" for bits in range(max(SHAPED_STEP) + 1)),
         names=_lines(_names(_array(field), e.names) for field, e in known.items()),
         metrics=", ".join(str(name in METRIC_QUANTIZERS).lower() for name in known["quantizer"].names),
         numbered=_lines(_numbered(field, e) for field, e in known.items()),

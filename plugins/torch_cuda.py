@@ -17,7 +17,7 @@ from torch import Tensor
 from vkvx.errors import VkvxError
 from vkvx.format import CACHE_NAMES
 from vkvx.plugins import build
-from vkvx.plugins.c_interface import MAX_HEAD_DIM, MAX_SHAPED_GROUP, STRIDED
+from vkvx.plugins.c_interface import MAX_HEAD_DIM, STRIDED
 from vkvx.plugins.library import KernelLibrary, Params
 from vkvx.plugins.operator import OperatorAttributes
 
@@ -91,9 +91,6 @@ def kernels() -> KernelLibrary | None:
 
 def takes(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> bool:
     """Whether the kernels can run this call."""
-    brings_pictures = tensors["visual_index"].shape[1] > 0
-    if attributes.needs_metrics and brings_pictures and attributes.group_size > MAX_SHAPED_GROUP:
-        return False
     return tensors["query"].shape[3] <= MAX_HEAD_DIM and kernels() is not None
 
 

@@ -30,7 +30,6 @@ from benchmarks.lib.techniques import (
     affine,
     bias_corrected,
     by_layer,
-    codes_alone,
     combine,
     error_feedback,
     exact,
@@ -53,6 +52,8 @@ BATCH = 25
 CALIBRATION_PAGES, TAU_PAGES = 50, 20
 TAUS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 OFFSETS = (0, 64, 256, 1024)
+STEPS = (1.6, 1.9, 2.2, 2.5)
+"""Distances of the two levels in standard deviations: Lloyd's for normal numbers, and wider."""
 LONG = f"log 1..{REACH}"
 """The product's window."""
 WINDOWS: dict[str, np.ndarray] = {
@@ -261,11 +262,6 @@ def _shaped_whole(study: Study) -> dict[str, CacheMethod]:
             table[f"{name} + expected by covariance 3"] = _of(keys, values, expected_by_covariance(3.0))
             bias = bias_corrected(values)
             table[f"{name} bias-corrected values + expected 3"] = _of(keys, bias, expected_in_metric(key_metric, 3.0))
-    for widening in (1.25, 1.5):
-        pair = codes_alone(KEYS, key_metric, widening), codes_alone(VALUES, value_metric, widening)
-        table[f"codes alone: levels x{widening}"] = _of(*pair, main=True)
-        correction = expected_in_metric(key_metric, 3.0)
-        table[f"codes alone: levels x{widening} + expected 3"] = _of(*pair, correction, main=True)
     return table
 
 
@@ -291,28 +287,25 @@ def _shaped_keys(study: Study, values: Coder) -> dict[str, CacheMethod]:
             keys = shaped(KEYS, study.window_metric(LONG, offset, floor))
             table[f"shaped keys only: weights {LONG} offset {offset} floor {floor}"] = _of(keys, values)
     metric = study.product_key_metric
-    for sweeps in (1, 2, 3, 4, 8):
-        keys = shaped(KEYS, metric, fits=sweeps - 1)
-        table[f"shaped keys only: sweeps {sweeps}"] = _of(keys, values)
-    for widening in (1.0, 1.25, 1.5, 2.0):
-        table[f"codes alone keys only: levels x{widening}"] = _of(codes_alone(KEYS, metric, widening), values)
-    for offset in OFFSETS[1:]:
-        keys = codes_alone(KEYS, study.window_metric(LONG, offset, FLOOR), 1.5)
-        table[f"codes alone keys only: levels x1.5 weights {LONG} offset {offset}"] = _of(keys, values)
+    for sweeps in (1, 2, 3, 8):
+        table[f"shaped keys only: sweeps {sweeps}"] = _of(shaped(KEYS, metric, sweeps=sweeps), values)
+    for step in STEPS:
+        table[f"shaped keys only: step {step}"] = _of(shaped(KEYS, metric, step=step), values)
+        late = shaped(KEYS, study.window_metric(LONG, 256, FLOOR), step=step)
+        table[f"shaped keys only: step {step} offset 256"] = _of(late, values)
     for widening in (1.0, 1.5):
         table[f"error feedback keys only: levels x{widening}"] = _of(error_feedback(KEYS, metric, widening), values)
     return table
 
 
 def _shaped_values(study: Study, keys: Coder) -> dict[str, CacheMethod]:
-    """The metric of values with other floors, and other ways to find codes; keys are exact."""
+    """The metric of values with other floors, and other levels; keys are exact."""
     table = {}
     for floor in (0.03, 0.1, 1.0):
         values = shaped(VALUES, study.value_metric(floor))
         table[f"shaped values only: floor {floor}"] = _of(keys, values)
-    for widening in (1.0, 1.25, 1.5):
-        values = codes_alone(VALUES, study.value_metric(FLOOR), widening)
-        table[f"codes alone values only: levels x{widening}"] = _of(keys, values)
+    for step in STEPS:
+        table[f"shaped values only: step {step}"] = _of(keys, shaped(VALUES, study.value_metric(FLOOR), step=step))
     return table
 
 

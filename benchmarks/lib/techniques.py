@@ -64,12 +64,13 @@ def by_layer(usual: Coder, others: dict[int, Coder]) -> Coder:
     return Coder(lambda layer: others.get(layer.index, usual)(layer))
 
 
-def shaped(which: str, metric: LayerMetric, bits: int = 1, fits: int = shaping.FITS) -> Coder:
-    """The product's ``shaped`` in a metric."""
+def shaped(which: str, metric: LayerMetric, bits: int = 1, step: float | None = None, sweeps: int = 1) -> Coder:
+    """The product's ``shaped`` in a metric, if wanted with levels another number of deviations apart."""
 
     def make(layer: Layer) -> tuple[Tensor, int]:
         x = getattr(layer, which)
-        return quantization.decode(*shaping.shape(x, _all(x), bits, metric(layer), fits=fits)), bits
+        found = shaping.shape(x, _all(x), bits, metric(layer), step=step, sweeps=sweeps)
+        return quantization.decode(*found), bits
 
     return Coder(make)
 
@@ -123,27 +124,6 @@ def bias_corrected(values: Coder) -> Coder:
         weight = layer.attention_after.unflatten(1, (value.shape[1], -1)).sum((2, 3)).unsqueeze(-1)
         lost = (weight * (layer.values - value)).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True)
         return value + lost, bits
-
-    return Coder(make)
-
-
-def codes_alone(which: str, metric: LayerMetric, widening: float, sweeps: int = 3) -> Coder:
-    """Coordinate descent on the sum of e . H e over the codes of 1 bit; the levels are Lloyd's, moved apart."""
-
-    def make(layer: Layer) -> tuple[Tensor, int]:
-        x, h = getattr(layer, which), metric(layer)
-        scale, low = (row.unsqueeze(-1) for row in _widened(x, widening))
-        target = x.transpose(-1, -2).contiguous()  # [B, Hkv, D, n]
-        codes = ((target - low) / scale).round().clamp(0, 1)
-        pull = h @ (target - low - scale * codes)
-        for _ in range(sweeps):
-            for c in range(target.shape[-2]):
-                step = scale[..., c, :]
-                code = (codes[..., c, :] + pull[..., c, :] / (h[..., c, c, None] * step)).round().clamp(0, 1)
-                move = step * (code - codes[..., c, :])
-                codes[..., c, :] = code
-                pull -= h[..., :, c, None] * move.unsqueeze(-2)
-        return (low + scale * codes).transpose(-1, -2), 1
 
     return Coder(make)
 

@@ -13,8 +13,8 @@ namespace vkvx {
 inline constexpr const char* kName = "VisualKVAttention";
 inline constexpr const char* kVersion = "1";
 inline constexpr int kTile = 128;  // visual tokens
-inline constexpr int kMostShapedGroup = 4096;  // the largest group that VKVX_SHAPED takes
 inline constexpr int kLloydIterations = 8;
+inline constexpr float kShapedStep[] = {0.0f, 2.2f, 1.0f, 0.0f, 0.33f, 0.0f, 0.0f, 0.0f, 1.0f};  // by bits
 
 // Names in the order of their numbers in vkvx.h.
 inline constexpr const char* kDtypeNames[] = {"float16", "bfloat16", "float32"};

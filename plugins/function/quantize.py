@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vkvx.format import LLOYD_ITERATIONS
+from vkvx.format import LLOYD_ITERATIONS, SHAPED_STEP
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, UINT8, Builder, Value
 
 FP16_MAX = 65504.0
@@ -74,9 +74,8 @@ def center(b: Builder, x: Value, weight: Value, group_size: int) -> Groups:
 
 
 def levels(b: Builder, groups: Groups, quantizer: Quantizer) -> tuple[Value, Value]:
-    """Scale and offset of each channel, FP16; of ``shaped`` those it starts from, Lloyd's."""
+    """Scale and offset of each channel, FP16."""
     low, high, mean = groups.low, groups.high, groups.mean
-    is_lloyd = quantizer.name in ("lloyd", "shaped")
     varies = b.op("Greater", high, low)
     if quantizer.name == "quantile":
         low, high = _quantiles(b, groups, quantizer.alpha)
@@ -84,12 +83,14 @@ def levels(b: Builder, groups: Groups, quantizer: Quantizer) -> tuple[Value, Val
         low, high = (
             b.op("Sub", b.op("Mul", b.op("Add", end, mean), float(quantizer.gamma)), mean) for end in (low, high)
         )
-    elif is_lloyd and quantizer.bits == 1:
+    elif quantizer.name == "lloyd" and quantizer.bits == 1:
         low, high = _lloyd_two_levels(b, groups)
-    elif not is_lloyd and quantizer.name != "minmax":
+    elif quantizer.name not in ("minmax", "lloyd", "shaped"):
         raise ValueError(f"the quantizer '{quantizer.name}' has no levels here")
     scale = b.op("Div", b.op("Sub", high, low), quantizer.top)
-    if is_lloyd and quantizer.bits > 1:
+    if quantizer.name == "shaped":
+        low, scale = _around_the_mean(b, groups, scale, quantizer)
+    if quantizer.name == "lloyd" and quantizer.bits > 1:
         low, scale = _lloyd_uniform(b, groups, low, scale, quantizer.top)
     scale = b.op("Clip", b.op("Where", varies, scale, 0.0), 0.0, FP16_MAX)
     scale = b.cast(scale, FLOAT16)
@@ -126,6 +127,14 @@ def _quantiles(b: Builder, groups: Groups, alpha: float) -> tuple[Value, Value]:
     rank = b.op("Sub", last, floor)
     high = between(pick(largest, rank), pick(largest, b.op("Max", b.op("Sub", rank, 1.0), 0.0)), position, floor)
     return low, high
+
+
+def _around_the_mean(b: Builder, groups: Groups, most: Value, quantizer: Quantizer) -> tuple[Value, Value]:
+    """Levels some standard deviations apart, but not more than ``most``, around the mean and within the range."""
+    square = b.op("Div", b.reduce("ReduceSum", b.op("Mul", groups.centred, groups.centred), 3), groups.count)
+    scale = b.op("Min", b.op("Mul", b.op("Sqrt", square), SHAPED_STEP[quantizer.bits]), most)
+    low = b.op("Max", b.op("Mul", scale, -quantizer.top / 2), groups.low)
+    return b.op("Min", low, b.op("Sub", groups.high, b.op("Mul", scale, quantizer.top))), scale
 
 
 def _lloyd_two_levels(b: Builder, groups: Groups) -> tuple[Value, Value]:

@@ -1,11 +1,11 @@
 """The quantiser ``shaped`` (``vkvx.plugins.reference.shaping``) as ONNX nodes.
 
 Keys and values are shaped together, as 2B rows, because most of the time of a small model goes into starting nodes.
-A sweep is a Scan over blocks of channels around a Scan over the channels of a block, so the body does not grow with the
-head dim. Its state is the *wish* of each channel: where the channel would have to be for the error to be least, the
-others staying as they are. With M the metric, its rows divided by the diagonal and the diagonal then 0, that is
-``target + M (target - value)``. A channel's wish does not depend on its own code, and when channel c moves, the wishes
-change by ``-M[:, c] * move``.
+Levels are those of ``quantize.levels``. The sweep is a Scan over blocks of channels around a Scan over the channels of
+a block, so the body does not grow with the head dim. Its state is the *wish* of each channel: where the channel would
+have to be for the error to be least, the others staying as they are. With M the metric, its rows divided by the
+diagonal and the diagonal then 0, that is ``target + M (target - value)``. A channel's wish does not depend on its own
+code, and when channel c moves, the wishes change by ``-M[:, c] * move``.
 
 Layouts: *rows* are [2B, Hkv, g, D, n] and *channels* are [blocks, BLOCK, 2B, Hkv, g, 1, n], with n the tokens of a
 group, or 1 for what a channel has one of.
@@ -14,19 +14,14 @@ group, or 1 for what a channel has one of.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT64, Builder, Typed, Value
 from vkvx.plugins.function.quantize import FP16_MAX, NO_STEP, Encoded, Groups, Quantizer, levels, nearest, residual
 from vkvx.plugins.operator import OperatorAttributes
 from vkvx.plugins.rotary import rotary_pairs
 
-FITS = 2
-"""Sweeps that choose codes and levels; one more chooses the codes for the rounded levels."""
 BLOCK = 16
 """Channels of a block: each move changes the wishes of a block, the moves of a block those of all channels."""
-_TINY = 1e-30
 
 
 def read_metrics(b: Builder, head_dim: int, attributes: OperatorAttributes, batch: Value) -> tuple[Value, Value]:
@@ -71,14 +66,6 @@ def _same_channel(b: Builder, metric: Value) -> Value:
     return b.op("Equal", b.unsqueeze(channel, 1), channel)
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """FP32, as channels; the scale of a constant channel is anything, its code 0."""
-
-    scale: Value
-    low: Value  # offset less the mean
-
-
 class _Shaper:
     """What the sweeps over one pair of keys and values share."""
 
@@ -92,11 +79,9 @@ class _Shaper:
             self._target = self._both([b.transpose(groups.centred, 0, 1, 2, 4, 3) for groups, _ in pair])
             valid = [b.transpose(groups.weight, 0, 1, 2, 4, 3) for groups, _ in pair]
             self._valid = self._both(valid)  # [2B, 1, g, 1, n]
-            self._count = self._both([groups.count for groups, _ in pair])  # [2B, 1, g, 1, 1]
             self._tops = [quantizer.top for _, quantizer in pair]
             if self._tops[0] != self._tops[1]:  # the largest code; 0 on padding
                 self._limit = self._both([b.op("Mul", v, top) for v, top in zip(valid, self._tops, strict=True)])
-            self._mean = self._channels(self._both([groups.mean for groups, _ in pair]), 1)
             # The metric of values is the same for all rows.
             like_key = b.op("Mul", metrics[0], 0.0)
             metric = self._both([metrics[0], b.op("Add", like_key, metrics[1])])
@@ -122,54 +107,42 @@ class _Shaper:
         return self._b.reshape(rows, [0, 0, 0, self._dim, size])
 
     def run(self) -> list[Encoded]:
-        """Start from Lloyd's levels, sweep, round the levels, choose the codes for them."""
+        """The nearest codes for the levels, then better ones."""
         b = self._b
         with b.scope("shape"):
-            starts = []
+            found = []
             for groups, quantizer in self._pair:
                 scale, offset = levels(b, groups, quantizer)
-                starts.append((scale, offset, nearest(b, groups, quantizer, scale, offset)))
-            scale, offset, code = (self._both(list(values)) for values in zip(*starts, strict=True))
-            code = self._channels(b.transpose(code, 0, 1, 2, 4, 3), self._size)
-            scale = self._channels(b.cast(scale, FLOAT), 1)
-            low = b.op("Sub", self._channels(b.cast(offset, FLOAT), 1), self._mean)
-            varies = b.op("Greater", scale, 0.0)
-            at = _Levels(scale, low)
-            for _ in range(FITS):
-                at, code = self._sweep(at, code, fit=True)
-            scale16 = b.cast(b.op("Clip", b.op("Where", varies, at.scale, 0.0), 0.0, FP16_MAX), FLOAT16)
-            scale = b.cast(scale16, FLOAT)
-            # The mean is the one level where the scale vanishes.
-            offset = b.op("Where", b.op("Greater", scale, 0.0), b.op("Add", at.low, self._mean), self._mean)
-            offset16 = b.cast(b.op("Clip", offset, -FP16_MAX, FP16_MAX), FLOAT16)
-            at = _Levels(scale, b.op("Sub", b.cast(offset16, FLOAT), self._mean))
-            _, code = self._sweep(at, code, fit=False)
+                low = b.op("Sub", b.cast(offset, FLOAT), groups.mean)
+                found.append((scale, offset, low, nearest(b, groups, quantizer, scale, offset)))
+            scales, offsets, lows, codes = zip(*found, strict=True)
+            scale = self._channels(b.cast(self._both(list(scales)), FLOAT), 1)
+            low = self._channels(self._both(list(lows)), 1)
+            code = self._channels(b.transpose(self._both(list(codes)), 0, 1, 2, 4, 3), self._size)
+            code = self._sweep(scale, low, code)
             code = b.transpose(self._rows_of(code, self._size), 0, 1, 2, 4, 3)
-            scale16, offset16 = (b.transpose(self._rows_of(x, 1), 0, 1, 2, 4, 3) for x in (scale16, offset16))
-            parts = [self._apart(x) for x in (code, scale16, offset16)]
-            return [Encoded(*values) for values in zip(*parts, strict=True)]
+            return [Encoded(*values) for values in zip(self._apart(code), scales, offsets, strict=True)]
 
-    def _sweep(self, at: _Levels, code: Value, fit: bool) -> tuple[_Levels, Value]:
-        """One pass over the channels: new levels and codes, the levels unchanged unless ``fit``."""
+    def _sweep(self, scale: Value, low: Value, code: Value) -> Value:
+        """The pass over the channels: new codes."""
         b = self._b
-        with b.scope("fit" if fit else "choose"):
-            value = b.op("Mul", b.op("Add", at.low, b.op("Mul", at.scale, code)), self._valid)
+        with b.scope("sweep"):
+            value = b.op("Mul", b.op("Add", low, b.op("Mul", scale, code)), self._valid)
             error = b.op("Sub", self._target, self._rows_of(value, self._size))
             wish = b.op("Add", self._target, b.op("MatMul", self._pull, error))
             # A constant channel gets code 0, and so stays where it is.
-            step = b.op("Where", b.op("Greater", at.scale, 0.0), at.scale, NO_STEP)
+            step = b.op("Where", b.op("Greater", scale, 0.0), scale, NO_STEP)
             sequences = {
                 "order": (self._order, INT64, 2),
                 "columns": (self._columns, FLOAT, 6),
                 "value": (value, FLOAT, 7),
                 "step": (step, FLOAT, 7),
-                "low": (at.low, FLOAT, 7),
+                "low": (low, FLOAT, 7),
             }
-            results = b.scan("blocks", (wish, FLOAT, 5), sequences, partial(self._block, fit))
-            return (_Levels(*results[2:]) if fit else at), results[1]
+            return b.scan("blocks", (wish, FLOAT, 5), sequences, self._block)[1]
 
-    def _block(self, fit: bool, b: Builder, wish: Value, block: dict[str, Value]) -> list[Typed]:
-        """The channels of a block: the wishes of all channels after it; then, by channel, what ``_channel`` gives."""
+    def _block(self, b: Builder, wish: Value, block: dict[str, Value]) -> list[Typed]:
+        """The channels of a block: the wishes of all channels after it, and its codes."""
         own = b.op("Gather", wish, block["order"], axis=3)
         column = b.op("Gather", block["columns"], block["order"], axis=3)
         sequences = {
@@ -177,24 +150,20 @@ class _Shaper:
             "column": (b.unsqueeze(b.transpose(column, 4, 0, 1, 2, 3), 5), FLOAT, 6),
             **{name: (block[name], FLOAT, 6) for name in ("value", "step", "low")},
         }
-        _, move, *results = b.scan("channels", (own, FLOAT, 5), sequences, partial(self._channel, fit))
+        _, move, code = b.scan("channels", (own, FLOAT, 5), sequences, self._channel)
         move = b.reshape(b.transpose(move, 1, 2, 3, 0, 4, 5), [0, 0, 0, BLOCK, self._size])
         wish = b.op("Sub", wish, b.op("MatMul", block["columns"], move))
-        return [(wish, FLOAT, 5), *((x, FLOAT, 6) for x in results)]
+        return [(wish, FLOAT, 5), (code, FLOAT, 6)]
 
-    def _channel(self, fit: bool, b: Builder, own: Value, channel: dict[str, Value]) -> list[Typed]:
-        """One channel: the wishes of its block after it; then its move, code and, of ``fit``, step and low."""
+    def _channel(self, b: Builder, own: Value, channel: dict[str, Value]) -> list[Typed]:
+        """One channel: the wishes of its block after it, its move and its code."""
         step, low = channel["step"], channel["low"]
-        wanted = b.op("Gather", own, channel["place"], axis=3)
-        code = b.op("Round", b.op("Div", b.op("Sub", wanted, low), step))
-        code = self._bound(b, code)
-        if fit:
-            step, low = self._fit(b, wanted, code, step, low)
+        wish = b.op("Gather", own, channel["place"], axis=3)
+        code = self._bound(b, b.op("Round", b.op("Div", b.op("Sub", wish, low), step)))
         value = b.op("Mul", b.op("Add", low, b.op("Mul", step, code)), self._valid)
         move = b.op("Sub", value, channel["value"])
         own = b.op("Sub", own, b.op("Mul", channel["column"], move))
-        results = [move, code, step, low] if fit else [move, code]
-        return [(own, FLOAT, 5), *((x, FLOAT, 5) for x in results)]
+        return [(own, FLOAT, 5), (move, FLOAT, 5), (code, FLOAT, 5)]
 
     def _bound(self, b: Builder, code: Value) -> Value:
         """Codes within what their bits can hold, 0 on padding."""
@@ -202,15 +171,3 @@ class _Shaper:
             return b.op("Min", b.op("Relu", code), self._limit)
         # Min of two large tensors takes onnxruntime's CPU provider five times as long as the two nodes.
         return b.op("Mul", b.op("Clip", code, 0.0, self._tops[0]), self._valid)
-
-    def _fit(self, b: Builder, wanted: Value, code: Value, step: Value, low: Value) -> tuple[Value, Value]:
-        """Least squares fit of wanted by low + step * code; as before where all codes are equal."""
-        code_mean = b.op("Div", b.reduce("ReduceSum", code, 4), self._count)
-        wanted_mean = b.op("Div", b.reduce("ReduceSum", wanted, 4), self._count)
-        spread = b.op("Mul", b.op("Sub", code, code_mean), self._valid)
-        variance = b.reduce("ReduceSum", b.op("Mul", spread, spread), 4)
-        covariance = b.reduce("ReduceSum", b.op("Mul", spread, wanted), 4)
-        fits = b.op("Greater", variance, 0.0)
-        slope = b.op("Div", covariance, b.op("Max", variance, _TINY))
-        base = b.op("Sub", wanted_mean, b.op("Mul", slope, code_mean))
-        return b.op("Where", fits, slope, step), b.op("Where", fits, base, low)

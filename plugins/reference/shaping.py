@@ -2,9 +2,9 @@
 
 Attention sees an error e of a key through scores, q . e, and an error of a value through the output projection, W e.
 So what counts is not e . e but e . H e, with the *metric* H the second moment of the queries to come, or W^T W. Both
-are known from the weights (``models/graph/metric.py``). ``shape`` minimises the sum of e . H e over a group's tokens,
-one channel after the other: each channel makes up for the errors that the others have left. That is Lloyd's algorithm
-in the metric H; with H = 1 it is Lloyd's algorithm. Levels and codes change, the format and the cost of reading do not.
+are known from the weights (``models/graph/metric.py``). ``shape`` chooses the codes of a token so that its e . H e is
+small, one channel after the other: each channel makes up for the errors that the others have left. The levels come
+from mean and deviation of each channel, so tokens are independent of each other.
 
 Choosing codes to compensate for earlier rounding is known for weights (OBQ, arXiv 2208.11580; GPTQ, arXiv 2210.17323).
 """
@@ -14,12 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vkvx.format import WORD_BITS
-from vkvx.plugins.reference.quantization import FP16_MAX, Quantized, decode, encode, levels, sanitize
+from vkvx.format import SHAPED_STEP, WORD_BITS
+from vkvx.plugins.reference.quantization import FP16_MAX, Quantized, decode, sanitize
 from vkvx.plugins.rotary import rotary_pairs
-
-FITS = 2
-"""Sweeps over the channels that choose codes and levels; one more chooses the codes for the rounded levels."""
 
 
 def rotate(
@@ -40,95 +37,62 @@ def rotate(
     return rows(half.transpose(-1, -2), cosine, sine).transpose(-1, -2)
 
 
-def shape(x: Tensor, mask: Tensor, bits: int, metric: Tensor, *, fits: int = FITS) -> Quantized:
-    """Scale, offset and codes of groups by coordinate descent on the sum of e . H e.
+def shape(
+    x: Tensor, mask: Tensor, bits: int, metric: Tensor, *, step: float | None = None, sweeps: int = 1
+) -> Quantized:
+    """Scale, offset and codes of groups; codes by coordinate descent on the sum of e . H e.
 
     Args:
         x: [..., n, D], any float dtype; the tokens of a group are axis -2.
         mask: [..., n] bool, true for valid tokens; padding takes no part and gets code 0.
         bits: 1, 2, 4 or 8.
         metric: H, FP32 [..., D, D], symmetric with a positive diagonal; its leading axes broadcast.
-        fits: sweeps that choose codes and levels; the format's is ``FITS``, others are for comparison.
+        step: distance of two levels in standard deviations, and
+        sweeps: passes over the channels; the format's by default, others are for comparison.
 
     Returns:
         as :func:`vkvx.plugins.reference.quantization.quantize`. A constant channel keeps scale 0 and is exact.
     """
+    scale, offset = _levels(x, mask, bits, SHAPED_STEP[bits] if step is None else step)
+    wide, base = (row.float().unsqueeze(-1) for row in (scale, offset))
+    divisor = torch.where(wide > 0, wide, torch.inf)
+    target = torch.where(mask.unsqueeze(-1), sanitize(x), 0.0).transpose(-1, -2) - base  # [..., D, n]
+
+    def nearest(wish: Tensor, channels: slice) -> Tensor:
+        return (wish / divisor[..., channels, :]).round().clamp(0, 2**bits - 1)
+
+    codes = nearest(target, slice(None))
+    error = target - wide * codes
+    pull = metric / metric.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    for _ in range(sweeps):
+        for first in range(0, target.shape[-2], WORD_BITS):
+            block = slice(first, first + WORD_BITS)
+            # What the channels of the block are pulled by, their own errors included; kept up to date within the block.
+            pulled = pull[..., block, :] @ error
+            for i in range(WORD_BITS):
+                one = slice(first + i, first + i + 1)
+                code = nearest(target[..., one, :] - error[..., one, :] + pulled[..., i : i + 1, :], one)
+                now = target[..., one, :] - wide[..., one, :] * code
+                pulled += pull[..., block, one] * (now - error[..., one, :])
+                codes[..., one, :], error[..., one, :] = code, now
+    codes = codes.transpose(-1, -2) * mask.unsqueeze(-1)
+    return Quantized(codes.to(torch.uint8), scale, offset)
+
+
+def _levels(x: Tensor, mask: Tensor, bits: int, step: float) -> tuple[Tensor, Tensor]:
+    """Scale and offset [..., D], FP16: levels ``step`` standard deviations apart around the mean, within the range."""
     top = 2**bits - 1
-    valid = mask.unsqueeze(-2).float()  # [..., 1, n]
-    count = valid.sum(-1).clamp(min=1)
-    clean = torch.where(mask.unsqueeze(-1), sanitize(x), 0.0).transpose(-1, -2).contiguous()  # [..., D, n]
-    mean = clean.sum(-1) / count  # [..., D]
-    target = (clean - mean.unsqueeze(-1)) * valid
-    start = levels(x, mask, bits, "lloyd")
-    varies = start[0] > 0
-    scale, low = start[0].float(), start[1].float() - mean
-    codes = encode(x, *start, bits).transpose(-1, -2).float()
-    for _ in range(fits):
-        value = (low.unsqueeze(-1) + scale.unsqueeze(-1) * codes) * valid
-        scale, low, codes = _sweep(target, valid, count, value, scale, low, metric, top, fit=True)
-    scale16, offset16 = _rounded(scale, low, mean, varies)
-    scale, low = scale16.float(), offset16.float() - mean
-    value = (low.unsqueeze(-1) + scale.unsqueeze(-1) * codes) * valid
-    codes = _sweep(target, valid, count, value, scale, low, metric, top, fit=False)[2]
-    codes = torch.where(scale.unsqueeze(-1) > 0, codes, 0.0) * valid
-    return Quantized(codes.transpose(-1, -2).to(torch.uint8), scale16, offset16)
-
-
-def _sweep(
-    target: Tensor,
-    valid: Tensor,
-    count: Tensor,
-    value: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    metric: Tensor,
-    top: int,
-    fit: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the channels: target, value [..., D, n]; scale, low [..., D]. Returns scale, low and codes.
-
-    ``pull`` is H e. Within a block of channels it is kept up to date; the other blocks follow when a block is done.
-    """
-    pull = metric @ (target - value)
-    scales, lows, codes = [], [], []
-    for first in range(0, target.shape[-2], WORD_BITS):
-        block = slice(first, first + WORD_BITS)
-        own = pull[..., block, :].clone()
-        moves = []
-        for i, channel in enumerate(range(first, first + WORD_BITS)):
-            step, base, before = scale[..., channel, None], low[..., channel, None], value[..., channel, :]
-            # Where this channel would have to be for the sum to be least, the others staying as they are.
-            wanted = (before + own[..., i, :] / metric[..., channel, channel, None]) * valid[..., 0, :]
-            code = ((wanted - base) / torch.where(step > 0, step, 1.0)).round().clamp(0, top) * valid[..., 0, :]
-            if fit:
-                step, base = _fit(wanted, code, valid[..., 0, :], count, step, base)
-            move = torch.where(step > 0, (base + step * code) * valid[..., 0, :] - before, 0.0)
-            own -= metric[..., block, channel, None] * move.unsqueeze(-2)
-            moves.append(move)
-            scales.append(step)
-            lows.append(base)
-            codes.append(code)
-        pull = pull - metric[..., :, block] @ torch.stack(moves, -2)
-    return torch.cat(scales, -1), torch.cat(lows, -1), torch.stack(codes, -2)
-
-
-def _fit(
-    wanted: Tensor, code: Tensor, valid: Tensor, count: Tensor, scale: Tensor, low: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Least squares fit of wanted by low + scale * code; as before where all codes are equal or the scale is 0."""
-    code_mean = code.sum(-1, keepdim=True) / count
-    wanted_mean = wanted.sum(-1, keepdim=True) / count
-    spread = (code - code_mean) * valid
-    variance = spread.square().sum(-1, keepdim=True)
-    fits = (variance > 0) & (scale > 0)
-    slope = (spread * wanted).sum(-1, keepdim=True) / torch.where(fits, variance, 1.0)
-    return torch.where(fits, slope, scale), torch.where(fits, wanted_mean - slope * code_mean, low)
-
-
-def _rounded(scale: Tensor, low: Tensor, mean: Tensor, varies: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset in FP16; the mean is the one level where the scale vanishes."""
-    scale16 = torch.where(varies, scale, 0.0).clamp(0.0, FP16_MAX).half()
-    offset = torch.where(scale16 > 0, low + mean, mean)
+    valid = mask.unsqueeze(-1)
+    count = valid.sum(-2).clamp(min=1).float()
+    clean = torch.where(valid, sanitize(x), 0.0)
+    mean = clean.sum(-2) / count
+    centred = torch.where(valid, clean - mean.unsqueeze(-2), 0.0)
+    low = centred.masked_fill(~valid, torch.inf).amin(-2)
+    high = centred.masked_fill(~valid, -torch.inf).amax(-2)
+    scale = torch.minimum(step * (centred.square().sum(-2) / count).sqrt(), (high - low) / top)
+    base = torch.minimum(torch.maximum(-top / 2 * scale, low), high - top * scale)
+    scale16 = torch.where(high > low, scale, 0.0).clamp(0.0, FP16_MAX).half()
+    offset = torch.where(scale16 > 0, base + mean, mean)
     return scale16, offset.clamp(-FP16_MAX, FP16_MAX).half()
 
 

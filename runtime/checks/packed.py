@@ -9,7 +9,7 @@ has: ``shaped`` makes each channel answer for those before. But what a cache hol
   half a step of its code, and at most d beyond that: every value, whatever the head dim and the bits.
 - Lowest and highest level of ``minmax``, ``quantile`` and ``shrink`` are order statistics, or fractions of them: they
   move by at most d when no value moves by more. FP16 rounds each side by 2^-11 of its size.
-- ``lloyd`` and ``shaped`` minimise the sum of e . H e over the errors e of a group (H = 1 for ``lloyd``), and may end
+- ``lloyd`` and ``shaped`` make the sum of e . H e over the errors e of a group small (H = 1 for ``lloyd``), and may end
   in different minima. They agree if these sums do: to ``ERROR_SHARE``, as docs/format.md says, and the norm of what x
   is off by. Rounding errors of elements are independent and within d: their mean square is at most d^2 / 3, so that of
   e . H e is trace(H) d^2 / 3 for each token, which is D d^2 / 3 as H is scaled here.

@@ -212,9 +212,9 @@ def compare_group(
     rests = [x - (o + s * c) for o, s, c in zip(offsets, scales, codes, strict=True)]
     rounding = 2.0**-22 * x.abs().amax(1, keepdim=True)
     rms = rests[0].square().mean(1)
+    off = [(p[0] - p[1]).abs() > 2 * ulp16(p[1]) + rounding for p in (scales, offsets)]
+    odd = off[0] | off[1]
     if metric is None:
-        off = [(p[0] - p[1]).abs() > 2 * ulp16(p[1]) + rounding for p in (scales, offsets)]
-        odd = off[0] | off[1]
         if case.quantizer == "lloyd":
             # A value beside a threshold may fall to either side, and the levels follow: another result that is as good.
             room = x.shape[1] * (rounding**2 + scales[1] ** 2 / 24) + 1e-30
@@ -229,6 +229,7 @@ def compare_group(
         assert torch.equal(codes[0][certain], ratio.round().clamp(0, 2**bits - 1)[certain])
         assert ((codes[0] - ratio.clamp(0, 2**bits - 1)).abs() < 0.502).all()
     else:
+        assert not odd.any(), (odd.nonzero()[:3], x.shape)
         errors = [((r @ metric) * r).sum().item() for r in rests]
         spread = x - x.mean(1, keepdim=True)
         part = 0.05 if bits == 8 or x.shape[1] < 300 else 0.01

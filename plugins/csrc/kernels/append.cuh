@@ -5,9 +5,43 @@
 
 namespace vkvx {
 
+constexpr float kMagic =
+    12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, halves to even, in the low bits
+
 __device__ __forceinline__ float clean(float x) {
   if (isnan(x)) return 0.0f;
   return fminf(fmaxf(x, -kHalfMax), kHalfMax);
+}
+
+// Of 8 numbers per lane, one per channel: the sum over lanes, for channel lane / 4.
+__device__ __forceinline__ float add_over_lanes(const float (&x)[8]) {
+  float y[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool up = threadIdx.x & 16;
+    y[i] = (up ? x[i + 4] : x[i]) + __shfl_xor_sync(kFull, up ? x[i] : x[i + 4], 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool up = threadIdx.x & 8;
+    y[i] = (up ? y[i + 2] : y[i]) + __shfl_xor_sync(kFull, up ? y[i] : y[i + 2], 8);
+  }
+  const bool up = threadIdx.x & 4;
+  float z = (up ? y[1] : y[0]) + __shfl_xor_sync(kFull, up ? y[0] : y[1], 4);
+  z += __shfl_xor_sync(kFull, z, 2);
+  return z + __shfl_xor_sync(kFull, z, 1);
+}
+
+// Evenly spaced levels of `shaped` for tokens of this deviation and mean, within low to high.
+__device__ __forceinline__ void shaped_levels(float deviation, float mean, float high, int bits,
+                                              float* low, float* step) {
+  const float top = static_cast<float>((1 << bits) - 1),
+              most = (high - *low) / top;  // what the range has room for
+  constexpr float one = kShapedStep[1], two = kShapedStep[2], four = kShapedStep[4],
+                  eight = kShapedStep[8];
+  const float wanted = bits == 1 ? one : bits == 2 ? two : bits == 4 ? four : eight;
+  *step = fminf(wanted * deviation, most);
+  *low = fminf(fmaxf(mean - 0.5f * top * *step, *low), high - top * *step);
 }
 
 // Group `first + g` of a slot, of call group g of row b; false if there is nothing to store or no

@@ -1,5 +1,5 @@
 // Levels and codes, the path that takes everything: groups of any size, type and alignment, any
-// architecture, all quantisers but `shaped`. `quantize` in append.cu chooses it where
+// architecture; of `shaped` the levels alone. `quantize` in append.cu chooses it where
 // quantize_registers.cuh does not do.
 //
 // A block takes 32 channels of one group, so that a warp's lanes are 32 neighbouring channels (one
@@ -130,6 +130,11 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
     low = gamma * (low + mean) - mean;
     high = gamma * (high + mean) - mean;
     scale = (high - low) / top;
+  } else if (quantizer == VKVX_SHAPED) {
+    float squares = 0.0f;
+    for (int i = warp; i < count; i += kAppendWarps) squares = fmaf(value(i), value(i), squares);
+    squares = over_warps(squares, scratch, Add());
+    shaped_levels(sqrtf(squares / n), 0.0f, high, bits, &low, &scale);
   } else if (quantizer == VKVX_LLOYD && bits == 1) {
     float threshold = 0.0f;
     for (int round = 0; round < kLloydIterations; ++round) {
@@ -246,7 +251,14 @@ __global__ void __launch_bounds__(kAppendWarps * 32)
                 groups = p.visual_capacity / p.group_size;
   const int64_t first_tile = slot_head * (p.visual_capacity / kTile) +
                              static_cast<int64_t>(group) * (p.group_size / kTile);
-  if (is_key) {
+  if (p.quantizer == VKVX_SHAPED) {  // shape.cuh chooses the codes
+    if (warp == 0) {
+      __half* out = static_cast<__half*>(is_key ? p.visual_key_params : p.visual_value_params) +
+                    (slot_head * groups + group) * (is_key ? 3 : 2) * D + 32 * word + lane;
+      out[0] = __float2half_rn(levels.scale);
+      out[D] = __float2half_rn(levels.offset);
+    }
+  } else if (is_key) {
     float squares = 0.0f;
     for (int i = warp; i < p.group_size; i += kAppendWarps) {
       uint32_t c = 0;

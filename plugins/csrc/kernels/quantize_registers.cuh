@@ -1,5 +1,5 @@
 // Levels and codes, the fast path: groups of up to 1024 FP16 or BF16 tokens whose rows begin at
-// multiples of 16 bytes, from compute capability 8.0, all quantisers but `shaped`. `quantize` in
+// multiples of 16 bytes, from compute capability 8.0; of `shaped` the levels alone. `quantize` in
 // append.cu chooses it where it can; quantize_generic.cuh takes all else. docs/format.md is the
 // specification.
 //
@@ -41,6 +41,8 @@ struct Levels {
     }
     float size = (high - low) / top;
     if (quantizer.kind == VKVX_LLOYD && quantizer.bits > 1) x.fit_levels(top, &low, &size);
+    if (quantizer.kind == VKVX_SHAPED)
+      shaped_levels(x.deviation(), x.mean(), high, quantizer.bits, &low, &size);
     scale = __float2half_rn(varies ? fminf(fmaxf(size * x.unit, 0.0f), kHalfMax) : 0.0f);
     const float from = (__half2float(scale) > 0.0f ? low : x.mean()) + x.pivot;
     offset = __float2half_rn(fminf(fmaxf(from * x.unit, -kHalfMax), kHalfMax));
@@ -228,6 +230,7 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks)
     params[0] = levels.scale;
     params[D] = levels.offset;
   }
+  if (quantizer.kind == VKVX_SHAPED) return;  // shape.cuh chooses the codes
   if (!is_key) {
     store_values(x, levels, bits, group_tiles, 4 * D, staged,
                  p.visual_value + first_word + 4 * first_channel);

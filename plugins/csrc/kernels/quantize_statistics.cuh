@@ -6,9 +6,7 @@
 
 namespace vkvx {
 
-constexpr int kQuantizeWarps = 4;  // 32 channels per block: one word of a key
-constexpr float kMagic =
-    12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, halves to even, in the low bits
+constexpr int kQuantizeWarps = 4;        // 32 channels per block: one word of a key
 constexpr uint32_t kOnes = 0x3c003c00u;  // 1.0 twice
 constexpr uint32_t kNone = 0xfbfffbffu;  // the least number twice: what is no token
 
@@ -23,25 +21,6 @@ __device__ __forceinline__ int order_of_half(float x) {
 __device__ __forceinline__ float half_of_order(int order) {
   return __half2float(
       __ushort_as_half(static_cast<unsigned short>(order < 0 ? 0x8000 - order : order)));
-}
-
-// Of 8 numbers per lane, one per channel: the sum over lanes, for channel lane / 4.
-__device__ __forceinline__ float add_over_lanes(const float (&x)[8]) {
-  float y[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool up = threadIdx.x & 16;
-    y[i] = (up ? x[i + 4] : x[i]) + __shfl_xor_sync(kFull, up ? x[i] : x[i + 4], 16);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool up = threadIdx.x & 8;
-    y[i] = (up ? y[i + 2] : y[i]) + __shfl_xor_sync(kFull, up ? y[i] : y[i + 2], 8);
-  }
-  const bool up = threadIdx.x & 4;
-  float z = (up ? y[1] : y[0]) + __shfl_xor_sync(kFull, up ? y[0] : y[1], 4);
-  z += __shfl_xor_sync(kFull, z, 2);
-  return z + __shfl_xor_sync(kFull, z, 1);
 }
 
 // The sum over a quad of lanes.
@@ -169,6 +148,24 @@ struct Channels {
       mma_half(sums[s % 2], x[0], x[1], x[2], x[3], kOnes, kOnes);
     });
     return (sums[0][0] + sums[0][2]) + (sums[1][0] + sums[1][2]);
+  }
+
+  // The root mean square of the tokens less their mean.
+  __device__ __forceinline__ float deviation() const {
+    const float middle = mean();
+    float squares[2] = {};
+    each_step([&](const uint32_t (&x)[4], int s) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = __half22float2(as_half2(x[j]));
+        const int token = 32 * s + 8 * j + 2 * (threadIdx.x % 4);
+        const float first = token < count ? pair.x - middle : 0.0f,
+                    second = token + 1 < count ? pair.y - middle : 0.0f;
+        squares[0] = fmaf(first, first, squares[0]);
+        squares[1] = fmaf(second, second, squares[1]);
+      }
+    });
+    return sqrtf(add_over_quad(squares[0] + squares[1]) / n());
   }
 
   // How many tokens are above a threshold, and their sum.

@@ -1,483 +1,447 @@
-// Quantiser `shaped`: levels and codes of `lloyd`, which the kernels of quantize_registers.cuh and
-// quantize_generic.cuh store, moved by coordinate descent on the sum of e . H e.
+// Quantiser `shaped`: codes whose errors cancel where attention looks. The levels are stored
+// already, so tokens are independent of each other, and so are warps.
 //
-// A block takes a whole group of one KV head, keys or values. A thread owns up to kTokens tokens:
-// their errors e and codes lie in the block's scratch memory [channel][token], H e of kChannels
-// channels at a time in registers. Only the fit of a channel's levels needs all tokens: one barrier
-// per channel. docs/format.md, "shaped", is the specification.
+// A warp takes 32 or 64 tokens of a tile of one KV head, keys or values. It goes through the
+// channels in sets of 8: tensor cores multiply M (shape_metric.cuh) with the errors of all
+// channels, in FP16; then each lane chooses the codes of a token's 8 channels, one after the other.
+// docs/format.md, "shaped", is the specification.
 #pragma once
 
-#include <algorithm>
-
-#include "append.cuh"
+#include "shape_errors.cuh"
 
 namespace vkvx {
 
-constexpr int kShapeThreads = 512;  // of a multiprocessor, by its registers
-constexpr int kMostWarps = kShapeThreads / 32;
-constexpr int kShapeFits =
-    2;  // sweeps that choose codes and levels; one more chooses the codes for the rounded levels
+constexpr int kShapeTile = kTile / 32;  // warps of a block times tokens of a lane, at most
 
-// Threads of a block that takes `tokens` of them each, and bytes of scratch and of shared memory
-// that it needs.
-inline int shape_threads(int group_size, int tokens) {
-  return static_cast<int>(divide_up(divide_up(group_size, tokens), 32) * 32);
-}
-__host__ __device__ inline size_t shape_bytes(int tokens, int head_dim) {
-  return static_cast<size_t>(tokens) * head_dim * 5;
-}
-inline int shape_shared(int head_dim, int channels, int threads) {
-  return (head_dim * (3 + channels + std::max(4, threads / 32)) + channels * channels) * 4;
-}
+// Levels of a block's channels in units of a power of two that makes the largest step 1 to 2, so
+// that errors are FP16 numbers whatever the size of the tokens; and the diagonal of the metric.
+struct ShapeLevels {
+  float *low, *step, *inverse, *diagonal;  // [D]; inverse: 1 / (step * largest code), or 0
 
-// The channel that RoPE turns together with one, and the sign of its part. Channels that are not
-// turned are alone: their sine is 0.
-struct RotaryPair {
-  int other;
-  float sign;
+  __device__ __forceinline__ ShapeLevels(float* at, int head_dim)
+      : low(at), step(at + head_dim), inverse(at + 2 * head_dim), diagonal(at + 3 * head_dim) {}
 };
 
-__device__ __forceinline__ RotaryPair rotary_pair(const VkvxParams& p, int channel) {
-  const int turned = p.rotary_dim ? p.rotary_dim : p.head_dim, half = turned / 2;
-  if (channel >= turned) return {channel, 0.0f};
-  if (p.rotary_interleaved) return {channel ^ 1, channel % 2 ? 1.0f : -1.0f};
-  return channel < half ? RotaryPair{channel + half, -1.0f} : RotaryPair{channel - half, 1.0f};
+// Bytes of shared memory of a block.
+template <class Errors>
+inline int shape_shared(int head_dim, int warps) {
+  const int matrix = Errors::kMatrixInSharedMemory ? 2 * head_dim : 0;
+  const int exchange = Errors::kTokens * static_cast<int>(sizeof(ShapeExchange));
+  return head_dim * (4 * 4 + 4 * kSet + matrix) + warps * (exchange + Errors::kBytes * head_dim);
 }
 
-// Element (i, j) of a head's metric; that of keys is turned to the row's last position, R H R^T.
-__device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int head, int b, int i,
-                                           int j) {
-  const int D = p.head_dim;
-  const __half* metric = static_cast<const __half*>(is_key ? p.key_metric : p.value_metric) +
-                         static_cast<int64_t>(head) * D * D;
-  if (!is_key) return __half2float(metric[i * D + j]);
-  const float* cosine = p.rotation + static_cast<int64_t>(b) * 2 * D;
-  const float* sine = cosine + D;
-  const RotaryPair pair_i = rotary_pair(p, i), pair_j = rotary_pair(p, j);
-  const int other_i = pair_i.other, other_j = pair_j.other;
-  const float sine_i = pair_i.sign * sine[i], sine_j = pair_j.sign * sine[j];
-  auto row = [&](int column) {
-    return __half2float(metric[i * D + column]) * cosine[i] +
-           __half2float(metric[other_i * D + column]) * sine_i;
-  };
-  return row(j) * cosine[j] + row(other_j) * sine_j;
-}
+// One lane's token, 8 channels at a time; kAligned: numbers of 16 bits at multiples of 16 bytes.
+template <bool kAligned>
+struct ShapeToken {
+  const void* source;
+  int64_t base;  // its first element
+  int dtype;
 
-// Sums over the tokens of a channel that the fit of its levels needs.
-struct FitSums {
-  int codes, squares;
-  float wanted, products;
-};
-
-// Sums over the block of codes, their squares, wanted numbers and products, in a fixed order; those
-// of codes are exact. `partial` holds 2 * 4 * 16 entries, one for each warp of 16; calls take turns
-// with its halves, so one barrier is enough. Those of warps that the block does not have are 0.
-__device__ __forceinline__ FitSums add_over_block(const float (&x)[4], float* partial, int turn) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const bool up = lane & 16, high = lane & 8;
-  const float a = (up ? x[2] : x[0]) + __shfl_xor_sync(kFull, up ? x[0] : x[2], 16);
-  const float b = (up ? x[3] : x[1]) + __shfl_xor_sync(kFull, up ? x[1] : x[3], 16);
-  float mine = (high ? b : a) + __shfl_xor_sync(kFull, high ? a : b, 8);
+  __device__ __forceinline__ uint4 fetch(int channel) const {
+    return kAligned ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(source) + base +
+                                                      channel)
+                    : uint4{};
+  }
+  // What was fetched, or else is read now.
+  __device__ __forceinline__ void numbers(const uint4& fetched, int channel,
+                                          float (&x)[kSet]) const {
+    const uint32_t two[4] = {fetched.x, fetched.y, fetched.z, fetched.w};
+    if (!kAligned) {
 #pragma unroll
-  for (int o = 4; o; o >>= 1) mine += __shfl_xor_sync(kFull, mine, o);
-  float* half = partial + (turn & 1) * 4 * kMostWarps;
-  if (lane % 8 == 0) half[lane / 8 * kMostWarps + warp] = mine;
-  __syncthreads();
-  // Lanes 8n to 8n + 7 add up sum n: the first two as integers.
-  const float2 two = *reinterpret_cast<const float2*>(half + 2 * lane);
-  int whole = static_cast<int>(two.x) + static_cast<int>(two.y);
-  float real = two.x + two.y;
+      for (int c = 0; c < kSet; ++c) x[c] = load_float(source, base + channel + c, dtype);
+    } else if (dtype == VKVX_FLOAT16) {
 #pragma unroll
-  for (int o = 4; o; o >>= 1) {
-    const int other = __shfl_xor_sync(kFull, up ? __float_as_int(real) : whole, o);
-    whole += other;
-    real += __int_as_float(other);
-  }
-  FitSums sum;
-  sum.codes = __shfl_sync(kFull, whole, 0);
-  sum.squares = __shfl_sync(kFull, whole, 8);
-  sum.wanted = __shfl_sync(kFull, real, 16);
-  sum.products = __shfl_sync(kFull, real, 24);
-  return sum;
-}
-
-// One group while it is shaped. In shared memory: mean, scale and low [D], tile [D][kChannels],
-// later [kChannels][kChannels], partial.
-template <int kChannels, int kTokens>
-struct Shaper {
-  const VkvxParams& p;
-  int pitch;       // tokens of all threads
-  float* error;    // [D][pitch]
-  uint8_t* codes;  // [D][pitch]
-  float *mean, *scale, *low, *tile, *later, *partial;
-  int b, head, count;
-  bool is_key;
-
-  // A thread's tokens lie side by side.
-  struct alignas(4 * kTokens) Errors {
-    float of[kTokens];
-  };
-  struct alignas(kTokens) Codes {
-    uint8_t of[kTokens];
-  };
-
-  __device__ bool is_live(int j) const {
-    return kTokens * static_cast<int>(threadIdx.x) + j < count;
-  }
-  __device__ Errors& errors(int channel) const {
-    return *reinterpret_cast<Errors*>(error + static_cast<int64_t>(channel) * pitch +
-                                      kTokens * threadIdx.x);
-  }
-  __device__ Codes& codes_of(int channel) const {
-    return *reinterpret_cast<Codes*>(codes + static_cast<int64_t>(channel) * pitch +
-                                     kTokens * threadIdx.x);
-  }
-
-  // Means of the channels, the levels of `lloyd`, its codes, and what they leave.
-  __device__ void start(const int* index, const __half* levels, int bits) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5,
-              D = p.head_dim;
-    const void* source = is_key ? p.key : p.value;
-    const int64_t* stride = is_key ? p.key_stride : p.value_stride;
-    const int64_t base = b * stride[0] + head * stride[1];
-    auto load = [&](int i, int channel) {
-      return clean(load_float(source, base + index[i] * stride[2] + channel, p.dtype));
-    };
-    for (int c = lane; c < D; c += 32) {
-      float sum = 0.0f;
-#pragma unroll 8
-      for (int i = warp; i < count; i += warps) sum += load(i, c);
-      partial[warp * D + c] = sum;
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c < D; c += blockDim.x) {
-      float sum = 0.0f;
-      for (int w = 0; w < warps; ++w) sum += partial[w * D + c];
-      mean[c] = sum / static_cast<float>(count);
-      scale[c] = __half2float(levels[c]);
-      low[c] = __half2float(levels[D + c]) - mean[c];
-    }
-    __syncthreads();
-    const float top = static_cast<float>((1 << bits) - 1);
-    for (int c = lane; c < D; c += 32) {
-      const float offset = __half2float(levels[D + c]), step = scale[c];
-      for (int i = 4 * warp; i < pitch; i += 4 * warps) {
-        float residual[4];
-        uint32_t packed = 0;
+      for (int n = 0; n < 4; ++n) {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(two[n]));
+        x[2 * n] = pair.x, x[2 * n + 1] = pair.y;
+      }
+    } else {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          residual[k] = 0.0f;
-          if (i + k >= count) continue;
-          const float x = load(i + k, c);
-          const float code =
-              step > 0.0f ? fminf(fmaxf(rintf((x - offset) / step), 0.0f), top) : 0.0f;
-          residual[k] = x - mean[c] - fmaf(step, code, low[c]);
-          packed |= static_cast<uint32_t>(code) << 8 * k;
-        }
-        const int64_t to = static_cast<int64_t>(c) * pitch + i;
-        *reinterpret_cast<float4*>(error + to) =
-            make_float4(residual[0], residual[1], residual[2], residual[3]);
-        *reinterpret_cast<uint32_t*>(codes + to) = packed;
+      for (int n = 0; n < 4; ++n) {
+        x[2 * n] = __uint_as_float(two[n] << 16);
+        x[2 * n + 1] = __uint_as_float(two[n] & 0xffff0000u);
       }
     }
-    __syncthreads();
   }
+};
 
-  // tile[k][i] = H(first + i, k), and of the channels themselves what comes after i: later[i][k] =
-  // H(first + i + 1 + k, first + i).
-  __device__ void load_tile(int first) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < p.head_dim * kChannels; i += blockDim.x)
-      tile[i] = metric_at(p, is_key, head, b, i / kChannels, first + i % kChannels);  // symmetric
-    __syncthreads();
-    for (int n = threadIdx.x; n < kChannels * kChannels; n += blockDim.x) {
-      const int i = n / kChannels, k = n % kChannels + i + 1;
-      later[n] = k < kChannels ? tile[(first + i) * kChannels + k] : 0.0f;
-    }
-    __syncthreads();
+// 8 numbers in a row of shared memory.
+__device__ __forceinline__ void load_eight(const float* at, float (&x)[kSet]) {
+#pragma unroll
+  for (int c = 0; c < kSet; c += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(at + c);
+    x[c] = four.x, x[c + 1] = four.y, x[c + 2] = four.z, x[c + 3] = four.w;
   }
+}
 
-  // pull = H e for the channels of the tile and the thread's tokens.
-  __device__ void multiply(float (&pull)[kChannels][kTokens]) const {
+// What the sweeps of a warp work on.
+template <class Errors>
+struct ShapeWarp {
+  static constexpr int kTokens = Errors::kTokens;
+
+  ShapeLevels levels;
+  const float* inner;
+  const uint4* matrix;
+  ShapeExchange* exchange;
+  int head_dim;
+  float unit, top;
+  ShapeToken<Errors::kAligned> token[kTokens];
+  bool live[kTokens];  // whether the lane has a token
+  bool odd;            // whether some lane has none, or numbers that FP16 errors cannot hold
+
+  __device__ __forceinline__ void read(int t, const uint4& fetched, int channel,
+                                       float (&x)[kSet]) const {
+    token[t].numbers(fetched, channel, x);
+    if (!odd) return;
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i)
+    for (int c = 0; c < kSet; ++c) x[c] = live[t] ? clean(x[c]) : 0.0f;
+  }
+  __device__ __forceinline__ uint4 pack(int t, float (&e)[kSet]) const {
+    if (odd)
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) pull[i][j] = 0.0f;
-    constexpr int kAhead = kTokens > 4 ? 1 : 2;
-    Errors next[kAhead];
-    auto load = [&](int k) {
+      for (int c = 0; c < kSet; ++c)
+        e[c] = live[t] ? fminf(fmaxf(e[c], -kHalfMax), kHalfMax) : 0.0f;
+    return make_uint4(pack_half2(e[0], e[1]), pack_half2(e[2], e[3]), pack_half2(e[4], e[5]),
+                      pack_half2(e[6], e[7]));
+  }
+  static __device__ __forceinline__ void unpack(const uint4& errors, float (&e)[kSet]) {
+    const uint32_t two[4] = {errors.x, errors.y, errors.z, errors.w};
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) next[a] = errors(k + a);
-    };
-    load(0);
-#pragma unroll 1
-    for (int k = 0; k < p.head_dim; k += kAhead) {
-      float e[kAhead][kTokens];
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a)
-#pragma unroll
-        for (int j = 0; j < kTokens; ++j) e[a][j] = next[a].of[j];
-      if (k + kAhead < p.head_dim) load(k + kAhead);
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a)
-#pragma unroll
-        for (int i = 0; i < kChannels; i += 4) {
-          const float4 h = *reinterpret_cast<const float4*>(tile + (k + a) * kChannels + i);
-#pragma unroll
-          for (int j = 0; j < kTokens; ++j) {
-            pull[i][j] = fmaf(h.x, e[a][j], pull[i][j]);
-            pull[i + 1][j] = fmaf(h.y, e[a][j], pull[i + 1][j]);
-            pull[i + 2][j] = fmaf(h.z, e[a][j], pull[i + 2][j]);
-            pull[i + 3][j] = fmaf(h.w, e[a][j], pull[i + 3][j]);
-          }
-        }
+    for (int n = 0; n < 4; ++n) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(two[n]));
+      e[2 * n] = pair.x, e[2 * n + 1] = pair.y;
     }
   }
 
-  // One pass over the channels that chooses codes and, if `fit`, levels.
-  __device__ void sweep(bool fit, float top) {
-    for (int i = threadIdx.x; i < 8 * kMostWarps; i += blockDim.x)
-      partial[i] = 0.0f;  // load_tile has the barrier
-    for (int first = 0; first < p.head_dim; first += kChannels) {
-      load_tile(first);
-      float pull[kChannels][kTokens];
-      multiply(pull);
-      Errors residual_next = errors(first);
-      Codes code_next = codes_of(first);
-      // pull[0] is always that of channel c: the code of this loop is long enough without a copy
-      // for each channel.
+  // Whether a token has numbers beyond FP16 or that are none.
+  __device__ __forceinline__ bool find_odd() const {
+    float squares = 0.0f;
+    bool all = true;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      all = all && live[t];
+#pragma unroll 4
+      for (int channel = 0; channel < head_dim; channel += kSet) {
+        float x[kSet];
+        token[t].numbers(token[t].fetch(channel), channel, x);
+#pragma unroll
+        for (int c = 0; c < kSet; ++c) squares = fmaf(x[c], x[c], squares);
+      }
+    }
+    return __any_sync(kFull, !all || !(squares <= kHalfMax * kHalfMax));
+  }
+
+  // Calls visit(channel, set, fetched tokens) for the sets, and after each four done(pair). Tokens
+  // are fetched ahead.
+  template <class Visit, class Done>
+  __device__ __forceinline__ void each_set(Errors& errors, Visit visit, Done done) const {
+    uint4 next[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) next[t] = token[t].fetch(0);
 #pragma unroll 1
-      for (int i = 0; i < kChannels; ++i) {
-        const int c = first + i;
-        Errors residual = residual_next;
-        Codes chosen = code_next;
-        float step = scale[c], base = low[c], before[kTokens], code[kTokens], move[kTokens];
+    for (int channel = 0; channel < head_dim; channel += 4 * kSet) {
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) {
-          before[j] = fmaf(step, static_cast<float>(chosen.of[j]), base);
-          move[j] = 0.0f;
-        }
-        if (i + 1 < kChannels) {
-          residual_next = errors(c + 1);
-          code_next = codes_of(c + 1);
-        }
-        if (step > 0.0f) {
-          const float inverse = 1.0f / step, diagonal = 1.0f / tile[c * kChannels + i];
-          float sums[4] = {};
+      for (int set = 0; set < 4; ++set) {
+        const int at = channel + kSet * set;
+        uint4 fetched[kTokens];
 #pragma unroll
-          for (int j = 0; j < kTokens; ++j) {
-            // Where this channel would have to be for the sum to be least, the others staying as
-            // they are.
-            const float wanted = fmaf(pull[0][j], diagonal, before[j]);
-            code[j] = is_live(j) ? fminf(fmaxf(rintf((wanted - base) * inverse), 0.0f), top) : 0.0f;
-            sums[0] += code[j];
-            sums[1] = fmaf(code[j], code[j], sums[1]);
-            sums[2] += is_live(j) ? wanted : 0.0f;
-            sums[3] = fmaf(code[j], wanted, sums[3]);
+        for (int t = 0; t < kTokens; ++t) {
+          fetched[t] = next[t];
+          if (at + kSet < head_dim) next[t] = token[t].fetch(at + kSet);
+        }
+        visit(at, set, fetched);
+      }
+      done(channel / 32);
+      errors.turn();
+    }
+  }
+
+  // The errors of the nearest levels.
+  __device__ __forceinline__ void start(Errors& errors) const {
+    each_set(
+        errors,
+        [&](int channel, int set, const uint4(&fetched)[kTokens]) {
+          float low[kSet], step[kSet], inverse[kSet];
+          load_eight(levels.low + channel, low);
+          load_eight(levels.step + channel, step);
+          load_eight(levels.inverse + channel, inverse);
+          uint4 packed[kTokens];
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) {
+            float x[kSet], e[kSet];
+            read(t, fetched[t], channel, x);
+#pragma unroll
+            for (int c = 0; c < kSet; ++c) {
+              const float y = fmaf(x[c], unit, -low[c]);
+              e[c] = fmaf(-step[c], fmaf(__saturatef(y * inverse[c]), top, kMagic) - kMagic, y);
+            }
+            packed[t] = pack(t, e);
           }
-          if (fit) {
-            const FitSums sum = add_over_block(sums, partial, i);
-            const int64_t spread = static_cast<int64_t>(count) * sum.squares -
-                                   static_cast<int64_t>(sum.codes) * sum.codes;
-            if (spread > 0) {
-              const float n = static_cast<float>(count), middle = static_cast<float>(sum.codes) / n;
-              step = (sum.products - middle * sum.wanted) / (static_cast<float>(spread) / n);
-              base = sum.wanted / n - step * middle;
-              if (threadIdx.x == 0) scale[c] = step, low[c] = base;
+          errors.replace(set, packed, exchange);
+        },
+        [](int) {});
+  }
+
+  // The pass over the channels. It packs the codes of the keys or values whose words begin at
+  // `out`: that of the lane's first token, or that of the warp's first 32 in channel 0. Of keys it
+  // stores the sums of e_c^2 over the warp's tokens.
+  __device__ __forceinline__ void sweep(Errors& errors, int bits, bool is_key, int* out,
+                                        float* sums) const {
+    const int lane = threadIdx.x & 31;
+    const float square = 1.0f / (unit * unit);
+    uint32_t words[kTokens][8] = {};
+    each_set(
+        errors,
+        [&](int channel, int set, const uint4(&fetched)[kTokens]) {
+          float pull[kTokens][kSet], e[kTokens][kSet], low[kSet], step[kSet], inverse[kSet];
+          uint4 packed[kTokens];
+          uint32_t codes[kTokens][2] = {};
+          load_eight(levels.low + channel, low);
+          load_eight(levels.step + channel, step);
+          load_eight(levels.inverse + channel, inverse);
+          errors.pull(set, matrix + channel * head_dim / kSet, exchange, pull, packed);
+          float old[kTokens][kSet], x[kTokens][kSet];
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) {
+            unpack(packed[t], old[t]);
+            read(t, fetched[t], channel, x[t]);
+          }
+#pragma unroll
+          for (int c = 0; c < kSet; ++c) {
+            float follow[kSet];
+            load_eight(inner + (channel + c) * kSet, follow);
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+              const float y = fmaf(x[t][c], unit, -low[c]);
+              const float code = fmaf(__saturatef((y + pull[t][c]) * inverse[c]), top, kMagic);
+              codes[t][c / 4] |= (__float_as_uint(code) & 0xff) << 8 * (c % 4);
+              e[t][c] = fmaf(-step[c], code - kMagic, y);
+              const float moved = e[t][c] - old[t][c];
+#pragma unroll
+              for (int k = c + 1; k < kSet; ++k) pull[t][k] = fmaf(follow[k], moved, pull[t][k]);
             }
           }
 #pragma unroll
-          for (int j = 0; j < kTokens; ++j) {
-            move[j] = is_live(j) ? fmaf(step, code[j], base) - before[j] : 0.0f;
-            residual.of[j] -= move[j];
-            chosen.of[j] = static_cast<uint8_t>(code[j]);
+          for (int t = 0; t < kTokens; ++t) packed[t] = pack(t, e[t]);
+          errors.replace(set, packed, exchange);
+          if (is_key) {
+            float squares[kSet] = {};
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+              for (int c = 0; c < kSet; ++c) squares[c] = fmaf(e[t][c], e[t][c], squares[c]);
+            const float sum = add_over_lanes(squares);
+            if (lane % 4 == 0) sums[channel + lane / 4] = sum * square;
           }
-          errors(c) = residual;
-          codes_of(c) = chosen;
-        }
-#pragma unroll
-        for (int k = 0; k < kChannels; k += 4) {
-          const float4 h = *reinterpret_cast<const float4*>(later + i * kChannels + k);
-#pragma unroll
-          for (int j = 0; j < kTokens; ++j) {
-            pull[k][j] = fmaf(-h.x, move[j], pull[k + 1][j]);
-            pull[k + 1][j] = fmaf(-h.y, move[j], pull[k + 2][j]);
-            pull[k + 2][j] = fmaf(-h.z, move[j], pull[k + 3][j]);
-            pull[k + 3][j] =
-                k + 4 < kChannels ? fmaf(-h.w, move[j], pull[(k + 4) % kChannels][j]) : 0.0f;
-          }
-        }
-      }
-    }
-    __syncthreads();
-  }
-
-  // Rounds the levels to FP16 and stores them; the errors follow.
-  __device__ void round_levels(__half* levels) {
-    float* rounded = partial;  // scales, then the least levels
-    const int D = p.head_dim;
-    for (int c = threadIdx.x; c < D; c += blockDim.x) {
-      const __half step = __float2half_rn(fminf(fmaxf(scale[c], 0.0f), kHalfMax));
-      const float offset = __half2float(step) > 0.0f ? low[c] + mean[c] : mean[c];
-      levels[c] = step;
-      levels[D + c] = __float2half_rn(fminf(fmaxf(offset, -kHalfMax), kHalfMax));
-      rounded[c] = __half2float(step);
-      rounded[D + c] = __half2float(levels[D + c]) - mean[c];
-    }
-    __syncthreads();
-#pragma unroll 4
-    for (int c = 0; c < D; ++c) {
-      Errors residual = errors(c);
-      const Codes code = codes_of(c);
-#pragma unroll
-      for (int j = 0; j < kTokens; ++j) {
-        const float number = static_cast<float>(code.of[j]);
-        if (is_live(j))
-          residual.of[j] +=
-              fmaf(scale[c], number, low[c]) - fmaf(rounded[c], number, rounded[D + c]);
-      }
-      errors(c) = residual;
-      if (!(rounded[c] > 0.0f)) codes_of(c) = Codes{};
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c < D; c += blockDim.x)
-      scale[c] = rounded[c], low[c] = rounded[D + c];
-    __syncthreads();
-  }
-
-  // The RMS of what is left of each channel, times the factor that makes the sum of H_cc rms_c^2
-  // the mean of e . H e.
-  __device__ void store_rms(__half* out) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5,
-              D = p.head_dim;
-    float whole = 0.0f;
-    for (int first = 0; first < D; first += kChannels) {
-      load_tile(first);
-      float pull[kChannels][kTokens];
-      multiply(pull);
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        const Errors residual = errors(first + i);
-        float square = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kTokens; ++j) {
-          square = fmaf(residual.of[j], residual.of[j], square);
-          whole = fmaf(residual.of[j], pull[i][j], whole);
-        }
-        square = warp_sum(square);
-        if (lane == 0) partial[warp * D + first + i] = square;
-        if (threadIdx.x == 0)
-          low[first + i] =
-              tile[(first + i) * kChannels + i];  // the levels are stored: now the diagonal
-      }
-    }
-    whole = warp_sum(whole);
-    __syncthreads();
-    if (lane == 0) tile[warp] = whole;
-    const float n = static_cast<float>(count);
-    for (int c = threadIdx.x; c < D; c += blockDim.x) {
-      float square = 0.0f;
-      for (int w = 0; w < warps; ++w) square += partial[w * D + c];
-      mean[c] = square / n;
-    }
-    __syncthreads();
-    float apart = 0.0f;
-    whole = 0.0f;
-    for (int w = 0; w < warps; ++w) whole += tile[w];
-    for (int c = 0; c < D; ++c) apart = fmaf(mean[c], low[c], apart);
-    const float factor = apart > 0.0f ? fmaxf(whole / n, 0.0f) / apart : 1.0f;
-    for (int c = threadIdx.x; c < D; c += blockDim.x)
-      out[c] = __float2half_rn(fminf(sqrtf(mean[c] * factor), kHalfMax));
-  }
-
-  // Packs the codes of the group whose words begin at `out`.
-  __device__ void store_codes(int* out, int bits) const {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5,
-              D = p.head_dim, size = p.group_size;
-    for (int first = 32 * warp; first < size; first += 32 * warps) {
-      const int t = first + lane;
-      for (int c = 0; c < D; c += 32) {
-        uint32_t words[8] = {};
-#pragma unroll 8
-        for (int k = 0; k < 32; ++k) {
-          const uint32_t code = codes[static_cast<int64_t>(c + k) * pitch + t];
 #pragma unroll
           for (int plane = 0; plane < 8; ++plane) {
             if (plane >= bits) break;
-            const uint32_t bit = code >> plane & 1;
-            if (is_key)
-              words[plane] |= bit << k;
-            else if (const uint32_t packed = __ballot_sync(kFull, bit); lane == k)
-              words[plane] = packed;
-          }
-        }
-        int* to =
-            is_key ? out + (static_cast<int64_t>(t / kTile) * bits * kTile + t % kTile) * (D / 32) +
-                         c / 32
-                   : out + (static_cast<int64_t>(first / kTile) * bits * D + c + lane) * 4 +
-                         first % kTile / 32;
-        const int64_t next = is_key ? kTile * (D / 32) : D * 4;
 #pragma unroll
-        for (int plane = 0; plane < 8; ++plane)
-          if (plane < bits) to[plane * next] = static_cast<int>(words[plane]);
+            for (int t = 0; t < kTokens; ++t)
+              add_plane(codes[t], live[t], plane, set, is_key, &words[t][plane]);
+          }
+        },
+        [&](int pair) {
+#pragma unroll
+          for (int plane = 0; plane < 8; ++plane) {
+            if (plane >= bits) break;
+            int* to = out + static_cast<int64_t>(plane) * kTile * (head_dim / 32);
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+              to[is_key ? head_dim * t + pair : (32 * pair + lane) * 4 + t] =
+                  static_cast<int>(words[t][plane]);
+              words[t][plane] = 0;
+            }
+          }
+        });
+  }
+
+  // One bit of each code of a set, to the word of a key's 32 channels, or of 32 tokens in channel
+  // lane of the four sets.
+  static __device__ __forceinline__ void add_plane(const uint32_t (&codes)[2], bool live, int plane,
+                                                   int set, bool is_key, uint32_t* word) {
+    if (is_key) {
+      auto gather = [&](uint32_t four) {
+        return (four >> plane & 0x01010101u) * 0x10204080u >> 28;
+      };
+      if (live) *word |= (gather(codes[0]) | gather(codes[1]) << 4) << kSet * set;
+    } else {
+#pragma unroll
+      for (int c = 0; c < kSet; ++c) {
+        const uint32_t packed =
+            __ballot_sync(kFull, live && codes[c / 4] >> (8 * (c % 4) + plane) & 1);
+        if ((threadIdx.x & 31) == kSet * set + c) *word = packed;
       }
     }
   }
+
+  // The sum of e . H e over the warp's tokens.
+  __device__ __forceinline__ float measure(Errors& errors) const {
+    float whole = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < head_dim; first += 4 * kSet) {
+#pragma unroll
+      for (int set = 0; set < 4; ++set) {
+        const int channel = first + kSet * set;
+        float pull[kTokens][kSet], diagonal[kSet];
+        uint4 packed[kTokens];
+        load_eight(levels.diagonal + channel, diagonal);
+        errors.pull(set, matrix + channel * head_dim / kSet, exchange, pull, packed);
+        __syncwarp();
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          float e[kSet];
+          unpack(packed[t], e);
+#pragma unroll
+          for (int c = 0; c < kSet; ++c) whole = fmaf(diagonal[c] * e[c], e[c] + pull[t][c], whole);
+        }
+      }
+      errors.turn();
+    }
+    return warp_sum(whole) / (unit * unit);
+  }
 };
 
-// Blocks take groups in turn: group n is that of call group n / (2 Hkv B), and so on. Dynamic
-// shared memory: see shape_shared.
-template <int kChannels, int kTokens>
-__global__ void __launch_bounds__(kTokens == 4 ? kShapeThreads / 2 : kShapeThreads,
-                                  kTokens == 4 ? 2 : 1)
-    shape_kernel(const __grid_constant__ VkvxParams p, char* scratch) {
-  extern __shared__ float4 memory[];
-  __shared__ int found[2];
-  const int D = p.head_dim, call_groups = p.visual_entries / p.group_size;
-  float* at = reinterpret_cast<float*>(memory);
-  const int pitch = blockDim.x * kTokens;
-  float* error = reinterpret_cast<float*>(scratch + blockIdx.x * shape_bytes(pitch, D));
-  Shaper<kChannels, kTokens> s{p,
-                               pitch,
-                               error,
-                               reinterpret_cast<uint8_t*>(error + static_cast<int64_t>(D) * pitch),
-                               at,
-                               at + D,
-                               at + 2 * D,
-                               at + 3 * D,
-                               at + (3 + kChannels) * D,
-                               at + (3 + kChannels) * D + kChannels * kChannels,
-                               0,
-                               0,
-                               0,
-                               false};
-  const int groups = p.visual_capacity / p.group_size,
-            problems = 2 * call_groups * p.kv_heads * p.rows;
-  for (int n = blockIdx.x; n < problems; n += gridDim.x) {
-    __syncthreads();
-    s.is_key = n % 2 == 0;
-    s.head = n / 2 % p.kv_heads;
-    s.b = n / 2 / p.kv_heads % p.rows;
-    const int g = n / 2 / p.kv_heads / p.rows;
-    int group;
-    if (!place_group(p, s.b, g, &group, &s.count, found)) continue;
-    const int bits = s.is_key ? p.key_bits : p.value_bits, rows = s.is_key ? 3 : 2;
-    const float top = static_cast<float>((1 << bits) - 1);
-    const int64_t slot_head = static_cast<int64_t>(p.slot[s.b]) * p.kv_heads + s.head;
-    __half* params = static_cast<__half*>(s.is_key ? p.visual_key_params : p.visual_value_params) +
-                     (slot_head * groups + group) * rows * D;
-    s.start(p.visual_index + static_cast<int64_t>(s.b) * p.visual_entries +
-                static_cast<int64_t>(g) * p.group_size,
-            params, bits);
-    for (int sweep = 0; sweep < kShapeFits; ++sweep) s.sweep(true, top);
-    s.round_levels(params);
-    s.sweep(false, top);
-    const int64_t tile = slot_head * (p.visual_capacity / kTile) +
-                         static_cast<int64_t>(group) * (p.group_size / kTile);
-    s.store_codes((s.is_key ? p.visual_key : p.visual_value) + tile * bits * kTile * (D / 32),
-                  bits);
-    if (s.is_key) s.store_rms(params + 2 * D);
+// Levels of a group, by all threads of the block; returns units in one.
+__device__ __forceinline__ float load_levels(const VkvxParams& p, const __half* params, int bits,
+                                             const float* diagonal, const ShapeLevels& levels) {
+  const int D = p.head_dim;
+  float most = 0.0f;
+  for (int c = threadIdx.x & 31; c < D; c += 32) most = fmaxf(most, __half2float(params[c]));
+  most = warp_max(most);
+  const float unit = most > 0.0f ? ldexpf(1.0f, -ilogbf(most)) : 1.0f,
+              top = static_cast<float>((1 << bits) - 1);
+  for (int c = threadIdx.x; c < D; c += blockDim.x) {
+    const float step = __half2float(params[c]) * unit;
+    levels.low[c] = __half2float(params[D + c]) * unit;
+    levels.step[c] = step;
+    levels.inverse[c] = step > 0.0f ? 1.0f / (step * top) : 0.0f;
+    levels.diagonal[c] = diagonal[c];
   }
+  return unit;
+}
+
+// Grid: (2 * entries of the call / (32 * tokens of a lane * warps), Hkv, B): x runs over keys, then
+// values. Dynamic shared memory: see shape_shared.
+template <class Errors>
+__global__ void __launch_bounds__(kShapeTile / Errors::kTokens * 32, 4)
+    shape_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w) {
+  extern __shared__ uint4 memory[];
+  __shared__ int found[2];
+  constexpr int kTokens = Errors::kTokens;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5,
+            D = p.head_dim, parts = p.visual_entries / (32 * kTokens * warps);
+  const bool is_key = blockIdx.x < parts;
+  const int head = blockIdx.y, b = blockIdx.z,
+            part = warps * (is_key ? blockIdx.x : blockIdx.x - parts) + warp,
+            g = 32 * kTokens * part / p.group_size, entry = 32 * kTokens * part % p.group_size;
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  int group, count;
+  if (!place_group(p, b, g, &group, &count, found)) return;
+  const int bits = is_key ? p.key_bits : p.value_bits;
+  const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head,
+                groups = p.visual_capacity / p.group_size,
+                number = metric_number(p, is_key, b, head);
+  const __half* params =
+      static_cast<const __half*>(is_key ? p.visual_key_params : p.visual_value_params) +
+      (slot_head * groups + group) * (is_key ? 3 : 2) * D;
+  ShapeExchange* exchanges = reinterpret_cast<ShapeExchange*>(memory);
+  float* numbers = reinterpret_cast<float*>(exchanges + warps * kTokens);
+  const ShapeLevels levels(numbers, D);
+  float* inner = numbers + 4 * D;
+  uint4* rest = reinterpret_cast<uint4*>(inner + D * kSet);
+  const float unit = load_levels(p, params, bits, w.diagonal + number * D, levels);
+  for (int i = threadIdx.x; i < D * kSet / 4; i += blockDim.x)
+    reinterpret_cast<float4*>(inner)[i] =
+        reinterpret_cast<const float4*>(w.inner + number * D * kSet)[i];
+  const uint4* matrix = reinterpret_cast<const uint4*>(w.matrix + number * D * D);
+  if (Errors::kMatrixInSharedMemory) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < D * D / 8; i += blockDim.x) rest[i] = matrix[i];
+    matrix = rest;
+    rest += D * D / 8;
+  }
+  __syncthreads();
+
+  const int64_t first_tile = slot_head * (p.visual_capacity / kTile) +
+                             static_cast<int64_t>(group) * (p.group_size / kTile) + entry / kTile;
+  const int within = entry % kTile;
+  int* out = is_key ? p.visual_key + (first_tile * bits * kTile + within + lane) * (D / 32)
+                    : p.visual_value + first_tile * bits * kTile * (D / 32) + within / 32;
+  if (entry >= count) {  // padding
+    for (int plane = 0; plane < bits; ++plane, out += kTile * (D / 32))
+      for (int t = 0; t < kTokens; ++t)
+        for (int i = 0; i < D / 32; ++i) out[is_key ? D * t + i : (32 * i + lane) * 4 + t] = 0;
+    return;
+  }
+  const int64_t* stride = is_key ? p.key_stride : p.value_stride;
+  const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries +
+                     static_cast<int64_t>(g) * p.group_size;
+  ShapeWarp<Errors> shape{levels, inner, matrix, exchanges + warp * kTokens, D, unit};
+  shape.top = static_cast<float>((1 << bits) - 1);
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const int mine = entry + 32 * t + lane;
+    shape.live[t] = mine < count;
+    shape.token[t] = {is_key ? p.key : p.value,
+                      b * stride[0] + head * stride[1] + index[min(mine, count - 1)] * stride[2],
+                      p.dtype};
+  }
+  shape.odd = shape.find_odd();
+  Errors errors(p, rest + warp * (Errors::kBytes * D / static_cast<int>(sizeof(uint4))));
+  shape.start(errors);
+  const int64_t row_head = static_cast<int64_t>(b) * p.kv_heads + head;
+  float* sums = w.partial + (row_head * (p.visual_entries / (32 * kTokens)) + part) * (D + 1);
+  shape.sweep(errors, bits, is_key, out, sums);
+  if (!is_key) return;
+  const float whole = shape.measure(errors);
+  if (lane == 0) sums[D] = whole;
+}
+
+// The RMS of each channel's errors, times the factor that makes the sum of H_cc rms_c^2 the mean of
+// e . H e. `tokens`: of a partial sum. Grid: (call groups, Hkv, B).
+__global__ void __launch_bounds__(128)
+    shape_rms_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w, int tokens) {
+  __shared__ float parts[4];
+  __shared__ int found[2];
+  const int D = p.head_dim, g = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+  wait_for_earlier_kernels();
+  int group, count;
+  if (!place_group(p, b, g, &group, &count, found)) return;
+  const int64_t row_head = static_cast<int64_t>(b) * p.kv_heads + head;
+  const float* diagonal = w.diagonal + row_head * D;
+  const float* sums = w.partial + (row_head * (p.visual_entries / tokens) +
+                                   static_cast<int64_t>(g) * (p.group_size / tokens)) *
+                                      (D + 1);
+  const int used = static_cast<int>(divide_up(count, tokens));
+  auto total = [&](int c) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < used; ++i) sum += sums[static_cast<int64_t>(i) * (D + 1) + c];
+    return sum;
+  };
+  float squares[4] = {}, apart = 0.0f;  // of up to 512 channels
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+    if (const int c = threadIdx.x + 128 * n; c < D) {
+      squares[n] = total(c);
+      apart = fmaf(diagonal[c], squares[n], apart);
+    }
+  apart = warp_sum(apart);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = apart;
+  __syncthreads();
+  apart = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  const float whole = fmaxf(total(D), 0.0f), factor = apart > 0.0f ? whole / apart : 1.0f;
+  const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head,
+                groups = p.visual_capacity / p.group_size;
+  __half* out =
+      static_cast<__half*>(p.visual_key_params) + ((slot_head * groups + group) * 3 + 2) * D;
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+    if (const int c = threadIdx.x + 128 * n; c < D)
+      out[c] =
+          __float2half_rn(fminf(sqrtf(squares[n] / static_cast<float>(count) * factor), kHalfMax));
 }
 
 }  // namespace vkvx

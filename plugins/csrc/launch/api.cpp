@@ -52,10 +52,6 @@ int check(const VkvxParams* given) {
     return bad("visual_entries", p.visual_entries, "a multiple of group_size");
   if (p.text_capacity < 0) return bad("text_capacity", p.text_capacity, "at least 0");
   if (p.text_entries < 0) return bad("text_entries", p.text_entries, "at least 0");
-  if (p.quantizer == VKVX_SHAPED && !baseline && p.visual_entries &&
-      p.group_size > kMostShapedGroup)
-    return bad("group_size", p.group_size,
-               "at most " + std::to_string(kMostShapedGroup) + " with VKVX_SHAPED");
   if (p.rotary_dim < 0 || p.rotary_dim > p.head_dim || p.rotary_dim % 2)
     return bad("rotary_dim", p.rotary_dim, "an even number up to head_dim");
   if (p.rotary_interleaved != 0 && p.rotary_interleaved != 1)
@@ -192,8 +188,8 @@ int vkvx_workspace_bytes(const VkvxParams* params, size_t* bytes) {
   if (device.index < 0) return vkvx_workspace_bound(params, bytes);
   const int kernel = vkvx::attention_kernel(*params, device);
   if (kernel < 0) return VKVX_UNSUPPORTED;
-  *bytes = std::max(vkvx::attention_workspace(*params, device, kernel),
-                    vkvx::append_workspace(*params, device));
+  *bytes =
+      std::max(vkvx::attention_workspace(*params, device, kernel), vkvx::append_workspace(*params));
   return VKVX_OK;
 }
 
@@ -242,8 +238,7 @@ int vkvx_append(const VkvxParams* params, void* stream) {
   const vkvx::Device& device = vkvx::current_device();
   if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
   if (params->rows == 0 || params->positions == 0) return VKVX_OK;
-  if (const int code = vkvx::check_call(*params, vkvx::append_workspace(*params, device)))
-    return code;
+  if (const int code = vkvx::check_call(*params, vkvx::append_workspace(*params))) return code;
   return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
 }
 

@@ -62,9 +62,8 @@ int append(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   }
   if (p.visual_entries == 0 || p.visual_capacity == 0) return VKVX_OK;
   if (p.quantizer != VKVX_SHAPED) return quantize(p, device, stream);
-  VkvxParams start = p;
-  start.quantizer = VKVX_LLOYD;
-  if (const int code = quantize(start, device, stream)) return code;
+  if (const int code = read_metrics(p, stream)) return code;
+  if (const int code = quantize(p, device, stream)) return code;  // levels alone
   return shape(p, device, stream);
 }
 

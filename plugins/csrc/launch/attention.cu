@@ -76,8 +76,7 @@ int planes_columns(const VkvxParams& p) {
 }
 
 size_t bound_of_workspace(const VkvxParams& p) {
-  return std::max(workspace_bound(p, kMostProcessors),
-                  append_workspace(p, Device{-1, kMostProcessors, 0, 0}));
+  return std::max(workspace_bound(p, kMostProcessors), append_workspace(p));
 }
 
 int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {

@@ -18,6 +18,30 @@ struct Device {
   int shared_memory;                  // bytes that a block may ask for
 };
 
+// Launches kernels that may start before the one ahead of them on the stream has ended, and wait
+// for it themselves.
+class Launch {
+ public:
+  Launch(const Device& device, cudaStream_t stream) {
+    early_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early_.val.programmaticStreamSerializationAllowed = 1;
+    config_.stream = stream;
+    config_.attrs = &early_;
+    config_.numAttrs = device.capability >= 90 ? 1 : 0;
+  }
+  template <class... Params, class... Args>
+  void operator()(void (*kernel)(Params...), dim3 grid, int threads, int bytes, Args... args) {
+    config_.gridDim = grid;
+    config_.blockDim = dim3(threads);
+    config_.dynamicSmemBytes = bytes;
+    cudaLaunchKernelEx(&config_, kernel, args...);
+  }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute early_{};
+};
+
 int fail(int code, const std::string& message);  // remembers the message, returns the code
 int check_cuda(const char* what);                // the launch before this call
 const Device& current_device();
@@ -38,10 +62,11 @@ int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream
 
 // Fills the token numbers of the workspace.
 void rank_tokens(const VkvxParams& p, int* rank, int* run_end, cudaStream_t stream);
-size_t append_workspace(const VkvxParams& p, const Device& device);
+size_t append_workspace(const VkvxParams& p);
 int append(const VkvxParams& p, const Device& device, cudaStream_t stream);
+int read_metrics(const VkvxParams& p, cudaStream_t stream);  // for `shaped`
 int shape(const VkvxParams& p, const Device& device,
-          cudaStream_t stream);  // after the levels and codes of `lloyd` are stored
+          cudaStream_t stream);  // after that, and after the levels are stored
 
 int sample(const VkvxSampleParams& p, cudaStream_t stream);
 int last_tokens(int rows, const int32_t* slot, const int32_t* last_token, int32_t* input_ids,

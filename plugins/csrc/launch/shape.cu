@@ -1,58 +1,60 @@
 #include "../kernels/shape.cuh"
 #include "internal.h"
 
-#include <algorithm>
-
 namespace vkvx {
 
 namespace {
 
-constexpr size_t kMostScratch = size_t{256} << 20;
-
-bool is_shaped(const VkvxParams& p) {
-  return p.quantizer == VKVX_SHAPED && p.key_bits != 16 && p.visual_entries > 0;
+ShapeWorkspace workspace_of(const VkvxParams& p) {
+  return {p, static_cast<char*>(p.workspace) + plain_workspace(p)};
 }
 
-int shape_tokens(const VkvxParams& p) {
-  return p.group_size <= 1024 ? 4 : kMostShapedGroup / kShapeThreads;
-}
-
-// Blocks that run at a time, each with scratch memory of its own, and bytes of that.
-int shape_blocks(const VkvxParams& p, const Device& device, size_t* bytes) {
-  const int tokens = shape_tokens(p), threads = shape_threads(p.group_size, tokens);
-  *bytes = shape_bytes(threads * tokens, p.head_dim);
-  const int64_t groups = int64_t{2} * (p.visual_entries / p.group_size) * p.kv_heads * p.rows;
-  const int64_t resident = int64_t{std::max(1, device.processors)} * (kShapeThreads / threads),
-                affordable = static_cast<int64_t>(kMostScratch / *bytes);
-  return static_cast<int>(std::max<int64_t>(1, std::min({groups, resident, affordable})));
-}
-
-template <int kChannels, int kTokens>
-int launch(const VkvxParams& p, const Device& device, cudaStream_t stream) {
-  const int threads = shape_threads(p.group_size, kTokens),
-            bytes = shape_shared(p.head_dim, kChannels, threads);
-  if (cudaFuncSetAttribute(shape_kernel<kChannels, kTokens>,
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+template <class Errors>
+int launch(const VkvxParams& p, const ShapeWorkspace& workspace, const Device& device,
+           cudaStream_t stream) {
+  constexpr int kTokens = Errors::kTokens;
+  int warps = kShapeTile / kTokens;
+  while (warps > 1 && shape_shared<Errors>(p.head_dim, warps) + 1024 > device.shared_memory)
+    warps /= 2;
+  const int bytes = shape_shared<Errors>(p.head_dim, warps);
+  auto kernel = shape_kernel<Errors>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
+      cudaSuccess)
     return check_cuda("the shared memory that shaping needs");
-  char* scratch = static_cast<char*>(p.workspace) + plain_workspace(p);
-  size_t scratch_bytes;
-  const int blocks = shape_blocks(p, device, &scratch_bytes);
-  shape_kernel<kChannels, kTokens><<<blocks, threads, bytes, stream>>>(p, scratch);
-  return check_cuda("shaping");
+  Launch after(device, stream);
+  after(kernel, dim3(2 * (p.visual_entries / (32 * kTokens * warps)), p.kv_heads, p.rows),
+        32 * warps, bytes, p, workspace);
+  if (const int code = check_cuda("shaping")) return code;
+  after(shape_rms_kernel, dim3(p.visual_entries / p.group_size, p.kv_heads, p.rows), 128, 0, p,
+        workspace, 32 * kTokens);
+  return check_cuda("the error of shaping");
 }
 
 }  // namespace
 
-size_t append_workspace(const VkvxParams& p, const Device& device) {
-  if (!is_shaped(p)) return plain_workspace(p);
-  size_t bytes;
-  const int blocks = shape_blocks(p, device, &bytes);
-  return plain_workspace(p) + blocks * bytes;
+size_t append_workspace(const VkvxParams& p) {
+  const bool shaped = p.quantizer == VKVX_SHAPED && p.key_bits != 16 && p.visual_entries > 0;
+  return plain_workspace(p) + (shaped ? ShapeWorkspace(p, nullptr).bytes : 0);
+}
+
+int read_metrics(const VkvxParams& p, cudaStream_t stream) {
+  shape_metric_kernel<<<dim3(2 * p.head_dim / kSet, p.kv_heads, p.rows), 256, 0, stream>>>(
+      p, workspace_of(p));
+  return check_cuda("the metrics of shaping");
 }
 
 int shape(const VkvxParams& p, const Device& device, cudaStream_t stream) {
-  return shape_tokens(p) == 4 ? launch<16, 4>(p, device, stream)
-                              : launch<8, kMostShapedGroup / kShapeThreads>(p, device, stream);
+  const ShapeWorkspace workspace = workspace_of(p);
+  const bool aligned = p.dtype != VKVX_FLOAT32 && rows_are_aligned(p.key, p.key_stride) &&
+                       rows_are_aligned(p.value, p.value_stride);
+  if (!aligned) return launch<SharedErrors<false>>(p, workspace, device, stream);
+  if (device.capability >= 80) {
+    if (p.head_dim == 32) return launch<RegisterErrors<1>>(p, workspace, device, stream);
+    if (p.head_dim == 64) return launch<RegisterErrors<2>>(p, workspace, device, stream);
+    if (p.head_dim == 96) return launch<RegisterErrors<3>>(p, workspace, device, stream);
+    if (p.head_dim == 128) return launch<RegisterErrors<4>>(p, workspace, device, stream);
+  }
+  return launch<SharedErrors<true>>(p, workspace, device, stream);
 }
 
 }  // namespace vkvx
