@@ -93,7 +93,8 @@ struct RowSource {
 // Rows of `dim` channels, at most kDim; those that do not exist are zeros.
 template <int kDim>
 struct RowsEngine {
-  static constexpr int kChunks = kDim / 8;  // of 16 bytes, per row
+  static constexpr int kChunks = kDim / 8;               // of 16 bytes, per row
+  static constexpr int kBytes = kRowsAtOnce * kDim * 2;  // of the keys in the buffer, then values
   static constexpr int kWeightShift = 11;
   static constexpr float kMargin = 4.0f;
 
@@ -133,7 +134,7 @@ struct RowsEngine {
   __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present,
                                          const uint32_t (&seen)[2], float scale, float bound,
                                          uint32_t buffer) {
-    const uint32_t value_buffer = buffer + kRowsAtOnce * kDim * 2;
+    const uint32_t value_buffer = buffer + kBytes;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce * kChunks / 32; ++i) {
