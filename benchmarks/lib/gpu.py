@@ -150,7 +150,8 @@ class OperatorCall:
     """An operator call of `rows` rows on caches of its own; `attend` and `append` launch it on the current stream.
 
     Tensors are FP16: query [B, Hq, S, D], key and value [B, Hkv, S, D]; `visual` of the call's S positions are visual
-    tokens, the rest text. `cached` visual tokens a row are in the cache: random words, random levels.
+    tokens, the rest text. `cached` visual tokens a row are in the cache, random words and levels, and `text` text
+    tokens.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class OperatorCall:
         kv_heads: int,
         positions: int = 1,
         cached: int = 0,
+        text: int = 0,
         visual: int = 0,
         group_size: int = 256,
         bits: int = 1,
@@ -203,9 +205,9 @@ class OperatorCall:
             "visual_value": words[1],
             "visual_value_params": params[:, :, :, :2].contiguous(),
             "visual_count": integers(counts),
-            "text_key": normal(*lead, max(16, positions), d),
-            "text_value": normal(*lead, max(16, positions), d),
-            "text_count": torch.zeros(rows, dtype=torch.int32, device="cuda"),
+            "text_key": normal(*lead, max(16, text + positions), d),
+            "text_value": normal(*lead, max(16, text + positions), d),
+            "text_count": torch.full((rows,), text, dtype=torch.int32, device="cuda"),
         }
         if quantizer == "shaped":
             root = normal(kv_heads, d, d).float()
@@ -236,9 +238,8 @@ class OperatorCall:
         size = kernels.workspace_bytes(self.params)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
         self.params.workspace, self.params.workspace_bytes = self._workspace.data_ptr(), size
-        self.cache_bytes = (
-            rows * kv_heads * (sum(-(-c // 128) for c in counts) * 32 * d * bits + sum(c > 0 for c in counts) * 10 * d)
-        )
+        visual_bytes = sum(-(-c // 128) for c in counts) * 32 * d * bits + sum(c > 0 for c in counts) * 10 * d
+        self.cache_bytes = rows * kv_heads * (visual_bytes + text * 4 * d)
 
     def attend(self) -> Any:
         """Launch the attention; returns the output tensor."""
@@ -252,6 +253,13 @@ class OperatorCall:
         import torch
 
         self.kernels.append(self.params, torch.cuda.current_stream().cuda_stream)
+
+    def step(self) -> Any:
+        """Launch both, at once where the call allows it; returns the output tensor."""
+        import torch
+
+        self.kernels.step(self.params, torch.cuda.current_stream().cuda_stream)
+        return self.output
 
     def dequantized(self, rows: int) -> tuple[Any, Any]:
         """Cached visual keys and values of the first rows, FP32 [rows, Hkv, cached, D]."""
@@ -285,6 +293,9 @@ class OperatorCall:
             scores = low + (scores - low) * ((high - params.tau - low) / (high - low)).clamp(min=0)
         if params.sliding_window:
             scores[..., : int(t["window_start"][0, 0, 0])] = -math.inf
-        own = query @ t["key"][:rows].double().transpose(2, 3) * scale
-        weights = torch.cat([scores, own], -1).softmax(-1)
-        return (weights @ torch.cat([value, t["value"][:rows].double()], 2)).flatten(1, 2).unsqueeze(2)
+        text = int(t["text_count"][0])
+        text_key, text_value = (
+            torch.cat([t[f"text_{name}"][:rows, :, :text], t[name][:rows]], 2).double() for name in ("key", "value")
+        )
+        weights = torch.cat([scores, query @ text_key.transpose(2, 3) * scale], -1).softmax(-1)
+        return (weights @ torch.cat([value, text_value], 2)).flatten(1, 2).unsqueeze(2)
