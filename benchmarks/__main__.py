@@ -32,6 +32,7 @@ BENCHMARKS = {
     "compiled_steps": "decode steps with projections apart, merged and compiled, on a GPU",
     "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
     "export_shapes": "memory and time of exports of large models, from checkpoints of zeros that take no room",
+    "few_rows": "decode attention of few rows with grouped heads on a GPU, caches cold, against torch's",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
     "session_steps": "what a session adds to a decode step on a GPU: tokens chosen there and by the host",

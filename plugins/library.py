@@ -123,7 +123,7 @@ class KernelLibrary:
             )
         for name in ("vkvx_workspace_bytes", "vkvx_workspace_bound", "vkvx_workspace_zeroed"):
             getattr(self._library, name).argtypes = (POINTER(Params), POINTER(c_size_t))
-        for name in ("vkvx_attention", "vkvx_append"):
+        for name in ("vkvx_attention", "vkvx_append", "vkvx_step"):
             getattr(self._library, name).argtypes = (POINTER(Params), c_void_p)
         self._library.vkvx_sample.argtypes = (POINTER(SampleParams), c_void_p)
         self._library.vkvx_last_tokens.argtypes = (c_int32, c_void_p, c_void_p, c_void_p, c_void_p)
@@ -152,6 +152,10 @@ class KernelLibrary:
     def append(self, params: Params, stream: int) -> None:
         """Launch ``vkvx_append``: stores the call's tokens in the caches, in place."""
         self._check(self._library.vkvx_append(byref(params), stream))
+
+    def step(self, params: Params, stream: int) -> None:
+        """Launch ``vkvx_step``: the attention, then the append, at once where the call brings text alone."""
+        self._check(self._library.vkvx_step(byref(params), stream))
 
     def sample(self, params: SampleParams, stream: int) -> None:
         """Launch ``vkvx_sample``: chooses each row's next token."""

@@ -111,8 +111,7 @@ def run(tensors: dict[str, Tensor], attributes: OperatorAttributes) -> Tensor:
         params = Params.of(held, attributes, output)
         workspace = _WORKSPACES.get(query.device, stream, library.workspace_bytes(params))
         params.workspace, params.workspace_bytes = workspace.data_ptr(), workspace.numel()
-        library.attention(params, stream)
-        library.append(params, stream)
+        library.step(params, stream)
         for name, x in held.items():
             if name in CACHE_NAMES and x is not tensors[name]:
                 tensors[name].copy_(x)

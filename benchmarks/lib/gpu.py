@@ -163,6 +163,7 @@ class OperatorCall:
         kv_heads: int,
         positions: int = 1,
         cached: int = 0,
+        text: int = 0,
         visual: int = 0,
         group_size: int = 256,
         bits: int = 1,
@@ -171,7 +172,6 @@ class OperatorCall:
         kernel: str = "auto",
         head_dim: int = 128,
         sliding_window: int = 0,
-        text: int = 0,
         text_bits: int = 16,
     ) -> None:
         import torch
@@ -208,8 +208,8 @@ class OperatorCall:
             "visual_value": words[1],
             "visual_value_params": params[:, :, :, :2].contiguous(),
             "visual_count": integers(counts),
-            "text_key": normal(*lead, text + max(16, positions), d),
-            "text_value": normal(*lead, text + max(16, positions), d),
+            "text_key": normal(*lead, max(16, text + positions), d),
+            "text_value": normal(*lead, max(16, text + positions), d),
             "text_count": torch.full((rows,), text, dtype=torch.int32, device="cuda"),
         }
         self.text = text
@@ -246,9 +246,8 @@ class OperatorCall:
         size = kernels.workspace_bytes(self.params)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
         self.params.workspace, self.params.workspace_bytes = self._workspace.data_ptr(), size
-        self.cache_bytes = (
-            rows * kv_heads * (sum(-(-c // 128) for c in counts) * 32 * d * bits + sum(c > 0 for c in counts) * 10 * d)
-        )
+        visual_bytes = sum(-(-c // 128) for c in counts) * 32 * d * bits + sum(c > 0 for c in counts) * 10 * d
+        self.cache_bytes = rows * kv_heads * (visual_bytes + text * (4 * d if text_bits == 16 else 2 * (d + 4)))
 
     def attend(self) -> Any:
         """Launch the attention; returns the output tensor."""
@@ -262,6 +261,13 @@ class OperatorCall:
         import torch
 
         self.kernels.append(self.params, torch.cuda.current_stream().cuda_stream)
+
+    def step(self) -> Any:
+        """Launch both, at once where the call allows it; returns the output tensor."""
+        import torch
+
+        self.kernels.step(self.params, torch.cuda.current_stream().cuda_stream)
+        return self.output
 
     def dequantized(self, rows: int) -> tuple[Any, Any]:
         """Cached visual keys and values of the first rows, FP32 [rows, Hkv, cached, D]."""

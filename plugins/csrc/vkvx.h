@@ -144,6 +144,9 @@ int vkvx_attention(const VkvxParams* params, void* stream);
 /* Quantises and stores the call's visual tokens, stores its text tokens, in place; run it after
  * vkvx_attention on the same stream. */
 int vkvx_append(const VkvxParams* params, void* stream);
+/* vkvx_attention, then vkvx_append; in one launch if the call has at most 8 positions, no visual
+ * entries and a type of 16 bits. */
+int vkvx_step(const VkvxParams* params, void* stream);
 /* Chooses each row's next token: greedily, or by chance among the likeliest. Tokens of `excluded`
  * are never chosen, those of `seen` by penalised logits. A token is -1 where a logit is NaN or the
  * greatest infinite, -2 where no token is left. Needs no workspace. docs/kernels.md has the rules.

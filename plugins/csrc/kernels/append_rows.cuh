@@ -56,12 +56,8 @@ __global__ void __launch_bounds__(kCodeRowWarps * 32)
             row = blockIdx.x + p.text_count[slot],
             part = blockIdx.z * kCodeRowWarps + (threadIdx.x >> 5), head = part >> 1;
   if (position < 0 || row >= p.text_capacity || head >= p.kv_heads) return;
-  const bool is_key = part % 2 == 0;
-  const int64_t (&stride)[3] = is_key ? p.key_stride : p.value_stride;
-  const int64_t to = (static_cast<int64_t>(slot) * p.kv_heads + head) * p.text_capacity + row;
-  store_text_row(text_row(is_key ? p.text_key : p.text_value, to, p.head_dim),
-                 is_key ? p.key : p.value, b * stride[0] + head * stride[1] + position * stride[2],
-                 p.head_dim, p.dtype);
+  append_code_row(p, part % 2 == 0, b, head, position,
+                  (static_cast<int64_t>(slot) * p.kv_heads + head) * p.text_capacity + row);
 }
 
 }  // namespace vkvx

@@ -10,6 +10,18 @@
 
 #include "../operator_table.h"
 
+// Instructions of compute capability 8.0; kernels that use them have no body below it, and are not
+// launched there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define VKVX_HAS_TENSOR_CORES 1
+#define VKVX_ASM(...) asm(__VA_ARGS__)
+#define VKVX_ASM_VOLATILE(...) asm volatile(__VA_ARGS__)
+#else
+#define VKVX_HAS_TENSOR_CORES 0
+#define VKVX_ASM(...)
+#define VKVX_ASM_VOLATILE(...)
+#endif
+
 namespace vkvx {
 
 constexpr int kMaxDecodePositions = 8;  // longest call that the decode kernels take
@@ -141,13 +153,16 @@ __device__ __forceinline__ int gather_code(const int* words, int64_t plane, int 
 // works together.
 __device__ __forceinline__ unsigned collect_positions(const int* index, int entries, int b) {
   unsigned mine = 0;
+#pragma unroll 1
   for (int i = threadIdx.x & 31; i < entries; i += 32) {
     const int at = index[static_cast<int64_t>(b) * entries + i];
     if (at >= 0) mine |= 1u << at;
   }
-#pragma unroll
-  for (int o = 16; o; o >>= 1) mine |= __shfl_xor_sync(kFull, mine, o);
+#if VKVX_HAS_TENSOR_CORES
+  return __reduce_or_sync(kFull, mine);
+#else
   return mine;
+#endif
 }
 
 // Wait for the kernels before this one on its stream; launched as a dependent it may start before
@@ -165,17 +180,23 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// Instructions of compute capability 8.0; kernels that use them have no body below it, and are not
-// launched there.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define VKVX_HAS_TENSOR_CORES 1
-#define VKVX_ASM(...) asm(__VA_ARGS__)
-#define VKVX_ASM_VOLATILE(...) asm volatile(__VA_ARGS__)
-#else
-#define VKVX_HAS_TENSOR_CORES 0
-#define VKVX_ASM(...)
-#define VKVX_ASM_VOLATILE(...)
+// All threads of the cluster; what they wrote to shared memory before, the others see after.
+__device__ __forceinline__ void wait_for_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 #endif
+}
+
+// Where another block of the cluster has what lies at `here` in this one's shared memory.
+__device__ __forceinline__ const float* shared_of_block(const float* here, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const float* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(here), "r"(rank));
+  return there;
+#else
+  return here;
+#endif
+}
 
 __device__ __forceinline__ int reduce_max(int x) {
 #if VKVX_HAS_TENSOR_CORES
@@ -212,28 +233,31 @@ __device__ __forceinline__ void mma_bits(int (&d)[4], uint32_t a0, uint32_t a1, 
       "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(b), "r"(zero));
 }
 
-// D = A B + C in integers: A [16, 32] of u8, B [32, 8] of u8 or s8.
-template <bool kSigned>
-__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0,
-                                          uint32_t b1, const int (&c)[4]) {
-  if constexpr (kSigned)
-    VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%10,%11,%12,%13};" : "=r"(d[0]),
-        "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
-        "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-  else
-    VKVX_ASM(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%10,%11,%12,%13};" : "=r"(d[0]),
-        "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
-        "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-}
+#define VKVX_MMA_BYTES(types)                                                                \
+  VKVX_ASM("mma.sync.aligned.m16n8k32.row.col.s32." types                                    \
+           ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" : "=r"(d[0]),    \
+           "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), \
+           "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))
 
-template <bool kSigned>
-__device__ __forceinline__ void mma_bytes(int (&d)[4], int a0, int a1, int a2, int a3, uint32_t b0,
-                                          uint32_t b1) {
-  mma_bytes<kSigned>(d, a0, a1, a2, a3, b0, b1, d);
+// D = A B + C in integers: A [16, 32], B [32, 8] of u8, or s8 where they are signed.
+template <bool kSignedA, bool kSignedB>
+__device__ __forceinline__ void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                          uint32_t a3, uint32_t b0, uint32_t b1,
+                                          const int (&c)[4]) {
+  static_assert(!(kSignedA && kSignedB));
+  if constexpr (kSignedA)
+    VKVX_MMA_BYTES("s8.u8");
+  else if constexpr (kSignedB)
+    VKVX_MMA_BYTES("u8.s8");
+  else
+    VKVX_MMA_BYTES("u8.u8");
+}
+#undef VKVX_MMA_BYTES
+
+template <bool kSignedA, bool kSignedB>
+__device__ __forceinline__ void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                          uint32_t a3, uint32_t b0, uint32_t b1) {
+  mma_bytes<kSignedA, kSignedB>(d, a0, a1, a2, a3, b0, b1, d);
 }
 
 // Four 8x8 matrices of 16-bit elements (or 8 rows of 4 words): lane 8m + r gives the address of row

@@ -6,8 +6,8 @@
 // as a list of units: tiles of 128 visual tokens, text rows by 16, and the own tokens. Units have
 // costs, in multiples of 16 D bytes, and each warp of each part takes the units that start in its
 // share of the total: shares follow the counts on the device, the grid only the shapes. Warps work
-// alone, each with its own buffers, and fold their results into shared memory at group ends; the
-// last block of a row and head to arrive combines the parts.
+// alone, each with its own buffers, and fold their results into shared memory at group ends. The
+// parts of a row and head combine as a cluster of blocks, or in the last block to arrive.
 #pragma once
 
 #include "decode_block.cuh"
@@ -17,7 +17,7 @@ namespace vkvx {
 // Grid: (parts * column tiles, Hkv, B). With kScan it finds the extremes of the scores alone, which
 // `affine` needs first.
 template <class Engine, bool kScan, int kLookahead>
-__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
+__global__ void __launch_bounds__(Engine::kMostWarps * 32)
     decode_kernel(const __grid_constant__ VkvxParams p, const __grid_constant__ DecodePlan plan) {
 #if VKVX_HAS_TENSOR_CORES
   extern __shared__ __align__(128) char shared[];
@@ -33,10 +33,11 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
   int* group_counts = starts + groups + 2;
   wait_for_earlier_kernels();
   let_next_kernel_start();
+  block.prefetch_counts();
   block.slot = p.slot[block.b];
   block.stage_queries();
   block.locate_columns();
-  if (block.slot < 0) {
+  if (block.slot < 0) {  // in all parts
     block.store_zeros();
     return;
   }
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
   const int text_count = p.text_count[block.slot];
   if (block.warp == 0) {  // first tile of each group
     int before = 0;
+#pragma unroll 1
     for (int base = 0; base < groups; base += 32) {
       const int count = base + lane < groups ? counts[base + lane] : 0;
       int x = (count + kTile - 1) / kTile;
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocks)
       rows.finish(result);
     }
     block.combine_warps(tile_id, result);
-    if (plan.splits != 1 && block.arrives_last(tile_id, last)) block.combine_parts(tile_id);
+    block.combine_blocks(tile_id, last);
   }
 #endif
 }

@@ -31,7 +31,7 @@ struct DecodeBlock {
   int D, key_planes, value_planes;
   int tid, lane, warp, warps;
   int part, column_tile, head, b, ratio, S, first_column, columns, groups;
-  DecodeLayout layout;
+  const DecodeLayout& layout;
   float* queries;         // [columns][D + D / 8], times scale * log2 e
   uint16_t* raw_queries;  // [columns][D + 8], as the model gives them
   int* starts;            // first tile of each group in the list of tiles
@@ -55,17 +55,16 @@ struct DecodeBlock {
         lane(tid & 31),
         warp(__shfl_sync(kFull, tid >> 5, 0)),
         warps(blockDim.x / 32),
-        part(blockIdx.x % plan.splits),
-        column_tile(blockIdx.x / plan.splits),
+        part(plan.column_tiles == 1 ? blockIdx.x : blockIdx.x % plan.splits),
+        column_tile(plan.column_tiles == 1 ? 0 : blockIdx.x / plan.splits),
         head(blockIdx.y),
         b(blockIdx.z),
-        ratio(p.query_heads / p.kv_heads),
+        ratio(plan.ratio),
         S(p.positions),
         first_column(column_tile * kColumns),
         columns(min(kColumns, ratio * S - first_column)),
-        groups(p.visual_capacity ? p.visual_capacity / p.group_size : 0),
-        layout(key_planes, value_planes, D, Engine::kPaddedDim, kColumns, plan.columns, kLookahead,
-               groups, warps),
+        groups(plan.groups),
+        layout(plan.layout),
         queries(reinterpret_cast<float*>(shared + layout.queries)),
         raw_queries(reinterpret_cast<uint16_t*>(shared + layout.raw_queries)),
         starts(reinterpret_cast<int*>(shared + layout.starts)),
@@ -82,9 +81,21 @@ struct DecodeBlock {
     s = at - h * S;
   }
 
+  // The counts of a slot lie behind its number: where those of all slots are few, they come on
+  // their way while it does.
+  __device__ __forceinline__ void prefetch_counts() const {
+    if (warp != 1 || !plan.prefetches) return;  // warp 0 has them to read
+    constexpr int kLine = 32;                   // counts
+#pragma unroll 1
+    for (int i = lane * kLine; i < p.slots * groups; i += 32 * kLine) prefetch(p.visual_count + i);
+#pragma unroll 1
+    for (int i = lane * kLine; i < p.slots; i += 32 * kLine) prefetch(p.text_count + i);
+  }
+
   // Sends the queries on their way into shared memory, by chunks of 8 channels.
   __device__ __forceinline__ void stage_queries() const {
     const int chunks = D / 8;
+#pragma unroll 1
     for (int i = tid; i < kColumns * chunks; i += blockDim.x) {
       const int column = i / chunks, c = i % chunks * 8;
       const bool exists = column < columns;
@@ -137,11 +148,8 @@ struct DecodeBlock {
   // The first cached entry that a column sees.
   __device__ __forceinline__ void set_first_seen(Engine& engine) const {
     if constexpr (Engine::kMasked) {
-#pragma unroll
-      for (int set = 0; set < kColumns / 4; ++set) {
-        const int column = (lane & 3) + 4 * set;
-        engine.first_seen[set] = column < columns ? start_of(0, position_of[column]) : 0;
-      }
+      const int column = Engine::column();
+      engine.first_seen = column < columns ? start_of(0, position_of[column]) : 0;
     }
   }
 
@@ -158,6 +166,7 @@ struct DecodeBlock {
   // The correction `affine` from the extremes that the parts of the scan found.
   __device__ __forceinline__ void find_affine(int64_t tile_id) const {
     float2 all = make_float2(INFINITY, -INFINITY);
+#pragma unroll 1
     for (int s = 0; s < plan.splits; ++s) {
       const float2 x = plan.extremes[(tile_id * plan.splits + s) * 8 + tid];
       all = make_float2(fminf(all.x, x.x), fmaxf(all.y, x.y));
@@ -168,15 +177,22 @@ struct DecodeBlock {
   }
 
   // First unit of a kind that starts at or past a cost, when units of that kind start at `base`.
-  static __device__ __forceinline__ int first_unit(int64_t at, int64_t base, int unit_cost,
-                                                   int units) {
-    const int64_t n = at <= base ? 0 : divide_up(at - base, unit_cost);
-    return static_cast<int>(n < units ? n : units);
+  static __device__ __forceinline__ int first_unit(int at, int base, int unit_cost, int units) {
+    const unsigned n = at <= base ? 0 : (at - base + unit_cost - 1u) / unit_cost;
+    return min(n, static_cast<unsigned>(units));
+  }
+
+  // Where the share of a warp begins in the cost of all units.
+  __device__ __forceinline__ int start_of_share(int cost, unsigned share) const {
+    return share == plan.splits * warps
+               ? cost
+               : static_cast<int>(static_cast<uint64_t>(cost) * (share * plan.share) >> 32);
   }
 
   // This warp's share of the units.
   __device__ __forceinline__ WarpShare share_units(int text_count) const {
-    const int visual_cost = key_planes + value_planes, row_cost = 4;
+    // In multiples of 16 D bytes; the arithmetic of a tile is worth some more.
+    const int visual_cost = key_planes + value_planes + 2, row_cost = 4;
     int hidden_tiles = 0, hidden_rows = 0;  // units that no position sees
     if constexpr (Engine::kMasked) {
       const int entry = start_of(0, 0), group = entry / p.group_size;
@@ -187,15 +203,14 @@ struct DecodeBlock {
     }
     const int visual_units = starts[groups] - hidden_tiles,
               row_units = kScan ? 0 : (text_count + kRowsAtOnce - 1) / kRowsAtOnce - hidden_rows;
-    const int64_t cost =
-        static_cast<int64_t>(visual_units) * visual_cost + (row_units + (kScan ? 0 : 1)) * row_cost;
-    const int share = part * warps + warp, shares = plan.splits * warps;
-    const int64_t low = cost * share / shares, high = cost * (share + 1) / shares;
-    const int64_t visual_end = static_cast<int64_t>(visual_units) * visual_cost;
+    const int visual_end = visual_units * visual_cost,
+              cost = visual_end + (row_units + (kScan ? 0 : 1)) * row_cost;
+    const unsigned share = part * warps + warp;
+    const int low = start_of_share(cost, share), high = start_of_share(cost, share + 1);
     // Starting and ending a group costs some tiles of few bits: shares of whole groups, if they are
     // not far from even ones.
-    const bool snaps = Engine::kSnaps && cost >= static_cast<int64_t>(4 * visual_cost) * shares;
-    auto first_tile = [&](int64_t at) {
+    const bool snaps = Engine::kSnaps && start_of_share(cost, 1) >= 4 * visual_cost;
+    auto first_tile = [&](int at) {
       const int tile = hidden_tiles + first_unit(at, 0, visual_cost, visual_units);
       if (!snaps || tile == starts[groups]) return tile;
       int group = 0;
@@ -239,7 +254,7 @@ struct DecodeBlock {
         static_cast<const __half*>(p.visual_value_params) + slot_head * groups * 2 * D;
     loader.ahead = cursor = TileCursor{};
     loader.ahead.tile = share.tile_begin;
-    if (has_tiles) loader.ahead.start(starts, share.tile_begin, p.group_size / kTile);
+    if (has_tiles) loader.ahead.start(starts, share.tile_begin, plan.group_tiles);
     cursor = loader.ahead;
     loader.reciprocal = Engine::kAny ? 524288 / D + 1 : 0;
     loader.key_buffer = shared_address(mine + layout.keys);
@@ -252,6 +267,7 @@ struct DecodeBlock {
   // copied.
   __device__ __forceinline__ void convert_queries(float factor) const {
     const int chunks = D / 8;
+#pragma unroll 1
     for (int i = tid; i < kColumns * chunks; i += blockDim.x) {
       const int column = i / chunks, c = i % chunks * 8;
       uint4* raw = reinterpret_cast<uint4*>(raw_queries + column * (D + 8) + c);
@@ -277,9 +293,7 @@ struct DecodeBlock {
   __device__ __forceinline__ void store_extremes(int64_t tile_id, char* mine,
                                                  const Engine& engine) const {
     float2* found = reinterpret_cast<float2*>(mine + layout.keys);
-#pragma unroll
-    for (int set = 0; set < kColumns / 4; ++set)
-      if (lane < 4) found[4 * set + lane] = make_float2(engine.low[set], engine.high[set]);
+    if (Engine::writes_column()) found[Engine::column()] = make_float2(engine.low, engine.high);
     __syncthreads();
     if (tid < kColumns) {
       float2 all = make_float2(INFINITY, -INFINITY);
@@ -337,6 +351,38 @@ struct DecodeBlock {
         rows.template attend<false, Engine::kMasked>(source, first, present, seen, factor, bound,
                                                      buffer);
     }
+    if (plan.appends && column_tile == 0 && uniform(share.row_end > share.own_row))
+      append_own(mine, text_count);
+  }
+
+  // Stores the call's text tokens, whose rows attend_rows has just had copied to the warp's memory;
+  // rows of 8 bits come from the call's tensors.
+  // Nothing of this launch reads the rows from `text_count` on.
+  __device__ __forceinline__ void append_own(const char* mine, int text_count) const {
+    using Rows = RowsEngine<Engine::kPaddedDim>;
+    const int64_t first =
+        (static_cast<int64_t>(slot) * p.kv_heads + head) * p.text_capacity + text_count;
+#pragma unroll 1
+    for (int i = 0; i < p.text_entries; ++i) {
+      const int at = p.text_index[static_cast<int64_t>(b) * p.text_entries + i];
+      if (at < 0) continue;
+      const int row = p.key_bits == 16 ? __popc(tokens & ((1u << at) - 1)) : i;
+      if (text_count + row >= p.text_capacity) continue;
+      if (p.text_bits == 8) {
+        append_code_row(p, true, b, head, at, first + row);
+        append_code_row(p, false, b, head, at, first + row);
+        continue;
+      }
+#pragma unroll 1
+      for (int c = lane; c < D / 8; c += 32) {
+        const char* from = mine + Rows::place(at, c);
+        const int64_t to = (first + row) * D + 8 * c;
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.text_key) + to) =
+            *reinterpret_cast<const uint4*>(from);
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.text_value) + to) =
+            *reinterpret_cast<const uint4*>(from + Rows::kBytes);
+      }
+    }
   }
 
   static __device__ __forceinline__ void add(float4& sum, float4 x, float weight) {
@@ -362,13 +408,17 @@ struct DecodeBlock {
     auto scalars_of = [&](int w) {
       return reinterpret_cast<const float*>(memory_of(w) + layout.scalars);
     };
-    float* partial =
-        plan.partial + (tile_id * plan.splits + part) * partial_floats(plan.columns, D);
+    float* partial = plan.is_clustered ? queries
+                                       : plan.partial + (tile_id * plan.splits + part) *
+                                                            partial_floats(plan.columns, D);
+#pragma unroll 1
     for (int i = tid; i < columns * (D / 4); i += blockDim.x) {
       const int column = i / (D / 4), c = i % (D / 4) * 4;
       float most = -1e30f, total = 0.0f;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
       for (int w = 0; w < warps; ++w) most = fmaxf(most, scalars_of(w)[column]);
+#pragma unroll 2
       for (int w = 0; w < warps; ++w) {
         const float l = scalars_of(w)[8 + column];
         if (l <= 0.0f) continue;  // a warp that had nothing to do
@@ -404,23 +454,42 @@ struct DecodeBlock {
     return true;
   }
 
-  __device__ __forceinline__ void combine_parts(int64_t tile_id) const {
-    const float* parts = plan.partial + tile_id * plan.splits * partial_floats(plan.columns, D);
-    for (int i = tid; i < columns * (D / 4); i += blockDim.x) {
+  // The output from the results of the parts: part s has its own at part_of(s). This block's share
+  // of it begins at `first`, in fours of channels, and goes on every `step`.
+  template <class PartOf>
+  __device__ __forceinline__ void combine_parts(int first, int step, const PartOf& part_of) const {
+#pragma unroll 1
+    for (int i = first + tid; i < columns * (D / 4); i += step) {
       const int column = i / (D / 4), c = i % (D / 4) * 4;
       float most = -1e30f, total = 0.0f;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      for (int s = 0; s < plan.splits; ++s)
-        most = fmaxf(
-            most, __ldcg(parts + s * partial_floats(plan.columns, D) + plan.columns * D + column));
 #pragma unroll 4
       for (int s = 0; s < plan.splits; ++s) {
-        const float* x = parts + s * partial_floats(plan.columns, D);
-        const float weight = exp2_fast(__ldcg(x + plan.columns * D + column) - most);
-        total = fmaf(__ldcg(x + plan.columns * D + 8 + column), weight, total);
-        add(sum, __ldcg(reinterpret_cast<const float4*>(x + column * D + c)), weight);
+        const float* x = part_of(s);
+        const float here = x[plan.columns * D + column];
+        const float4 sums = *reinterpret_cast<const float4*>(x + column * D + c);
+        const float now = fmaxf(most, here), fade = exp2_fast(most - now),
+                    weight = exp2_fast(here - now);
+        total = fmaf(x[plan.columns * D + 8 + column], weight, total * fade);
+        sum = make_float4(sum.x * fade, sum.y * fade, sum.z * fade, sum.w * fade);
+        add(sum, sums, weight);
+        most = now;
       }
       store_output(column, c, sum, total);
+    }
+  }
+
+  __device__ __forceinline__ void combine_blocks(int64_t tile_id, bool& last) const {
+    if (plan.splits == 1) return;
+    if (plan.is_clustered) {
+      wait_for_cluster();
+      combine_parts(part * blockDim.x, plan.splits * blockDim.x,
+                    [&](int s) { return shared_of_block(queries, s); });
+      wait_for_cluster();  // the others read this block's shared memory
+    } else if (arrives_last(tile_id, last)) {
+      const float* parts = plan.partial + tile_id * plan.splits * partial_floats(plan.columns, D);
+      combine_parts(0, blockDim.x,
+                    [&](int s) { return parts + s * partial_floats(plan.columns, D); });
     }
   }
 };

@@ -1,16 +1,11 @@
-// Decode attention on codes of 1 to 8 bits with the INT8 tensor cores.
-//
-// A word holds 32 codes' bits of one plane. Planes of one word are first merged so that each code
-// becomes a field of adjacent bits (nothing to do at 1 bit); `field word & mask` is then four codes
-// in four bytes, times a power of two, and the inverse of that power goes into the other operand:
-// the query for scores, the weights for values. So a register of the codes' operand costs one logic
-// instruction.
+// Decode attention on codes of 1 to 8 bits with the INT8 tensor cores, up to four query vectors per
+// KV head.
 //
 // Queries and weights are integers of 16 bits. Their low and high bytes are separate columns of one
-// product: columns 2h and 2h + 1 are the bytes of query vector h, four vectors per set, and a lane
-// of the result has both bytes of one vector. Integer sums are exact, so a segment's values are
-// summed in integers, whose weights are relative to one score, `most`; when a tile's largest score
-// is far from it, the segment ends.
+// product, whose rows are codes (code_bytes.cuh): columns 2h and 2h + 1 are the bytes of query
+// vector h, and a lane of the result has both bytes of one vector. Integer sums are exact, so a
+// segment's values are summed in integers, whose weights are relative to one score, `most`; when a
+// tile's largest score is far from it, the segment ends.
 //
 // Lane 4g + t takes word t of its rows: register j of the word has its bits j, j + 8, j + 16 and j
 // + 24. Row g of row tile i of the scores is token 16g + i, row g + 8 token 16g + 8 + i;
@@ -18,81 +13,19 @@
 // {0, 8, 16, 24}, which is register i of word t of the values.
 #pragma once
 
-#include "common.cuh"
+#include "code_bytes.cuh"
 
 namespace vkvx {
 
-// Exponent of two that register j of a word is multiplied by.
-__host__ __device__ __forceinline__ constexpr int byte_shift(int j, int bits) {
-  return j & ~(bits - 1) & 3;
-}
-
-// Planes to fields of kBits bits: field word i has codes i, i + kBits, i + 2 kBits, ...
-template <int kBits>
-__device__ __forceinline__ void merge_planes(const uint32_t* plane, uint32_t* field) {
-  if constexpr (kBits == 1) {
-    field[0] = plane[0];
-  } else {
-    constexpr int kHalf = kBits / 2;
-    constexpr uint32_t kLow = kBits == 2 ? 0x55555555u : kBits == 4 ? 0x33333333u : 0x0f0f0f0fu;
-    uint32_t low[kHalf], high[kHalf];
-    merge_planes<kHalf>(plane, low);
-    merge_planes<kHalf>(plane + kHalf, high);
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      field[i] = (low[i] & kLow) | ((high[i] << kHalf) & ~kLow);
-      field[i + kHalf] = ((low[i] >> kHalf) & kLow) | (high[i] & ~kLow);
-    }
-  }
-}
-
-// The codes of a word as bytes: register j holds codes j + {0, 8, 16, 24} times 2^byte_shift(j).
-template <int kBits>
-struct CodeBytes {
-  uint32_t field[kBits], upper[kBits];
-
-  __device__ __forceinline__ void set(const uint32_t (&plane)[kBits]) {
-    merge_planes<kBits>(plane, field);
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) upper[i] = field[i] >> 4;
-  }
-
-  __device__ __forceinline__ uint32_t operator[](int j) const {
-    const int i = j & (kBits - 1);
-    if constexpr (kBits == 8) return field[i];
-    constexpr uint32_t kTop = (1u << kBits) - 1;
-    return (j & ~(kBits - 1) & 4 ? upper[i] : field[i]) &
-           (kTop * 0x01010101u << byte_shift(j, kBits));
-  }
-};
-
-// Words m of the planes, [bits][4], to the codes of four rows.
-template <int kBits>
-__device__ __forceinline__ void set_rows(CodeBytes<kBits> (&rows)[4],
-                                         const uint32_t (&words)[kBits][4]) {
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    uint32_t planes[kBits];
-#pragma unroll
-    for (int p = 0; p < kBits; ++p) planes[p] = words[p][m];
-    rows[m].set(planes);
-  }
-}
-
 // kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the
 // parameters. kMask: with windows, masks and bounds of scores.
-template <int kBits, int kWords, int kSets, bool kMask = false>
+template <int kBits, int kWords, bool kMask = false>
 struct CodesEngine {
   static constexpr bool kAny = kBits == 0, kMasked = kMask;
-  static constexpr int kColumns = 4 * kSets, kPaddedDim = 128 * kWords;
-  // Warps of a block, and blocks of a multiprocessor, which bound the registers. One set of queries
-  // does with 128.
-  static constexpr bool kSmall = kBits == 1 || kBits == 2;
-  static constexpr int kWarps = kSets == 2 && kSmall ? 6 : 4,
-                       kBlocks = kWords > 2                              ? 1
-                                 : kWords == 2 || (kSets == 2 && kSmall) ? 2
-                                 : kSets == 2 || kMasked                 ? 3
-                                                                         : 4;
+  static constexpr int kColumns = 4, kPaddedDim = 128 * kWords;
+  // Warps of a block, and blocks of a multiprocessor, which bound the registers.
+  static constexpr int kWarps = 4, kBlocks = kWords > 2 ? 1 : kWords == 2 ? 2 : kMasked ? 3 : 4;
+  static constexpr int kMostWarps = kWarps * kBlocks;
   static constexpr bool kSnaps = true;
   static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
   static constexpr int kSegmentTiles = 128;         // sums of more could leave 32 bits
@@ -107,30 +40,29 @@ struct CodesEngine {
   static constexpr int kMagicBits = 0x4b400000;
 
   int key_bits, value_bits, dim;
-  uint32_t query[kSets][kWords][8];
-  float step[kSets], bias[kSets], most[kSets];  // of query vectors t and t + 4
-  float score[kSets][8][2];
-  uint32_t weight[kSets][8];
-  int sum[kSets][kPaddedDim / 16][4], total[kSets][4];
-  float low[kSets], high[kSets];
-  int tiles;              // of the segment
-  int first_seen[kSets];  // kMasked: the first cached entry that query vectors t and t + 4 see
-  float bound;            // kMasked: of the scores, in units of log2; 0: none
+  uint32_t query[kWords][8];
+  float step, bias, most;  // of query vector t
+  float score[8][2];
+  uint32_t weight[8];
+  int sum[kPaddedDim / 16][4], total[4];
+  float low, high;
+  int tiles;       // of the segment
+  int first_seen;  // kMasked: the first cached entry that query vector t sees
+  float bound;     // kMasked: of the scores, in units of log2; 0: none
 
   __device__ __forceinline__ explicit CodesEngine(const VkvxParams& p)
       : key_bits(p.key_bits),
         value_bits(p.value_bits),
         dim(p.head_dim),
+        low(INFINITY),
+        high(-INFINITY),
         tiles(0),
-        bound(p.softcap * kLog2e) {
-#pragma unroll
-    for (int i = 0; i < kSets; ++i) {
-      low[i] = INFINITY;
-      high[i] = -INFINITY;
-    }
-  }
+        bound(p.softcap * kLog2e) {}
 
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
+  // The query vector whose scores the lane has, and whether it is one of the lanes that tell.
+  __device__ __forceinline__ static int column() { return lane() & 3; }
+  __device__ __forceinline__ static bool writes_column() { return lane() < 4; }
   __device__ __forceinline__ int head_dim() const {
     if constexpr (!kAny) return kPaddedDim;
     int d = dim;
@@ -151,89 +83,80 @@ struct CodesEngine {
     constexpr float kPeak = kJoinsAsFloats ? 32600.0f : 32600.0f / kWords;
     // Even lanes multiply by the offsets, odd ones by the errors; both need the scales.
     const __half* extra = params + (1 + odd) * D;
+    float u[kWords][32], largest = 0.0f, side = 0.0f, all = 0.0f;
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      const int column = (g >> 1) + 4 * set;
-      float u[kWords][32], largest = 0.0f, side = 0.0f, all = 0.0f;
+    for (int w = 0; w < kWords; ++w) {
+      const int word = t + 4 * w;
+      const bool exists = !kAny || word < D / 32;
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const int word = t + 4 * w;
-        const bool exists = !kAny || word < D / 32;
+      for (int n = 0; n < 8; ++n) {
+        float4 q4 = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        __half scale[4] = {}, more[4] = {};
+        if (exists) {
+          const int c = 32 * word + 4 * n;
+          q4 = *reinterpret_cast<const float4*>(queries + (g >> 1) * stride + c + 4 * word);
+          *reinterpret_cast<uint2*>(scale) = *reinterpret_cast<const uint2*>(params + c);
+          *reinterpret_cast<uint2*>(more) = *reinterpret_cast<const uint2*>(extra + c);
+        }
+        const float q[4] = {q4.x, q4.y, q4.z, q4.w};
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          float4 q4 = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          __half scale[4] = {}, more[4] = {};
-          if (exists) {
-            const int c = 32 * word + 4 * n;
-            q4 = *reinterpret_cast<const float4*>(queries + column * stride + c + 4 * word);
-            *reinterpret_cast<uint2*>(scale) = *reinterpret_cast<const uint2*>(params + c);
-            *reinterpret_cast<uint2*>(more) = *reinterpret_cast<const uint2*>(extra + c);
-          }
-          const float q[4] = {q4.x, q4.y, q4.z, q4.w};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float x = q[i] * __half2float(scale[i]), y = q[i] * __half2float(more[i]);
-            u[w][4 * n + i] = x;
-            largest = fmaxf(largest, fabsf(x));
-            side = fmaf(y, odd ? y : 1.0f, side);
-            all += x;
-          }
+        for (int i = 0; i < 4; ++i) {
+          const float x = q[i] * __half2float(scale[i]), y = q[i] * __half2float(more[i]);
+          u[w][4 * n + i] = x;
+          largest = fmaxf(largest, fabsf(x));
+          side = fmaf(y, odd ? y : 1.0f, side);
+          all += x;
         }
       }
-#pragma unroll
-      for (int o = 1; o < 4; o <<= 1) largest = fmaxf(largest, __shfl_xor_sync(kFull, largest, o));
-      largest = fmaxf(largest, 1e-30f);
-      const float inverse = largest * (1.0f / kPeak), factor = __fdividef(kPeak, largest);
-      // Rounded to the integers in the low bits of floats; 128 more makes the upper byte right for
-      // a signed lower one.
-      const float magic = odd ? kMagic + 128.0f : kMagic;
-      const uint32_t select = odd ? 0x0051u : 0x0040u;
-      uint32_t rounded = 0;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const int e = byte_shift(j, bits);
-          const float down = factor * __int_as_float((127 - e) << 23);
-          uint32_t x[4];
-#pragma unroll
-          for (int m = 0; m < 4; ++m) x[m] = __float_as_uint(fmaf(u[w][8 * m + j], down, magic));
-          rounded += (x[0] + x[1] + x[2] + x[3] - 4u * kMagicBits - 512u * odd) << e;
-          query[set][w][j] =
-              __byte_perm(__byte_perm(x[0], x[1], select), __byte_perm(x[2], x[3], select), 0x5410);
-        }
-      // What rounding took from the query is made up for at the middle code.
-      const float middle = 0.5f * ((1 << bits) - 1);
-      if (!odd)
-        side =
-            fmaf(fmaf(-static_cast<float>(static_cast<int>(rounded)), inverse, all), middle, side);
-#pragma unroll
-      for (int o = 1; o < 4; o <<= 1) side += __shfl_xor_sync(kFull, side, o);
-      const float spread = __shfl_xor_sync(kFull, side, 4);
-      float b = side, s = inverse;
-      if (correction == VKVX_CORRECTION_EXPECTED)
-        b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * spread, limit);
-      if (affine != nullptr) {
-        const float2 a = affine[column];
-        s *= a.x;
-        b = fmaf(b, a.x, a.y);
-      }
-      if constexpr (kStartsAtMagic) b = fmaf(-kMagic, s, b);
-      step[set] = __shfl_sync(kFull, s, 8 * t);
-      bias[set] = __shfl_sync(kFull, b, 8 * t);
     }
+#pragma unroll
+    for (int o = 1; o < 4; o <<= 1) largest = fmaxf(largest, __shfl_xor_sync(kFull, largest, o));
+    largest = fmaxf(largest, 1e-30f);
+    const float inverse = largest * (1.0f / kPeak), factor = __fdividef(kPeak, largest);
+    // Rounded to the integers in the low bits of floats; 128 more makes the upper byte right for
+    // a signed lower one.
+    const float magic = odd ? kMagic + 128.0f : kMagic;
+    const uint32_t select = odd ? 0x0051u : 0x0040u;
+    uint32_t rounded = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int e = byte_shift(j, bits);
+        const float down = factor * __int_as_float((127 - e) << 23);
+        uint32_t x[4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) x[m] = __float_as_uint(fmaf(u[w][8 * m + j], down, magic));
+        rounded += (x[0] + x[1] + x[2] + x[3] - 4u * kMagicBits - 512u * odd) << e;
+        query[w][j] =
+            __byte_perm(__byte_perm(x[0], x[1], select), __byte_perm(x[2], x[3], select), 0x5410);
+      }
+    // What rounding took from the query is made up for at the middle code.
+    const float middle = 0.5f * ((1 << bits) - 1);
+    if (!odd)
+      side = fmaf(fmaf(-static_cast<float>(static_cast<int>(rounded)), inverse, all), middle, side);
+#pragma unroll
+    for (int o = 1; o < 4; o <<= 1) side += __shfl_xor_sync(kFull, side, o);
+    const float spread = __shfl_xor_sync(kFull, side, 4);
+    float b = side, s = inverse;
+    if (correction == VKVX_CORRECTION_EXPECTED)
+      b += kLog2e * expected_correction(0.5f / (kLog2e * kLog2e) * spread, limit);
+    if (affine != nullptr) {
+      const float2 a = affine[g >> 1];
+      s *= a.x;
+      b = fmaf(b, a.x, a.y);
+    }
+    if constexpr (kStartsAtMagic) b = fmaf(-kMagic, s, b);
+    step = __shfl_sync(kFull, s, 8 * t);
+    bias = __shfl_sync(kFull, b, 8 * t);
   }
 
   __device__ __forceinline__ void start_segment() {
     tiles = 0;
+    most = -1e30f;
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      most[set] = -1e30f;
-#pragma unroll
-      for (int i = 0; i < kPaddedDim / 16; ++i)
-        sum[set][i][0] = sum[set][i][1] = sum[set][i][2] = sum[set][i][3] = 0;
-      total[set][0] = total[set][1] = total[set][2] = total[set][3] = 0;
-    }
+    for (int i = 0; i < kPaddedDim / 16; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0;
+    total[0] = total[1] = total[2] = total[3] = 0;
   }
 
   __device__ __forceinline__ void scores(uint32_t keys) {
@@ -281,7 +204,7 @@ struct CodesEngine {
         }
       constexpr int kStart = kStartsAtMagic ? kMagicBits : 0;
       int start[4] = {kStart, 0, kStart, 0};
-      int c[2][kSets][4];
+      int c[2][4];
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         CodeBytes<kKeyBits> rows[4];
@@ -293,45 +216,38 @@ struct CodesEngine {
           for (int half = 0; half < 2; ++half) {
             const auto &above = rows[2 * half], &below = rows[2 * half + 1];
             const uint32_t a0 = above[j], a1 = below[j], a2 = above[j + 4], a3 = below[j + 4];
-#pragma unroll
-            for (int set = 0; set < kSets; ++set) {
-              const int (&before)[4] = *(w == 0 && j == 0 ? &start : &c[half][set]);
-              mma_bytes<true>(c[half][set], a0, a1, a2, a3, query[set][w][j], query[set][w][j + 4],
-                              before);
-            }
+            const int (&before)[4] = *(w == 0 && j == 0 ? &start : &c[half]);
+            mma_bytes<false, true>(c[half], a0, a1, a2, a3, query[w][j], query[w][j + 4], before);
           }
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int set = 0; set < kSets; ++set)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            float& joined = score[set][2 * pair + half][r];
-            const int lower = c[half][set][2 * r], upper = c[half][set][2 * r + 1];
-            if constexpr (kJoinsAsFloats)
-              joined = fmaf(static_cast<float>(upper), 256.0f, static_cast<float>(lower));
-            else
-              joined = kStartsAtMagic ? __int_as_float(lower + upper * 256)
-                                      : static_cast<float>(lower + upper * 256);
-          }
+        for (int r = 0; r < 2; ++r) {
+          float& joined = score[2 * pair + half][r];
+          const int lower = c[half][2 * r], upper = c[half][2 * r + 1];
+          if constexpr (kJoinsAsFloats)
+            joined = fmaf(static_cast<float>(upper), 256.0f, static_cast<float>(lower));
+          else
+            joined = kStartsAtMagic ? __int_as_float(lower + upper * 256)
+                                    : static_cast<float>(lower + upper * 256);
+        }
     }
   }
 
   // Largest score of the first n tokens, in the same unit as `score`, over the warp.
-  __device__ __forceinline__ float largest_score(int set, int n, float sign) const {
+  __device__ __forceinline__ float largest_score(int n, float sign) const {
     float top = -INFINITY;
     if (uniform(n == kTile)) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        top = fmaxf(top, fmaxf(sign * score[set][i][0], sign * score[set][i][1]));
+      for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(sign * score[i][0], sign * score[i][1]));
     } else {
       const int first = 16 * (lane() >> 2);
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          if (first + 8 * r + i < n) top = fmaxf(top, sign * score[set][i][r]);
+          if (first + 8 * r + i < n) top = fmaxf(top, sign * score[i][r]);
     }
 #pragma unroll
     for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, o));
@@ -340,11 +256,8 @@ struct CodesEngine {
 
   // Take the scores of the first n tokens into `low` and `high`.
   __device__ __forceinline__ void extremes(int n) {
-#pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      high[set] = fmaxf(high[set], fmaf(largest_score(set, n, 1.0f), step[set], bias[set]));
-      low[set] = fminf(low[set], fmaf(-largest_score(set, n, -1.0f), step[set], bias[set]));
-    }
+    high = fmaxf(high, fmaf(largest_score(n, 1.0f), step, bias));
+    low = fminf(low, fmaf(-largest_score(n, -1.0f), step, bias));
   }
 
   // Products to scores in units of log2: bounded ones of the first n tokens that are seen, -inf of
@@ -352,67 +265,54 @@ struct CodesEngine {
   __device__ __forceinline__ void mask_scores(int n, int entry) {
     const int first = 16 * (lane() >> 2);
 #pragma unroll
-    for (int set = 0; set < kSets; ++set)
+    for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int token = first + 8 * r + i;
-          float& x = score[set][i][r];
-          x = fmaf(x, step[set], bias[set]);
-          if (bound > 0.0f) x = bounded_score(x, bound);
-          if (token >= n || entry + token < first_seen[set]) x = -INFINITY;
-        }
+      for (int r = 0; r < 2; ++r) {
+        const int token = first + 8 * r + i;
+        float& x = score[i][r];
+        x = fmaf(x, step, bias);
+        if (bound > 0.0f) x = bounded_score(x, bound);
+        if (token >= n || entry + token < first_seen) x = -INFINITY;
+      }
   }
 
   // Turn the scores of the first n tokens into weights; `flush` ends a segment that they do not fit
   // into. The tile's first token is cached entry `entry`.
   template <class Flush>
   __device__ __forceinline__ void softmax(int n, int entry, const Flush& flush) {
-    float top[kSets], to_score[kSets], offset[kSets];
     bool off = tiles == kSegmentTiles;
     if constexpr (kMasked) {
       mask_scores(n, entry);
       n = kTile;
     }
-#pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      to_score[set] = kMasked ? 1.0f : step[set];
-      offset[set] = kMasked ? 0.0f : bias[set];
-      top[set] = fmaf(largest_score(set, n, 1.0f), to_score[set], offset[set]);
-      if constexpr (kMasked) top[set] = fmaxf(top[set], -1e30f);
-      off |= top[set] > most[set] + kAbove || top[set] < most[set] - kBelow;
-    }
+    const float to_score = kMasked ? 1.0f : step, offset = kMasked ? 0.0f : bias;
+    float top = fmaf(largest_score(n, 1.0f), to_score, offset);
+    if constexpr (kMasked) top = fmaxf(top, -1e30f);
+    off |= top > most + kAbove || top < most - kBelow;
     if (uniform(off)) {
       if (tiles > 0) {
         flush();
         start_segment();
       }
-#pragma unroll
-      for (int set = 0; set < kSets; ++set) most[set] = top[set];
+      most = top;
     }
     ++tiles;
+    const float shift = offset - most + kWeight;
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      const float shift = offset[set] - most[set] + kWeight;
+    for (int i = 0; i < 8; ++i) {
+      const float e = static_cast<float>(byte_shift(i, bits_of_values()));
+      uint32_t x[2];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float e = static_cast<float>(byte_shift(i, bits_of_values()));
-        uint32_t x[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          x[r] = __float_as_uint(exp2_fast(fmaf(score[set][i][r], to_score[set], shift - e)) +
-                                 8388608.0f);
-        weight[set][i] = transpose_matrix(__byte_perm(x[0], x[1], 0x5140));
-      }
+      for (int r = 0; r < 2; ++r)
+        x[r] = __float_as_uint(exp2_fast(fmaf(score[i][r], to_score, shift - e)) + 8388608.0f);
+      weight[i] = transpose_matrix(__byte_perm(x[0], x[1], 0x5140));
     }
     if (uniform(n < kTile)) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int left = n - 32 * (lane() & 3) - i;  // bytes m with 8m < left are tokens
         const uint32_t mask = left <= 0 ? 0u : left > 24 ? kFull : (1u << (left + 7 & ~7)) - 1;
-#pragma unroll
-        for (int set = 0; set < kSets; ++set) weight[set][i] &= mask;
+        weight[i] &= mask;
       }
     }
   }
@@ -441,9 +341,7 @@ struct CodesEngine {
     for (int j = 0; j < 4; ++j) {
       const uint32_t a = 0x01010101u << byte_shift(j, kValueBits),
                      b = 0x01010101u << byte_shift(j + 4, kValueBits);
-#pragma unroll
-      for (int set = 0; set < kSets; ++set)
-        mma_bytes<false>(total[set], a, a, b, b, weight[set][j], weight[set][j + 4]);
+      mma_bytes<false, false>(total, a, a, b, b, weight[j], weight[j + 4]);
     }
     // Row g of row tile i is channel D / 8 * g + 2i, row g + 8 the next: a lane gets D / 8 adjacent
     // channels.
@@ -465,10 +363,7 @@ struct CodesEngine {
         for (int half = 0; half < 2; ++half) {
           const auto &above = rows[2 * half], &below = rows[2 * half + 1];
           const uint32_t a0 = above[j], a1 = below[j], a2 = above[j + 4], a3 = below[j + 4];
-#pragma unroll
-          for (int set = 0; set < kSets; ++set)
-            mma_bytes<false>(sum[set][2 * pair + half], a0, a1, a2, a3, weight[set][j],
-                             weight[set][j + 4]);
+          mma_bytes<false, false>(sum[2 * pair + half], a0, a1, a2, a3, weight[j], weight[j + 4]);
         }
     }
   }
@@ -481,27 +376,23 @@ struct CodesEngine {
     auto both = [](int low, int high) {
       return fmaf(static_cast<float>(high), 256.0f, static_cast<float>(low));
     };
+    const float all = both(total[0], total[1]);
+    result.begin_column(column(), most - kWeight, all, writes_column());
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      const int column = t + 4 * set;
-      const float all = both(total[set][0], total[set][1]);
-      result.begin_column(column, most[set] - kWeight, all, g == 0);
+    for (int pair = 0; pair < kPaddedDim / 32; ++pair) {
+      if (kAny && 32 * pair >= D) continue;
+      const int c = D / 8 * g + 4 * pair;
+      __half scale[4], offset[4];
+      *reinterpret_cast<uint2*>(scale) = *reinterpret_cast<const uint2*>(params + c);
+      *reinterpret_cast<uint2*>(offset) = *reinterpret_cast<const uint2*>(params + D + c);
+      float x[4];
 #pragma unroll
-      for (int pair = 0; pair < kPaddedDim / 32; ++pair) {
-        if (kAny && 32 * pair >= D) continue;
-        const int c = D / 8 * g + 4 * pair;
-        __half scale[4], offset[4];
-        *reinterpret_cast<uint2*>(scale) = *reinterpret_cast<const uint2*>(params + c);
-        *reinterpret_cast<uint2*>(offset) = *reinterpret_cast<const uint2*>(params + D + c);
-        float x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int (&pairs)[4] = sum[set][2 * pair + (i >> 1)];
-          x[i] = fmaf(__half2float(scale[i]), both(pairs[2 * (i & 1)], pairs[2 * (i & 1) + 1]),
-                      __half2float(offset[i]) * all);
-        }
-        result.add_four(column, c, x);
+      for (int i = 0; i < 4; ++i) {
+        const int (&pairs)[4] = sum[2 * pair + (i >> 1)];
+        x[i] = fmaf(__half2float(scale[i]), both(pairs[2 * (i & 1)], pairs[2 * (i & 1) + 1]),
+                    __half2float(offset[i]) * all);
       }
+      result.add_four(column(), c, x);
     }
     result.end();
   }

@@ -5,17 +5,6 @@
 
 namespace vkvx {
 
-// How a decode is laid out in workspace, the same for the host and the kernels.
-struct DecodePlan {
-  int splits;        // parts of the sequence
-  int column_tiles;  // ceil(query heads of a KV head * S / columns)
-  int columns;       // columns stored per warp
-  int warps;         // of a block
-  int* arrived;      // [B * Hkv * column_tiles] counters, zero between calls
-  float* partial;  // per (row, head, column tile, part): [columns][D] sums, then most[8], total[8]
-  float2* extremes;  // affine: per (row, head, column tile, part, column): least and greatest score
-};
-
 __host__ __device__ __forceinline__ int partial_floats(int columns, int dim) {
   return columns * dim + 16;
 }
@@ -25,6 +14,7 @@ struct DecodeLayout {
   int queries, raw_queries, starts, affine, warps, warp_bytes, total;
   int keys, values, params, sums, scalars;  // from the start of a warp's part
 
+  DecodeLayout() = default;
   __host__ __device__ DecodeLayout(int key_planes, int value_planes, int dim, int padded_dim,
                                    int query_columns, int columns, int lookahead, int groups,
                                    int warp_count) {
@@ -47,6 +37,24 @@ struct DecodeLayout {
   }
 
   static __host__ __device__ int sums_stride(int padded_dim) { return padded_dim + 4; }
+};
+
+// How a decode is divided over blocks and what it is divided by: computed once, by the host.
+struct DecodePlan {
+  int splits;         // parts of the sequence
+  bool is_clustered;  // the parts are a cluster, and combine in its shared memory
+  int column_tiles;   // ceil(query heads of a KV head * S / columns)
+  int columns;        // columns stored per warp
+  int warps;          // of a block
+  unsigned share;     // 2^32 over the warps of all parts
+  bool prefetches;    // the counts of all slots
+  bool appends;       // the call's text tokens are stored, too
+  int ratio;          // query heads of a KV head
+  int groups, group_tiles;
+  DecodeLayout layout;
+  int* arrived;    // [B * Hkv * column_tiles] counters, zero between calls
+  float* partial;  // per (row, head, column tile, part): [columns][D] sums, then most[8], total[8]
+  float2* extremes;  // affine: per (row, head, column tile, part, column): least and greatest score
 };
 
 }  // namespace vkvx

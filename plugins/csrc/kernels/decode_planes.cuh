@@ -34,8 +34,8 @@ template <int kBits, int kQueries>
 struct PlanesEngine {
   static constexpr int kColumns = kQueries;
   static constexpr int kPlanes = kBits, kPaddedDim = 128;
-  static constexpr int kWarps = 4,
-                       kBlocks = kQueries == 1 ? 4 : 3;  // of a block; blocks of a multiprocessor
+  // Warps of a block, and blocks of a multiprocessor, which bound the registers.
+  static constexpr int kWarps = 4, kBlocks = kQueries == 1 ? 4 : 3, kMostWarps = kWarps * kBlocks;
   static constexpr bool kAny = false, kSnaps = false, kMasked = false;
 
   // Queries are written in base -2, so that odd planes alone are negative; 16 places hold integers
@@ -146,9 +146,10 @@ struct PlanesEngine {
             int c[4], d[4];
             mma_bits(c, words[2 * half], words[2 * half + 1], x[n][0]);
             mma_bits(d, words[2 * half], words[2 * half + 1], x[n][1]);
-            mma_bytes<false>(low[p / 2][n][half], c[0], c[1], c[2], c[3], b0 << p % 2, b1 << p % 2);
-            mma_bytes<false>(high[p / 2][n][half], d[0], d[1], d[2], d[3], b0 << p % 2,
-                             b1 << p % 2);
+            mma_bytes<false, false>(low[p / 2][n][half], c[0], c[1], c[2], c[3], b0 << p % 2,
+                                    b1 << p % 2);
+            mma_bytes<false, false>(high[p / 2][n][half], d[0], d[1], d[2], d[3], b0 << p % 2,
+                                    b1 << p % 2);
           }
       }
     }

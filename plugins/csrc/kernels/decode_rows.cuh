@@ -140,7 +140,8 @@ static __device__ __noinline__ void load_code_rows(const int* keys, const int* v
 // Rows of `dim` channels, at most kDim; those that do not exist are zeros.
 template <int kDim>
 struct RowsEngine {
-  static constexpr int kChunks = kDim / 8;  // of 16 bytes, per row
+  static constexpr int kChunks = kDim / 8;               // of 16 bytes, per row
+  static constexpr int kBytes = kRowsAtOnce * kDim * 2;  // of the keys in the buffer, then values
   static constexpr int kWeightShift = 11;
   static constexpr float kMargin = 4.0f;
 
@@ -197,7 +198,7 @@ struct RowsEngine {
   __device__ __forceinline__ void attend(const RowSource& source, int first, uint32_t present,
                                          const uint32_t (&seen)[2], float scale, float bound,
                                          uint32_t buffer) {
-    const uint32_t value_buffer = buffer + kRowsAtOnce * kDim * 2;
+    const uint32_t value_buffer = buffer + kBytes;
     __syncwarp();
     if (source.coded)
       load_code_rows<kBfloat, kDim>(

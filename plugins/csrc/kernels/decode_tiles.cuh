@@ -6,6 +6,11 @@
 
 namespace vkvx {
 
+// Into the level-2 cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // Walks the tiles of a slot's groups in order.
 struct TileCursor {
   const int* starts;     // [groups + 1], first tile of each group in the list

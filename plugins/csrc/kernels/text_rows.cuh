@@ -96,4 +96,14 @@ __device__ __forceinline__ void store_text_row(int* row, const void* data, int64
   if (lane == 0) row[dim / 4] = __half_as_ushort(__float2half_rn(scale));
 }
 
+// Stores the key or the value of the call's token at `position` as row `row` of the cache; a warp
+// works together. A function of its own, so that it takes no registers from what calls it.
+static __device__ __noinline__ void append_code_row(const VkvxParams& p, bool is_key, int b,
+                                                    int head, int position, int64_t row) {
+  const int64_t (&stride)[3] = is_key ? p.key_stride : p.value_stride;
+  store_text_row(text_row(is_key ? p.text_key : p.text_value, row, p.head_dim),
+                 is_key ? p.key : p.value, b * stride[0] + head * stride[1] + position * stride[2],
+                 p.head_dim, p.dtype);
+}
+
 }  // namespace vkvx

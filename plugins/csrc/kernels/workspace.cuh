@@ -6,23 +6,36 @@
 namespace vkvx {
 
 constexpr int kLeastUnits = 4;  // tiles or chunks of rows of a part: work for the warps of a block
+constexpr int kMostOfCluster = 8;  // blocks that any GPU with clusters takes
+constexpr int kUnitsOfCluster = 256;
 constexpr int kCounters = 16384;  // at the start of the workspace, zero between calls
+
+// Tiles and chunks of rows that a row and head has at most.
+inline int64_t units_of(const VkvxParams& p) {
+  const int seen = p.sliding_window ? p.sliding_window : INT32_MAX;  // tokens of a kind, at most
+  return divide_up(min(p.visual_capacity, seen), kTile) +
+         divide_up(min(p.text_capacity, seen), kRowsAtOnce) + 1;
+}
 
 // Parts of a decode: a block for each multiprocessor if there is work for it. More would pay for
 // their start and their end.
 inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
-  const int seen = p.sliding_window ? p.sliding_window : INT32_MAX;  // tokens of a kind, at most
-  const int64_t units = divide_up(min(p.visual_capacity, seen), kTile) +
-                        divide_up(min(p.text_capacity, seen), kRowsAtOnce) + 1;
-  const int64_t each = tiles > 0 ? tiles : 1;
-  // Windows have few units: smaller parts pay, but no second wave of blocks.
-  int64_t splits = p.splits > 0       ? p.splits
-                   : p.sliding_window ? processors / each
-                                      : divide_up(processors, each);
-  const bool small = p.splits > 0 || p.sliding_window;
-  const int64_t most = divide_up(units, small ? kLeastUnits : 2 * kLeastUnits);
+  const int64_t units = units_of(p), each = tiles > 0 ? tiles : 1;
+  // Parts that have a multiprocessor each are small. So are those of windows, which have few units,
+  // without a second wave of blocks.
+  const bool few = p.sliding_window || (units > 2 * kLeastUnits && processors >= 2 * each);
+  int64_t splits = p.splits > 0 ? p.splits : few ? processors / each : divide_up(processors, each);
+  const int64_t most = divide_up(units, p.splits > 0 || few ? kLeastUnits : 2 * kLeastUnits);
   splits = splits < most ? splits : most;
+  // A cluster combines its parts in less time than more parts save, until its warps have some units
+  // each.
+  if (p.splits == 0 && splits > kMostOfCluster && units <= kUnitsOfCluster) splits = kMostOfCluster;
   return tiles > kCounters || splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+// Whether the parts of a decode are a cluster, and combine without the workspace.
+inline bool is_clustered(int splits, int capability) {
+  return capability >= 90 && splits > 1 && splits <= kMostOfCluster;
 }
 
 struct Workspace {

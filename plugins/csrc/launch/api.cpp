@@ -173,6 +173,30 @@ const Device& current_device() {
   return device;
 }
 
+// Attends and, with `appends`, appends: in one launch where a decode kernel takes a call that
+// brings text alone.
+int attend(const VkvxParams* params, bool appends, void* stream) {
+  if (const int code = check(params)) return code;
+  const VkvxParams& p = *params;
+  const Device& device = current_device();
+  if (device.index < 0) return fail(VKVX_CUDA_ERROR, "no CUDA device is current");
+  const int kernel = attention_kernel(p, device);
+  if (kernel < 0) return VKVX_UNSUPPORTED;
+  if (p.rows == 0 || p.positions == 0) return VKVX_OK;
+  const size_t needed = attention_workspace(p, device, kernel);
+  if (const int code =
+          check_call(p, appends ? std::max(needed, append_workspace(p, device)) : needed))
+    return code;
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (kernel == VKVX_CODES || kernel == VKVX_PLANES) {
+    const bool at_once = appends && p.visual_entries == 0;
+    const int code = decode(p, device, kernel, at_once, on);
+    return code == VKVX_OK && appends && !at_once ? append(p, device, on) : code;
+  }
+  const int code = kernel == VKVX_PLAIN ? plain(p, on) : prefill(p, on);
+  return code == VKVX_OK && appends ? append(p, device, on) : code;
+}
+
 }  // namespace vkvx
 
 extern "C" {
@@ -218,19 +242,7 @@ int vkvx_workspace_zeroed(const VkvxParams* params, size_t* bytes) {
 }
 
 int vkvx_attention(const VkvxParams* params, void* stream) {
-  if (const int code = vkvx::check(params)) return code;
-  const vkvx::Device& device = vkvx::current_device();
-  if (device.index < 0) return vkvx::fail(VKVX_CUDA_ERROR, "no CUDA device is current");
-  const int kernel = vkvx::attention_kernel(*params, device);
-  if (kernel < 0) return VKVX_UNSUPPORTED;
-  if (params->rows == 0 || params->positions == 0) return VKVX_OK;
-  if (const int code =
-          vkvx::check_call(*params, vkvx::attention_workspace(*params, device, kernel)))
-    return code;
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (kernel == VKVX_PLAIN) return vkvx::plain(*params, on);
-  if (kernel == VKVX_PREFILL) return vkvx::prefill(*params, on);
-  return vkvx::decode(*params, device, kernel, on);
+  return vkvx::attend(params, false, stream);
 }
 
 int vkvx_append(const VkvxParams* params, void* stream) {
@@ -241,6 +253,8 @@ int vkvx_append(const VkvxParams* params, void* stream) {
   if (const int code = vkvx::check_call(*params, vkvx::append_workspace(*params))) return code;
   return vkvx::append(*params, device, static_cast<cudaStream_t>(stream));
 }
+
+int vkvx_step(const VkvxParams* params, void* stream) { return vkvx::attend(params, true, stream); }
 
 int vkvx_sample(const VkvxSampleParams* params, void* stream) {
   if (const int code = vkvx::check_sample(params)) return code;

@@ -11,16 +11,15 @@ namespace {
 
 int queries_of_head(const VkvxParams& p) { return p.query_heads / p.kv_heads * p.positions; }
 
-// Sets of four query vectors that `codes` takes at a time. Sums of two sets of wide heads do not
-// fit registers.
-int sets_of_codes(const VkvxParams& p) {
-  return p.head_dim > 128 || queries_of_head(p) <= 4 ? 1 : 2;
+// Query vectors that `codes` takes at a time. Sums of eight of wide heads do not fit registers.
+int columns_of_codes(const VkvxParams& p) {
+  return p.head_dim > 128 || queries_of_head(p) <= 4 ? 4 : 8;
 }
 
 // Columns of a block, and blocks that a decode needs for each part: as decode_codes and
 // decode_planes launch them.
 int columns_of(const VkvxParams& p, int kernel) {
-  return kernel == VKVX_PLANES ? planes_columns(p) : 4 * sets_of_codes(p);
+  return kernel == VKVX_PLANES ? planes_columns(p) : columns_of_codes(p);
 }
 int64_t tiles_of(const VkvxParams& p, int kernel) {
   return static_cast<int64_t>(p.rows) * p.kv_heads *
@@ -67,7 +66,8 @@ size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel) {
 
 size_t decode_zeroed(const VkvxParams& p, const Device& device, int kernel) {
   const int64_t tiles = tiles_of(p, kernel);
-  return choose_splits(p, tiles, device.processors) > 1 ? tiles * sizeof(int) : 0;
+  const int splits = choose_splits(p, tiles, device.processors);
+  return splits > 1 && !is_clustered(splits, device.capability) ? tiles * sizeof(int) : 0;
 }
 
 int planes_columns(const VkvxParams& p) {
@@ -79,10 +79,11 @@ size_t bound_of_workspace(const VkvxParams& p) {
   return std::max(workspace_bound(p, kMostProcessors), append_workspace(p));
 }
 
-int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream) {
-  if (kernel == VKVX_PLANES) return decode_planes(p, device, stream);
-  return sets_of_codes(p) == 1 ? decode_codes<1>(p, device, stream)
-                               : decode_codes<2>(p, device, stream);
+int decode(const VkvxParams& p, const Device& device, int kernel, bool appends,
+           cudaStream_t stream) {
+  if (kernel == VKVX_PLANES) return decode_planes(p, device, appends, stream);
+  return columns_of_codes(p) == 4 ? decode_codes<4>(p, device, appends, stream)
+                                  : decode_codes<8>(p, device, appends, stream);
 }
 
 size_t plain_workspace(const VkvxParams& p) { return Workspace(p, 0, 1, 0).bytes; }

@@ -53,12 +53,14 @@ size_t decode_workspace(const VkvxParams& p, const Device& device, int kernel);
 size_t decode_zeroed(const VkvxParams& p, const Device& device,
                      int kernel);         // bytes at its start that have to be zero
 int planes_columns(const VkvxParams& p);  // query vectors that a block of `planes` takes
-int decode(const VkvxParams& p, const Device& device, int kernel, cudaStream_t stream);
+// With `appends` the call's text tokens are stored, too.
+int decode(const VkvxParams& p, const Device& device, int kernel, bool appends,
+           cudaStream_t stream);
 
-// Up to 4 * kSets query vectors of a KV head at a time.
-template <int kSets>
-int decode_codes(const VkvxParams& p, const Device& device, cudaStream_t stream);
-int decode_planes(const VkvxParams& p, const Device& device, cudaStream_t stream);
+// Up to kQueries query vectors of a KV head at a time, 4 or 8.
+template <int kQueries>
+int decode_codes(const VkvxParams& p, const Device& device, bool appends, cudaStream_t stream);
+int decode_planes(const VkvxParams& p, const Device& device, bool appends, cudaStream_t stream);
 
 // Fills the token numbers of the workspace.
 void rank_tokens(const VkvxParams& p, int* rank, int* run_end, cudaStream_t stream);

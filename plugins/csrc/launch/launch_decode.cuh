@@ -6,6 +6,8 @@
 
 namespace vkvx {
 
+constexpr int kMostPrefetched = 4096;  // counts
+
 template <class Engine>
 constexpr int lookahead_of() {
   // More blocks on a multiprocessor hide more than deeper buffers, but for planes, which take
@@ -14,33 +16,53 @@ constexpr int lookahead_of() {
   return tiles < 1 ? 1 : tiles > most ? most : tiles;
 }
 
+inline int groups_of(const VkvxParams& p) {
+  return p.visual_capacity ? p.visual_capacity / p.group_size : 0;
+}
+
 template <class Engine>
 DecodeLayout layout_of(const VkvxParams& p, int columns, int warps) {
-  const int groups = p.visual_capacity ? p.visual_capacity / p.group_size : 0;
   const int keys = Engine::kAny ? (p.key_bits < 8 ? p.key_bits : 8) : Engine::kPlanes,
             values = Engine::kAny ? (p.value_bits < 8 ? p.value_bits : 8) : Engine::kPlanes;
   return DecodeLayout(keys, values, p.head_dim, Engine::kPaddedDim, Engine::kColumns, columns,
-                      lookahead_of<Engine>(), groups, warps);
+                      lookahead_of<Engine>(), groups_of(p), warps);
 }
 
 // Warps of a block: no more than shared memory has room for.
 template <class Engine>
-int choose_warps(const VkvxParams& p, int columns, const Device& device) {
-  int warps = Engine::kWarps;
+int choose_warps(const VkvxParams& p, int columns, int wanted, const Device& device) {
+  int warps = min(wanted, Engine::kMostWarps);
   while (warps > 1 && layout_of<Engine>(p, columns, warps).total + 1024 > device.shared_memory)
     --warps;
   return warps;
 }
 
 template <class Engine>
-DecodePlan plan_decode(const VkvxParams& p, const Device& device) {
+void set_warps(const VkvxParams& p, int wanted, const Device& device, DecodePlan& plan) {
+  plan.warps = choose_warps<Engine>(p, plan.columns, wanted, device);
+  plan.layout = layout_of<Engine>(p, plan.columns, plan.warps);
+  const int shares = plan.splits * plan.warps;
+  plan.share = shares == 1 ? 0 : static_cast<unsigned>((uint64_t{1} << 32) / shares);
+}
+
+template <class Engine>
+DecodePlan plan_decode(const VkvxParams& p, bool appends, const Device& device) {
   DecodePlan plan{};
+  plan.appends = appends;
   const int queries = p.query_heads / p.kv_heads * p.positions;
   plan.column_tiles = (queries + Engine::kColumns - 1) / Engine::kColumns;
   plan.columns = queries < Engine::kColumns ? queries : Engine::kColumns;
   const int64_t tiles = static_cast<int64_t>(p.rows) * p.kv_heads * plan.column_tiles;
   plan.splits = choose_splits(p, tiles, device.processors);
-  plan.warps = choose_warps<Engine>(p, plan.columns, device);
+  plan.is_clustered = is_clustered(plan.splits, device.capability);
+  plan.ratio = p.query_heads / p.kv_heads;
+  plan.groups = groups_of(p);
+  plan.group_tiles = p.group_size / kTile;
+  // Where parts have multiprocessors of their own, as many warps as there is work for.
+  const bool few = p.splits == 0 && plan.splits > 1 && tiles * plan.splits <= device.processors;
+  const int units = static_cast<int>(min(divide_up(units_of(p), plan.splits), int64_t{64}));
+  plan.prefetches = few && static_cast<int64_t>(p.slots) * (plan.groups + 1) <= kMostPrefetched;
+  set_warps<Engine>(p, few ? max(units, Engine::kWarps) : Engine::kWarps, device, plan);
   const Workspace workspace(p, tiles, plan.splits, plan.columns);
   plan.arrived = workspace.counters;
   plan.partial = workspace.partial;
@@ -51,22 +73,24 @@ DecodePlan plan_decode(const VkvxParams& p, const Device& device) {
 template <class Engine, bool kScan>
 int launch_decode(const VkvxParams& p, const DecodePlan& plan, const Device& device,
                   cudaStream_t stream) {
-  const DecodeLayout layout = layout_of<Engine>(p, plan.columns, plan.warps);
+  const int bytes = plan.layout.total;
   auto kernel = decode_kernel<Engine, kScan, lookahead_of<Engine>()>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.total) !=
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
       cudaSuccess)
     return check_cuda("the shared memory that decode needs");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.splits * plan.column_tiles, p.kv_heads, p.rows);
   config.blockDim = dim3(plan.warps * 32);
-  config.dynamicSmemBytes = layout.total;
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   // The kernel may start before the one ahead of it on the stream has ended; it waits itself.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = device.capability >= 90 ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = device.capability < 90 ? 0 : plan.is_clustered ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, p, plan);
   return check_cuda("decode attention");
 }

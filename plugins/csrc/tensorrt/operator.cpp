@@ -342,8 +342,7 @@ void Operator::run(const nvinfer1::PluginTensorDesc* descs, const void* const* i
   if (zeroed && cudaMemsetAsync(workspace, 0, zeroed, stream) !=
                     cudaSuccess)  // TensorRT lends the workspace to other layers
     throw Error(std::string("workspace: ") + cudaGetErrorString(cudaGetLastError()));
-  check(vkvx_attention(&p, stream));
-  check(vkvx_append(&p, stream));
+  check(vkvx_step(&p, stream));
 }
 
 const nvinfer1::PluginFieldCollection* table_fields(bool chooses) {
