@@ -184,8 +184,7 @@ int attend(const VkvxParams* params, bool appends, void* stream) {
   if (kernel < 0) return VKVX_UNSUPPORTED;
   if (p.rows == 0 || p.positions == 0) return VKVX_OK;
   const size_t needed = attention_workspace(p, device, kernel);
-  if (const int code =
-          check_call(p, appends ? std::max(needed, append_workspace(p, device)) : needed))
+  if (const int code = check_call(p, appends ? std::max(needed, append_workspace(p)) : needed))
     return code;
   const auto on = static_cast<cudaStream_t>(stream);
   if (kernel == VKVX_CODES || kernel == VKVX_PLANES) {
