@@ -252,6 +252,7 @@ def test_figures(tmp_path: Path) -> None:
             "budget": budget,
             "contender": name,
             "fill": "",
+            "chunk": 640 if name == "1/8" else 0,
             "sampled tokens/s": 10 * budget,
         }
         for shape in ("a", "b")
@@ -270,7 +271,7 @@ def test_figures(tmp_path: Path) -> None:
         for path in tmp_path.glob("*.svg")
     }
     assert set(texts) == {"throughput", "arrivals"}
-    assert {"a", "b", DYNAMIC, "vkvx 1/8", "24"} <= texts["throughput"]
+    assert {"a", "b", DYNAMIC, "vkvx 1/8, chunks of 640", "24"} <= texts["throughput"]
     assert {"a, vkvx 1, p50", "a, vkvx 1, chunks of 640, p99", "gap between tokens, ms"} <= texts["arrivals"]
 
 
