@@ -129,7 +129,7 @@ def _served(model: Model, setting: Setting, chunk: int, arguments: argparse.Name
     """A server with room for long answers, outside of any budget."""
     try:
         session = model.open(setting, SLOTS, LONG_ANSWER, chunk)
-    except (CapacityError, OptionError) as error:
+    except CapacityError as error:
         return {"note": str(error)}
     try:
         warm_up = arrivals.warm_up(session, SLOTS)
