@@ -26,6 +26,7 @@ from benchmarks.lib.dense import DYNAMIC, RIVALS
 from benchmarks.lib.serving import WAYS, Model, Setting, Workload
 from vkvx.errors import CapacityError, InputError, OptionError
 from vkvx.plugins import build
+from vkvx.runtime.sessions.pieces import check_prefill_chunk
 
 WORKLOADS = {
     "llava-1.5-7b": Workload("llava-1.5-7b", 4, 576),
@@ -113,7 +114,7 @@ def _measure(
         return batches.rival(model, contender, key["budget"])
     setting = Setting.parse(contender)
     try:
-        model.manifest(setting)
+        check_prefill_chunk(model.manifest(setting), key["chunk"] or None)
     except OptionError as error:
         return {"note": str(error)}
     if key["part"] == "arrivals":
