@@ -157,13 +157,18 @@ def _heat_map(axes: Axes, values: list[list[float]]) -> Any:
 
 def throughput_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Sampled tokens a second over the budget, a panel a shape; waiting times at a server over the rate of arrivals."""
-    batch = [row for row in rows if row["part"] == "batch" and "sampled tokens/s" in row and row["fill"] != "prompts"]
+    found = (row for row in rows if row["part"] == "batch" and "sampled tokens/s" in row and row["fill"] != "prompts")
+    batch = [row | {"contender": row["contender"] + _chunk(row)} for row in found]
     served = [row for row in rows if row["part"] == "arrivals" and "rates" in row]
     with drawing_style():
         drawn = {"throughput": _budgets(batch)} if batch else {}
         return {
             name: _svg(figure) for name, figure in (drawn | ({"arrivals": _arrivals(served)} if served else {})).items()
         }
+
+
+def _chunk(row: dict[str, Any]) -> str:
+    return f", chunks of {row['chunk']}" if row["chunk"] else ""
 
 
 def _budgets(rows: list[dict[str, Any]]) -> Figure:
@@ -206,10 +211,9 @@ def _arrivals(rows: list[dict[str, Any]]) -> Figure:
     *panels, legend = figure.subplots(1, 3)
     labels, styles = [], []
     for i, row in enumerate(rows):
-        chunk = f", chunks of {row['chunk']}" if row["chunk"] else ""
         for part, dashes in (("p50", "--"), ("p99", "-")):
             style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ls": dashes}
-            labels.append(f"{row['shape']}, vkvx {row['contender']}{chunk}, {part}")
+            labels.append(f"{row['shape']}, vkvx {row['contender']}{_chunk(row)}, {part}")
             styles.append(style)
             for axes, what in zip(panels, ("first token ms", "gap ms"), strict=True):
                 axes.plot(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from benchmarks.lib.dense import DYNAMIC, RIVALS
 from benchmarks.lib.serving import WAYS, Model, Setting, Workload
 from vkvx.errors import CapacityError, InputError, OptionError
 from vkvx.plugins import build
+from vkvx.runtime.sessions.pieces import check_prefill_chunk
 
 WORKLOADS = {
     "llava-1.5-7b": Workload("llava-1.5-7b", 4, 576),
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fill", choices=("copies", "prompts"), default="copies", help="how rows of ours are filled")
     parser.add_argument("--rate", nargs="*", type=float, default=[0.5, 1.0, 2.0, 4.0], help="arrivals a second")
     parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals at each rate")
-    parser.add_argument("--prefill-chunk", nargs="+", type=int, default=[0], help="tokens; 0 for whole prompts")
+    parser.add_argument("--prefill-chunk", nargs="+", type=int, default=[0], help="tokens; 0: whole prompts")
     parser.add_argument("--layers", type=int, help="decoder layers in place of a preset's, to try the driver")
 
 
@@ -89,15 +91,17 @@ def _cells(arguments: argparse.Namespace, shape: str, contenders: Sequence[str])
         for contender in rivals:
             yield from (_batch(shape, budget, contender) for budget in arguments.budget)
         for contender in ours:
-            yield from (_batch(shape, budget, contender, arguments.fill) for budget in arguments.budget)
+            for budget, chunk in itertools.product(arguments.budget, arguments.prefill_chunk):
+                yield _batch(shape, budget, contender, arguments.fill, chunk)
     if "arrivals" in arguments.part:
         for contender in ours:
             for chunk in arguments.prefill_chunk:
                 yield {"part": "arrivals", "shape": shape, "contender": contender, "chunk": chunk}
 
 
-def _batch(shape: str, budget: float, contender: str, fill: str = "") -> dict[str, Any]:
-    return {"part": "batch", "shape": shape, "budget": budget, "contender": contender, "fill": fill}
+def _batch(shape: str, budget: float, contender: str, fill: str = "", chunk: int = 0) -> dict[str, Any]:
+    key = {"part": "batch", "shape": shape, "budget": budget, "contender": contender}
+    return {**key, "fill": fill, "chunk": chunk}
 
 
 def _measure(
@@ -110,7 +114,7 @@ def _measure(
         return batches.rival(model, contender, key["budget"])
     setting = Setting.parse(contender)
     try:
-        model.manifest(setting)
+        check_prefill_chunk(model.manifest(setting), key["chunk"] or None)
     except OptionError as error:
         return {"note": str(error)}
     if key["part"] == "arrivals":
@@ -118,14 +122,15 @@ def _measure(
     check = next(row for row in rows if _is(row, part="check", shape=shape))
     dense = (row for row in rows if _is(row, **_batch(shape, key["budget"], DYNAMIC)))
     equal, off = next(dense, {}).get("rows"), check["transformers"]
-    return batches.ours(model, setting, key["budget"], fill=key["fill"], equal=equal, off=off, layers=CHECK_LAYERS)
+    given = {"fill": key["fill"], "chunk": key["chunk"]}
+    return batches.ours(model, setting, key["budget"], **given, equal=equal, off=off, layers=CHECK_LAYERS)
 
 
 def _served(model: Model, setting: Setting, chunk: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """A server with room for long answers, outside of any budget."""
     try:
         session = model.open(setting, SLOTS, LONG_ANSWER, chunk)
-    except (CapacityError, OptionError) as error:
+    except CapacityError as error:
         return {"note": str(error)}
     try:
         warm_up = arrivals.warm_up(session, SLOTS)
@@ -189,7 +194,8 @@ def _name(row: dict[str, Any]) -> dict[str, Any]:
     own = row["contender"] not in RIVALS
     contender = f"vkvx {row['contender']}" if own else row["contender"]
     filled = ", prompts" if row.get("fill") == "prompts" else ""
-    return {"shape": row["shape"], "budget GB": row.get("budget"), "contender": contender + filled}
+    chunk = f", chunks of {row['chunk']}" if row.get("chunk") else ""
+    return {"shape": row["shape"], "budget GB": row.get("budget"), "contender": contender + filled + chunk}
 
 
 def _server(row: dict[str, Any]) -> dict[str, Any]:

@@ -30,17 +30,18 @@ Result = TypeVar("Result")
 
 
 def ours(
-    model: Model, setting: Setting, budget: float, *, fill: str, equal: int | None, off: float, layers: int
+    model: Model, setting: Setting, budget: float, *, fill: str, chunk: int, equal: int | None, off: float, layers: int
 ) -> dict[str, Any]:
     """A row of results of a session in ``budget`` GB; only a note if not one request fits.
 
-    ``equal`` is the rival's batch, ``off`` what transformers' logits were off by in a model of ``layers`` layers.
+    ``fill`` says how rows are filled: by "copies" or "prompts"; ``chunk`` is that of prefills (0: none). ``equal`` is
+    the rival's batch, ``off`` what transformers' logits were off by in a model of ``layers`` layers.
     """
     whole = memory.Budget(int(budget * memory.GIGA))
     slot, _ = model.slot_bytes(setting), model.metrics  # what computing these takes is none of the session's
     if not _fits(whole, model.weights + slot):
         return {"note": _too_large(model, budget)}
-    alone = _tried(lambda rows: _one_row(model, setting, whole, slot), 1)
+    alone = _tried(lambda rows: _one_row(model, setting, chunk, whole, slot), 1)
     if alone is None:
         return {"note": "one request does not fit"}
     one, taken = alone
@@ -49,7 +50,7 @@ def ours(
 
     def attempt(rows: int) -> dict[str, Any]:
         with whole:
-            session = model.open(setting, rows)
+            session = model.open(setting, rows, chunk=chunk)
             try:
                 found = _prompts(session, rows, model) if fill == "prompts" else {}
                 found |= _steps(session, rows, equal)
@@ -118,10 +119,10 @@ def _rival_steps(contender: Rival, most: int) -> dict[str, Any]:
     return found | {"largest rows": most, "one row ms": round(contender.milliseconds(1), 3)}
 
 
-def _one_row(model: Model, setting: Setting, whole: memory.Budget, slot: int) -> tuple[dict[str, Any], int]:
+def _one_row(model: Model, setting: Setting, chunk: int, whole: memory.Budget, slot: int) -> tuple[dict[str, Any], int]:
     """Times of a request that is alone, and what it takes of memory besides weights and its row of the cache."""
     with whole:
-        session = model.open(setting, 1)
+        session = model.open(setting, 1, chunk=chunk)
         try:
             found = {"first token ms": round(first_token_milliseconds(session), 1)}
             rows = Rows(session, 1)

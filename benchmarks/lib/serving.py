@@ -20,7 +20,7 @@ import numpy as np
 
 from vkvx import ExportOptions
 from vkvx.cache_layout import tensor_bytes
-from vkvx.errors import OptionError
+from vkvx.errors import OptionError, VkvxError
 from vkvx.format import auto_group_size
 from vkvx.manifest import Graph, Manifest, ModelInfo
 from vkvx.models.family import Family
@@ -30,7 +30,8 @@ from vkvx.models.registry import family_of, resolve
 from vkvx.runtime.sessions.generation import Request
 from vkvx.runtime.sessions.processor import Prepared
 from vkvx.runtime.sessions.sampling import GenerationOptions
-from vkvx.runtime.sessions.session import Session, run
+from vkvx.runtime.sessions.scheduler import run
+from vkvx.runtime.sessions.session import Session
 
 STEPS, WARM_UP = 32, 8
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}}
@@ -183,15 +184,15 @@ class Model:
         backend = TorchBackend(
             *(self.model, self.family, manifest, metrics), slots=slots, visual_tokens=visual, text_tokens=text
         )
-        if setting.compiled:
-            backend.compile()
-        pieces: dict[str, Any] = {}
-        if chunk:
-            if not hasattr(backend, "capture_prefills"):
-                raise OptionError("prompts cannot be fed in pieces")
-            backend.capture_prefills(chunk)
-            pieces["prefill_chunk"] = chunk
-        return Session(manifest, backend, self.prompts, **pieces)  # type: ignore[arg-type]
+        try:
+            if setting.compiled:
+                backend.compile()
+            if chunk:
+                backend.capture_prefills(chunk)
+        except VkvxError:
+            backend.close()
+            raise
+        return Session(manifest, backend, self.prompts, prefill_chunk=chunk or None)  # type: ignore[arg-type]
 
 
 class Rows:

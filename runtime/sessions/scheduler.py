@@ -215,8 +215,9 @@ class Scheduler:
             self._owed = seconds if flight.is_prefill else max(0.0, self._owed - seconds)
         else:  # steps came between
             seconds = now - flight.started
+        live = set(self._live)
         for request, choice in zip(flight.requests, choices, strict=True):
-            if request not in self._live:
+            if request not in live:
                 continue
             if choice is None:
                 request.note_piece(seconds)

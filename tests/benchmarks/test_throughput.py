@@ -151,10 +151,11 @@ def test_what_does_not_fit_or_run_has_its_reason(tiny: Model, tmp_path: Path, mo
     output = tmp_path / "result.json"
     asked = ["throughput", "-o", str(output), "--contender", FP8]
     driver.main([*asked, "16", "--budget", "0.001", "--shape", SHAPE])
-    driver.main([*asked, "--budget", str(budget_of(tiny, ROWS))])
+    driver.main([*asked, "1", "--budget", str(budget_of(tiny, ROWS)), "--prefill-chunk", "5"])
     notes = {(row["contender"], row["budget"] < 0.0015): row["note"] for row in results(output)[1:]}
     assert notes[FP8, True] == notes["16", True] == f"weights of {tiny.weights / 1e9:.1f} GB and a request do not fit"
     assert notes[FP8, False] == "You need to install `hqq`"
+    assert notes["1", False].startswith("prefill_chunk (--prefill-chunk) must be at least 128")
     assert "You need to install" in output.with_suffix(".md").read_text(encoding="utf-8")
 
 
@@ -252,6 +253,7 @@ def test_figures(tmp_path: Path) -> None:
             "budget": budget,
             "contender": name,
             "fill": "",
+            "chunk": 640 if name == "1/8" else 0,
             "sampled tokens/s": 10 * budget,
         }
         for shape in ("a", "b")
@@ -270,7 +272,7 @@ def test_figures(tmp_path: Path) -> None:
         for path in tmp_path.glob("*.svg")
     }
     assert set(texts) == {"throughput", "arrivals"}
-    assert {"a", "b", DYNAMIC, "vkvx 1/8", "24"} <= texts["throughput"]
+    assert {"a", "b", DYNAMIC, "vkvx 1/8, chunks of 640", "24"} <= texts["throughput"]
     assert {"a, vkvx 1, p50", "a, vkvx 1, chunks of 640, p99", "gap between tokens, ms"} <= texts["arrivals"]
 
 

@@ -1,0 +1,33 @@
+"""Sessions over the fake backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fakes import FakeBackend, FakeProcessor, manifest
+
+from vkvx.runtime.sessions.generation import Generation
+from vkvx.runtime.sessions.session import Session
+
+
+def session(slots: int = 1, bits: int = 1, **options: Any) -> Session:
+    positions = options.pop("max_positions", 4096)
+    fake = manifest(bits, max_positions=positions)
+    return Session(fake, FakeBackend(fake, slots, **options), FakeProcessor())  # type: ignore[arg-type]
+
+
+def backend_of(loaded: Session) -> FakeBackend:
+    backend = loaded.backend
+    assert isinstance(backend, FakeBackend)
+    return backend
+
+
+def scripted(text: str | bytes, slots: int = 1) -> Session:
+    """A session that answers this, byte by byte, whatever it is asked in brackets."""
+    loaded = session(slots)
+    backend_of(loaded).script = list(text.encode() if isinstance(text, str) else text)
+    return loaded
+
+
+def tokens(generation: Generation) -> tuple[Any, ...]:
+    return generation.token_ids, generation.text, generation.finish_reason
