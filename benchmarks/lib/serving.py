@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -59,13 +59,9 @@ class Setting:
         return f"{self.bits}{rows}{'+compile' if self.compiled else ''}"
 
     def options(self, tokens_per_picture: int) -> ExportOptions:
-        """Those of an export. Raises OptionError if text rows of 8 bits are asked for and not known."""
-        given: dict[str, Any] = {} if self.text_bits == SIXTEEN else {"text_bits": self.text_bits}
-        if unknown := given.keys() - {entry.name for entry in fields(ExportOptions)}:
-            raise OptionError(f"exports have no option {', '.join(unknown)}")
-        if self.bits != SIXTEEN:
-            given["group_size"] = auto_group_size(tokens_per_picture)
-        return ExportOptions(bits=self.bits, **given)
+        """Those of an export."""
+        size: str | int = "auto" if self.bits == SIXTEEN else auto_group_size(tokens_per_picture)
+        return ExportOptions(bits=self.bits, text_bits=self.text_bits, group_size=size)
 
 
 @dataclass(frozen=True)
