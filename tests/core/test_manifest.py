@@ -209,8 +209,10 @@ def test_missing_and_resized_files(tmp_path: Path) -> None:
 
 
 def test_no_bundle_and_no_json(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no vkvx bundle"):
+    with pytest.raises(BundleError, match="is no directory; make a vkvx bundle with"):
         Manifest.load(tmp_path / "absent")
+    with pytest.raises(BundleError, match="is no vkvx bundle: it holds no"):
+        Manifest.load(tmp_path)
     (tmp_path / FILE_NAME).write_bytes(b"\xff{")
     with pytest.raises(BundleError, match="not valid JSON"):
         Manifest.load(tmp_path)
