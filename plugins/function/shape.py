@@ -60,6 +60,16 @@ def shaped_rms(b: Builder, groups: Groups, encoded: Encoded, metric: Value) -> V
     return b.cast(b.op("Min", rms, FP16_MAX), FLOAT16)
 
 
+def _centred(b: Builder, groups: Groups, encoded: Encoded) -> Encoded:
+    """With offsets that leave errors a mean of 0."""
+    left = residual(b, groups, encoded)
+    mean = b.op("Div", b.reduce("ReduceSum", left, 3), groups.count)
+    offset = b.cast(encoded.offset, FLOAT)
+    moved = b.op("Clip", b.op("Add", offset, mean), -FP16_MAX, FP16_MAX)
+    has_step = b.op("Greater", b.cast(encoded.scale, FLOAT), 0.0)
+    return Encoded(encoded.codes, encoded.scale, b.cast(b.op("Where", has_step, moved, offset), FLOAT16))
+
+
 def _same_channel(b: Builder, metric: Value) -> Value:
     """Bool [D, D], true on the diagonal."""
     channel = b.arange(b.size(metric, 4))
@@ -121,7 +131,8 @@ class _Shaper:
             code = self._channels(b.transpose(self._both(list(codes)), 0, 1, 2, 4, 3), self._size)
             code = self._sweep(scale, low, code)
             code = b.transpose(self._rows_of(code, self._size), 0, 1, 2, 4, 3)
-            return [Encoded(*values) for values in zip(self._apart(code), scales, offsets, strict=True)]
+            encoded = [Encoded(*values) for values in zip(self._apart(code), scales, offsets, strict=True)]
+            return [_centred(b, groups, one) for (groups, _), one in zip(self._pair, encoded, strict=True)]
 
     def _sweep(self, scale: Value, low: Value, code: Value) -> Value:
         """The pass over the channels: new codes."""

@@ -4,7 +4,7 @@ Attention sees an error e of a key through scores, q . e, and an error of a valu
 So what counts is not e . e but e . H e, with the *metric* H the second moment of the queries to come, or W^T W. Both
 are known from the weights (``models/graph/metric.py``). ``shape`` chooses the codes of a token so that its e . H e is
 small, one channel after the other: each channel makes up for the errors that the others have left. The levels come
-from mean and deviation of each channel, so tokens are independent of each other.
+from mean and deviation of each channel, so tokens are independent of each other; a shift keeps the mean.
 
 Choosing codes to compensate for earlier rounding is known for weights (OBQ, arXiv 2208.11580; GPTQ, arXiv 2210.17323).
 """
@@ -75,8 +75,11 @@ def shape(
                 now = target[..., one, :] - wide[..., one, :] * code
                 pulled += pull[..., block, one] * (now - error[..., one, :])
                 codes[..., one, :], error[..., one, :] = code, now
-    codes = codes.transpose(-1, -2) * mask.unsqueeze(-1)
-    return Quantized(codes.to(torch.uint8), scale, offset)
+    codes = (codes.transpose(-1, -2) * mask.unsqueeze(-1)).to(torch.uint8)
+    # Errors with a mean of 0: the mean over tokens stays, and of all offsets these have the least sum of e . H e.
+    left = torch.where(mask.unsqueeze(-1), sanitize(x) - decode(codes, scale, offset), 0.0)
+    shifted = offset.float() + left.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return Quantized(codes, scale, torch.where(scale > 0, shifted.clamp(-FP16_MAX, FP16_MAX).half(), offset))
 
 
 def _levels(x: Tensor, mask: Tensor, bits: int, step: float) -> tuple[Tensor, Tensor]:

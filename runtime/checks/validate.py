@@ -74,7 +74,7 @@ FLIPS = {"shaped": (20 / 64, 0.25 / 64)}
 """By quantiser, for each channel of a head: how many times the share of codes may differ, and which share of params.
 
 Engines are compared with onnxruntime, which does not show its keys. So codes are counted: those that rounding puts on
-the other side of a border. With ``shaped`` such a code changes codes of the channels after it, and their RMS."""
+the other side of a border. With ``shaped`` such a code changes codes of the channels after it, offsets and RMS."""
 MOST_OUTLIERS = 0.5
 """Half of the params are within their tolerance in any case."""
 LAYER_CODES = 5

@@ -212,7 +212,9 @@ def compare_group(
     rests = [x - (o + s * c) for o, s, c in zip(offsets, scales, codes, strict=True)]
     rounding = 2.0**-22 * x.abs().amax(1, keepdim=True)
     rms = rests[0].square().mean(1)
-    off = [(p[0] - p[1]).abs() > 2 * ulp16(p[1]) + rounding for p in (scales, offsets)]
+    # The offset of `shaped` follows the codes.
+    follows = 0.0 if metric is None else scales[1] * (codes[0] - codes[1]).mean(1, keepdim=True).abs()
+    off = [(p[0] - p[1]).abs() > 2 * ulp16(p[1]) + rounding + more for p, more in ((scales, 0.0), (offsets, follows))]
     odd = off[0] | off[1]
     if metric is None:
         if case.quantizer == "lloyd":

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracle import ulp16
 from torch import Tensor
 
+from vkvx.format import SHAPED_STEP
 from vkvx.plugins.reference import quantization, shaping
 from vkvx.plugins.reference.quantization import Quantized
 
@@ -56,7 +57,8 @@ def slow(x: np.ndarray, count: int, bits: int, metric: np.ndarray) -> tuple[np.n
             errors = x[token] - (offset + scale * codes[token])
             errors[c] = 0
             codes[token, c] = nearest(x[token, c] + h[c] @ errors / h[c, c], c)
-    return codes, scale, offset
+    offset = offset + (x - (offset + scale * codes)).mean(0)
+    return codes, scale, offset.astype(np.float16).astype(np.float64)
 
 
 def run(x: np.ndarray, mask: Tensor, bits: int, metric: np.ndarray) -> Quantized:
@@ -77,8 +79,10 @@ def test_agrees_with_the_slow_version(bits: int, seed: int, count: int, d: int) 
     # A code that rounding tips changes those of later channels of its token: equal in what counts, nearly so in codes.
     assert abs(mine - theirs) <= 0.02 * theirs
     assert np.mean(codes[:count] != wanted) <= {1: 0.01, 2: 0.02, 4: 0.1, 8: 0.5}[bits]
-    for ours, exact in ((scale, slow_scale), (offset, slow_offset)):
-        assert np.all(np.abs(ours - exact) <= ulp16(exact))
+    assert np.all(np.abs(scale - slow_scale) <= ulp16(slow_scale))
+    # Offsets follow the codes.
+    other = slow_scale * np.abs((codes[:count].astype(float) - wanted).mean(0))
+    assert np.all(np.abs(offset - slow_offset) <= 2 * ulp16(slow_offset) + other)
     assert not codes[count:].any()
 
 
@@ -101,8 +105,20 @@ def test_a_metric_of_plain_distance_leaves_the_nearest_levels(bits: int) -> None
     rng = np.random.default_rng(9)
     x, mask = sample(rng, 256, 32), torch.arange(256) < 200
     got = run(x, mask, bits, np.eye(32, dtype=np.float32))
-    nearest = quantization.encode(torch.from_numpy(x), got.scale, got.offset, bits)
+    levels = shaping._levels(torch.from_numpy(x), mask, bits, SHAPED_STEP[bits])
+    nearest = quantization.encode(torch.from_numpy(x), *levels, bits)
     assert torch.equal(got.codes[:200], nearest[:200])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_mean_of_a_group_stays(bits: int) -> None:
+    """Attention without preference sees it; the numbers are skewed, so that nearest levels have another."""
+    rng = np.random.default_rng(bits)
+    x, mask = rng.exponential(1, (256, 32)).astype(np.float32), torch.arange(256) < 250
+    got = run(x, mask, bits, random_metric(rng, 32))
+    mean = quantization.decode(*got)[:250].mean(0).numpy()
+    # The offset is rounded to FP16.
+    assert np.all(np.abs(mean - x[:250].mean(0)) <= ulp16(got.offset.float().numpy()))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -188,7 +188,6 @@ struct ShapeWarp {
   __device__ __forceinline__ void sweep(Errors& errors, int bits, bool is_key, int* out,
                                         float* sums) const {
     const int lane = threadIdx.x & 31;
-    const float square = 1.0f / (unit * unit);
     uint32_t words[kTokens][8] = {};
     each_set(
         errors,
@@ -224,14 +223,20 @@ struct ShapeWarp {
 #pragma unroll
           for (int t = 0; t < kTokens; ++t) packed[t] = pack(t, e[t]);
           errors.replace(set, packed, exchange);
+          float totals[kSet] = {}, squares[kSet] = {};
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+            for (int c = 0; c < kSet; ++c) {
+              totals[c] += e[t][c];
+              squares[c] = fmaf(e[t][c], e[t][c], squares[c]);
+            }
+          float* own = sums + channel + lane / 4;
+          const float total = add_over_lanes(totals);
+          if (lane % 4 == 0) own[0] = total / unit;
           if (is_key) {
-            float squares[kSet] = {};
-#pragma unroll
-            for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-              for (int c = 0; c < kSet; ++c) squares[c] = fmaf(e[t][c], e[t][c], squares[c]);
-            const float sum = add_over_lanes(squares);
-            if (lane % 4 == 0) sums[channel + lane / 4] = sum * square;
+            const float square = add_over_lanes(squares);
+            if (lane % 4 == 0) own[head_dim] = square / (unit * unit);
           }
 #pragma unroll
           for (int plane = 0; plane < 8; ++plane) {
@@ -391,57 +396,88 @@ __global__ void __launch_bounds__(kShapeTile / Errors::kTokens * 32, 4)
   shape.odd = shape.find_odd();
   Errors errors(p, rest + warp * (Errors::kBytes * D / static_cast<int>(sizeof(uint4))));
   shape.start(errors);
-  const int64_t row_head = static_cast<int64_t>(b) * p.kv_heads + head;
-  float* sums = w.partial + (row_head * (p.visual_entries / (32 * kTokens)) + part) * (D + 1);
+  float* sums = partial_sums(p, w.partial, is_key, b, head, p.visual_entries / (32 * kTokens)) +
+                static_cast<int64_t>(part) * partial_size(p, is_key);
   shape.sweep(errors, bits, is_key, out, sums);
   if (!is_key) return;
   const float whole = shape.measure(errors);
-  if (lane == 0) sums[D] = whole;
+  if (lane == 0) sums[2 * D] = whole;
 }
 
-// The RMS of each channel's errors, times the factor that makes the sum of H_cc rms_c^2 the mean of
-// e . H e. `tokens`: of a partial sum. Grid: (call groups, Hkv, B).
+// Moves the offsets so that errors have a mean of 0. Of keys it stores the RMS of each channel's
+// errors, times the factor that makes the sum of H_cc rms_c^2 the mean of e . H e. `tokens`: of a
+// partial sum. Grid: (2 * call groups, Hkv, B): x runs over keys, then values.
 __global__ void __launch_bounds__(128)
-    shape_rms_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w, int tokens) {
-  __shared__ float parts[4];
+    shape_finish_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w, int tokens) {
+  __shared__ float moves[VKVX_MAX_HEAD_DIM], change[VKVX_MAX_HEAD_DIM], parts[2][4];
   __shared__ int found[2];
-  const int D = p.head_dim, g = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+  const int D = p.head_dim, call_groups = p.visual_entries / p.group_size, head = blockIdx.y,
+            b = blockIdx.z;
+  const bool is_key = blockIdx.x < call_groups;
+  const int g = is_key ? blockIdx.x : blockIdx.x - call_groups, size = partial_size(p, is_key);
   wait_for_earlier_kernels();
   int group, count;
   if (!place_group(p, b, g, &group, &count, found)) return;
-  const int64_t row_head = static_cast<int64_t>(b) * p.kv_heads + head;
-  const float* diagonal = w.diagonal + row_head * D;
-  const float* sums = w.partial + (row_head * (p.visual_entries / tokens) +
-                                   static_cast<int64_t>(g) * (p.group_size / tokens)) *
-                                      (D + 1);
+  const float* sums = partial_sums(p, w.partial, is_key, b, head, p.visual_entries / tokens) +
+                      static_cast<int64_t>(g) * (p.group_size / tokens) * size;
   const int used = static_cast<int>(divide_up(count, tokens));
-  auto total = [&](int c) {
+  const float n = static_cast<float>(count);
+  auto mean = [&](int i) {
     float sum = 0.0f;
 #pragma unroll 8
-    for (int i = 0; i < used; ++i) sum += sums[static_cast<int64_t>(i) * (D + 1) + c];
-    return sum;
+    for (int k = 0; k < used; ++k) sum += sums[static_cast<int64_t>(k) * size + i];
+    return sum / n;
   };
-  float squares[4] = {}, apart = 0.0f;  // of up to 512 channels
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-    if (const int c = threadIdx.x + 128 * n; c < D) {
-      squares[n] = total(c);
-      apart = fmaf(diagonal[c], squares[n], apart);
-    }
-  apart = warp_sum(apart);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = apart;
-  __syncthreads();
-  apart = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-  const float whole = fmaxf(total(D), 0.0f), factor = apart > 0.0f ? whole / apart : 1.0f;
   const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head,
                 groups = p.visual_capacity / p.group_size;
-  __half* out =
-      static_cast<__half*>(p.visual_key_params) + ((slot_head * groups + group) * 3 + 2) * D;
+  __half* params = static_cast<__half*>(is_key ? p.visual_key_params : p.visual_value_params) +
+                   (slot_head * groups + group) * (is_key ? 3 : 2) * D;
+  float squares[VKVX_MAX_HEAD_DIM / 128] = {};
 #pragma unroll
-  for (int n = 0; n < 4; ++n)
-    if (const int c = threadIdx.x + 128 * n; c < D)
-      out[c] =
-          __float2half_rn(fminf(sqrtf(squares[n] / static_cast<float>(count) * factor), kHalfMax));
+  for (int i = 0; i < VKVX_MAX_HEAD_DIM / 128; ++i) {
+    const int c = threadIdx.x + 128 * i;
+    if (c >= D) break;
+    const float error = mean(c), offset = __half2float(params[D + c]);
+    float move = 0.0f;
+    if (__half2float(params[c]) > 0.0f) {
+      const __half moved = __float2half_rn(fminf(fmaxf(offset + error, -kHalfMax), kHalfMax));
+      params[D + c] = moved;
+      move = __half2float(moved) - offset;
+    }
+    if (is_key) squares[i] = fmaxf(mean(D + c) + move * (move - 2.0f * error), 0.0f);
+    moves[c] = move;
+    change[c] = move - 2.0f * error;
+  }
+  if (!is_key) return;
+  __syncthreads();
+  // The mean of (e - move) . H (e - move) is that of e . H e, plus move . H (move - 2 mean of e).
+  const int64_t number = metric_number(p, true, b, head);
+  const float* diagonal = w.diagonal + number * D;
+  const __half* matrix = w.matrix + number * D * D;
+  float apart = 0.0f, more = 0.0f;
+#pragma unroll
+  for (int i = 0; i < VKVX_MAX_HEAD_DIM / 128; ++i) {
+    const int c = threadIdx.x + 128 * i;
+    if (c >= D) break;
+    float pull = change[c];
+#pragma unroll 4
+    for (int k = 0; k < D; ++k)
+      pull = fmaf(__half2float(matrix[place_in_matrix(c, k, D)]), change[k], pull);
+    apart = fmaf(diagonal[c], squares[i], apart);
+    more = fmaf(moves[c] * diagonal[c], pull, more);
+  }
+  apart = warp_sum(apart);
+  more = warp_sum(more);
+  if (threadIdx.x % 32 == 0) parts[0][threadIdx.x / 32] = apart, parts[1][threadIdx.x / 32] = more;
+  __syncthreads();
+  auto all = [&](const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); };
+  apart = all(parts[0]);
+  const float whole = fmaxf(mean(2 * D) + all(parts[1]), 0.0f),
+              factor = apart > 0.0f ? whole / apart : 1.0f;
+#pragma unroll
+  for (int i = 0; i < VKVX_MAX_HEAD_DIM / 128; ++i)
+    if (const int c = threadIdx.x + 128 * i; c < D)
+      params[2 * D + c] = __float2half_rn(fminf(sqrtf(squares[i] * factor), kHalfMax));
 }
 
 }  // namespace vkvx

@@ -17,8 +17,8 @@ struct ShapeWorkspace {
   __half* matrix;   // M [D][D], in the order of fragments: see place_in_matrix
   float* inner;     // M(k, c) of the channels k after c in its set: [D][kSet], else 0
   float* diagonal;  // H(c, c): [D]
-  // For each row, head and 32 entries of the call, of keys:
-  float* partial;  // sum of e_c^2 by channel, then of e . H e: [D + 1]
+  // For each row, head and 32 entries of the call, first of keys, then of values:
+  float* partial;  // sums of e_c by channel; of keys also of e_c^2 by channel and of e . H e
   size_t bytes;
 
   ShapeWorkspace(const VkvxParams& p, void* start) {
@@ -34,10 +34,22 @@ struct ShapeWorkspace {
     inner = reinterpret_cast<float*>(take(matrices * D * kSet * sizeof(float)));
     diagonal = reinterpret_cast<float*>(take(matrices * D * sizeof(float)));
     partial = reinterpret_cast<float*>(
-        take(rows * heads * (p.visual_entries / 32) * (D + 1) * sizeof(float)));
+        take(rows * heads * (p.visual_entries / 32) * (3 * D + 1) * sizeof(float)));
     bytes = used;
   }
 };
+
+// Partial sums of a row and head, `parts` of them, and how many numbers each has.
+__device__ __forceinline__ int partial_size(const VkvxParams& p, bool is_key) {
+  return is_key ? 2 * p.head_dim + 1 : p.head_dim;
+}
+__device__ __forceinline__ float* partial_sums(const VkvxParams& p, float* partial, bool is_key,
+                                               int b, int head, int parts) {
+  const int64_t heads = static_cast<int64_t>(p.rows) * p.kv_heads,
+                number = static_cast<int64_t>(b) * p.kv_heads + head;
+  const int64_t before = is_key ? 0 : heads * parts * partial_size(p, true);
+  return partial + before + number * parts * partial_size(p, is_key);
+}
 
 // Number of the metric of keys of row b, or of values.
 __device__ __forceinline__ int64_t metric_number(const VkvxParams& p, bool is_key, int b,

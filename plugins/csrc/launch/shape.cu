@@ -25,8 +25,8 @@ int launch(const VkvxParams& p, const ShapeWorkspace& workspace, const Device& d
   after(kernel, dim3(2 * (p.visual_entries / (32 * kTokens * warps)), p.kv_heads, p.rows),
         32 * warps, bytes, p, workspace);
   if (const int code = check_cuda("shaping")) return code;
-  after(shape_rms_kernel, dim3(p.visual_entries / p.group_size, p.kv_heads, p.rows), 128, 0, p,
-        workspace, 32 * kTokens);
+  after(shape_finish_kernel, dim3(2 * (p.visual_entries / p.group_size), p.kv_heads, p.rows), 128,
+        0, p, workspace, 32 * kTokens);
   return check_cuda("the error of shaping");
 }
 
