@@ -179,7 +179,7 @@ def _attend(
             own = own & (position[:, None] - position < attributes.sliding_window)
     text = (cache.text_key, cache.text_value)
     if not attributes.keeps_text:
-        text = (text_rows.decode(text[0]), text_rows.decode(text[1]))
+        text = (text_rows.decode(text[0], key.dtype), text_rows.decode(text[1], key.dtype))
     for k, v, seen in (
         (*text, cached),
         (key, value, own),

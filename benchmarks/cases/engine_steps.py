@@ -30,9 +30,10 @@ from vkvx.runtime.backends import golden
 from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.backends.registry import open_backend
 from vkvx.runtime.calls import Call, build_call
-from vkvx.runtime.sessions.generation import Request, Scheduler
+from vkvx.runtime.sessions.generation import Request
 from vkvx.runtime.sessions.processor import Prepared
 from vkvx.runtime.sessions.sampling import GenerationOptions
+from vkvx.runtime.sessions.scheduler import Scheduler
 
 CHECKED, STEPS, WARM_UP = 12, 100, 16
 TEXT_TOKENS = 400

@@ -306,7 +306,7 @@ class OperatorCall:
         rest = []  # keys and values of cached text, then of the own token
         for name in ("key", "value"):
             text = t[f"text_{name}"][:rows, :, : self.text]
-            text = text_rows.decode(text) if params.text_bits == 8 else text
+            text = text_rows.decode(text, torch.float16) if params.text_bits == 8 else text
             rest.append(torch.cat([text.double(), t[name][:rows].double()], 2))
         weights = torch.cat([scores, query @ rest[0].transpose(2, 3) * scale], -1).softmax(-1)
         return (weights @ torch.cat([value, rest[1]], 2)).flatten(1, 2).unsqueeze(2)

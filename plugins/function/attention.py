@@ -82,4 +82,5 @@ def _rows(
     else:
         words = b.gather_flat(cache, call.text_rows, [text_words(dim)])
         cached = decode(b, b.op("Where", has_text, words, np.int32(0)), dim)
+        cached = cached if dtype == FLOAT else b.cast(b.cast(cached, dtype), FLOAT)
     return b.op("Concat", cached, _float(b, b.op("GatherND", new, call.new_rows), dtype), axis=2)

@@ -29,8 +29,8 @@ def encode(x: Tensor) -> Tensor:
     return torch.cat([codes.contiguous().view(torch.int32), bits], -1)
 
 
-def decode(words: Tensor) -> Tensor:
-    """Words INT32 [..., D/4 + 1] to code times scale, FP32 [..., D]."""
+def decode(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Words INT32 [..., D/4 + 1] to code times scale [..., D], the product rounded to ``dtype``: the model's, T."""
     codes = words[..., :-1].contiguous().view(torch.int8)
     scale = words[..., -1:].to(torch.int16).contiguous().view(torch.float16)
-    return codes.float() * scale.float()
+    return (codes.float() * scale.float()).to(dtype)

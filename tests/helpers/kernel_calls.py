@@ -201,7 +201,7 @@ def reference(t: dict[str, Tensor], a: OperatorAttributes) -> Tensor:
         count = int(t["text_count"][slot])
         text_key, text_value = (t[f"text_{n}"][slot, :, :count] for n in ("key", "value"))
         if a.text_bits == 8:
-            text_key, text_value = text_rows.decode(text_key), text_rows.decode(text_value)
+            text_key, text_value = (text_rows.decode(x, t["query"].dtype) for x in (text_key, text_value))
         x = q @ text_key.double().transpose(1, 2) * a.scale
         scores.append(bounded(x, text_start, torch.arange(count, device=out.device)))
         values.append(text_value.double())

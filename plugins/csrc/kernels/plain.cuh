@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   };
   auto text = [&](const void* rows) {
     return [&p, rows, D, first = slot_head * p.text_capacity](int row, int c) {
-      return p.text_bits == 8 ? load_code(rows, first + row, D, c)
+      return p.text_bits == 8 ? load_code(rows, first + row, D, c, p.dtype)
                               : load_float(rows, (first + row) * D + c, p.dtype);
     };
   };

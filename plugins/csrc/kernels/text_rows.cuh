@@ -55,11 +55,19 @@ __device__ __forceinline__ __half scale_of(int word) {
   return __ushort_as_half(static_cast<unsigned short>(word));
 }
 
-// Channel c of a row, FP32.
-__device__ __forceinline__ float load_code(const void* rows, int64_t row, int dim, int c) {
+// A product of code and scale as a number of the model's type; it is within the range of FP16.
+__device__ __forceinline__ float rounded_to(float x, int dtype) {
+  return dtype == VKVX_FLOAT16    ? __half2float(__float2half_rn(x))
+         : dtype == VKVX_BFLOAT16 ? __bfloat162float(__float2bfloat16_rn(x))
+                                  : x;
+}
+
+// Channel c of a row: a number of the model's type.
+__device__ __forceinline__ float load_code(const void* rows, int64_t row, int dim, int c,
+                                           int dtype) {
   const int* words = static_cast<const int*>(rows) + row * text_words(dim);
   const int code = reinterpret_cast<const signed char*>(words)[c];
-  return static_cast<float>(code) * __half2float(scale_of(words[dim / 4]));
+  return rounded_to(static_cast<float>(code) * __half2float(scale_of(words[dim / 4])), dtype);
 }
 
 // Quantises and stores the `dim` numbers from element `at` of an array of the model's type as a

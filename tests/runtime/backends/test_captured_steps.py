@@ -146,7 +146,8 @@ def test_tokens_chosen_on_the_gpu(pages: list[Page], monkeypatch: pytest.MonkeyP
                     list(talk.ask(text, [pages[0].path] if not talk.messages else [], max_new_tokens=12, stop=("4",)))
                 history = talk.token_ids
             assert len(backend.cache.free_slots) == 4
-            assert bool(backend._steps and backend._steps.graphs) == on_gpu
+            assert backend._steps is not None
+            assert {size.sampled for size in backend._steps.graphs} == {on_gpu}
         found.append([(one.text, one.token_ids, one.finish_reason) for one in answers] + [history])
         assert [one.logprobs is not None for one in answers] == [way.get("logprobs", False) for way in WAYS]
         found.append(np.concatenate([one.logprobs for one in answers if one.logprobs is not None]))

@@ -11,9 +11,10 @@ import pytest
 
 from vkvx.runtime.backends.base import SampledRow
 from vkvx.runtime.calls import Row, build_call
-from vkvx.runtime.sessions.generation import Request, run
+from vkvx.runtime.sessions.generation import Request
 from vkvx.runtime.sessions.processor import Prepared
 from vkvx.runtime.sessions.sampling import GenerationOptions, Sampler
+from vkvx.runtime.sessions.scheduler import run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 pytest.importorskip("cuda.bindings.runtime")
