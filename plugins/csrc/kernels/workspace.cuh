@@ -21,9 +21,10 @@ inline int64_t units_of(const VkvxParams& p) {
 // their start and their end.
 inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
   const int64_t units = units_of(p), each = tiles > 0 ? tiles : 1;
-  // Parts that have a multiprocessor each are small. So are those of windows, which have few units,
-  // without a second wave of blocks.
-  const bool few = p.sliding_window || (units > 2 * kLeastUnits && processors >= 2 * each);
+  // Where a whole cluster of parts has a multiprocessor each, they are small. So are those of
+  // windows, which have few units, without a second wave of blocks.
+  const bool few =
+      p.sliding_window || (units > 2 * kLeastUnits && processors >= kMostOfCluster * each);
   int64_t splits = p.splits > 0 ? p.splits : few ? processors / each : divide_up(processors, each);
   const int64_t most = divide_up(units, p.splits > 0 || few ? kLeastUnits : 2 * kLeastUnits);
   splits = splits < most ? splits : most;

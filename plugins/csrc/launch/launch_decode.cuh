@@ -58,8 +58,10 @@ DecodePlan plan_decode(const VkvxParams& p, bool appends, const Device& device) 
   plan.ratio = p.query_heads / p.kv_heads;
   plan.groups = groups_of(p);
   plan.group_tiles = p.group_size / kTile;
-  // Where parts have multiprocessors of their own, as many warps as there is work for.
-  const bool few = p.splits == 0 && plan.splits > 1 && tiles * plan.splits <= device.processors;
+  // Where parts have multiprocessors of their own, as many warps as there is work for. A quarter of
+  // the device stays free: not all places of a cluster can be filled.
+  const bool few =
+      p.splits == 0 && plan.splits > 1 && 4 * tiles * plan.splits <= 3 * device.processors;
   const int units = static_cast<int>(min(divide_up(units_of(p), plan.splits), int64_t{64}));
   plan.prefetches = few && static_cast<int64_t>(p.slots) * (plan.groups + 1) <= kMostPrefetched;
   set_warps<Engine>(p, few ? max(units, Engine::kWarps) : Engine::kWarps, device, plan);
