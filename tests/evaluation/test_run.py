@@ -128,7 +128,8 @@ def test_a_bundle_gives_the_tokens_of_torch(
         assert ours["attention_error"] is None
         for name in ("options", "token_agreement", "equal_answers", "bits_per_element", "visual_bytes"):
             assert ours[name] == theirs[name], name
-    assert found["settings"][1]["kl"] == pytest.approx(document["settings"][1]["kl"], rel=1e-3)
+    # Two sides agree on e . H e to 1 % (docs/format.md), and KL is of the second order in e.
+    assert found["settings"][1]["kl"] == pytest.approx(document["settings"][1]["kl"], rel=1e-2)
 
     alone = evaluate(bundle, reference=False, **arguments).to_json()
     (packed,) = alone["settings"]

@@ -156,7 +156,10 @@ def test_histograms_are_of_the_first_sample(found: dict[str, list[Record]]) -> N
         assert sum(entry["counts"]) == 576
         assert len(entry["edges"]) == len(entry["counts"]) + 1
         low, high = entry["levels"]
-        assert entry["edges"][0] < low < high < entry["edges"][-1]
+        # Where errors are to have a mean of 0, a level may lie a little beyond the numbers.
+        assert low < high
+        assert low < entry["edges"][-1]
+        assert entry["edges"][0] < high
     eight = found["8 bits, shaped, expected, group size 128"][0].histograms
     assert eight is not None
     assert {len(entry["levels"]) for entry in eight} == {256}
