@@ -115,6 +115,7 @@ def test_defaults() -> None:
         "score_correction": "expected",
         "tau": 3.0,
         "correction_limit": 3.0,
+        "text_bits": 16,
     }
 
 

@@ -22,7 +22,7 @@ def family_checkpoint(case: Case, tmp_path_factory: pytest.TempPathFactory) -> P
     from vkvx.models.random_checkpoint import write_checkpoint
 
     directory = tmp_path_factory.mktemp("families") / case.preset
-    write_checkpoint(directory, preset_config(case.preset), dtype="float32", seed=1)
+    write_checkpoint(directory, preset_config(case.preset), dtype="float32", seed=case.seed)
     return directory
 
 

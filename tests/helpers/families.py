@@ -17,11 +17,14 @@ class Case:
     """A preset of ``vkvx.models.presets``, and the visual tokens of two pictures, 150 x 90 and 60 x 130 pixels.
 
     ``text_bits`` are those of its bundle of 1 bit: 8 where layers have windows, share keys, or are of linear attention.
+    ``seed`` is that of its weights: one for which no code of the pictures lies on a border within FP32's rounding. Groups
+    of 15 tokens are so small that a tipped code moves their offsets, and with them later tokens.
     """
 
     preset: str
     tokens: tuple[int, int]
     text_bits: int = 16
+    seed: int = 1
 
 
 CASES = (
@@ -36,7 +39,7 @@ CASES = (
     Case("tiny-smolvlm", (52, 36)),
     Case("tiny-qwen2-vl", (15, 10)),
     Case("tiny-qwen2.5-vl", (15, 10)),
-    Case("tiny-qwen3-vl", (15, 8)),
+    Case("tiny-qwen3-vl", (15, 8), seed=2),
     Case("tiny-qwen3.5", (15, 8), text_bits=8),
     Case("tiny-glm-4.1v", (15, 10)),
     Case("tiny-glm-4.6v", (15, 10)),

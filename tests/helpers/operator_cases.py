@@ -229,7 +229,7 @@ def check(inputs: Arrays, results: Arrays, attributes: Attributes, dims: Dims, s
     Returns:
         the state after the call: the caches of `results` and the counts.
     """
-    expected = oracle.visual_kv_attention(inputs, attributes)
+    expected = oracle.visual_kv_attention(inputs, attributes, dims.float_type)
     rounding = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dims.float_type]
     output = np.asarray(results["output"], np.float64)
     assert output.shape == inputs["query"].shape

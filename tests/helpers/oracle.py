@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 TILE = 128
 WORD = 32
+TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LARGEST = 65504.0  # largest finite FP16
 FP32_STEP = 2.0**-24
 LLOYD_ROUNDS = 8
@@ -239,22 +241,22 @@ def pack_row(x: np.ndarray) -> np.ndarray:
     return _signed(np.array([*words, int(scale.view(np.uint16))], np.uint64))
 
 
-def unpack_row(words: np.ndarray) -> np.ndarray:
-    """INT32 [D/4 + 1] to what attention reads, float64 [D]."""
+def unpack_row(words: np.ndarray, float_type: str) -> np.ndarray:
+    """INT32 [D/4 + 1] to what attention reads, numbers of the model's type, float64 [D]."""
     scale = np.uint16(int(words[-1]) & 0xFFFF).view(np.float16)
     found = []
     for word in words[:-1]:
         for j in range(4):
             byte = int(word) >> 8 * j & 0xFF
             found.append(byte - 256 if byte > 127 else byte)
-    return np.array(found, np.float64) * float(scale)
+    return (np.array(found, np.float64) * float(scale)).astype(TYPES[float_type]).astype(np.float64)
 
 
-def cached_rows(rows: np.ndarray, attributes: Attributes) -> np.ndarray:
+def cached_rows(rows: np.ndarray, attributes: Attributes, float_type: str) -> np.ndarray:
     """Text rows [n, D or D/4 + 1] as attention reads them, float64 [n, D]."""
     if attributes.text_bits == 16:
         return np.asarray(rows, np.float64)
-    return np.array([unpack_row(row) for row in rows]).reshape(len(rows), 4 * (rows.shape[1] - 1))
+    return np.array([unpack_row(row, float_type) for row in rows]).reshape(len(rows), 4 * (rows.shape[1] - 1))
 
 
 def auto_group_size(tokens_per_picture: int | None) -> int:
@@ -338,8 +340,11 @@ def sees_own(query: int, key: int, text: list[int], visual: list[int], attribute
     return in_window and (key <= query or (attributes.visual_mask == "run" and one_run))
 
 
-def visual_kv_attention(inputs: dict[str, np.ndarray], attributes: Attributes) -> Result:
-    """The whole operator.  inputs: its tensors by name, as NumPy (BF16 widened to float32); none is changed."""
+def visual_kv_attention(inputs: dict[str, np.ndarray], attributes: Attributes, float_type: str) -> Result:
+    """The whole operator.  inputs: its tensors by name, as NumPy (BF16 widened to float32); none is changed.
+
+    float_type: of the model, "float32", "float16" or "bfloat16".
+    """
     a = attributes
     query = np.asarray(inputs["query"], np.float64)
     new_key, new_value = np.asarray(inputs["key"], np.float64), np.asarray(inputs["value"], np.float64)
@@ -370,8 +375,8 @@ def visual_kv_attention(inputs: dict[str, np.ndarray], attributes: Attributes) -
 
         for h in range(kv_heads):
             keys, values, rms_squared = _cached_visual(inputs, attributes, slot, h, cached_groups)
-            text_key = cached_rows(inputs["text_key"][slot, h, :cached_text], a)
-            text_value = cached_rows(inputs["text_value"][slot, h, :cached_text], a)
+            text_key = cached_rows(inputs["text_key"][slot, h, :cached_text], a, float_type)
+            text_value = cached_rows(inputs["text_value"][slot, h, :cached_text], a, float_type)
             share = query_heads // kv_heads
             for hq in range(h * share, (h + 1) * share):
                 for s in new_positions:

@@ -38,7 +38,7 @@ def test_words_are_those_of_the_oracle(float_type: str) -> None:
     given = torch.from_numpy(rows).to(getattr(torch, float_type))
     found = reference.encode(given)
     np.testing.assert_array_equal(found, words)
-    read = np.stack([oracle.unpack_row(row) for row in words])
+    read = np.stack([oracle.unpack_row(row, "float32") for row in words])
     np.testing.assert_array_equal(reference.decode(found), read)
     # Half a step, where the scale was rounded to a normal FP16 number, and the rounding of the scale at the end.
     clean = oracle.sanitise(rows)
