@@ -17,8 +17,8 @@ class Case:
     """A preset of ``vkvx.models.presets``, and the visual tokens of two pictures, 150 x 90 and 60 x 130 pixels.
 
     ``text_bits`` are those of its bundle of 1 bit: 8 where layers have windows, share keys, or are of linear attention.
-    ``seed`` is that of its weights: one for which no code of the pictures lies on a border within FP32's rounding. Groups
-    of 15 tokens are so small that a tipped code moves their offsets, and with them later tokens.
+    ``seed`` is that of its weights: one for which no code of the pictures lies on a border within FP32's rounding. In
+    groups of 15 tokens a tipped code moves the offsets, and with them later tokens.
     """
 
     preset: str
