@@ -1,8 +1,9 @@
 """Compare a bundle in onnxruntime with its checkpoint in torch, or its engines with onnxruntime, tensor by tensor.
 
 Both sides get the same tokens and the same picture embeddings. After each prefill, when the caches have been compared,
-the bundle takes over the reference's cache. So every call is compared on equal inputs, and a difference shows where it
-arises: a code that differs because its value lies on the border of two levels would otherwise change all later logits.
+the bundle takes over the reference's cache; with text rows of 8 bits after each step, too. So every call is compared on
+equal inputs, and a difference shows where it arises: a code that differs because its value lies on the border of two
+levels would otherwise change all later logits.
 """
 
 from __future__ import annotations
@@ -246,6 +247,8 @@ def validate_bundle(
         report_progress("compare", done, total)
         for step in range(1, steps + 1):
             token = comparison.step(f"{phase}decode {step}", np.array([token], np.int32))
+            if step < steps:
+                comparison.share_codes(f"{phase}decode {step}")
             done += 1
             report_progress("compare", done, total)
         comparison.caches(f"{phase}decode {steps}")
@@ -339,6 +342,16 @@ class _Comparison:
                 self._text(layer, kind, phase, rows)
         if groups and self.report.backend in ENGINE_BACKENDS:
             self._count_codes(phase, groups)
+
+    def share_codes(self, phase: str) -> None:
+        """Compare text rows of 8 bits, and let the bundle go on from those of the reference."""
+        if self.manifest.quantization.text_bits == BASELINE_BITS:
+            return
+        rows = int(self.reference.cache.text_count[self.SLOT])
+        for layer in self.manifest.model.caches:
+            for kind in ("key", "value"):
+                self._text(layer, kind, phase, rows)
+        self.backend.cache.load(self.reference.cache)
 
     def _text(self, layer: int, kind: str, phase: str, rows: int) -> None:
         """Compare text rows. At 8 bits a code may fall to either side: two rows are up to a step apart, too, and what

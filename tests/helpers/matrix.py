@@ -21,6 +21,7 @@ COLUMNS = {
     "test_prompts_and_pixels_are_those_of_transformers": "prompts",
     "test_greedy_answers_of_a_batch": "16 bits",
     "test_second_turn_with_another_picture": "second turn",
+    "test_prompts_in_pieces": "pieces",
     "test_one_bit_is_that_of_the_plug_in": "1 bit",
     "test_evaluation_of_bundle_and_checkpoint": "eval",
     "test_engines_are_built": "engines",
