@@ -16,7 +16,7 @@ from vkvx.manifest import Progress
 from vkvx.models.pictures.base import prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.runtime.backends import golden
-from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend
+from vkvx.runtime.backends.base import Backend, CallInParts, SampledRow, SamplingBackend
 from vkvx.runtime.backends.registry import choose_backend
 from vkvx.runtime.backends.tensorrt.device import DeviceArray
 from vkvx.runtime.bundles import load_manifest
@@ -132,9 +132,9 @@ def bench_bundle(
         verify=verify,
     )
     seconds = time.perf_counter() - started
-    if load.prefill_chunk is not None and found.name == "torch":
-        cast("TorchBackend", opened).capture_prefills(load.prefill_chunk)
     try:
+        if load.prefill_chunk is not None and found.name == "torch":
+            cast("TorchBackend", opened).capture_prefills(load.prefill_chunk)
         vision, prefill, decode, used = time_backend(opened, load, progress)
         after, taken = resident_bytes(), device_bytes_used(found.gpu)
     finally:
@@ -191,6 +191,8 @@ def time_backend(
         placed = backend.place(call, embeds) if embeds else None
         if backend.samples:
             pending = cast(SamplingBackend, backend).launch(call, placed, [GREEDY] * len(rows))
+            while isinstance(pending, CallInParts) and pending.advance():
+                pass  # nothing runs beside it
             return lambda: pending.result()[0]
         chosen = backend.step(call, placed).argmax(axis=1)
         return lambda: chosen

@@ -108,7 +108,9 @@ def plan_model(
     options = options or QuantizationOptions()
     _check(bits, pictures, text_tokens, tokens_per_picture, reserve)
     settings = [options.with_bits(b) for b in bits]
-    for setting in settings:
+    # What has no effect at 16 bits is checked by the fewest, and refused where there are no others.
+    fewest = replace(options, bits=min(bits), key_bits=None, value_bits=None, bits_per_layer=None)
+    for setting in (fewest, *settings):
         setting.check()
     source = resolve(
         name,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from fakes import FakeBackend, manifest
 
 from vkvx.errors import OptionError
 from vkvx.manifest import Manifest
-from vkvx.runtime.checks.bench import Latency, Load, bench_bundle, resident_bytes
+from vkvx.runtime.checks.bench import Latency, Load, bench_bundle, resident_bytes, time_backend
 
 SMALL = ("--steps", 3, "--repeats", 2, "--prompt-tokens", 5, "--threads", 1, "--no-verify")
 
@@ -95,3 +97,16 @@ def test_progress_counts_every_step(tiny_bundle: Path) -> None:
     )
     assert seen == [("bench onnxruntime", done, 6) for done in range(1, 7)]
     assert resident_bytes() is None or resident_bytes() > 1 << 20  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("chunk", [None, 160])
+def test_prompts_that_come_back_in_parts(monkeypatch: pytest.MonkeyPatch, chunk: int | None) -> None:
+    monkeypatch.setattr(FakeBackend, "samples", True)
+    monkeypatch.setattr(FakeBackend, "parts", 3)
+    backend: Any = FakeBackend(manifest(), 1)
+    load = Load(pictures=0, prompt_tokens=300, steps=3, repeats=1, prefill_chunk=chunk)
+    _, prefill, decode, _ = time_backend(backend, load)
+    assert (len(prefill), len(decode)) == (1, 3)
+    pieces = 1 if chunk is None else 2
+    assert backend.parts_seen == [2, 1, 0] * pieces * 2  # a round that does not count, and one that does
+    assert len(backend.calls) == 2 * (pieces + 3)

@@ -212,9 +212,10 @@ def compare_group(
     rests = [x - (o + s * c) for o, s, c in zip(offsets, scales, codes, strict=True)]
     rounding = 2.0**-22 * x.abs().amax(1, keepdim=True)
     rms = rests[0].square().mean(1)
-    # The offset of `shaped` follows the codes.
-    follows = 0.0 if metric is None else scales[1] * (codes[0] - codes[1]).mean(1, keepdim=True).abs()
-    off = [(p[0] - p[1]).abs() > 2 * ulp16(p[1]) + rounding + more for p, more in ((scales, 0.0), (offsets, follows))]
+    # The offset of `shaped` is the mean of the tokens less that of scale times code.
+    follows = [s * c.mean(1, keepdim=True) for s, c in zip(scales, codes, strict=True)]
+    more = 0.0 if metric is None else (follows[0] - follows[1]).abs()
+    off = [(p[0] - p[1]).abs() > 2 * ulp16(p[1]) + rounding + room for p, room in ((scales, 0.0), (offsets, more))]
     odd = off[0] | off[1]
     if metric is None:
         if case.quantizer == "lloyd":

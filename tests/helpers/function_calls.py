@@ -210,10 +210,10 @@ def compare_group(
     rms = np.sqrt((residual**2).mean(1))
     bits = attributes.key_bits if name == "key" else attributes.value_bits
     wanted_codes = codes_of(name, expected, slot, group, attributes)[:, :count]
-    # The offset of `shaped` follows the codes.
+    # The offset of `shaped` is the mean of the tokens less that of scale times code.
     follows = np.zeros_like(levels)
     if metric is not None:
-        follows[:, 1] = wanted_levels[:, 0] * np.abs((codes - wanted_codes.astype(float)).mean(1))
+        follows[:, 1] = np.abs(levels[:, 0] * codes.mean(1) - wanted_levels[:, 0] * wanted_codes.mean(1))
     assert np.all(np.abs(levels - wanted_levels) <= 2 * ulp16(wanted_levels) + rounding + follows), name
     if metric is None:
         ratio = (clean - offset) / np.where(scale > 0, scale, np.inf)

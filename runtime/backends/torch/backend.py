@@ -164,10 +164,12 @@ class TorchBackend:
 
         See :mod:`vkvx.runtime.backends.torch.prefills`; states of linear attention are left out.
         """
-        info = self.manifest.model
+        info, cache = self.manifest.model, self.cache
+        # Calls are padded to parts of the limit, so it is no more than what a slot has room for.
+        limit = min(limit, cache.visual_capacity + cache.text_capacity, info.max_positions)
         if self._stream is not None and self._steps is not None and not info.linear_layers:
             with self._running("the buffers of prefills"):
-                self._prefills = Prefills(self._decoder, self._buffers, self.cache, info, self._stream, limit)
+                self._prefills = Prefills(self._decoder, self._buffers, cache, info, self._stream, limit)
 
     def close(self) -> None:
         if self._stream is not None and not self.closed:

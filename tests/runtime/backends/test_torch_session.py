@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fakes import manifest
 from samples import bundled_pages
 from transformers import LlavaForConditionalGeneration
 
@@ -22,8 +25,10 @@ from vkvx.errors import BundleError, CapacityError, DependencyError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.models.registry import resolve, sample_pages
 from vkvx.runtime.backends.registry import choose_backend
+from vkvx.runtime.backends.torch import backend as torch_backend
 from vkvx.runtime.backends.torch.capture import is_step
 from vkvx.runtime.backends.torch.loading import load_model
+from vkvx.runtime.cache import PackedCache
 from vkvx.runtime.calls import Row, build_call
 from vkvx.runtime.sessions.processor import user_message
 from vkvx.runtime.sessions.session import Session
@@ -301,3 +306,15 @@ def test_which_calls_are_decode_steps() -> None:
     assert not takes(token, Row(1, np.arange(4, 13), (), 9))
     assert not takes(token, Row(-1, np.zeros(0, int)))
     assert not takes(Row(0, np.array([3]), (1,), 5))
+
+
+@pytest.mark.parametrize(("bits", "room"), [(1, 512 + 64), (16, 400 + 64)])
+def test_graphs_of_prompts_are_no_longer_than_a_slot(monkeypatch: pytest.MonkeyPatch, bits: int, room: int) -> None:
+    """Calls are padded to parts of the limit: one that no prompt reaches would cost memory and time."""
+    monkeypatch.setattr(torch_backend, "Prefills", lambda *given: given[-1])
+    facts = manifest(bits)
+    given = {"_steps": 1, "_stream": 1, "_decoder": 1, "_buffers": [], "_running": lambda what: nullcontext()}
+    double: Any = SimpleNamespace(manifest=facts, cache=PackedCache(facts.layout, 1, 400, 64), **given)
+    for limit, expected in ((300, 300), (10**6, room)):
+        torch_backend.TorchBackend.capture_prefills(double, limit)
+        assert double._prefills == expected

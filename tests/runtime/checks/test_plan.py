@@ -88,6 +88,9 @@ def test_refusals() -> None:
         {"tokens_per_picture": 100},
         {"tokens_per_picture": 0},
         {"options": ExportOptions(group_size=100)},
+        {"options": QuantizationOptions(text_bits=4)},
+        {"options": QuantizationOptions(text_bits=4), "bits": (16,)},
+        {"options": QuantizationOptions(text_bits=8), "bits": (16,)},
     ):
         with pytest.raises(OptionError):
             plan_model("tiny-llava", MEMORY, **wrong)  # type: ignore[arg-type]
