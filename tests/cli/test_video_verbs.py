@@ -91,7 +91,7 @@ def test_chat(cli: Callable[..., Any], bundle: Path, film: Path, monkeypatch: py
     lines = [f"/video {film}", "What happens?", "/video nowhere.mp4", "And then?", "/stats"]
     monkeypatch.setattr("vkvx.cli.chat._lines", lambda: iter(lines))
     result = cli("chat", bundle, "--max-new-tokens", "2")
-    assert result.code == 0
+    assert result.code == 2  # of a pipe, where a video was missing
     assert "video of 8 frames of 160 x 96 pixels goes with the next message" in result.err
     assert "error: no video at nowhere.mp4" in result.err
     assert "30 visual tokens" in result.out
