@@ -31,6 +31,8 @@ CASES = {
     "FP32": Case(dtype=torch.float32, positions=2),
     "pictures": Case(positions=8, pictures=[(1, 4)]),
     "many positions": Case(positions=70),
+    "text rows of 8 bits": Case(ratio=4, positions=3, text_bits=8, padding=[[], [0], [2], [1]]),
+    "text rows of 8 bits, bf16, full": Case(dtype=torch.bfloat16, head_dim=256, text_bits=8, text=[100, 98, 99, 0]),
 }
 
 
