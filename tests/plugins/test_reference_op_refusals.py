@@ -50,7 +50,7 @@ def test_the_oracle_drops_what_does_not_fit() -> None:
     rng = np.random.default_rng(0)
     state = empty_state(dims, attributes, rng)
     inputs = new_call([(1, "t3 p300 t3")], state, dims, attributes, rng)
-    result = visual_kv_attention(inputs, attributes)
+    result = visual_kv_attention(inputs, attributes, dims.float_type)
     roomy = replace(dims, groups=3, text_rows=6)
     want = run_op(tensors(inputs | empty_state(roomy, attributes, rng)), attributes)
     np.testing.assert_allclose(result.output, want["output"].numpy(), atol=1e-5)
