@@ -188,7 +188,9 @@ def test_a_row_that_is_no_numbers_fails_alone(pages: list[Page], monkeypatch: py
             embeds = encode(self, inputs)
             calls.append(1)
             if len(calls) == 2:
+                torch.cuda.synchronize()  # the tower writes them on a stream of the backend's
                 embeds.tensor[:] = float("nan")  # type: ignore[union-attr]
+                torch.cuda.synchronize()
             return embeds
 
         monkeypatch.setattr(TorchBackend, "encode", poisoned)
