@@ -3,8 +3,8 @@
 Where a backend chooses tokens itself, one call is under way while the host reads the tokens of the one before. So an
 end-of-sequence token or a stop string is noticed when its row has been fed once more: what comes of that is dropped.
 
-Prompts that are fed in pieces take one call a piece; between them rows that have their prompts go on. So they do between
-the parts of a vision tower, or of a call, that a backend launches one by one.
+Prompts that are fed in pieces take one call a piece; between them rows that have their prompts go on. So they do
+between the parts of a vision tower, or of a call, that a backend launches one by one.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Scheduler:
     """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for.
 
     Prompts do not starve answers: after a prefill, or a piece of one, rows that were running before get as much time as
-    it took; a vision tower or a prefill that a backend launches in parts has a step of theirs after each part, or as many
-    as take the host as long. ``prefill_chunk`` is the limit of a piece that the requests were given.
+    it took; a vision tower or a prefill that a backend launches in parts has a step of theirs after each part, or more
+    if one takes less time than the host needed for the part. ``prefill_chunk`` is the limit of a piece that the
+    requests were given.
     """
 
     def __init__(self, backend: Backend, prefill_chunk: int | None = None) -> None:
@@ -70,7 +71,7 @@ class Scheduler:
         self._live = list[Request]()
         self._flights = deque[_Flight]()  # launched, tokens not read
         self._prompts: _Prompts | None = None  # parts of it are still to be launched
-        self._results = list[Chunk | Failure]()  # of this step
+        self._results = list[Chunk | Failure]()  # of the step that runs
         self._ahead = False  # whether tokens of a call may be read after the next is launched
         self._last_result = 0.0  # when the tokens of a call were read last
         self._left = 0.0  # when the last step ended
@@ -110,27 +111,23 @@ class Scheduler:
         whole call, or InputError if the backend was closed.
         """
         check_open(self._backend)
+        results = self._results = []
         self._skip_idle_time()
         next_ones = islice(self._waiting, len(self._backend.cache.free_slots) + 1)
         self._ahead = self._backend.samples and not any(one.needs_host for one in (*self._live, *next_ones))
         if not self._ahead:
             if self._prompts is not None and self._prompts.flight is not None:
                 self._advance(to_its_end=True)
-            self._collect()
+            self._collect(results)
         # What a step before the last part of a call gave is not held back until that part is done.
         launched = len(self._flights) < 2 and self._launch()
-        if self._ahead:
-            self._collect(but=max(int(launched), len(self._flights) - 1))
-        else:
-            self._collect()
+        self._collect(results, but=max(int(launched), len(self._flights) - 1) if self._ahead else 0)
         self._left = time.perf_counter()
-        results, self._results = self._results, []
         return results
 
     def close(self) -> None:
         """End all requests."""
         self._waiting.clear()
-        self._results.clear()
         self._forget()
         while self._live:
             self._live.pop().leave()
@@ -178,7 +175,7 @@ class Scheduler:
         requests, embeds = prompts.requests, list[Any]()
         in_parts = bool(self._decoding) and isinstance(self._backend, DividedTower)
         if not in_parts:  # the host waits for the tower; tokens of others come before
-            self._collect()
+            self._collect(self._results)
             prompts.since = time.perf_counter()
         for request in list(requests):
             try:
@@ -191,7 +188,7 @@ class Scheduler:
         if not requests:
             return
         if in_parts:  # and now for the call
-            self._collect()
+            self._collect(self._results)
             for request in requests:
                 request.note_piece(prompts.since - prompts.started)
             prompts.since = time.perf_counter()
@@ -260,12 +257,12 @@ class Scheduler:
         longest = max(one.next_length for one in (request, *starting))
         return not starting or longest * (len(starting) + 1) <= self._positions
 
-    def _collect(self, but: int = 0) -> None:
+    def _collect(self, results: list[Chunk | Failure], but: int = 0) -> None:
         """Read the tokens of the calls that are under way, ``but`` the last ones, for requests that are still there."""
         while len(self._flights) > but:
-            self._read(self._flights.popleft())
+            self._read(self._flights.popleft(), results)
 
-    def _read(self, flight: _Flight) -> None:
+    def _read(self, flight: _Flight, results: list[Chunk | Failure]) -> None:
         choices = flight.tokens()
         now = time.perf_counter()
         seconds = now - max(flight.started, self._last_result)
@@ -282,9 +279,9 @@ class Scheduler:
                 request.note_piece(seconds)
                 continue
             try:
-                self._results.append(request.accept(choice, seconds))
+                results.append(request.accept(choice, seconds))
             except Exception as error:
-                self._results.append(self._fail(request, error))
+                results.append(self._fail(request, error))
             else:
                 if request.finish_reason:
                     self._leave(request)
