@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -102,6 +102,17 @@ class Backend(Protocol):
         """Free models and buffers; a second time does nothing.
 
         Afterwards only the counts of ``cache`` may be used.
+        """
+
+
+@runtime_checkable
+class DividedTower(Protocol):
+    """A backend whose vision tower runs in parts, between which other calls fit."""
+
+    def encode_in_parts(self, pixel_inputs: Mapping[str, np.ndarray]) -> Generator[None, None, Any]:
+        """As :meth:`Backend.encode`, to the bit; yields between parts. Closing it in their midst frees what it holds.
+
+        Only one may be under way.
         """
 
 

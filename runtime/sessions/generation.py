@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from vkvx.errors import BundleError, CapacityError, NumericError, OptionError
 from vkvx.manifest import Progress
-from vkvx.runtime.backends.base import Backend, SampledRow, SamplingBackend
+from vkvx.runtime.backends.base import Backend, DividedTower, SampledRow, SamplingBackend
 from vkvx.runtime.calls import Row
 from vkvx.runtime.sessions import nonfinite
 from vkvx.runtime.sessions.pieces import check_prefill_chunk, cut
@@ -182,17 +183,23 @@ class Request:
         """How many tokens the next piece of the prompt has."""
         return len(self._pieces[0])
 
-    def encode(self) -> list[Any]:
-        """Embeddings of the prompt's pictures, up to those of the next piece; none if it has no pictures.
+    def encode(self, *, in_parts: bool) -> Generator[None, None, list[Any]]:
+        """Return embeddings of the prompt's pictures, up to those of the next piece; none if it has no pictures.
 
-        They come from a call after another, so that memory for one of them suffices.
+        They come from a call after another, so that memory for one of them suffices. With ``in_parts`` it yields where
+        other calls fit in between, if the backend knows such places. Started anew, it goes on with the next call.
         """
         piece, calls = self._pieces[0], self.prepared.vision_calls
         if not piece.picture_lengths:
             return []
         wanted = sum(self.prepared.picture_lengths)
         while len(self._embeds) < len(calls) and (self._encoded < piece.last_embed or piece.last_embed == wanted):
-            self._embeds.append(self._backend.encode(calls[len(self._embeds)]))
+            inputs, backend = calls[len(self._embeds)], self._backend
+            if in_parts and isinstance(backend, DividedTower):
+                embeds = yield from backend.encode_in_parts(inputs)
+            else:
+                embeds = backend.encode(inputs)
+            self._embeds.append(embeds)
             if self._progress is not None:
                 self._progress("vision", len(self._embeds), len(calls))
         if self._encoded < piece.last_embed or (len(self._embeds) == len(calls) and self._encoded != wanted):

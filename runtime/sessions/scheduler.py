@@ -3,7 +3,8 @@
 Where a backend chooses tokens itself, one call is under way while the host reads the tokens of the one before. So an
 end-of-sequence token or a stop string is noticed when its row has been fed once more: what comes of that is dropped.
 
-Prompts that are fed in pieces take one call a piece; between them rows that have their prompts go on.
+Prompts that are fed in pieces take one call a piece; between them rows that have their prompts go on. So they do
+between the parts of a vision tower, or of a call, that a backend launches one by one.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 
 from vkvx.errors import BatchError
-from vkvx.runtime.backends.base import Backend, CallInParts, SamplingBackend, check_open
+from vkvx.runtime.backends.base import Backend, CallInParts, DividedTower, SamplingBackend, check_open
 from vkvx.runtime.calls import build_call
 from vkvx.runtime.sessions.generation import Chunk, Failure, Generation, Request
 from vkvx.runtime.sessions.sampling import Choice
@@ -31,7 +32,7 @@ piece if there is one: it bounds the memory of a prefill."""
 @dataclass
 class _Flight:
     """A call that was launched; ``tokens`` gives what was chosen for each of its requests, or waits for it: None for
-    those whose prompts go on. ``parts`` are to be launched first, if it has any."""
+    those whose prompts go on. ``parts`` were launched first, if it has any."""
 
     requests: list[Request]
     tokens: Callable[[], Sequence[Choice | Exception | None]]
@@ -40,12 +41,27 @@ class _Flight:
     parts: CallInParts | None = None
 
 
+@dataclass
+class _Prompts:
+    """Prompts, or pieces of some, that are launched part by part, each by an item of ``parts``: their pictures, then
+    the call, which is ``flight`` from its first part on. ``since`` is when the last part began; ``failed`` are requests
+    whose pictures did, no longer among ``requests``."""
+
+    requests: list[Request]
+    started: float
+    since: float
+    parts: Generator[None, None, None] = field(init=False)
+    flight: _Flight | None = None
+    failed: list[tuple[Request, Exception]] = field(default_factory=list)
+
+
 class Scheduler:
     """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for.
 
     Prompts do not starve answers: after a prefill, or a piece of one, rows that were running before get as much time as
-    it took; a prefill that a backend launches in parts has a step of theirs after each part. ``prefill_chunk`` is the
-    limit of a piece that the requests were given.
+    it took; a vision tower or a prefill that a backend launches in parts has a step of theirs after each part, or more
+    if one takes less time than the host needed for the part. ``prefill_chunk`` is the limit of a piece that the
+    requests were given.
     """
 
     def __init__(self, backend: Backend, prefill_chunk: int | None = None) -> None:
@@ -54,7 +70,9 @@ class Scheduler:
         self._waiting = deque[Request]()
         self._live = list[Request]()
         self._flights = deque[_Flight]()  # launched, tokens not read
-        self._partial: _Flight | None = None  # parts of it are still to be launched
+        self._prompts: _Prompts | None = None  # parts of it are still to be launched
+        self._results = list[Chunk | Failure]()  # of the step that runs
+        self._ahead = False  # whether tokens of a call may be read after the next is launched
         self._last_result = 0.0  # when the tokens of a call were read last
         self._left = 0.0  # when the last step ended
         self._owed = 0.0  # seconds of decoding, before the next prefill
@@ -93,15 +111,17 @@ class Scheduler:
         whole call, or InputError if the backend was closed.
         """
         check_open(self._backend)
-        results = list[Chunk | Failure]()
+        results = self._results = []
         self._skip_idle_time()
         next_ones = islice(self._waiting, len(self._backend.cache.free_slots) + 1)
-        ahead = self._backend.samples and not any(one.needs_host for one in (*self._live, *next_ones))
-        if not ahead:
-            self._advance(to_its_end=True)
+        self._ahead = self._backend.samples and not any(one.needs_host for one in (*self._live, *next_ones))
+        if not self._ahead:
+            if self._prompts is not None and self._prompts.flight is not None:
+                self._advance(to_its_end=True)
             self._collect(results)
-        launched = self._launch(results, ahead)
-        self._collect(results, but=int(ahead and launched))
+        # What a step before the last part of a call gave is not held back until that part is done.
+        launched = len(self._flights) < 2 and self._launch()
+        self._collect(results, but=max(int(launched), len(self._flights) - 1) if self._ahead else 0)
         self._left = time.perf_counter()
         return results
 
@@ -115,60 +135,96 @@ class Scheduler:
     def _forget(self) -> None:
         """What is under way belongs to nobody."""
         self._flights.clear()
-        self._partial, self._owed = None, 0.0
+        self._owed = 0.0
+        self._drop_prompts()
+
+    def _drop_prompts(self) -> None:
+        """Free what parts hold. Pictures that are encoded stay so, and other requests among them start anew."""
+        prompts, self._prompts = self._prompts, None
+        if prompts is not None:
+            prompts.parts.close()
 
     def _skip_idle_time(self) -> None:
         """Between steps others have the thread: what they take is no time of the calls that are under way."""
         idle = time.perf_counter() - self._left
-        for flight in (*self._flights, *filter(None, [self._partial])):
+        flights, prompts = list(self._flights), self._prompts
+        self._last_result += idle if flights else 0.0
+        if prompts is not None:
+            prompts.started += idle
+            flights += [] if prompts.flight is None else [prompts.flight]
+        for flight in flights:
             flight.started += idle
-        self._last_result += idle if self._flights else 0.0
 
-    def _launch(self, results: list[Chunk | Failure], ahead: bool) -> bool:
+    def _launch(self) -> bool:
         """Launch what runs next, a prompt or a part of one, or a step, or both; whether a call was launched whole."""
         started = time.perf_counter()
-        is_decoding = bool(self._decoding)
-        starting = self._start()
-        if starting:  # the host waits for vision towers and prompts; tokens of others come before
-            self._collect(results)
-            started = time.perf_counter()
-        embeds = list[Any]()
-        for request in list(starting):
-            try:
-                embeds += request.encode()
-            except Exception as error:
-                starting.remove(request)
-                results.append(self._fail(request, error))
-        if starting:
-            flight = _launch(self._backend, starting, embeds, ahead, is_prefill=is_decoding, started=started)
-            if flight.parts is None:
-                self._flights.append(flight)
-                return True
-            self._partial = flight
+        if self._prompts is None and (starting := self._start()):
+            self._prompts = _Prompts(starting, started, started)
+            self._prompts.parts = self._parts(self._prompts)
         launched = self._advance()
+        if launched and self._flights[-1].parts is None:
+            return True
         decoding = self._decoding
         if decoding:
-            self._flights.append(_launch(self._backend, decoding, [], ahead, is_prefill=False, started=started))
+            flight = _launch(self._backend, decoding, [], self._ahead, is_prefill=False, started=started)
+            self._flights.append(flight)
         return launched or bool(decoding)
 
+    def _parts(self, prompts: _Prompts) -> Generator[None, None, None]:
+        """Launch prompts; yields where a step may be launched."""
+        requests, embeds = prompts.requests, list[Any]()
+        in_parts = bool(self._decoding) and isinstance(self._backend, DividedTower)
+        if not in_parts:  # the host waits for the tower; tokens of others come before
+            self._collect(self._results)
+            prompts.since = time.perf_counter()
+        for request in list(requests):
+            try:
+                embeds += yield from request.encode(in_parts=in_parts)
+            except Exception as error:
+                requests.remove(request)
+                prompts.failed.append((request, error))
+        if in_parts and embeds:
+            yield
+        if not requests:
+            return
+        if in_parts:  # and now for the call
+            self._collect(self._results)
+            for request in requests:
+                request.note_piece(prompts.since - prompts.started)
+            prompts.since = time.perf_counter()
+        is_prefill = bool(self._decoding)
+        flight = _launch(self._backend, requests, embeds, self._ahead, is_prefill=is_prefill, started=prompts.since)
+        prompts.flight = flight
+        while flight.parts is not None and flight.parts.advance():
+            yield
+        self._flights.append(flight)
+
     def _advance(self, to_its_end: bool = False) -> bool:
-        """Launch the next part of the call in parts, if there is one, or all if no row waits; whether the last was."""
-        partial = self._partial
-        if partial is None:
-            return False
-        assert partial.parts is not None
-        while partial.parts.advance():
-            if self._decoding and not to_its_end:
+        """Launch the next part of prompts, if there are any, or all if no row waits; whether the last was."""
+        while (prompts := self._prompts) is not None:
+            is_waited_for = bool(self._decoding) and not to_its_end
+            is_tower = prompts.flight is None
+            if is_waited_for and is_tower and self._owed > 0:
                 return False
-        self._partial = None
-        self._flights.append(partial)
-        return True
+            begun = prompts.since = time.perf_counter()
+            is_done = next(prompts.parts, True)
+            if is_tower and prompts.flight is None and is_waited_for:
+                self._owed += time.perf_counter() - begun
+            if is_done:
+                self._prompts = None
+            self._results += [self._fail(*one) for one in prompts.failed]
+            prompts.failed.clear()
+            if is_done:
+                return prompts.flight is not None
+            if is_waited_for:
+                return False
+        return False
 
     def _start(self) -> list[Request]:
         """Requests whose prompts, or next pieces, run next."""
         live, waiting = self._live, self._waiting
         is_paid = self._owed <= 0 and not any(flight.is_prefill for flight in self._flights)
-        if self._partial is not None or (self._decoding and not is_paid):
+        if self._prompts is not None or (self._decoding and not is_paid):
             return []
         starting = list[Request]()
         for request in [one for one in live if one.is_prefilling]:
@@ -183,7 +239,7 @@ class Scheduler:
     @property
     def _decoding(self) -> list[Request]:
         """Requests that a step is to be launched for."""
-        busy = () if self._partial is None else self._partial.requests
+        busy = () if self._prompts is None else self._prompts.requests
         return [one for one in self._live if one.wants_more and not one.is_prefilling and one not in busy]
 
     def _may_start(self, request: Request, starting: Sequence[Request]) -> bool:
@@ -237,8 +293,8 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self._live.remove(request)
         request.leave()
-        if self._partial is not None and request in self._partial.requests:
-            self._partial = None
+        if self._prompts is not None and request in self._prompts.requests:
+            self._drop_prompts()
         if not self._live:
             self._forget()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -152,7 +152,8 @@ class FakeBackend:
 
     What a slot holds is kept beside the cache and checked against the counts and positions of each call. Where it ends
     with the text ``nan_after``, the logits are NaN. ``encode`` refuses pictures whose number is negative. With
-    ``samples`` it chooses tokens itself, and launches prompts that run alone in so many ``parts``.
+    ``samples`` it chooses tokens itself, and launches prompts that run alone in so many ``parts``. Its tower has so
+    many ``layers``, between which others may run; ``towers`` counts those that stand between two.
     """
 
     name = "fake"
@@ -162,6 +163,7 @@ class FakeBackend:
     closed = False
     samples = False
     parts = 1
+    layers = 1
 
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
@@ -174,6 +176,7 @@ class FakeBackend:
         self.sequences: dict[int, tuple[list[int], Sequence[int]]] = {}
         self.last = dict.fromkeys(range(slots), -9)
         self.parts_seen: list[int] = []
+        self.towers = 0
 
     def begin(self, slot: int, seen: Sequence[int], excluded: Sequence[int]) -> None:
         self.sequences[slot] = list(seen), excluded
@@ -216,6 +219,15 @@ class FakeBackend:
         embeds[:, :, 0] = pixels[:, None]
         embeds[:, :, 1] = np.arange(PICTURE_TOKENS) + 1
         return embeds.reshape(-1, 8)
+
+    def encode_in_parts(self, pixel_inputs: Mapping[str, np.ndarray]) -> Generator[None, None, np.ndarray]:
+        self.towers += 1
+        try:
+            for _ in range(self.layers - 1):
+                yield
+            return self.encode(pixel_inputs)
+        finally:
+            self.towers -= 1
 
     def place(self, call: Call, embeds: Sequence[np.ndarray]) -> np.ndarray:
         return place_embeds(call, np.concatenate(embeds))

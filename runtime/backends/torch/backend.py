@@ -10,7 +10,7 @@ there, too, and embeddings of pictures stay.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ from vkvx.runtime.backends.torch.fused import fuse
 from vkvx.runtime.backends.torch.prefills import Prefills
 from vkvx.runtime.backends.torch.projections import merge_projections
 from vkvx.runtime.backends.torch.sampling import PendingTokens, TokenSampler, upload
+from vkvx.runtime.backends.torch.turns import LayerPauses, in_turns
 from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage
 from vkvx.runtime.calls import Call, place_embeds
 
@@ -122,6 +123,7 @@ class TorchBackend:
         # may use other products than the ones that codes were compared with.
         fused = self._stream is not None and self._dtype is not torch.float32
         self._vision: Any = VisionGraph(model, family, self._dtype, fused=fused)
+        self._pauses = LayerPauses(model, family.text_model(model))
         self._steps: DecodeSteps | None = None
         self._sampler: Any = None
         self._prefills: Prefills | None = None
@@ -188,6 +190,20 @@ class TorchBackend:
             with _exact_convolutions():
                 embeds: Tensor = self._vision(*pixels)
             return to_numpy(embeds) if self._stream is None else DeviceEmbeds(embeds, self._stream)
+
+    def encode_in_parts(
+        self, pixel_inputs: Mapping[str, np.ndarray]
+    ) -> Generator[None, None, np.ndarray | DeviceEmbeds]:
+        """See :meth:`vkvx.runtime.backends.base.DividedTower.encode_in_parts`; parts are some layers."""
+
+        def call(pause: Callable[[], None]) -> np.ndarray | DeviceEmbeds:
+            self._pauses.pause = pause
+            try:
+                return self.encode(pixel_inputs)
+            finally:
+                self._pauses.pause = None
+
+        return in_turns(call)
 
     def place(self, call: Call, embeds: Sequence[Any]) -> np.ndarray | Tensor:
         """See :meth:`vkvx.runtime.backends.base.Backend.place`."""

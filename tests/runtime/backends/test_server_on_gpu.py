@@ -1,15 +1,21 @@
-"""The server over tokens that are chosen on a GPU: what requests get alone, from threads, in pieces and in parts."""
+"""The server over tokens that are chosen on a GPU: what requests get alone, from threads, in pieces and in parts.
+
+Vision towers run in parts, too, each of a layer, while others decode.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from samples import Page
 from test_captured_steps import PROMPT, opened
 
 from vkvx.errors import RequestCancelledError
+from vkvx.runtime.backends.torch import turns
 from vkvx.runtime.backends.torch.backend import TorchBackend
 from vkvx.runtime.serving.server import Server
 
@@ -38,6 +44,7 @@ def test_each_request_gets_what_it_gets_alone(pages: list[Page], monkeypatch: py
             patched.setattr(TorchBackend, "samples", False)
             alone = [session.generate(prompt, images, **way) for prompt, images, way in given]
         assert backend.samples
+        monkeypatch.setattr(turns, "PART", 1)  # towers stop behind each layer
         for captured in (False, True):
             if captured:
                 backend.capture_prefills(640)
@@ -56,3 +63,34 @@ def test_each_request_gets_what_it_gets_alone(pages: list[Page], monkeypatch: py
             assert len(backend.cache.free_slots) == 4
         assert backend._prefills is not None
         assert backend._prefills.graphs
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_tower_in_parts_gives_the_same_bits(dtype: str, pages: list[Page], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run between its parts; one that is given up leaves its memory to the next."""
+    monkeypatch.setattr(turns, "PART", 1)
+    with opened(dtype=dtype) as (session, backend):
+        prompt = PROMPT.replace("<image>", "<image><image>")
+        (call,) = session.processor.prepare(prompt, [pages[0].path, pages[1].path]).vision_calls
+        whole = np.asarray(backend.encode(call))
+        with session.conversation() as talk:
+            talk.generate(PROMPT, pages[2].path, max_new_tokens=4, ignore_eos=True)
+            parts, steps = backend.encode_in_parts(call), 0
+            while True:
+                try:
+                    next(parts)
+                except StopIteration as end:
+                    embeds = end.value
+                    break
+                talk.generate("?", max_new_tokens=2, ignore_eos=True)
+                steps += 1
+        assert steps >= 3
+        np.testing.assert_array_equal(np.asarray(embeds), whole)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        for _ in range(3):
+            parts = backend.encode_in_parts(call)
+            next(parts)
+            assert torch.cuda.memory_allocated() > held
+            parts.close()
+            assert torch.cuda.memory_allocated() == held
