@@ -13,7 +13,7 @@ from typing import Any
 
 from vkvx import ExportOptions, export_model, validate_bundle
 from vkvx.format import BITS, QUANTIZERS, SCORE_CORRECTIONS
-from vkvx.runtime.checks.validate import Check
+from vkvx.runtime.checks.report import Check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

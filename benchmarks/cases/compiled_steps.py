@@ -33,11 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """Rows of the table. Raises DependencyError without a GPU or libvkvx."""
     import torch
 
-    from benchmarks.lib.gpu import copy_bandwidth
+    from benchmarks.lib.gpu import copy_bandwidth, library
 
+    library()
     rows, bandwidth = [], copy_bandwidth()
     for shape in arguments.shapes:
         ways = [way for way in arguments.ways if way != "static"]
@@ -124,6 +125,7 @@ def _static(shape: str, layers: int | None, batch: int, visual_tokens: int) -> t
 
     from benchmarks.cases.decode import random_model
     from benchmarks.cases.session_steps import TEXT
+    from vkvx.models.family import head_dim
     from vkvx.models.registry import family_of
 
     _free()
@@ -136,10 +138,10 @@ def _static(shape: str, layers: int | None, batch: int, visual_tokens: int) -> t
     try:
         with torch.no_grad():
             cache = StaticCache(config=config, max_cache_len=length + 64)
-            for row in range(0, length, 1024):  # fills the cache; what it holds does not matter
-                embeds = torch.randn(batch, min(1024, length - row), config.hidden_size, device="cuda").half()
-                places = torch.arange(row, row + embeds.shape[1], device="cuda")
-                text(inputs_embeds=embeds, past_key_values=cache, position_ids=places.expand(batch, -1))
+            size = (batch, config.num_key_value_heads, length, head_dim(config))
+            for layer in range(config.num_hidden_layers):  # what the cache holds does not matter
+                held = torch.randn(size, device="cuda", dtype=torch.float16)
+                cache.update(held, held, layer)
 
             def step(token: Any, position: Any) -> Any:
                 hidden = text(input_ids=token, past_key_values=cache, position_ids=position).last_hidden_state

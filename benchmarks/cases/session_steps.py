@@ -33,24 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="decoder layers in place of the preset's")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 98], help="rows")
     parser.add_argument("--visual-tokens", type=int, default=3328, help="of each row")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how tokens are chosen")
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """Rows of the table. Raises DependencyError without a GPU or libvkvx."""
     import torch
 
     from benchmarks.cases.decode import random_model
+    from benchmarks.lib.gpu import library
 
+    library()
     model = random_model(arguments.shape, arguments.layers)
     rows = []
     for batch in arguments.batch:
         backend = filled_backend(model, batch, arguments.visual_tokens)
         _check_tokens(backend)
-        for way, options in WAYS.items():
+        for way in arguments.ways:
+            options = WAYS[way]
             alone = milliseconds_alone(backend, options)
             kernel = _kernel(backend, options)
             on_gpu = _scheduled(backend, options)
-            on_host = _scheduled(_OnHost(backend), options, steps=6, warm_up=2)
+            on_host = _scheduled(_OnHost(backend), options, steps=3, warm_up=1)  # takes seconds a step
             rows.append(
                 {
                     "shape": arguments.shape,

@@ -11,7 +11,7 @@ from vkvx.cli.generation import PROVIDERS, load_pictures
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
-    from vkvx.runtime.checks.validate import Check, Report
+    from vkvx.runtime.checks.report import Check, Report
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:

@@ -21,7 +21,8 @@ from vkvx.runtime.backends import golden
 from vkvx.runtime.backends.registry import choose_backend, open_backend
 from vkvx.runtime.backends.tensorrt.backend import TensorRTBackend
 from vkvx.runtime.calls import Row, build_call
-from vkvx.runtime.checks.validate import TOLERANCES, validate_bundle
+from vkvx.runtime.checks.comparison import TOLERANCES
+from vkvx.runtime.checks.validate import validate_bundle
 from vkvx.runtime.engines.manifest import FILE_NAME, Limits
 from vkvx.runtime.sessions.session import Session
 

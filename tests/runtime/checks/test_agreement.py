@@ -14,7 +14,8 @@ from vkvx.models.registry import sample_pages
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from vkvx.runtime.backends.torch.backend import TorchBackend
-from vkvx.runtime.checks.validate import TOLERANCES, Report
+from vkvx.runtime.checks.comparison import TOLERANCES
+from vkvx.runtime.checks.report import Report
 
 # Every bit width, quantiser, score correction and dtype; `python -m benchmarks agreement` runs all combinations.
 SETTINGS: list[dict[str, Any]] = [

@@ -13,8 +13,8 @@ import torch
 
 from vkvx.format import METRIC_QUANTIZERS, QUANTILE_ALPHA, SHRINK_KEY
 from vkvx.plugins.reference import quantization, shaping
+from vkvx.runtime.checks.comparison import TOLERANCES
 from vkvx.runtime.checks.packed import Packed, compare
-from vkvx.runtime.checks.validate import TOLERANCES
 
 HEADS, TOKENS = 2, 48
 DIMS = (64, 96, 128, 256, 512)
