@@ -187,12 +187,13 @@ class Request:
         """Return embeddings of the prompt's pictures, up to those of the next piece; none if it has no pictures.
 
         They come from a call after another, so that memory for one of them suffices. With ``in_parts`` it yields where
-        other calls fit in between, if the backend knows such places. Started anew, it goes on with the next call.
+        other calls fit in between: where the backend's tower stops, and behind what was encoded. Started anew, it goes
+        on with the next call.
         """
         piece, calls = self._pieces[0], self.prepared.vision_calls
         if not piece.picture_lengths:
             return []
-        wanted = sum(self.prepared.picture_lengths)
+        wanted, before = sum(self.prepared.picture_lengths), len(self._embeds)
         while len(self._embeds) < len(calls) and (self._encoded < piece.last_embed or piece.last_embed == wanted):
             inputs, backend = calls[len(self._embeds)], self._backend
             if in_parts and isinstance(backend, DividedTower):
@@ -207,6 +208,8 @@ class Request:
                 f"the vision graph makes {self._encoded} visual tokens of pictures that have {wanted} by the manifest; "
                 "export the model again"
             )
+        if in_parts and len(self._embeds) > before:
+            yield
         return self._embeds
 
     @property

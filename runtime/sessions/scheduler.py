@@ -59,8 +59,8 @@ class Scheduler:
     """Requests over the slots of one backend. They join and leave between steps, so a batch is never waited for.
 
     Prompts do not starve answers: after a prefill, or a piece of one, rows that were running before get as much time as
-    it took; a vision tower or a prefill that a backend launches in parts has a step of theirs after each part, or more
-    if one takes less time than the host needed for the part. ``prefill_chunk`` is the limit of a piece that the
+    it took; a vision tower or a prefill that a backend launches in parts has a step of theirs after each part, or, if
+    the host itself runs the part, as many as take that long. ``prefill_chunk`` is the limit of a piece that the
     requests were given.
     """
 
@@ -166,6 +166,7 @@ class Scheduler:
             return True
         decoding = self._decoding
         if decoding:
+            started = time.perf_counter()
             flight = _launch(self._backend, decoding, [], self._ahead, is_prefill=False, started=started)
             self._flights.append(flight)
         return launched or bool(decoding)
@@ -183,8 +184,6 @@ class Scheduler:
             except Exception as error:
                 requests.remove(request)
                 prompts.failed.append((request, error))
-        if in_parts and embeds:
-            yield
         if not requests:
             return
         if in_parts:  # and now for the call
@@ -203,12 +202,11 @@ class Scheduler:
         """Launch the next part of prompts, if there are any, or all if no row waits; whether the last was."""
         while (prompts := self._prompts) is not None:
             is_waited_for = bool(self._decoding) and not to_its_end
-            is_tower = prompts.flight is None
-            if is_waited_for and is_tower and self._owed > 0:
+            if is_waited_for and prompts.flight is None and self._owed > 0:
                 return False
             begun = prompts.since = time.perf_counter()
             is_done = next(prompts.parts, True)
-            if is_tower and prompts.flight is None and is_waited_for:
+            if is_waited_for and prompts.flight is None and not self._ahead:
                 self._owed += time.perf_counter() - begun
             if is_done:
                 self._prompts = None

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 PART = 1 << 40
-"""A part of a tower ends behind the layer that reaches so many multiplications: 6 ms of an H200, about as long as a part
-of a prompt in an 8B model takes, see :mod:`vkvx.runtime.backends.torch.prefills`."""
+"""A part of a tower ends behind the layer that reaches so many multiplications: 6 ms of an H200, about as long as a
+part of a prompt in an 8B model takes, see :mod:`vkvx.runtime.backends.torch.prefills`."""
 
 
 def in_turns(call: Callable[[Callable[[], None]], Any]) -> Generator[None, None, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from fakes import FakeBackend, FakeProcessor, manifest
 
 from vkvx.errors import RequestCancelledError, ServerClosedError
 from vkvx.runtime.serving.server import Server
+from vkvx.runtime.sessions import scheduler
 from vkvx.runtime.sessions.generation import Chunk, Failure, Request
 from vkvx.runtime.sessions.sampling import GenerationOptions
-from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
 
 PROMPT, PICTURES, LAYERS = "a<image> and <image>", [1.0, 4.0], 4
@@ -29,14 +30,29 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 class Trace:
-    """A scheduler whose requests are submitted one by one; what they gave, and what ran."""
+    """A scheduler whose requests are submitted one by one; what they gave, and what ran.
+
+    Only its own clock runs: a layer of a tower takes ``layer_seconds``, a step one second.
+    """
+
+    layer_seconds = 0.0
 
     def __init__(self, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.backend: Any = FakeBackend(manifest(), slots)
-        self.scheduler, self.processor = Scheduler(self.backend), FakeProcessor()
+        self.scheduler, self.processor = scheduler.Scheduler(self.backend), FakeProcessor()
         self.tokens, self.errors = dict[int, list[int]](), dict[int, Exception]()
-        self.events = list[str]()
-        encode, step = FakeBackend.encode, FakeBackend.step
+        self.events, self.now = list[str](), 0.0
+        encode, step, encode_in_parts = FakeBackend.encode, FakeBackend.step, FakeBackend.encode_in_parts
+        monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+        def encoding_in_parts(backend: FakeBackend, inputs: Any) -> Any:
+            parts = encode_in_parts(backend, inputs)
+            for _ in range(LAYERS - 1):
+                next(parts)
+                self.events.append("part")
+                self.now += self.layer_seconds
+                yield
+            return (yield from parts)
 
         def encoding(backend: FakeBackend, inputs: Any) -> np.ndarray:
             self.events.append("encoded")
@@ -44,8 +60,10 @@ class Trace:
 
         def stepping(backend: FakeBackend, call: Any, embeds: Any) -> np.ndarray:
             self.events.append("step" if call.input_ids.shape[1] == 1 else "prompt")
+            self.now += 1
             return step(backend, call, embeds)
 
+        monkeypatch.setattr(FakeBackend, "encode_in_parts", encoding_in_parts)
         monkeypatch.setattr(FakeBackend, "encode", encoding)
         monkeypatch.setattr(FakeBackend, "step", stepping)
 
@@ -93,15 +111,28 @@ def test_rows_decode_between_the_parts_of_a_tower(monkeypatch: pytest.MonkeyPatc
     trace.events.clear()
     trace.submit(2, PROMPT, PICTURES)
     trace.steps(60)
-    assert trace.events.index("encoded") >= LAYERS - 1
-    behind = trace.events[trace.events.index("encoded") :]
-    assert behind[1] == "step"
-    assert set(trace.events[: trace.events.index("prompt")]) == {"step", "encoded"}
+    begun = trace.events.index("part")
+    assert trace.events[begun : begun + 2 * LAYERS] == ["part", "step"] * (LAYERS - 1) + ["encoded", "step"]
     assert trace.tokens[2] == expected
     length = trace.backend.cache.length(0)
     assert len(trace.tokens[1]) >= length - len("first") - 2  # each step gave it a token, and is read but for the last
     trace.scheduler.close()
     assert trace.backend.cache.free_slots == (0, 1)
+
+
+def test_rows_get_the_time_that_the_host_takes_for_a_part(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it runs parts itself: where it launches them, the next step comes behind them in any case."""
+    expected = alone(PROMPT, PICTURES)
+    trace = Trace(2, monkeypatch)
+    trace.layer_seconds = 3.5
+    trace.submit(1, "first", [], 500)
+    trace.steps(4)
+    trace.events.clear()
+    trace.submit(2, PROMPT, PICTURES)
+    trace.steps(60)
+    places = [place for place, event in enumerate(trace.events) if event == "part"]
+    assert np.diff(places).tolist() == [1 + (1 if parts else 4)] * (LAYERS - 2)
+    assert trace.tokens[2] == expected
 
 
 @pytest.mark.parametrize("others", [0, 1])
