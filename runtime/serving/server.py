@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import queue
 import threading
 import time
@@ -13,7 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vkvx.errors import OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError, describe
+from vkvx.errors import (
+    BusyError,
+    DeadlineError,
+    OptionError,
+    RequestCancelledError,
+    ServerClosedError,
+    VkvxError,
+    describe,
+)
 from vkvx.runtime.serving.answer import Answer, ChunkStream
 from vkvx.runtime.sessions.generation import Chunk, Failure, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
@@ -32,9 +41,9 @@ class ServerStats:
     """What a server does now, and what it has done since it started.
 
     ``waiting`` requests have no slot yet, ``live`` ones have one of ``slots``. All else only grows: requests that were
-    ``submitted``, and of them those that ``finished``, ``failed`` or were ``cancelled``; those ``refused`` because too
-    many waited; tokens of prompts and of answers; ``first_tokens`` requests that got their first token, after
-    ``first_token_seconds`` in all since they were submitted.
+    ``submitted``, and of them those that ``finished``, ``failed``, were ``cancelled`` or ``expired`` (their deadlines
+    passed); those ``refused`` because too many waited; tokens of prompts and of answers; ``first_tokens`` requests that
+    got their first token, after ``first_token_seconds`` in all since they were submitted.
     """
 
     slots: int
@@ -44,6 +53,7 @@ class ServerStats:
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    expired: int = 0
     refused: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -53,11 +63,12 @@ class ServerStats:
 
 @dataclass
 class _Running:
-    """A request that has not ended, and when it was submitted."""
+    """A request that has not ended, when it was submitted and when it has to have ended, by ``time.perf_counter``."""
 
     request: Request
     stream: ChunkStream
     submitted: float
+    deadline: float
     is_started: bool = False
 
 
@@ -86,6 +97,7 @@ class Server:
         self._joining: dict[int, _Running] = {}
         # Numbers of requests to cancel; None wakes the thread. To put takes no lock: an answer may be dropped anywhere.
         self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._leaving = set[int]()  # those of them that the thread has read
         self._closed = False
         self._broken: BaseException | None = None  # what ended the thread, if not close()
         self._stats = ServerStats(session.backend.cache.slots)
@@ -101,14 +113,20 @@ class Server:
         videos: str | Path | Sequence[Video] | None = None,
         *,
         options: GenerationOptions | None = None,
+        deadline: float | None = None,
         **changes: Any,
     ) -> Answer:
         """Queue a prompt, as in :meth:`Session.generate`. Raises InputError, OptionError and CapacityError at once.
 
-        Raises QueueFullError if too many requests wait, ServerClosedError after :meth:`close`, and VkvxError if the
+        An answer that has not ended ``deadline`` seconds after this is called raises DeadlineError, whether it waits,
+        runs, or has its pictures encoded.
+
+        Raises BusyError if too many requests wait, ServerClosedError after :meth:`close`, and VkvxError if the
         server's thread has failed.
         """
-        session = self._session
+        session, submitted = self._session, time.perf_counter()
+        if deadline is not None and not deadline > 0:
+            raise OptionError(f"deadline must be more than 0 seconds, got {deadline}")
         with self._lock:
             self._check_open()
         chosen = session.options(options, changes)
@@ -119,16 +137,19 @@ class Server:
             self._check_open()
             number = self._stats.submitted
             request = Request(
-                *(number, prepared, chosen, session.processor, session.backend), prefill_chunk=session.prefill_chunk
+                *(number, prepared, chosen, session.processor, session.backend),
+                prefill_chunk=session.prefill_chunk,
+                progress=lambda *_: self._check_wanted(number),
             )
             request.check()
             waiting = self._scheduler.waiting + len(self._joining)
             if waiting >= self._max_waiting:
                 self._count(refused=1)
-                raise QueueFullError(f"{waiting} requests wait already; try again later (max_waiting={waiting})")
+                raise BusyError(f"{waiting} requests wait already; try again later (max_waiting={waiting})")
             stream = ChunkStream()
             self._count(submitted=1, prompt_tokens=len(prepared.token_ids))
-            self._joining[number] = _Running(request, stream, time.perf_counter())
+            end = math.inf if deadline is None else submitted + deadline
+            self._joining[number] = _Running(request, stream, submitted, end)
         self._events.put(None)
         return Answer(number, stream, self._events.put)
 
@@ -184,9 +205,7 @@ class Server:
         with self._lock:
             for result in results:
                 if isinstance(result, Failure):
-                    LOG.error("request %d failed: %s", result.row, describe(result.error), exc_info=result.error)
-                    self._count(failed=1)
-                    self._running.pop(result.row).stream.fail(result.error)
+                    self._fail(result)
                 else:
                     self._hand_over(result)
 
@@ -200,24 +219,59 @@ class Server:
             del self._running[chunk.row]
         running.stream.put(chunk)
 
+    def _fail(self, failure: Failure) -> None:
+        error, running = failure.error, self._running.pop(failure.row)
+        if isinstance(error, (RequestCancelledError, DeadlineError)):
+            self._count_early(error)
+        else:
+            LOG.error("request %d failed: %s", failure.row, describe(error), exc_info=error)
+            self._count(failed=1)
+        running.stream.fail(error)
+
     def _take_changes(self) -> bool:
         """Let requests join and leave; wait if there is nothing to do. False once the server is closed."""
-        leaving = [] if self._scheduler.busy or self._closed else [self._events.get()]
-        while not self._events.empty():
-            leaving.append(self._events.get())
+        self._read_events(wait=not self._scheduler.busy and not self._closed)
         with self._lock:
             for number, running in self._joining.items():
                 self._running[number] = running
                 self._scheduler.submit(running.request)
             self._joining.clear()
-            for cancelled in leaving:
-                if cancelled is not None and cancelled in self._running:
-                    running = self._running[cancelled]
+            for number in list(self._running):
+                if (error := self._unwanted(number)) is not None:
+                    running = self._running[number]
                     self._scheduler.cancel(running.request)
-                    del self._running[cancelled]
-                    self._count(cancelled=1)
-                    running.stream.fail(RequestCancelledError("the request was cancelled"))
+                    del self._running[number]
+                    self._count_early(error)
+                    running.stream.fail(error)
+            self._leaving.clear()
             return not self._closed
+
+    def _read_events(self, *, wait: bool) -> None:
+        """Note which requests are to be cancelled."""
+        while wait or not self._events.empty():
+            if (number := self._events.get()) is not None:
+                self._leaving.add(number)
+            wait = False
+
+    def _unwanted(self, number: int) -> VkvxError | None:
+        """Why a request is to end now, if it is."""
+        if number in self._leaving:
+            return RequestCancelledError("the request was cancelled")
+        running, now = self._running[number], time.perf_counter()
+        if now < running.deadline:
+            return None
+        seconds = running.deadline - running.submitted
+        return DeadlineError(f"the answer has not ended after {seconds:g} s; raise deadline, or ask when less runs")
+
+    def _check_wanted(self, number: int) -> None:
+        """Between two calls of the vision tower: raise what ends the request, if it is to end now."""
+        self._read_events(wait=False)
+        if (error := self._unwanted(number)) is not None:
+            raise error
+
+    def _count_early(self, error: VkvxError) -> None:
+        expired = isinstance(error, DeadlineError)
+        self._count(expired=int(expired), cancelled=int(not expired))
 
     def _end_all(self, error: BaseException) -> None:
         """Free all slots, and give the error to all who wait."""

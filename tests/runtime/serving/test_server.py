@@ -9,12 +9,23 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import FakeBackend, FakeProcessor, manifest
 
-from vkvx import CapacityError, OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError
+from vkvx import (
+    BusyError,
+    CapacityError,
+    DeadlineError,
+    OptionError,
+    RequestCancelledError,
+    ServerClosedError,
+    VkvxError,
+)
+from vkvx.runtime.serving import server as serving
+from vkvx.runtime.serving.answer import Answer
 from vkvx.runtime.serving.server import Server
 from vkvx.runtime.sessions import scheduler as scheduling
 from vkvx.runtime.sessions.generation import Failure, Request
@@ -287,7 +298,7 @@ def test_the_queue_is_bounded_and_counted() -> None:
         answers = [server.submit("[a]", max_new_tokens=3, ignore_eos=True)]
         answers[0].chunk(0)
         answers += [server.submit("[b]", max_new_tokens=3, ignore_eos=True) for _ in range(2)]
-        with pytest.raises(QueueFullError, match="2 requests wait"):
+        with pytest.raises(BusyError, match="2 requests wait"):
             server.submit("[c]")
         stats = server.stats
         assert (stats.slots, stats.live, stats.waiting, stats.submitted, stats.refused) == (1, 1, 2, 3, 1)
@@ -299,6 +310,72 @@ def test_the_queue_is_bounded_and_counted() -> None:
     assert stats.first_token_seconds > 0
     with pytest.raises(OptionError, match="max_waiting"):
         Server(loaded, max_waiting=0)
+
+
+@pytest.mark.parametrize("where", ["waiting", "encoding", "prompt", "answer"])
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_a_request_ends_wherever_it_is(where: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still until the request is where it is meant to be."""
+    loaded = session(1)
+    loaded.prefill_chunk = 128
+    backend, now = loaded.backend, [0.0]
+    monkeypatch.setattr(serving.time, "perf_counter", lambda: now[0])
+    encoded, step, encode = list[int](), backend.step, backend.encode
+    answers = list[Answer]()
+    prepare = loaded.processor.prepare
+
+    def apart(*given, **options):  # type: ignore[no-untyped-def]
+        prepared = prepare(*given, **options)
+        pictures = prepared.vision_calls[0]["pixel_values"] if prepared.vision_calls else ()
+        return replace(prepared, vision_calls=tuple({"pixel_values": one[None]} for one in pictures))
+
+    def end() -> None:
+        if how == "cancel":
+            answers[0].cancel()
+        now[0] = 100.0 if how == "deadline" else now[0]
+
+    def seen_step(call, embeds):  # type: ignore[no-untyped-def]
+        ready.wait(30)
+        if where == "prompt" and call.input_ids.shape[1] > 1:
+            assert backend.cache.length(0) < 300, "the rest of the prompt is never fed"
+            end()
+        return step(call, embeds)
+
+    def seen_encode(pixels):  # type: ignore[no-untyped-def]
+        ready.wait(30)
+        encoded.append(1)
+        if where == "encoding":
+            end()
+        return encode(pixels)
+
+    ready = threading.Event()
+    loaded.processor.prepare, backend.step, backend.encode = apart, seen_step, seen_encode  # type: ignore[method-assign]
+    with Server(loaded) as server:
+        other = server.submit("[other]", max_new_tokens=3, ignore_eos=True) if where == "waiting" else None
+        answers.append(server.submit("<image><image>[x]", [1.0, 2.0], max_new_tokens=800, ignore_eos=True, deadline=50))
+        if where == "waiting":
+            end()
+        ready.set()
+        if where == "answer":
+            answers[0].chunk(2, timeout=30)
+            end()
+        expected = RequestCancelledError if how == "cancel" else DeadlineError
+        with pytest.raises(expected, match="cancelled" if how == "cancel" else "after 50 s; raise deadline"):
+            answers[0].result(timeout=30)
+        assert other is None or len(other.result(timeout=30).token_ids) == 3
+        assert len(server.submit("[next]", max_new_tokens=3, ignore_eos=True).result(timeout=30).token_ids) == 3
+        stats = server.stats
+    assert (stats.cancelled, stats.expired) == ((1, 0) if how == "cancel" else (0, 1))
+    assert (stats.live, stats.waiting, stats.failed) == (0, 0, 0)
+    assert backend.cache.free_slots == (0,)
+    assert len(encoded) == {"waiting": 0, "encoding": 1}.get(where, 2 if where == "answer" else len(encoded))
+
+
+def test_deadlines_are_times_to_come() -> None:
+    with Server(session()) as server:
+        for wrong in (0, -1.0, float("nan")):
+            with pytest.raises(OptionError, match="deadline must be more than 0 seconds"):
+                server.submit("[x]", deadline=wrong)
 
 
 def test_coroutines_read_answers_without_threads() -> None:
