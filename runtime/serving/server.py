@@ -43,7 +43,8 @@ class ServerStats:
     ``waiting`` requests have no slot yet, ``live`` ones have one of ``slots``. All else only grows: requests that were
     ``submitted``, and of them those that ``finished``, ``failed``, were ``cancelled`` or ``expired`` (their deadlines
     passed); those ``refused`` because too many waited; tokens of prompts and of answers; ``first_tokens`` requests that
-    got their first token, after ``first_token_seconds`` in all since they were submitted.
+    got their first token, after ``first_token_seconds`` in all since they were submitted; ``reused_prompts`` that went
+    on from a sequence in a slot, which saved feeding ``reused_tokens``.
     """
 
     slots: int
@@ -59,6 +60,8 @@ class ServerStats:
     new_tokens: int = 0
     first_tokens: int = 0
     first_token_seconds: float = 0.0
+    reused_prompts: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass
@@ -136,12 +139,7 @@ class Server:
         with self._lock:
             self._check_open()
             number = self._stats.submitted
-            request = Request(
-                *(number, prepared, chosen, session.processor, session.backend),
-                prefill_chunk=session.prefill_chunk,
-                progress=lambda *_: self._check_wanted(number),
-            )
-            request.check()
+            request = session.request(number, prepared, chosen, lambda *_: self._check_wanted(number))
             waiting = self._scheduler.waiting + len(self._joining)
             if waiting >= self._max_waiting:
                 self._count(refused=1)
@@ -158,7 +156,9 @@ class Server:
         """Counters, for a page of metrics."""
         with self._lock:
             waiting = self._scheduler.waiting + len(self._joining)
-            return replace(self._stats, waiting=waiting, live=self._scheduler.live)
+            kept = self._session.kept
+            reused = {} if kept is None else {"reused_prompts": kept.hits, "reused_tokens": kept.tokens}
+            return replace(self._stats, waiting=waiting, live=self._scheduler.live, **reused)
 
     def close(self) -> None:
         """End all requests and the thread. The session stays open."""

@@ -101,7 +101,7 @@ class Scheduler:
         if request in self._waiting:
             self._waiting.remove(request)
         elif request in self._live:
-            self._leave(request)
+            self._leave(request, keep=True)
 
     def step(self) -> list[Chunk | Failure]:
         """Start what may start, launch one call, and return what the call before it added.
@@ -284,15 +284,15 @@ class Scheduler:
                 results.append(self._fail(request, error))
             else:
                 if request.finish_reason:
-                    self._leave(request)
+                    self._leave(request, keep=True)
 
     def _fail(self, request: Request, error: Exception) -> Failure:
-        self._leave(request)
+        self._leave(request, keep=False)
         return Failure(request.row, error)
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, *, keep: bool) -> None:
         self._live.remove(request)
-        request.leave()
+        request.leave(keep=keep)
         if self._prompts is not None and request in self._prompts.requests:
             self._drop_prompts()
         if not self._live:
