@@ -30,7 +30,7 @@ class CutBackend(FakeBackend):
     def views(self, call: Call, b: int, held: list[float], new: list[float]) -> tuple[list[float], list[float]]:
         self.fed += len(new)
         ids, positions = call.input_ids[b], call.position_ids[b].reshape(-1, call.input_ids.shape[1])
-        own = [np.array([value, *positions[:, at]], np.float64).tobytes() for at, value in enumerate(new)]
+        own = [row.tobytes() for row in np.concatenate([[new], positions[:, : len(new)]]).astype(np.float64).T]
         if call.window_start is not None:
             self._check_windows(int(call.slot[b]), len(held), call.window_start[b, :, : len(new)])
         visual = (ids[: len(new)] == IMAGE).tolist()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -431,6 +432,74 @@ def test_prompts_do_not_starve_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     between = "".join("p" if kind else "d" for kind in kinds[first:]).split("p")[:-1]
     assert all(len(steps) >= 10 for steps in between[1:] if steps), between
     assert "pp" not in "".join("p" if kind else "d" for kind in kinds[1:])
+
+
+def test_many_mixed_requests_leave_nothing_behind() -> None:
+    """Of all kinds, from many threads at once; those that end get what they get alone, and all slots are free again."""
+    questions = [f"[system prompt of all]<image>[{i}]" if i % 3 else f"[text alone, number {i}]" for i in range(12)]
+    pictures = [[float(i % 4)] * (i % 3 > 0) for i in range(12)]
+    alone = [session(1).generate(*one, max_new_tokens=9) for one in zip(questions, pictures, strict=True)]
+    facts = manifest(16)
+    loaded = Session(facts, FakeBackend(facts, 3), FakeProcessor(), prefill_chunk=200, reuse=True)  # type: ignore[arg-type]
+    loaded.backend.nan_after = "[bad]"  # type: ignore[attr-defined]
+    ended = Counter[str]()
+
+    def ask(number: int) -> None:
+        kind, question = number % 8, number % 12
+        given = {"deadline": 1e-6} if kind == 1 else {}
+        try:
+            if kind == 2:
+                prompt, images = ("[bad]", []) if number % 3 else ("<image>", [-1.0])
+                server.submit(prompt, images, max_new_tokens=9).result(30)
+            answer = server.submit(questions[question], pictures[question], max_new_tokens=9, **given)
+            if kind == 3:
+                answer.cancel()
+            if kind == 4:
+                next(iter(answer))  # and go away
+                return
+            assert answer.result(30).token_ids == alone[question].token_ids
+            ended["finished"] += 1
+        except VkvxError as error:
+            ended[type(error).__name__] += 1
+
+    with Server(loaded, max_waiting=6) as server, ThreadPoolExecutor(12) as pool:
+        list(pool.map(ask, range(300)))
+        assert server.submit(questions[0], max_new_tokens=9).result(30).token_ids == alone[0].token_ids
+        stats = server.stats
+    assert loaded.backend.cache.free_slots == (0, 1, 2)
+    assert (stats.live, stats.waiting) == (0, 0)
+    assert stats.submitted == stats.finished + stats.failed + stats.cancelled + stats.expired
+    assert stats.refused == ended["BusyError"]
+    assert min(ended["finished"], stats.failed, stats.cancelled, stats.expired, stats.reused_prompts) > 0
+    assert stats.reused_tokens >= 16 * stats.reused_prompts
+    assert (server._running, server._joining, server._leaving) == ({}, {}, set())
+
+
+def test_a_long_prompt_in_pieces_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First come, first served: short prompts that come later do not overtake it for ever, nor stop each other."""
+    loaded = session(2)
+    now, step = [0.0], loaded.backend.step
+    monkeypatch.setattr(scheduling.time, "perf_counter", lambda: now[0])
+
+    def timed(call, embeds):  # type: ignore[no-untyped-def]
+        now[0] += 1.0 if call.input_ids.shape[1] > 1 else 0.1
+        return step(call, embeds)
+
+    loaded.backend.step = timed  # type: ignore[method-assign]
+    scheduler = Scheduler(loaded.backend, 128)
+    lengths = [10, 900, *[10] * 12]
+    for row, length in enumerate(lengths):
+        prepared = loaded.processor.prepare("x" * length)
+        options = GenerationOptions(max_new_tokens=3, ignore_eos=True)
+        scheduler.submit(Request(row, prepared, options, loaded.processor, loaded.backend, prefill_chunk=128))
+    first = list[int]()
+    while scheduler.busy:
+        for result in scheduler.step():
+            assert not isinstance(result, Failure)
+            if result.row not in first:
+                first.append(result.row)
+    assert sorted(first) == list(range(14))
+    assert first.index(1) <= 1, "the second that came is the second that is served"
 
 
 def test_a_process_may_end_without_closing() -> None:

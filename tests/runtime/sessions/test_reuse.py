@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fakes import EOS, GROUP, IMAGE, FakeProcessor, manifest
 from vkvx.errors import NumericError, OptionError
 from vkvx.manifest import LayerInfo, LinearInfo, Manifest
 from vkvx.models.pictures.base import Encoded, prompt_positions
+from vkvx.models.registry import sample_pages
 from vkvx.runtime.sessions.generation import Generation
 from vkvx.runtime.sessions.pieces import check_cut_after_pictures, cut
 from vkvx.runtime.sessions.processor import Prepared
@@ -276,3 +278,25 @@ def test_pixels_types_shapes_and_positions_tell_prompts_apart() -> None:
     assert common(fed, fed, made) == len(first.token_ids) - 1
     assert common(fed, other, made) == len(SYSTEM), "a picture is reused as a whole"
     assert common(fed, fed, facts(1, rows=4, mask="prefix")) == 0
+
+
+@pytest.mark.parametrize("bits", [1, 16])
+def test_a_model_answers_the_same(bits: int, bundle_factory: Callable[..., Path]) -> None:
+    """Three questions about a page, of which the second has the first answer before it."""
+    bundle, page = bundle_factory(bits=bits), sample_pages()[0]
+    found = list[list[Generation]]()
+    with Session.load(bundle, provider="cpu", slots=2, verify=False, cut_after_pictures=bits == 1) as session:
+        for kept in (session.kept, None):
+            session.kept = kept
+            asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe the page."}]}]
+            first = session.generate(session.format(asked), page, max_new_tokens=8)
+            more = [{"role": "assistant", "content": first.text}, {"role": "user", "content": "What is at row 1?"}]
+            turn = session.generate(session.format([*asked, *more]), page, max_new_tokens=8)
+            other = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read row 2."}]}]
+            found.append([first, turn, session.generate(session.format(other), page, max_new_tokens=8)])
+    assert [one.token_ids for one in found[0]] == [one.token_ids for one in found[1]]
+    assert [one.reused_tokens for one in found[1]] == [0, 0, 0]
+    first, turn, again = found[0]
+    assert first.reused_tokens == 0
+    assert turn.reused_tokens > first.prompt_tokens, "the answer is not fed again"
+    assert again.reused_tokens > first.visual_tokens, "the page is not fed again"
