@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -127,29 +128,64 @@ class Server:
         Raises BusyError if too many requests wait, ServerClosedError after :meth:`close`, and VkvxError if the
         server's thread has failed.
         """
+        chosen = self._session.options(options, changes)
+        return self._queue(prompt, images, videos, [chosen], deadline)[0]
+
+    def submit_several(
+        self,
+        prompt: str,
+        images: Pictures = None,
+        videos: str | Path | Sequence[Video] | None = None,
+        *,
+        options: Sequence[GenerationOptions],
+        deadline: float | None = None,
+    ) -> list[Answer]:
+        """Queue a prompt for several answers, one for each of ``options``, whose seeds may differ; as :meth:`submit`.
+
+        The prompt is fed once, for those that find a free slot then; each gets what it gets alone. Limits of pixels and
+        frames are to be the same in all.
+        """
+        if not options or len({(one.limits, one.fps) for one in options}) > 1:
+            raise OptionError("options must be at least one, with the same limits of pixels and fps in all")
+        return self._queue(prompt, images, videos, options, deadline)
+
+    def _queue(
+        self,
+        prompt: str,
+        images: Pictures,
+        videos: str | Path | Sequence[Video] | None,
+        options: Sequence[GenerationOptions],
+        deadline: float | None,
+    ) -> list[Answer]:
         session, submitted = self._session, time.perf_counter()
         if deadline is not None and not deadline > 0:
             raise OptionError(f"deadline must be more than 0 seconds, got {deadline}")
         with self._lock:
             self._check_open()
-        chosen = session.options(options, changes)
         prepared = session.processor.prepare(
-            prompt, listed(images), listed_videos(videos), limits=chosen.limits, fps=chosen.fps
+            prompt, listed(images), listed_videos(videos), limits=options[0].limits, fps=options[0].fps
         )
         with self._lock:
             self._check_open()
-            number = self._stats.submitted
-            request = session.request(number, prepared, chosen, lambda *_: self._check_wanted(number))
+            first = self._stats.submitted
+            requests = [
+                session.request(number, prepared, one, partial(self._check_wanted, number))
+                for number, one in enumerate(options, first)
+            ]
+            leader, *leader.followers = requests
             waiting = self._scheduler.waiting + len(self._joining)
-            if waiting >= self._max_waiting:
-                self._count(refused=1)
-                raise BusyError(f"{waiting} requests wait already; try again later (max_waiting={waiting})")
-            stream = ChunkStream()
-            self._count(submitted=1, prompt_tokens=len(prepared.token_ids))
+            if waiting + len(requests) > self._max_waiting:
+                self._count(refused=len(requests))
+                raise BusyError(f"{waiting} requests wait already; try again later (max_waiting={self._max_waiting})")
+            self._count(submitted=len(requests), prompt_tokens=len(prepared.token_ids))
             end = math.inf if deadline is None else submitted + deadline
-            self._joining[number] = _Running(request, stream, submitted, end)
+            answers = []
+            for request in requests:
+                stream = ChunkStream()
+                self._joining[request.row] = _Running(request, stream, submitted, end)
+                answers.append(Answer(request.row, stream, self._events.put))
         self._events.put(None)
-        return Answer(number, stream, self._events.put)
+        return answers
 
     @property
     def stats(self) -> ServerStats:
@@ -232,9 +268,11 @@ class Server:
         """Let requests join and leave; wait if there is nothing to do. False once the server is closed."""
         self._read_events(wait=not self._scheduler.busy and not self._closed)
         with self._lock:
+            followers = {one for running in self._joining.values() for one in running.request.followers}
             for number, running in self._joining.items():
                 self._running[number] = running
-                self._scheduler.submit(running.request)
+                if running.request not in followers:
+                    self._scheduler.submit(running.request)
             self._joining.clear()
             for number in list(self._running):
                 if (error := self._unwanted(number)) is not None:
@@ -263,7 +301,7 @@ class Server:
         seconds = running.deadline - running.submitted
         return DeadlineError(f"the answer has not ended after {seconds:g} s; raise deadline, or ask when less runs")
 
-    def _check_wanted(self, number: int) -> None:
+    def _check_wanted(self, number: int, *_: object) -> None:
         """Between two calls of the vision tower: raise what ends the request, if it is to end now."""
         self._read_events(wait=False)
         if (error := self._unwanted(number)) is not None:

@@ -80,6 +80,8 @@ class Request:
     :mod:`vkvx.runtime.sessions.pieces`; with ``cut_after_pictures`` one ends behind the pictures of each turn. A
     request that asks for a free slot goes on from one of the ``kept`` sequences where it can. ``progress`` is called
     with the stage "vision".
+
+    ``followers`` are requests for other answers to the same prompt, which fork from this one when its prompt was fed.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class Request:
         whole = bool(model.linear_layers and self._start)
         limits = (None, False) if whole else (prefill_chunk, cut_after_pictures)
         self._pieces = deque(cut(self._fed, prepared.picture_lengths, backend.manifest, *limits))
+        self.followers: list[Request] = []
+        self._logits: np.ndarray | None = None  # that the first token is chosen from, as the followers need them
         self._kept = kept if self.owns_slot else None
         self._prompt = Fed.of_prompt(prepared, self._pieces, backend.manifest) if self._kept else None
         self._reused = 0  # tokens of the prompt that are in the slot already
@@ -190,6 +194,27 @@ class Request:
             self._skip(self._prompt)
         self.history.extend(self.prepared.token_ids.tolist())
         self._sampler.observe(self.history)
+
+    def follow(self, leader: Request) -> None:
+        """Take a slot, and what the prompt of ``leader`` left in its own: the slots hold the same then.
+
+        :meth:`choose_first` gives the first token. Raises CapacityError if there is no slot.
+        """
+        assert leader.slot is not None
+        self.slot = self._backend.cache.acquire()
+        self._backend.cache.fork(leader.slot, self.slot)
+        self.history.extend(self.prepared.token_ids.tolist())
+        self._sampler.observe(self.history)
+        self._pieces.clear()
+        self._launched, self._reused = 1, len(self.prepared.token_ids)
+        self._logits = leader._logits  # of the first token
+        self.prefill_seconds = leader.prefill_seconds
+
+    def choose_first(self) -> Choice:
+        """The first token of a follower. Raises NumericError and OptionError."""
+        assert self._logits is not None
+        logits, self._logits = self._logits, None
+        return self.choose(logits)
 
     def _skip(self, prompt: Fed) -> None:
         """Drop what need not be fed of the prompt."""
@@ -285,14 +310,17 @@ class Request:
 
     @property
     def needs_host(self) -> bool:
-        """Whether the host has to know a token before the next is chosen: rules look back, or what is fed too much
-        could not be taken back from a slot that goes on, as states of linear attention cannot."""
+        """Whether the host has to know a token before the next is chosen: rules look back, others choose from the same
+        logits, or what is fed too much could not be taken back from a slot that goes on, as states of linear attention
+        cannot."""
         is_linear = bool(self._backend.manifest.model.linear_layers)
-        return self._sampler.looks_back or (is_linear and not self.owns_slot)
+        return self._sampler.looks_back or bool(self.followers) or (is_linear and not self.owns_slot)
 
     def choose(self, logits: np.ndarray) -> Choice:
         """The next token from logits [V], on the host. Raises NumericError and OptionError."""
         self._excluded = None  # the backend does not know of this token
+        if self.followers:
+            self._logits = logits
         return self._sampler.choose(logits)
 
     def note_piece(self, seconds: float) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cut_backend import CutBackend
 from fakes import FakeBackend, FakeProcessor, manifest
 
 from vkvx import (
@@ -35,9 +36,9 @@ from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
 
 
-def session(slots: int = 3) -> Session:
+def session(slots: int = 3, kind: type[FakeBackend] = FakeBackend) -> Session:
     facts = manifest()
-    return Session(facts, FakeBackend(facts, slots), FakeProcessor())  # type: ignore[arg-type]
+    return Session(facts, kind(facts, slots), FakeProcessor())  # type: ignore[arg-type]
 
 
 def test_each_request_gets_what_it_gets_alone() -> None:
@@ -432,6 +433,77 @@ def test_prompts_do_not_starve_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     between = "".join("p" if kind else "d" for kind in kinds[first:]).split("p")[:-1]
     assert all(len(steps) >= 10 for steps in between[1:] if steps), between
     assert "pp" not in "".join("p" if kind else "d" for kind in kinds[1:])
+
+
+@pytest.mark.parametrize(
+    ("slots", "limit", "samples"), [(1, None, True), (3, 128, False), (3, None, True), (8, 128, True), (8, None, False)]
+)
+def test_several_answers_take_one_prefill(slots: int, limit: int | None, samples: bool) -> None:
+    options = [GenerationOptions(max_new_tokens=7, temperature=1.0, seed=i, logprobs=True) for i in range(5)]
+    single, loaded = session(1, CutBackend), session(slots, CutBackend)  # whose tokens depend on cuts
+    single.prefill_chunk = loaded.prefill_chunk = limit
+    alone, backend = [single.generate("<image>[x]", [1.0], options=one) for one in options], loaded.backend
+    backend.samples = samples  # type: ignore[misc]
+    with Server(loaded) as server:
+        running = server.submit("[other]", max_new_tokens=30, ignore_eos=True)
+        running.chunk(0)
+        answers = server.submit_several("<image>[x]", [1.0], options=options)
+        found = [answer.result(30) for answer in answers]
+        other = single.generate("[other]", max_new_tokens=30, ignore_eos=True)
+        assert running.result(30).token_ids == other.token_ids
+        stats = server.stats
+    for a, b in zip(alone, found, strict=True):
+        assert (a.token_ids, a.logprobs, a.prompt_tokens) == (b.token_ids, b.logprobs, b.prompt_tokens)
+    prefills = sum(1 for call in backend.calls if (call.visual_index >= 0).any())  # type: ignore[attr-defined]
+    pieces = 1 if limit is None else 2
+    if slots == 8:
+        assert prefills == pieces
+        assert [one.reused_tokens for one in found] == [0] + [found[0].prompt_tokens] * 4
+    assert prefills <= 5 * pieces
+    assert backend.cache.free_slots == tuple(range(slots))
+    assert (stats.submitted, stats.finished, stats.waiting, stats.live) == (6, 6, 0, 0)
+
+
+@pytest.mark.parametrize("ended", [[0], [2], [0, 1], [0, 1, 2, 3]])
+def test_others_go_on_where_the_first_of_several_answers_ends(ended: list[int]) -> None:
+    options = [GenerationOptions(max_new_tokens=7, temperature=1.0, seed=i) for i in range(4)]
+    loaded = session(1)
+    go_on = held_back(loaded, 1)
+    with Server(loaded) as server:
+        server.submit("[other]", max_new_tokens=3).chunk(0)
+        answers = server.submit_several("<image>[x]", [1.0], options=options)
+        assert server.stats.waiting == 4
+        for number in ended:
+            answers[number].cancel()
+        go_on.set()
+        for number, answer in enumerate(answers):
+            if number in ended:
+                with pytest.raises(RequestCancelledError):
+                    answer.result(30)
+            else:
+                alone = session(1).generate("<image>[x]", [1.0], options=options[number])
+                assert answer.result(30).token_ids == alone.token_ids
+        assert (server.stats.live, server.stats.waiting) == (0, 0)
+    assert loaded.backend.cache.free_slots == (0,)
+
+
+def test_several_answers_fail_as_one_does() -> None:
+    loaded = session(8)
+    loaded.backend.nan_after = "[bad]"  # type: ignore[attr-defined]
+    options = [GenerationOptions(max_new_tokens=7, seed=i) for i in range(3)]
+    with Server(loaded, max_waiting=3) as server:
+        for given, wrong in (("[bad]", "nan among the logits"), ("<image>", "no such picture")):
+            for answer in server.submit_several(given, [-1.0] * ("<image>" in given), options=options):
+                with pytest.raises(VkvxError, match=wrong):
+                    answer.result(30)
+        assert server.stats.failed == 6
+        with pytest.raises(BusyError):
+            server.submit_several("[x]", options=options * 2)
+        for wrong_options in ([], [options[0], replace(options[0], fps=2.0)]):
+            with pytest.raises(OptionError, match="at least one"):
+                server.submit_several("[x]", options=wrong_options)
+        assert server.stats.refused == 6
+    assert loaded.backend.cache.free_slots == tuple(range(8))
 
 
 def test_many_mixed_requests_leave_nothing_behind() -> None:
