@@ -13,7 +13,13 @@ from urllib.request import url2pathname
 
 from vkvx.errors import DependencyError
 
-PIP_NAMES = {"PIL": "pillow", "cuda": "cuda-python", "onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
+PIP_NAMES = {
+    "PIL": "pillow",
+    "cuda": "cuda-python",
+    "onnx_ir": "onnx-ir",
+    "prometheus_client": "prometheus-client",
+    "sklearn": "scikit-learn",
+}
 """Modules whose package has another name."""
 RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
 """Modules that running a bundle in onnxruntime takes."""

@@ -27,6 +27,7 @@ from vkvx.errors import (
 from vkvx.runtime.serving.answer import Answer, ChunkStream
 from vkvx.runtime.sessions.generation import Chunk, Failure, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
+from vkvx.runtime.sessions.processor import Prepared
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
@@ -112,7 +113,7 @@ class Server:
 
     def submit(
         self,
-        prompt: str,
+        prompt: str | Prepared,
         images: Pictures = None,
         videos: str | Path | Sequence[Video] | None = None,
         *,
@@ -122,6 +123,7 @@ class Server:
     ) -> Answer:
         """Queue a prompt, as in :meth:`Session.generate`. Raises InputError, OptionError and CapacityError at once.
 
+        What :meth:`Processor.prepare` made of a prompt and its pictures may stand for them.
         An answer that has not ended ``deadline`` seconds after this is called raises DeadlineError, whether it waits,
         runs, or has its pictures encoded.
 
@@ -133,7 +135,7 @@ class Server:
 
     def submit_several(
         self,
-        prompt: str,
+        prompt: str | Prepared,
         images: Pictures = None,
         videos: str | Path | Sequence[Video] | None = None,
         *,
@@ -151,7 +153,7 @@ class Server:
 
     def _queue(
         self,
-        prompt: str,
+        prompt: str | Prepared,
         images: Pictures,
         videos: str | Path | Sequence[Video] | None,
         options: Sequence[GenerationOptions],
@@ -162,9 +164,11 @@ class Server:
             raise OptionError(f"deadline must be more than 0 seconds, got {deadline}")
         with self._lock:
             self._check_open()
-        prepared = session.processor.prepare(
-            prompt, listed(images), listed_videos(videos), limits=options[0].limits, fps=options[0].fps
-        )
+        prepared = prompt
+        if not isinstance(prepared, Prepared):
+            prepared = session.processor.prepare(
+                prepared, listed(images), listed_videos(videos), limits=options[0].limits, fps=options[0].fps
+            )
         with self._lock:
             self._check_open()
             first = self._stats.submitted

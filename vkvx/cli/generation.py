@@ -58,7 +58,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="frames a second to take of a video file (default: the model's), or that a folder of frames has",
     )
 
-    machine = parser.add_argument_group("machine")
+    add_machine_options(parser.add_argument_group("machine"))
+
+
+def add_machine_options(machine: Any) -> None:
+    """What runs a bundle, and the size of its cache: a group of options, which ``serve`` has, too."""
     machine.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -119,6 +123,7 @@ def load_session(
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
     processor: Processor | None = None,
+    slots: int = 1,
 ) -> Session:
     """The bundle, ready to answer. The two sizes count where no option asks for others."""
     from vkvx.runtime.sessions.session import Session
@@ -128,6 +133,7 @@ def load_session(
             args.bundle,
             backend=args.backend,
             provider=args.provider,
+            slots=slots,
             visual_tokens=visual_tokens if args.max_visual_tokens is None else args.max_visual_tokens,
             text_tokens=text_tokens if args.max_text_tokens is None else args.max_text_tokens,
             threads=args.threads,
