@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx import packages
-from vkvx.cli import generation, terminal
+from vkvx.cli import generation, remote, terminal
 from vkvx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 4096
 """Default capacity for the text of a conversation, which comes whole with each request."""
-KEY = "VKVX_API_KEY"
-"""Environment variable with the key, which others on the machine cannot see there."""
 
 
 def add_parser(verbs: Any) -> argparse.ArgumentParser:
@@ -31,7 +29,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one (default: 8000)")
     parser.add_argument("--name", metavar="NAME", help="of the model, which requests give (default: the bundle's)")
-    parser.add_argument("--api-key", metavar="KEY", help=f"what clients have to know (default: ${KEY}; else none)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients have to know (default: ${remote.KEY}; else none)"
+    )
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds for answers to end (30)")
 
     limits = parser.add_argument_group("requests")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from vkvx.runtime.serving.http.run import serve
 
     manifest = load_manifest(args.bundle)  # before anything is opened to others
-    key = args.api_key if args.api_key is not None else os.environ.get(KEY)
+    key = args.api_key if args.api_key is not None else os.environ.get(remote.KEY)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise OptionError("--api-key must be visible ASCII characters")
     if args.max_waiting < 1:

@@ -39,7 +39,7 @@ _EVENT_STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator chooses. ``name`` None is the bundle's; ``own_hosts_only`` refuses names that are not its own."""
+    """What an operator chooses. ``name`` None is the bundle's; ``own_hosts_only`` refuses names of other hosts."""
 
     name: str | None = None
     api_key: str | None = None
