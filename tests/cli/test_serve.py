@@ -76,6 +76,7 @@ def test_wrong_options_of_serve(cli: Callable[..., Result], tiny_bundle: Path, t
             (("--port", port), f"cannot listen on 127.0.0.1:{port}"),
             (("--port", 70000), "--port must be 0 to 65535"),
             (("--max-waiting", 0), "--max-waiting must be at least 1"),
+            (("--deadline", 0), "--deadline must be more than 0"),
             (("--max-body", 5), "--max-body 5 has no unit"),
             (("--grace", -1), "--grace must be at least 0"),
             (("--api-key", ""), "--api-key must be visible ASCII"),

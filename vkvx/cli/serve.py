@@ -36,6 +36,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
     limits = parser.add_argument_group("requests")
     limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
+    limits.add_argument("--deadline", type=float, metavar="S", help="seconds after which an answer has to end (none)")
     limits.add_argument("--max-body", default="64MiB", metavar="SIZE", help="of a request, pictures included (64MiB)")
     limits.add_argument("--allow-local-files", metavar="DIR", help="let requests name pictures below DIR by file: URLs")
     limits.add_argument(
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("--api-key must be visible ASCII characters")
     if args.max_waiting < 1:
         raise OptionError(f"--max-waiting must be at least 1, got {args.max_waiting}")
+    if args.deadline is not None and not 0 < args.deadline < float("inf"):
+        raise OptionError(f"--deadline must be more than 0 seconds, got {args.deadline:g}")
     directory = None if args.allow_local_files is None else Path(args.allow_local_files)
     max_body = terminal.parse_bytes(args.max_body, "--max-body")
     settings = Settings(
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         pictures=PictureSources(directory, tuple(args.allow_hosts), max_body),
         max_body=max_body,
         max_waiting=args.max_waiting,
+        deadline=args.deadline,
     )
 
     def listening(address: str) -> None:

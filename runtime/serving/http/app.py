@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from vkvx.errors import QueueFullError, RequestCancelledError
+from vkvx.errors import BusyError, RequestCancelledError
 from vkvx.runtime.serving.answer import Answer
 from vkvx.runtime.serving.http import page, schema
 from vkvx.runtime.serving.http.answers import Reply
@@ -39,13 +39,17 @@ _EVENT_STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator chooses. ``name`` None is the bundle's; ``own_hosts_only`` refuses names of other hosts."""
+    """What an operator chooses. ``name`` None is the bundle's; ``deadline`` is in seconds.
+
+    ``own_hosts_only`` refuses names of other hosts.
+    """
 
     name: str | None = None
     api_key: str | None = None
     pictures: PictureSources = field(default_factory=PictureSources)
     max_body: int = 64 << 20
     max_waiting: int = MAX_WAITING
+    deadline: float | None = None
     own_hosts_only: bool = False
 
 
@@ -187,9 +191,9 @@ class Service:
 
     @contextlib.contextmanager
     def _place(self, server: Server) -> Any:
-        """Count a request that is not in the queue yet. Raises QueueFullError before anything of it is read."""
+        """Count a request that is not in the queue yet. Raises BusyError before anything of it is read."""
         if self._preparing + server.stats.waiting >= self.settings.max_waiting:
-            raise QueueFullError(f"{self.settings.max_waiting} requests wait already; try again later")
+            raise BusyError(f"{self.settings.max_waiting} requests wait already; try again later")
         self._preparing += 1
         try:
             yield
@@ -234,9 +238,10 @@ class Service:
     ) -> Reply:
         options = body.options(default_options(session.manifest))
         prompts = prepare(body, session)
+        deadline = self.settings.deadline
         answers = list[Answer]()  # if one is refused, the others are dropped, and so cancelled
         for prompt in prompts:
-            answers += [server.submit(prompt, options=chosen) for chosen in options]
+            answers += [server.submit(prompt, options=chosen, deadline=deadline) for chosen in options]
         return Reply(
             self._model(session),
             isinstance(body, ChatRequest),

@@ -6,10 +6,11 @@ import logging
 from typing import Any
 
 from vkvx.errors import (
+    BusyError,
     CapacityError,
+    DeadlineError,
     InputError,
     OptionError,
-    QueueFullError,
     RequestCancelledError,
     ServerClosedError,
     VkvxError,
@@ -28,7 +29,8 @@ class RequestError(VkvxError):
 
 
 _STATUS: dict[type[VkvxError], tuple[int, str | None]] = {
-    QueueFullError: (429, "queue_full"),
+    BusyError: (429, "queue_full"),
+    DeadlineError: (504, "deadline"),
     ServerClosedError: (503, "stopping"),
     RequestCancelledError: (499, "cancelled"),
     CapacityError: (400, "context_length_exceeded"),

@@ -62,6 +62,6 @@ class _Opened(Collector):
         yield CounterMetricFamily("vkvx_prompt_tokens", "Tokens of prompts", value=stats.prompt_tokens)
         yield CounterMetricFamily("vkvx_new_tokens", "Tokens of answers", value=stats.new_tokens)
         ends = CounterMetricFamily("vkvx_requests", "Requests by how they ended", labels=("end",))
-        for end in ("finished", "failed", "cancelled", "refused"):
+        for end in ("finished", "failed", "cancelled", "expired", "refused"):
             ends.add_metric((end,), getattr(stats, end))
         yield ends

@@ -122,6 +122,16 @@ def test_a_full_queue() -> None:
         until(lambda: server.metric("vkvx_rows_live") + server.metric("vkvx_rows_waiting") == 0)
 
 
+def test_a_deadline() -> None:
+    loaded = session()
+    slow_down(loaded)
+    with running(loaded, Settings(deadline=0.1)) as server:
+        status, answer, _ = server.request("POST", CHAT, body(max_tokens=900))
+        assert (status, answer["error"]["code"], answer["error"]["type"]) == (504, "deadline", "server_error")
+        assert server.metric('vkvx_requests_total{end="expired"}') == 1
+        assert server.request("POST", CHAT, body(max_tokens=1))[0] == 200
+
+
 def test_while_it_loads_and_when_it_stops() -> None:
     with running(None) as server:
         for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("POST", CHAT)):

@@ -52,7 +52,8 @@ def test_a_chat_in_a_browser(tiny_bundle: Path, pages: list[Page], tmp_path: Pat
         assert tab.run("messages[1].content") == pages[0].truth.split()[1]
         facts = tab.run("document.querySelector('.assistant .facts').textContent")
         assert re.fullmatch(
-            r"8 tokens, [\d.]+ tokens/s, the first after [\d.]+ s\. 576 visual tokens take 85\.0 KiB of cache, 1\.1 MiB in 16 bits",
+            r"8 tokens, [\d.]+ tokens/s, the first after [\d.]+ s\. "
+            r"576 visual tokens take 85\.0 KiB of cache, 1\.1 MiB in 16 bits",
             facts,
         ), facts
         tab.run("$('most').value = 100000; $('text').value = 'Again.'; $('form').requestSubmit()")
