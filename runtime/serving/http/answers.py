@@ -15,7 +15,7 @@ from vkvx.runtime.serving.answer import Answer
 from vkvx.runtime.serving.http.errors import explain
 from vkvx.runtime.serving.http.metrics import Metrics
 from vkvx.runtime.sessions.generation import Chunk, Generation
-from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.sessions.processor import Processor
 
 KEEP_ALIVE_SECONDS = 15.0
 """A stream that has nothing to say for so long says that it lives: proxies close silent ones."""
@@ -26,11 +26,15 @@ _LEAST_LOGPROB = -9999.0
 
 @dataclass
 class Reply:
-    """One request under way: the answers to its prompts, ``choices`` of each, prompt after prompt."""
+    """One request under way: the answers to its prompts, as many to each, prompt after prompt.
+
+    ``prompt_tokens`` are those of all prompts, each counted once, and ``picture_lengths`` the visual tokens among them.
+    """
 
     model: str
     is_chat: bool
-    prompts: Sequence[Prepared]
+    prompt_tokens: int
+    picture_lengths: Sequence[int]
     answers: Sequence[Answer]
     processor: Processor
     layout: CacheLayout
@@ -171,9 +175,8 @@ class Reply:
         return {"tokens": pieces, "token_logprobs": known, "top_logprobs": None, "text_offset": offsets}
 
     def _usage(self, new_tokens: int) -> dict[str, Any]:
-        """Tokens of the prompts, each counted once, and of all answers; and the bytes that their pictures take."""
-        lengths = [length for prompt in self.prompts for length in prompt.picture_lengths]
-        total = sum(len(prompt.token_ids) for prompt in self.prompts)
+        """Tokens of the prompts and of all answers; and the bytes that the pictures take."""
+        lengths, total = self.picture_lengths, self.prompt_tokens
         return {
             "prompt_tokens": total,
             "completion_tokens": new_tokens,

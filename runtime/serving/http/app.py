@@ -78,18 +78,18 @@ class Service:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
-            Route("/", self._answered(self._page)),
-            Route("/health", self._answered(self._health)),
-            Route("/metrics", self._answered(self._metrics)),
-            Route("/v1/models", self._answered(self._models)),
-            Route("/v1/models/{name:path}", self._answered(self._models)),
-            Route("/v1/chat/completions", self._answered(self._chat), methods=["POST"]),
-            Route("/v1/completions", self._answered(self._complete), methods=["POST"]),
+            self._route("/", self._page),
+            self._route("/health", self._health),
+            self._route("/metrics", self._metrics),
+            self._route("/v1/models", self._models),
+            self._route("/v1/models/{name:path}", self._models),
+            self._route("/v1/chat/completions", self._chat, "POST"),
+            self._route("/v1/completions", self._complete, "POST"),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_path})
 
-    def _answered(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint whose errors become responses, and whose responses are counted."""
+    def _route(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
+        """A path whose errors become responses, and whose responses are counted."""
 
         async def run(request: Request) -> Response:
             try:
@@ -98,10 +98,10 @@ class Service:
             except Exception as error:  # whatever it is, the client gets an answer
                 status, body = explain(error)
                 response = JSONResponse(body, status, HEADERS.get(status))
-            self.metrics.responses.labels(request.scope["route"].path, response.status_code).inc()
+            self.metrics.responses.labels(path, response.status_code).inc()
             return response
 
-        return run
+        return Route(path, run, methods=[method])
 
     def _check_sender(self, request: Request) -> None:
         """Raise RequestError for a wrong key, and for a page elsewhere whose host name was made to lead here."""
@@ -245,7 +245,8 @@ class Service:
         return Reply(
             self._model(session),
             isinstance(body, ChatRequest),
-            prompts,
+            sum(len(prompt.token_ids) for prompt in prompts),
+            [length for prompt in prompts for length in prompt.picture_lengths],
             answers,
             session.processor,
             session.manifest.layout,

@@ -21,7 +21,7 @@ from vkvx.errors import InputError, OptionError
 MAX_PICTURES = 64
 """Of a request."""
 FETCH_SECONDS = 10.0
-"""For one picture, from the look-up of its host to its last byte."""
+"""For the pictures of a request that are on other hosts."""
 _PORTS = {"http": 80, "https": 443}
 _BLOCK = 1 << 16
 
@@ -54,9 +54,10 @@ class PictureSources:
         """The files at these addresses. Raises InputError."""
         if len(addresses) > MAX_PICTURES:
             raise InputError(f"the request has {len(addresses)} pictures, at most {MAX_PICTURES} are taken; give fewer")
-        return [self._load(address, f"picture {number}") for number, address in enumerate(addresses, 1)]
+        end = time.monotonic() + FETCH_SECONDS
+        return [self._load(address, f"picture {number}", end) for number, address in enumerate(addresses, 1)]
 
-    def _load(self, address: str, name: str) -> bytes:
+    def _load(self, address: str, name: str, end: float) -> bytes:
         if address[:5].lower() == "data:":
             return _data(address, name)
         try:
@@ -73,7 +74,7 @@ class PictureSources:
         allowed.add(f"{host}:{port or _PORTS[url.scheme]}")
         if not host or url.username is not None or allowed.isdisjoint(self.hosts):
             raise InputError(f"{name} is on a host that is not allowed here; send it as a data: URI{self._others}")
-        return _fetch(url, name, self.max_bytes)
+        return _fetch(url, name, self.max_bytes, end)
 
     @property
     def _others(self) -> str:
@@ -132,17 +133,16 @@ def is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast and (inner is None or is_public(str(inner)))
 
 
-def _fetch(url: SplitResult, name: str, most: int) -> bytes:
+def _fetch(url: SplitResult, name: str, most: int, end: float) -> bytes:
     """What a host answers to GET. The address that was checked is the one that is asked; redirects are not followed."""
-    end = time.monotonic() + FETCH_SECONDS
     host, port = url.hostname or "", url.port or _PORTS[url.scheme]
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(host, port)
     try:
-        plain = socket.create_connection((_addresses(host, port)[0], port), timeout=FETCH_SECONDS)
-        connection.sock = plain
+        channel = socket.create_connection((_addresses(host, port)[0], port), timeout=_left(end))
         if url.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+            channel = ssl.create_default_context().wrap_socket(channel, server_hostname=host)
+        connection.sock = channel
         path = f"{url.path or '/'}{f'?{url.query}' if url.query else ''}"
         connection.request("GET", path, headers={"Accept": "image/*"})
         response = connection.getresponse()
@@ -153,17 +153,21 @@ def _fetch(url: SplitResult, name: str, most: int) -> bytes:
             found += block
             if len(found) > most:
                 raise _too_large(name, most)
-            left = end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"it took more than {FETCH_SECONDS:g} s")
-            if connection.sock is not None:
-                connection.sock.settimeout(left)
+            channel.settimeout(_left(end))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{name} cannot be fetched from {host}: {reason}; send it as a data: URI") from None
     finally:
         connection.close()
     return bytes(found)
+
+
+def _left(end: float) -> float:
+    """Seconds until then. Raises TimeoutError if there are none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"the pictures took more than {FETCH_SECONDS:g} s")
+    return left
 
 
 def _too_large(name: str, most: int) -> InputError:

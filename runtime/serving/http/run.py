@@ -52,8 +52,9 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=round(grace),
         )
-        # Clients that we end at the last are no defect.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        log = logging.getLogger("uvicorn.error")
+        log.setLevel(logging.WARNING)
+        log.addFilter(_is_no_end)
         server = uvicorn.Server(config)
         listening(address_of(listener))
         loader = _Loader(load, service, server, ready)
@@ -68,6 +69,11 @@ def serve(
                 loader.session.close()
         if loader.error is not None:
             raise loader.error
+
+
+def _is_no_end(record: logging.LogRecord) -> bool:
+    """Answers that are broken off when the server has to stop are no defect."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Loader(threading.Thread):
