@@ -25,6 +25,8 @@ RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
 """Modules that running a bundle in onnxruntime takes."""
 TORCH = ("numpy", "PIL", "jinja2", "safetensors", "torch", "transformers")
 """The same in torch."""
+SERVE = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+"""Modules that the HTTP server takes beside those that run a bundle."""
 EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
 """Modules that an export takes."""
 

@@ -149,6 +149,8 @@ class Server:
         """
         if not options or len({(one.limits, one.fps) for one in options}) > 1:
             raise OptionError("options must be at least one, with the same limits of pixels and fps in all")
+        if len(options) > self._max_waiting:
+            raise OptionError(f"options must be at most {self._max_waiting} (max_waiting), got {len(options)}")
         return self._queue(prompt, images, videos, options, deadline)
 
     def _queue(

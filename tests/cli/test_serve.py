@@ -19,12 +19,15 @@ import pytest
 from commands import Result
 from samples import Page
 
+from vkvx import Session
+
 
 def test_serve_and_chat(
     cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, pages: list[Page]
 ) -> None:
     """It listens before the bundle is open, answers, and ends by SIGTERM with an answer in one piece."""
     command = [sys.executable, "-m", "vkvx", "serve", str(tiny_bundle), "--port", "0", "--threads", "1", "--slots", "2"]
+    command.append("--cut-after-pictures")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"VKVX_API_KEY": "key"})
     try:
         assert process.stderr is not None
@@ -50,6 +53,9 @@ def test_serve_and_chat(
         assert chat.code == 2, chat.err  # of a pipe, where the video was refused
         assert chat.out.splitlines()[:2] == pages[0].truth.split()[1::-1]
         assert "576 visual tokens in 85.0 KiB, 1.1 MiB in 16 bits" in chat.out
+        found_cached = re.search(r" (\d+) of them in the cache already", chat.out)
+        assert found_cached is not None
+        assert int(found_cached[1]) > 576
         assert chat.out.endswith("no answer yet\n")
         assert "error: a server takes no videos" in chat.err
         refused = cli("chat", *url, "--api-key", "other")
@@ -93,6 +99,22 @@ def test_wrong_options_of_serve(cli: Callable[..., Result], tiny_bundle: Path, t
 def test_a_bundle_that_does_not_open_ends_the_server(cli: Callable[..., Result], tiny_bundle: Path) -> None:
     result = cli("serve", tiny_bundle, "--port", 0, "--slots", 0)
     assert (result.code, "slots must be at least 1" in result.err) == (2, True)
+
+
+def test_reuse_can_be_turned_off(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path
+) -> None:
+    kept = []
+
+    def serve(load: Callable[[], Session], settings: object, **_: object) -> None:
+        with load() as session:
+            kept.append(session.kept)
+
+    monkeypatch.setattr("vkvx.runtime.serving.http.run.serve", serve)
+    for options in ((), ("--no-reuse",)):
+        assert cli("serve", tiny_bundle, "--no-verify", *options).code == 0
+    assert kept[0] is not None
+    assert kept[1] is None
 
 
 def test_wrong_options_of_chat(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,11 @@ def add_machine_options(machine: Any) -> None:
     machine.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="feed longer prompts in pieces of N tokens (default: whole)"
     )
+    machine.add_argument(
+        "--cut-after-pictures",
+        action="store_true",
+        help="end a call of the prompt behind the pictures of each turn: what follows sees them by their codes",
+    )
     machine.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
 
 
@@ -124,6 +129,7 @@ def load_session(
     text_tokens: int | None = None,
     processor: Processor | None = None,
     slots: int = 1,
+    reuse: bool = True,
 ) -> Session:
     """The bundle, ready to answer. The two sizes count where no option asks for others."""
     from vkvx.runtime.sessions.session import Session
@@ -138,6 +144,8 @@ def load_session(
             text_tokens=text_tokens if args.max_text_tokens is None else args.max_text_tokens,
             threads=args.threads,
             prefill_chunk=args.prefill_chunk,
+            cut_after_pictures=args.cut_after_pictures,
+            reuse=reuse,
             verify=not args.no_verify,
             progress=progress,
             processor=processor,

@@ -28,7 +28,7 @@ TIMEOUT = 60.0
 """Seconds of silence after which a server counts as gone; it says that it lives more often than that."""
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 """Options that the interface calls otherwise."""
-_OF_THE_SERVER = ("threads", "max_visual_tokens", "max_text_tokens", "prefill_chunk", "no_verify")
+_OF_THE_SERVER = ("threads", "max_visual_tokens", "max_text_tokens", "prefill_chunk", "cut_after_pictures", "no_verify")
 
 
 def connect(args: argparse.Namespace, given: Mapping[str, Any]) -> Remote:
@@ -120,8 +120,8 @@ class Remote:
         speed = (tokens - 1) / seconds if seconds > 0 else 0.0
         size = terminal.human_bytes
         self._figures = [
-            f"{tokens} tokens at {speed:.1f} tokens/s, {usage['prompt_tokens']} tokens of prompt, the first after "
-            f"{first - begun:.2f} s"
+            f"{tokens} tokens at {speed:.1f} tokens/s, {usage['prompt_tokens']} tokens of prompt, "
+            f"{prompt['cached_tokens']} of them in the cache already, the first after {first - begun:.2f} s"
         ]
         if prompt["visual_tokens"]:
             taken, plain = prompt["visual_bytes"], prompt["sixteen_bit_visual_bytes"]

@@ -45,13 +45,14 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--slots", type=int, default=8, metavar="N", help="requests that run side by side (8)")
+    machine.add_argument("--no-reuse", action="store_true", help="feed each prompt whole, whatever slots hold of it")
     generation.add_machine_options(machine)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
-    packages.require("serve", "starlette", "uvicorn", "pydantic", "prometheus_client")
+    packages.require("serve", *packages.SERVE)
     from vkvx.runtime.bundles import load_manifest
     from vkvx.runtime.serving.http.app import Settings
     from vkvx.runtime.serving.http.pictures import PictureSources
@@ -87,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
 
     serve(
         lambda: generation.load_session(
-            args, slots=args.slots, text_tokens=min(manifest.model.max_positions, TEXT_TOKENS)
+            args,
+            slots=args.slots,
+            text_tokens=min(manifest.model.max_positions, TEXT_TOKENS),
+            reuse=not args.no_reuse,
         ),
         settings,
         host=args.host,

@@ -36,6 +36,8 @@ class Reply:
     prompt_tokens: int
     picture_lengths: Sequence[int]
     answers: Sequence[Answer]
+    choices: int
+    """Answers to each prompt."""
     processor: Processor
     layout: CacheLayout
     metrics: Metrics
@@ -58,13 +60,13 @@ class Reply:
         finally:
             self.cancel()
         choices = [self._whole_choice(index, generation) for index, generation in enumerate(done)]
-        return self._object("", choices, usage=self._usage(sum(len(one.token_ids) for one in done)))
+        return self._object("", choices, usage=self._usage(done))
 
     async def events(self) -> AsyncGenerator[str, None]:
         """Server-sent events, up to ``[DONE]``; an error that comes after the first is an event, and the last."""
         chunks: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
         task = asyncio.ensure_future(self._feed(lambda index, chunk: chunks.put_nowait((index, chunk)), chunks.put))
-        tokens, place = 0, [0] * len(self.answers)
+        place, done = [0] * len(self.answers), dict[int, Generation]()
         try:
             if self.is_chat:
                 for index in range(len(self.answers)):
@@ -81,11 +83,12 @@ class Reply:
                     yield _data(explain(item)[1])
                     return
                 index, chunk = item
-                tokens += len(chunk.token_ids)
+                if chunk.generation is not None:
+                    done[index] = chunk.generation
                 if choice := self._choice_of_chunk(index, chunk, place):
                     yield self._event([choice])
             if self.includes_usage:
-                yield self._event([], usage=self._usage(tokens))
+                yield self._event([], usage=self._usage([done[index] for index in range(len(done))]))
             yield "data: [DONE]\n\n"
         finally:
             task.cancel()
@@ -174,14 +177,19 @@ class Reply:
         offsets = [start + sum(map(len, pieces[:count])) for count in range(len(pieces))]
         return {"tokens": pieces, "token_logprobs": known, "top_logprobs": None, "text_offset": offsets}
 
-    def _usage(self, new_tokens: int) -> dict[str, Any]:
+    def _usage(self, done: Sequence[Generation]) -> dict[str, Any]:
         """Tokens of the prompts and of all answers; and the bytes that the pictures take."""
         lengths, total = self.picture_lengths, self.prompt_tokens
+        new_tokens = sum(len(one.token_ids) for one in done)
+        reused = [one.reused_tokens for one in done]
+        # Of the answers to a prompt one had it fed, and the others were forked from that one.
+        cached = sum(min(reused[start : start + self.choices]) for start in range(0, len(reused), self.choices))
         return {
             "prompt_tokens": total,
             "completion_tokens": new_tokens,
             "total_tokens": total + new_tokens,
             "prompt_tokens_details": {
+                "cached_tokens": cached,
                 "visual_tokens": sum(lengths),
                 "text_tokens": total - sum(lengths),
                 "visual_bytes": self.layout.visual_bytes(lengths),

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from vkvx.errors import BusyError, RequestCancelledError
 from vkvx.runtime.serving.answer import Answer
-from vkvx.runtime.serving.http import page, schema
+from vkvx.runtime.serving.http import openapi, page, schema
 from vkvx.runtime.serving.http.answers import Reply
 from vkvx.runtime.serving.http.errors import HEADERS, RequestError, explain
 from vkvx.runtime.serving.http.metrics import Metrics
@@ -81,6 +81,7 @@ class Service:
             self._route("/", self._page),
             self._route("/health", self._health),
             self._route("/metrics", self._metrics),
+            self._route("/openapi.json", self._openapi),
             self._route("/v1/models", self._models),
             self._route("/v1/models/{name:path}", self._models),
             self._route("/v1/chat/completions", self._chat, "POST"),
@@ -137,6 +138,9 @@ class Service:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.description())
 
     async def _models(self, request: Request) -> Response:
         session, _ = self._ready()
@@ -238,16 +242,20 @@ class Service:
     ) -> Reply:
         options = body.options(default_options(session.manifest))
         prompts = prepare(body, session)
+        wanted, most = len(prompts) * len(options), self.settings.max_waiting
+        if wanted > most:
+            raise RequestError(f"the request asks for {wanted} answers, of which {most} may wait here; ask for fewer")
         deadline = self.settings.deadline
         answers = list[Answer]()  # if one is refused, the others are dropped, and so cancelled
         for prompt in prompts:
-            answers += [server.submit(prompt, options=chosen, deadline=deadline) for chosen in options]
+            answers += server.submit_several(prompt, options=options, deadline=deadline)
         return Reply(
             self._model(session),
             isinstance(body, ChatRequest),
             sum(len(prompt.token_ids) for prompt in prompts),
             [length for prompt in prompts for length in prompt.picture_lengths],
             answers,
+            len(options),
             session.processor,
             session.manifest.layout,
             self.metrics,

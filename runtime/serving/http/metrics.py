@@ -61,6 +61,10 @@ class _Opened(Collector):
         yield GaugeMetricFamily("vkvx_cache_used_bytes", "Bytes that hold tokens", sum(map(cache.bytes_used, used)))
         yield CounterMetricFamily("vkvx_prompt_tokens", "Tokens of prompts", value=stats.prompt_tokens)
         yield CounterMetricFamily("vkvx_new_tokens", "Tokens of answers", value=stats.new_tokens)
+        yield CounterMetricFamily(
+            "vkvx_reused_prompts", "Prompts that went on from what a slot held", value=stats.reused_prompts
+        )
+        yield CounterMetricFamily("vkvx_reused_tokens", "Tokens that they did not feed", value=stats.reused_tokens)
         ends = CounterMetricFamily("vkvx_requests", "Requests by how they ended", labels=("end",))
         for end in ("finished", "failed", "cancelled", "expired", "refused"):
             ends.add_metric((end,), getattr(stats, end))

@@ -6,8 +6,18 @@ import reprlib
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
 from vkvx.runtime.serving.http.errors import RequestError
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options
@@ -18,19 +28,29 @@ MAX_PROMPTS = 64
 """Prompts of one request for completions."""
 
 
-def _only(*harmless: Any, help: str) -> BeforeValidator:
+class _Only:
     """A field that is known but not supported: null and ``harmless`` values, which change nothing, are taken."""
 
-    def check(value: Any) -> Any:
-        if value is not None and value not in harmless:
-            raise PydanticCustomError("unsupported", "is not supported: {help}", {"help": help})
-        return value
+    def __init__(self, *harmless: Any, help: str) -> None:
+        self._harmless, self._help = harmless, help
 
-    return BeforeValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self._harmless], "description": f"Nothing else is supported: {self._help}"}
+
+    def _check(self, value: Any) -> Any:
+        if value is not None and value not in self._harmless:
+            raise PydanticCustomError("unsupported", "is not supported: {help}", {"help": self._help})
+        return value
 
 
 def _list_of_text(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+_Texts = str | list[str]
 
 
 def _parts(value: Any) -> Any:
@@ -50,7 +70,7 @@ class TextPart(_Body):
 
 class ImageUrl(_Body):
     url: str
-    detail: Annotated[Any, _only("auto", "high", help="give max_pixels in place of it")] = None
+    detail: Annotated[Any, _Only("auto", "high", help="give max_pixels in place of it")] = None
 
 
 class ImagePart(_Body):
@@ -71,24 +91,26 @@ _Part = Annotated[
         custom_error_message='must be {"type": "text", "text": "..."} or {"type": "image_url", "image_url": {...}}',
     ),
 ]
-_NoTools = Annotated[Any, _only([], help="there are no tools")]
+_NoTools = Annotated[Any, _Only([], help="there are no tools")]
 
 
 class Message(_Body):
     """One of a conversation. Answers of this server may be given back as they came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[_Part], BeforeValidator(_parts), Field(min_length=1)]
-    refusal: Annotated[Any, _only(help="answers have no refusals")] = None
-    annotations: Annotated[Any, _only([], help="answers have no annotations")] = None
-    audio: Annotated[Any, _only(help="there is no audio")] = None
+    content: Annotated[
+        list[_Part], BeforeValidator(_parts, json_schema_input_type=str | list[_Part]), Field(min_length=1)
+    ]
+    refusal: Annotated[Any, _Only(help="answers have no refusals")] = None
+    annotations: Annotated[Any, _Only([], help="answers have no annotations")] = None
+    audio: Annotated[Any, _Only(help="there is no audio")] = None
     function_call: _NoTools = None
     tool_calls: _NoTools = None
 
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    include_obfuscation: Annotated[Any, _only(False, help="leave it out")] = None
+    include_obfuscation: Annotated[Any, _Only(False, help="leave it out")] = None
 
 
 class GenerationRequest(_Body):
@@ -102,7 +124,7 @@ class GenerationRequest(_Body):
     top_p: float | None = None
     top_k: int | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_list_of_text)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_list_of_text, json_schema_input_type=_Texts | None)] = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None
@@ -110,9 +132,9 @@ class GenerationRequest(_Body):
     ignore_eos: bool | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
-    presence_penalty: Annotated[Any, _only(0, help="give repetition_penalty in place of it")] = None
-    frequency_penalty: Annotated[Any, _only(0, help="give repetition_penalty in place of it")] = None
-    logit_bias: Annotated[Any, _only({}, help="no token can be preferred")] = None
+    presence_penalty: Annotated[Any, _Only(0, help="give repetition_penalty in place of it")] = None
+    frequency_penalty: Annotated[Any, _Only(0, help="give repetition_penalty in place of it")] = None
+    logit_bias: Annotated[Any, _Only({}, help="no token can be preferred")] = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     """These two are for the client's own records and change nothing."""
@@ -167,14 +189,14 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Any, _only(0, help="log-probabilities are those of the tokens chosen")] = None
-    response_format: Annotated[Any, _only({"type": "text"}, help="answers are text")] = None
-    modalities: Annotated[Any, _only(["text"], help="answers are text")] = None
+    top_logprobs: Annotated[Any, _Only(0, help="log-probabilities are those of the tokens chosen")] = None
+    response_format: Annotated[Any, _Only({"type": "text"}, help="answers are text")] = None
+    modalities: Annotated[Any, _Only(["text"], help="answers are text")] = None
     tools: _NoTools = None
     functions: _NoTools = None
-    tool_choice: Annotated[Any, _only("none", "auto", help="there are no tools")] = None
-    parallel_tool_calls: Annotated[Any, _only(True, False, help="there are no tools")] = None
-    store: Annotated[Any, _only(False, help="nothing is stored")] = None
+    tool_choice: Annotated[Any, _Only("none", "auto", help="there are no tools")] = None
+    parallel_tool_calls: Annotated[Any, _Only(True, False, help="there are no tools")] = None
+    store: Annotated[Any, _Only(False, help="nothing is stored")] = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -208,11 +230,15 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of /v1/completions: prompts as they are, in which special tokens count."""
 
-    prompt: Annotated[list[str], BeforeValidator(_list_of_text), Field(min_length=1, max_length=MAX_PROMPTS)]
-    logprobs: Annotated[Any, _only(0, help="give 0 for those of the tokens chosen")] = None
-    echo: Annotated[Any, _only(False, help="the answer comes without the prompt")] = None
-    best_of: Annotated[Any, _only(1, help="give n for several answers")] = None
-    suffix: Annotated[Any, _only(help="text is only continued")] = None
+    prompt: Annotated[
+        list[str],
+        BeforeValidator(_list_of_text, json_schema_input_type=_Texts),
+        Field(min_length=1, max_length=MAX_PROMPTS),
+    ]
+    logprobs: Annotated[Any, _Only(0, help="give 0 for those of the tokens chosen")] = None
+    echo: Annotated[Any, _Only(False, help="the answer comes without the prompt")] = None
+    best_of: Annotated[Any, _Only(1, help="give n for several answers")] = None
+    suffix: Annotated[Any, _Only(help="text is only continued")] = None
 
     @property
     def wants_logprobs(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from samples import Page
 from vkvx import Session
 from vkvx.runtime.serving.http.app import Settings
 from vkvx.runtime.serving.http.pictures import PictureSources
+from vkvx.runtime.serving.http.schema import ChatRequest, CompletionRequest
 
 MODEL = "tiny-llava"
 MAX_BODY = 200_000
@@ -25,7 +28,7 @@ KEY = "secret-key"
 @pytest.fixture(scope="module")
 def alone(tiny_bundle: Path) -> Iterator[Session]:
     """A session that answers one prompt at a time."""
-    with Session.load(tiny_bundle, threads=1) as session:
+    with Session.load(tiny_bundle, threads=1, reuse=False) as session:
         yield session
 
 
@@ -169,6 +172,47 @@ def test_several_answers_to_one_prompt(client: OpenAI, alone: Session) -> None:
     assert usage is None
     assert whole.usage is not None
     assert whole.usage.prompt_tokens == alone.generate(prompt, max_new_tokens=1).prompt_tokens
+
+
+def test_prompts_that_start_alike_are_fed_once(client: OpenAI, alone: Session, server: Running) -> None:
+    """Another question, and several answers to one, which count the prompt once; tokens are those without reuse."""
+    system = {"role": "system", "content": "Say the digits of each row from left to right, and not a word more."}
+    before, cached = server.metric("vkvx_reused_tokens_total"), []
+    for question, number in (("Read row 1.", 1), ("Read row 2.", 1), ("Read row 3.", 3), ("Read row 3.", 2)):
+        messages: Any = [system, {"role": "user", "content": question}]
+        request: dict[str, Any] = {"n": number, "temperature": 1.0, "seed": 1, "max_tokens": 4}
+        whole = client.chat.completions.create(model=MODEL, messages=messages, **request)
+        prompt = alone.format(messages)
+        expected = [alone.generate(prompt, temperature=1.0, seed=1 + i, max_new_tokens=4) for i in range(number)]
+        assert [choice.message.content for choice in whole.choices] == [one.text for one in expected]
+        details: Any = whole.usage.prompt_tokens_details  # type: ignore[union-attr]
+        cached.append(details.cached_tokens)
+    assert cached[0] == 0
+    assert 16 <= cached[1] == cached[2] < cached[3] == expected[0].prompt_tokens - 1
+    assert server.metric("vkvx_reused_tokens_total") - before == sum(cached)
+    assert server.metric("vkvx_reused_prompts_total") >= 3
+
+
+def test_more_answers_than_may_wait(alone: Session) -> None:
+    body = {"model": MODEL, "prompt": ["a", "b"], "n": 2}
+    with running(alone, Settings(max_waiting=3)) as small:
+        status, answer, _ = small.request("POST", "/v1/completions", body)
+    assert (status, answer["error"]["message"]) == (
+        400,
+        "the request asks for 4 answers, of which 3 may wait here; ask for fewer",
+    )
+
+
+def test_the_description_of_the_paths(server: Running) -> None:
+    status, found, _ = server.request("GET", "/openapi.json")
+    assert status == 200
+    assert set(found["paths"]) == {route.path.replace(":path", "") for route in server.service.app.routes}  # type: ignore[attr-defined]
+    schemas = found["components"]["schemas"]
+    assert set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found))) == set(schemas)
+    for kind in (ChatRequest, CompletionRequest):
+        assert set(schemas[kind.__name__]["properties"]) == set(kind.model_fields)
+        assert schemas[kind.__name__]["additionalProperties"] is False
+    assert {"type": "string"} in schemas["Message"]["properties"]["content"]["anyOf"]
 
 
 def test_completions_take_prompts_as_they_are(client: OpenAI, alone: Session) -> None:
