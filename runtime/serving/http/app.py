@@ -140,7 +140,8 @@ class Service:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi.description())
+        name = self.settings.name if self._opened is None else self._model(self._opened[0])
+        return JSONResponse(openapi.description(name))
 
     async def _models(self, request: Request) -> Response:
         session, _ = self._ready()

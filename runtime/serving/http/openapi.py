@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -53,12 +52,15 @@ _MODELS = {
 _GENERATION_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
-@cache
-def description() -> dict[str, Any]:
-    """The document of ``/openapi.json``."""
+def description(model: str | None) -> dict[str, Any]:
+    """The document of ``/openapi.json``; ``model`` is the one name that requests may give, None if it is not known."""
     kinds: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
     template = "#/components/schemas/{model}"
     names, found = models_json_schema([(kind, "validation") for kind in kinds.values()], ref_template=template)
+    schemas = found["$defs"]
+    if model is not None:
+        for kind in kinds.values():
+            schemas[kind.__name__]["properties"]["model"] = {"const": model}
     paths = {path: {"post": _generation(names[kind, "validation"])} for path, kind in kinds.items()}
     name = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
     paths |= {
@@ -76,7 +78,7 @@ def description() -> dict[str, Any]:
         "info": {"title": "vkvx", "version": __version__, "description": "Errors are in OpenAI's form."},
         "paths": paths,
         "components": {
-            "schemas": found["$defs"] | {"Error": _ERROR},
+            "schemas": schemas | {"Error": _ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }

@@ -212,6 +212,7 @@ def test_the_description_of_the_paths(server: Running) -> None:
     for kind in (ChatRequest, CompletionRequest):
         assert set(schemas[kind.__name__]["properties"]) == set(kind.model_fields)
         assert schemas[kind.__name__]["additionalProperties"] is False
+        assert schemas[kind.__name__]["properties"]["model"] == {"const": MODEL}
     assert {"type": "string"} in schemas["Message"]["properties"]["content"]["anyOf"]
 
 
