@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="decoder layers in place of the preset's")
     parser.add_argument("--visual-tokens", type=int, default=576, help="of the picture")
     parser.add_argument("--bits", nargs="+", default=["1", "16"])
+    parser.add_argument("--prefill-chunk", type=int, default=0, help="capture prefills of so many tokens (0: do not)")
     parser.add_argument("--repeats", type=int, default=9)
 
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model = Model(workload, random_model(arguments.shape, arguments.layers))
     rows = []
     for setting in map(Setting.parse, arguments.bits):
-        session = model.open(setting, slots=3)
+        session = model.open(setting, slots=3, chunk=arguments.prefill_chunk)
         session.cut_after_pictures = setting.bits != SIXTEEN
         firsts, seconds, equal = list[float](), list[float](), 0
         for repeat in range(arguments.repeats + 2):  # two warm up
