@@ -85,7 +85,7 @@ def description(model: str | None) -> dict[str, Any]:
 
 
 def _generation(body: dict[str, Any]) -> dict[str, Any]:
-    operation = _operation({_JSON: _ANSWER, "text/event-stream": _TEXT}, _GENERATION_ERRORS, secured=True)
+    operation = _operation({_JSON: _ANSWER, "text/event-stream": {}}, _GENERATION_ERRORS, secured=True)
     return operation | {"requestBody": {"required": True, "content": {_JSON: {"schema": body}}}}
 
 

@@ -41,7 +41,9 @@ class _Only:
         return {"enum": [None, *self._harmless], "description": f"Nothing else is supported: {self._help}"}
 
     def _check(self, value: Any) -> Any:
-        if value is not None and value not in self._harmless:
+        # Python takes false for 0, JSON does not.
+        same = (one for one in self._harmless if isinstance(one, bool) == isinstance(value, bool))
+        if value is not None and value not in same:
             raise PydanticCustomError("unsupported", "is not supported: {help}", {"help": self._help})
         return value
 

@@ -260,6 +260,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("a penalty", {"presence_penalty": 0.5}, 400, "presence_penalty is not supported", "presence_penalty"),
     ("a bias", {"logit_bias": {"7": 3}}, 400, "logit_bias is not supported: no token", "logit_bias"),
     ("others' tokens", {"logprobs": True, "top_logprobs": 2}, 400, "top_logprobs is not supported", "top_logprobs"),
+    ("a number for false", {"store": 0}, 400, "store is not supported: nothing is stored", "store"),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools is not supported", "tools"),
     ("no messages", {"messages": []}, 400, "messages is wrong: List should have at least 1 item", "messages"),
     ("a role", {"messages": [{"role": "root", "content": "x"}]}, 400, "messages[0].role must be", "messages[0].role"),
