@@ -110,6 +110,7 @@ class BundleRunner:
             slots=self._slots,
             visual_tokens=visual,
             text_tokens=-(-text // _ROUNDING) * _ROUNDING,
+            reuse=False,  # which rounds otherwise
             verify=False,
         )
         return self._session

@@ -103,6 +103,7 @@ class PackedCache:
         self._visual_position = np.zeros((slots, entries), np.int32)
         self._text_position = np.zeros((slots, rows), np.int32)
         self._used: set[int] = set()
+        self._kept: dict[int, None] = {}  # free, but not emptied; those that were given back longest ago come first
         counts = self.visual_count.nbytes + self.text_count.nbytes
         self._bytes = counts + sum(tensor_bytes(*tensor) for tensor in tensors.values())
 
@@ -110,20 +111,40 @@ class PackedCache:
 
     @property
     def free_slots(self) -> tuple[int, ...]:
-        """Slots that no sequence holds, ascending."""
+        """Slots that may be acquired, ascending; what :meth:`keep` left in some of them is dropped then."""
         return tuple(slot for slot in range(self.slots) if slot not in self._used)
 
+    @property
+    def kept_slots(self) -> tuple[int, ...]:
+        """Free slots that :meth:`keep` left as they were, those that were given back longest ago first."""
+        return tuple(self._kept)
+
     def acquire(self) -> int:
-        """Take the lowest free slot and empty it. Raises CapacityError if all are taken."""
+        """Take the lowest free slot, one that is kept only if there is no other, and empty it.
+
+        Of those that are kept the one goes that was given back longest ago. Raises CapacityError if all are taken.
+        """
         free = self.free_slots
         if not free:
             raise CapacityError(
                 f"all {self.slots} slots of the cache are in use; close a conversation or load the bundle with more "
                 "slots (slots=)"
             )
-        self._used.add(free[0])
-        self.reset(free[0])
-        return free[0]
+        slot = next((slot for slot in free if slot not in self._kept), None)
+        slot = self.resume(next(iter(self._kept)) if slot is None else slot)
+        self.reset(slot)
+        return slot
+
+    def resume(self, slot: int) -> int:
+        """Take a free slot with what is in it."""
+        self._kept.pop(slot, None)
+        self._used.add(slot)
+        return slot
+
+    def keep(self, slot: int) -> None:
+        """Give a slot back, but leave what is in it until the slot is needed."""
+        self._used.discard(slot)
+        self._kept[slot] = None
 
     def release(self, slot: int) -> None:
         """Give a slot back and empty it."""
@@ -271,6 +292,17 @@ class PackedCache:
         """Forget the text tokens that a slot was given last."""
         self.text_count[slot] -= text_tokens
         self.next_position[slot] -= text_tokens
+
+    def truncate(self, slot: int, picture_lengths: Sequence[int], text_tokens: int, next_position: int) -> None:
+        """Forget all but the first tokens of a slot: pictures of these visual tokens, and so many text tokens.
+
+        ``next_position`` is that of the rotary embedding. States of linear attention cannot do that.
+        """
+        groups, rows = self.demand(picture_lengths, text_tokens)
+        self.visual_count[slot, groups:] = 0
+        self.text_count[slot] = rows
+        self.next_position[slot] = next_position
+        self._inline_visual[slot] = 0 if self.layout.is_packed else sum(picture_lengths)
 
     def _note_positions(self, call: Call) -> None:
         """Remember the positions of a call's tokens where the call stores them; the counts are those before it."""

@@ -74,8 +74,12 @@ class ServerClosedError(VkvxError):
     """A server was closed before an answer ended, or takes no requests any more."""
 
 
-class QueueFullError(VkvxError):
+class BusyError(VkvxError):
     """As many requests wait for a server as it lets wait."""
+
+
+class DeadlineError(VkvxError):
+    """A request to a server did not end within the time that it was given."""
 
 
 class DependencyError(VkvxError):

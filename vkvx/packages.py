@@ -13,12 +13,20 @@ from urllib.request import url2pathname
 
 from vkvx.errors import DependencyError
 
-PIP_NAMES = {"PIL": "pillow", "cuda": "cuda-python", "onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
+PIP_NAMES = {
+    "PIL": "pillow",
+    "cuda": "cuda-python",
+    "onnx_ir": "onnx-ir",
+    "prometheus_client": "prometheus-client",
+    "sklearn": "scikit-learn",
+}
 """Modules whose package has another name."""
 RUN = ("numpy", "PIL", "jinja2", "onnx", "onnxruntime", "transformers")
 """Modules that running a bundle in onnxruntime takes."""
 TORCH = ("numpy", "PIL", "jinja2", "safetensors", "torch", "transformers")
 """The same in torch."""
+SERVE = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+"""Modules that the HTTP server takes beside those that run a bundle."""
 EXPORT = ("numpy", "PIL", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
 """Modules that an export takes."""
 

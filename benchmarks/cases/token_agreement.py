@@ -60,7 +60,10 @@ def _plug_in_and_bundle(bits: int, task: Task, threads: int) -> tuple[list[list[
     with tempfile.TemporaryDirectory() as directory:
         bundle = Path(directory) / "bundle"
         export_model("tiny-llava", bundle, ExportOptions(dtype="float32", bits=bits))
-        with Session.load(bundle, provider="cpu", threads=threads) as session, quantize_visual_cache(model, bits):
+        with (
+            Session.load(bundle, provider="cpu", threads=threads, reuse=False) as session,
+            quantize_visual_cache(model, bits),
+        ):
             for sample in task.samples(range(task.count)):
                 prompt = prompt_of(sample, session.processor)
                 pictures = [load_picture(picture) for picture in sample.pictures]

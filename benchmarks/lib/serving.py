@@ -113,7 +113,8 @@ class Prompts:
         tokens = np.array([*ids, *text], np.int32)
         positions = prompt_positions(tokens == self._info.image_token_id, self._encoded)
         lengths = (load.picture_tokens,) * load.pictures
-        return Prepared(tokens, self._calls, lengths, positions)
+        digests = tuple(one.digest for one in self._encoded)
+        return Prepared(tokens, self._calls, lengths, positions, picture_digests=digests)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, whatever their numbers."""

@@ -7,6 +7,7 @@ transformers' processors do it, so that the tokens are theirs.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,15 @@ class Encoded:
     positions: np.ndarray | None = None
     size: tuple[int, int] = (0, 0)
     advance: int | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the inputs of the vision graph: names, types, shapes and contents."""
+        found = hashlib.sha256()
+        for name, array in sorted(self.arrays.items()):
+            found.update(f"{name} {array.dtype} {array.shape} ".encode())
+            found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return found.digest()
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vkvx.errors import OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError, describe
+from vkvx.errors import (
+    BusyError,
+    DeadlineError,
+    OptionError,
+    RequestCancelledError,
+    ServerClosedError,
+    VkvxError,
+    describe,
+)
 from vkvx.runtime.serving.answer import Answer, ChunkStream
 from vkvx.runtime.sessions.generation import Chunk, Failure, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
+from vkvx.runtime.sessions.processor import Prepared
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.scheduler import Scheduler
 from vkvx.runtime.sessions.session import Session
@@ -32,9 +43,10 @@ class ServerStats:
     """What a server does now, and what it has done since it started.
 
     ``waiting`` requests have no slot yet, ``live`` ones have one of ``slots``. All else only grows: requests that were
-    ``submitted``, and of them those that ``finished``, ``failed`` or were ``cancelled``; those ``refused`` because too
-    many waited; tokens of prompts and of answers; ``first_tokens`` requests that got their first token, after
-    ``first_token_seconds`` in all since they were submitted.
+    ``submitted``, and of them those that ``finished``, ``failed``, were ``cancelled`` or ``expired`` (their deadlines
+    passed); those ``refused`` because too many waited; tokens of prompts and of answers; ``first_tokens`` requests that
+    got their first token, after ``first_token_seconds`` in all since they were submitted; ``reused_prompts`` that went
+    on from a sequence in a slot, which saved feeding ``reused_tokens``.
     """
 
     slots: int
@@ -44,20 +56,24 @@ class ServerStats:
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    expired: int = 0
     refused: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     first_tokens: int = 0
     first_token_seconds: float = 0.0
+    reused_prompts: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass
 class _Running:
-    """A request that has not ended, and when it was submitted."""
+    """A request that has not ended, when it was submitted and when it has to have ended, by ``time.perf_counter``."""
 
     request: Request
     stream: ChunkStream
     submitted: float
+    deadline: float
     is_started: bool = False
 
 
@@ -86,6 +102,7 @@ class Server:
         self._joining: dict[int, _Running] = {}
         # Numbers of requests to cancel; None wakes the thread. To put takes no lock: an answer may be dropped anywhere.
         self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._leaving = set[int]()  # those of them that the thread has read
         self._closed = False
         self._broken: BaseException | None = None  # what ended the thread, if not close()
         self._stats = ServerStats(session.backend.cache.slots)
@@ -96,48 +113,94 @@ class Server:
 
     def submit(
         self,
-        prompt: str,
+        prompt: str | Prepared,
         images: Pictures = None,
         videos: str | Path | Sequence[Video] | None = None,
         *,
         options: GenerationOptions | None = None,
+        deadline: float | None = None,
         **changes: Any,
     ) -> Answer:
         """Queue a prompt, as in :meth:`Session.generate`. Raises InputError, OptionError and CapacityError at once.
 
-        Raises QueueFullError if too many requests wait, ServerClosedError after :meth:`close`, and VkvxError if the
+        What :meth:`Processor.prepare` made of a prompt and its pictures may stand for them.
+        An answer that has not ended ``deadline`` seconds after this is called raises DeadlineError, whether it waits,
+        runs, or has its pictures encoded.
+
+        Raises BusyError if too many requests wait, ServerClosedError after :meth:`close`, and VkvxError if the
         server's thread has failed.
         """
-        session = self._session
+        chosen = self._session.options(options, changes)
+        return self._queue(prompt, images, videos, [chosen], deadline)[0]
+
+    def submit_several(
+        self,
+        prompt: str | Prepared,
+        images: Pictures = None,
+        videos: str | Path | Sequence[Video] | None = None,
+        *,
+        options: Sequence[GenerationOptions],
+        deadline: float | None = None,
+    ) -> list[Answer]:
+        """Queue a prompt for several answers, one for each of ``options``, whose seeds may differ; as :meth:`submit`.
+
+        The prompt is fed once, for those that find a free slot then; each gets what it gets alone. Limits of pixels and
+        frames are to be the same in all.
+        """
+        if not options or len({(one.limits, one.fps) for one in options}) > 1:
+            raise OptionError("options must be at least one, with the same limits of pixels and fps in all")
+        if len(options) > self._max_waiting:
+            raise OptionError(f"options must be at most {self._max_waiting} (max_waiting), got {len(options)}")
+        return self._queue(prompt, images, videos, options, deadline)
+
+    def _queue(
+        self,
+        prompt: str | Prepared,
+        images: Pictures,
+        videos: str | Path | Sequence[Video] | None,
+        options: Sequence[GenerationOptions],
+        deadline: float | None,
+    ) -> list[Answer]:
+        session, submitted = self._session, time.perf_counter()
+        if deadline is not None and not deadline > 0:
+            raise OptionError(f"deadline must be more than 0 seconds, got {deadline}")
         with self._lock:
             self._check_open()
-        chosen = session.options(options, changes)
-        prepared = session.processor.prepare(
-            prompt, listed(images), listed_videos(videos), limits=chosen.limits, fps=chosen.fps
-        )
-        with self._lock:
-            self._check_open()
-            number = self._stats.submitted
-            request = Request(
-                *(number, prepared, chosen, session.processor, session.backend), prefill_chunk=session.prefill_chunk
+        prepared = prompt
+        if not isinstance(prepared, Prepared):
+            prepared = session.processor.prepare(
+                prepared, listed(images), listed_videos(videos), limits=options[0].limits, fps=options[0].fps
             )
-            request.check()
+        with self._lock:
+            self._check_open()
+            first = self._stats.submitted
+            requests = [
+                session.request(number, prepared, one, partial(self._check_wanted, number))
+                for number, one in enumerate(options, first)
+            ]
+            leader, *leader.followers = requests
             waiting = self._scheduler.waiting + len(self._joining)
-            if waiting >= self._max_waiting:
-                self._count(refused=1)
-                raise QueueFullError(f"{waiting} requests wait already; try again later (max_waiting={waiting})")
-            stream = ChunkStream()
-            self._count(submitted=1, prompt_tokens=len(prepared.token_ids))
-            self._joining[number] = _Running(request, stream, time.perf_counter())
+            if waiting + len(requests) > self._max_waiting:
+                self._count(refused=len(requests))
+                raise BusyError(f"{waiting} requests wait already; try again later (max_waiting={self._max_waiting})")
+            self._count(submitted=len(requests), prompt_tokens=len(prepared.token_ids))
+            end = math.inf if deadline is None else submitted + deadline
+            answers = []
+            for request in requests:
+                stream = ChunkStream()
+                self._joining[request.row] = _Running(request, stream, submitted, end)
+                answers.append(Answer(request.row, stream, self._events.put))
         self._events.put(None)
-        return Answer(number, stream, self._events.put)
+        return answers
 
     @property
     def stats(self) -> ServerStats:
         """Counters, for a page of metrics."""
         with self._lock:
             waiting = self._scheduler.waiting + len(self._joining)
-            return replace(self._stats, waiting=waiting, live=self._scheduler.live)
+            kept = self._session.kept
+            reused = {} if kept is None else {"reused_prompts": kept.hits, "reused_tokens": kept.tokens}
+            return replace(self._stats, waiting=waiting, live=self._scheduler.live, **reused)
 
     def close(self) -> None:
         """End all requests and the thread. The session stays open."""
@@ -184,9 +247,7 @@ class Server:
         with self._lock:
             for result in results:
                 if isinstance(result, Failure):
-                    LOG.error("request %d failed: %s", result.row, describe(result.error), exc_info=result.error)
-                    self._count(failed=1)
-                    self._running.pop(result.row).stream.fail(result.error)
+                    self._fail(result)
                 else:
                     self._hand_over(result)
 
@@ -200,24 +261,61 @@ class Server:
             del self._running[chunk.row]
         running.stream.put(chunk)
 
+    def _fail(self, failure: Failure) -> None:
+        error, running = failure.error, self._running.pop(failure.row)
+        if isinstance(error, (RequestCancelledError, DeadlineError)):
+            self._count_early(error)
+        else:
+            LOG.error("request %d failed: %s", failure.row, describe(error), exc_info=error)
+            self._count(failed=1)
+        running.stream.fail(error)
+
     def _take_changes(self) -> bool:
         """Let requests join and leave; wait if there is nothing to do. False once the server is closed."""
-        leaving = [] if self._scheduler.busy or self._closed else [self._events.get()]
-        while not self._events.empty():
-            leaving.append(self._events.get())
+        self._read_events(wait=not self._scheduler.busy and not self._closed)
         with self._lock:
+            followers = {one for running in self._joining.values() for one in running.request.followers}
             for number, running in self._joining.items():
                 self._running[number] = running
-                self._scheduler.submit(running.request)
+                if running.request not in followers:
+                    self._scheduler.submit(running.request)
             self._joining.clear()
-            for cancelled in leaving:
-                if cancelled is not None and cancelled in self._running:
-                    running = self._running[cancelled]
+            for number in list(self._running):
+                if (error := self._unwanted(number)) is not None:
+                    running = self._running[number]
                     self._scheduler.cancel(running.request)
-                    del self._running[cancelled]
-                    self._count(cancelled=1)
-                    running.stream.fail(RequestCancelledError("the request was cancelled"))
+                    del self._running[number]
+                    self._count_early(error)
+                    running.stream.fail(error)
+            self._leaving.clear()
             return not self._closed
+
+    def _read_events(self, *, wait: bool) -> None:
+        """Note which requests are to be cancelled."""
+        while wait or not self._events.empty():
+            if (number := self._events.get()) is not None:
+                self._leaving.add(number)
+            wait = False
+
+    def _unwanted(self, number: int) -> VkvxError | None:
+        """Why a request is to end now, if it is."""
+        if number in self._leaving:
+            return RequestCancelledError("the request was cancelled")
+        running, now = self._running[number], time.perf_counter()
+        if now < running.deadline:
+            return None
+        seconds = running.deadline - running.submitted
+        return DeadlineError(f"the answer has not ended after {seconds:g} s; raise deadline, or ask when less runs")
+
+    def _check_wanted(self, number: int, *_: object) -> None:
+        """Between two calls of the vision tower: raise what ends the request, if it is to end now."""
+        self._read_events(wait=False)
+        if (error := self._unwanted(number)) is not None:
+            raise error
+
+    def _count_early(self, error: VkvxError) -> None:
+        expired = isinstance(error, DeadlineError)
+        self._count(expired=int(expired), cancelled=int(not expired))
 
     def _end_all(self, error: BaseException) -> None:
         """Free all slots, and give the error to all who wait."""

@@ -29,10 +29,17 @@ class Conversation:
     turn out not to be numbers: that error ends the answer only, but what follows on such a history likely fails too.
     """
 
-    def __init__(self, backend: Backend, processor: Processor, prefill_chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        processor: Processor,
+        prefill_chunk: int | None = None,
+        cut_after_pictures: bool = False,
+    ) -> None:
         self._backend = backend
         self._processor = processor
         self._prefill_chunk = prefill_chunk
+        self._cut_after_pictures = cut_after_pictures
         self._slot: int | None = backend.cache.acquire()
         self._history: list[int] = []
         self._messages: list[Message] = []
@@ -105,7 +112,7 @@ class Conversation:
         """A second conversation with the same history, in a slot of its own. Only what is valid is copied."""
         self._stop_running()
         slot = self._open_slot()
-        twin = Conversation(self._backend, self._processor, self._prefill_chunk)
+        twin = Conversation(self._backend, self._processor, self._prefill_chunk, self._cut_after_pictures)
         self._backend.cache.fork(slot, twin._open_slot())
         twin._history, twin._messages, twin.last = list(self._history), list(self._messages), self.last
         return twin
@@ -179,6 +186,7 @@ class Conversation:
             slot=slot,
             history=self._history,
             prefill_chunk=self._prefill_chunk,
+            cut_after_pictures=self._cut_after_pictures,
             progress=progress,
         )
         request.check()

@@ -14,8 +14,9 @@ from vkvx.manifest import Progress
 from vkvx.runtime.backends.base import Backend, DividedTower, SampledRow, SamplingBackend
 from vkvx.runtime.calls import Row
 from vkvx.runtime.sessions import nonfinite
-from vkvx.runtime.sessions.pieces import check_prefill_chunk, cut
+from vkvx.runtime.sessions.pieces import behind, check_prefill_chunk, cut
 from vkvx.runtime.sessions.processor import Prepared, Processor
+from vkvx.runtime.sessions.reuse import Fed, KeptSequences
 from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler, checked
 from vkvx.runtime.sessions.text import IncrementalDecoder, StopStrings
 
@@ -25,10 +26,11 @@ class Generation:
     """An answer. ``text`` is without the white space that many models begin with. ``token_ids`` are all tokens chosen,
     the end-of-sequence token and those of a stop string included.
 
-    ``finish_reason`` is "eos", "stop" or "length". ``prompt_tokens`` counts what this call fed before the answer,
-    ``visual_tokens`` how many of them were visual. ``prefill_seconds`` include the vision tower; ``decode_seconds`` are
-    those of the steps after the first token, waiting for the consumer of a stream not included. ``logprobs`` are those
-    of ``token_ids`` by the model's logits, None unless they were asked for.
+    ``finish_reason`` is "eos", "stop" or "length". ``prompt_tokens`` counts what came before the answer with this call,
+    ``visual_tokens`` how many of them were visual, and ``reused_tokens`` how many were in the cache already.
+    ``prefill_seconds`` include the vision tower; ``decode_seconds`` are those of the steps after the first token,
+    waiting for the consumer of a stream not included. ``logprobs`` are those of ``token_ids`` by the model's logits,
+    None unless they were asked for.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     logprobs: tuple[float, ...] | None = None
+    reused_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,7 +77,11 @@ class Request:
     ``history`` holds every token of the sequence and is extended in place. What of it is not in the cache yet is what
     the next call feeds; that is at least the token chosen last. ``slot`` None asks for a free slot, which is given
     back at the end. A prompt of more than ``prefill_chunk`` tokens is fed in pieces, one call after another, see
-    :mod:`vkvx.runtime.sessions.pieces`. ``progress`` is called with the stage "vision".
+    :mod:`vkvx.runtime.sessions.pieces`; with ``cut_after_pictures`` one ends behind the pictures of each turn. A
+    request that asks for a free slot goes on from one of the ``kept`` sequences where it can. ``progress`` is called
+    with the stage "vision".
+
+    ``followers`` are requests for other answers to the same prompt, which fork from this one when its prompt was fed.
     """
 
     def __init__(
@@ -88,6 +95,8 @@ class Request:
         slot: int | None = None,
         history: list[int] | None = None,
         prefill_chunk: int | None = None,
+        cut_after_pictures: bool = False,
+        kept: KeptSequences | None = None,
         progress: Progress | None = None,
     ) -> None:
         model = backend.manifest.model
@@ -111,8 +120,16 @@ class Request:
         self._start = 0 if slot is None else backend.cache.length(slot)
         self._fed = np.concatenate([np.array(self.history[self._start :], np.int32), prepared.token_ids])
         # Part of a prompt could not be taken back from states that hold others.
-        limit = None if model.linear_layers and self._start else prefill_chunk
-        self._pieces = deque(cut(self._fed, prepared.picture_lengths, backend.manifest, limit))
+        whole = bool(model.linear_layers and self._start)
+        limits = (None, False) if whole else (prefill_chunk, cut_after_pictures)
+        self._pieces = deque(cut(self._fed, prepared.picture_lengths, backend.manifest, *limits))
+        self.followers: list[Request] = []
+        self._logits: np.ndarray | None = None  # that the first token is chosen from, as the followers need them
+        self._kept = kept if self.owns_slot else None
+        self._prompt = Fed.of_prompt(prepared, self._pieces, backend.manifest) if self._kept else None
+        self._reused = 0  # tokens of the prompt that are in the slot already
+        self._reused_pictures = 0
+        self._vision_calls = prepared.vision_calls  # of pictures that are not
         self._mark: tuple[np.ndarray, ...] = ()  # of the slot before the prompt
         self._first_position = 0  # of the prompt, for the rotary embedding
         self._text: list[str] = []
@@ -166,12 +183,47 @@ class Request:
 
     def admit(self) -> None:
         """Take a slot if there is none yet, and make the prompt part of the history."""
-        if self.slot is None:
-            self.slot = self._backend.cache.acquire()
-        self._mark = self._backend.cache.mark(self.slot)
-        self._first_position = int(self._backend.cache.next_position[self.slot]) + self._base - self._start
+        cache = self._backend.cache
+        if self.slot is not None:
+            self._mark = cache.mark(self.slot)
+            self._first_position = int(cache.next_position[self.slot]) + self._base - self._start
+        elif self._kept is None or self._prompt is None:
+            self.slot = cache.acquire()
+        else:
+            self.slot, self._reused = self._kept.take(self._prompt)
+            self._skip(self._prompt)
         self.history.extend(self.prepared.token_ids.tolist())
         self._sampler.observe(self.history)
+
+    def follow(self, leader: Request) -> None:
+        """Take a slot, and what the prompt of ``leader`` left in its own: the slots hold the same then.
+
+        :meth:`choose_first` gives the first token. Raises CapacityError if there is no slot.
+        """
+        assert leader.slot is not None
+        self.slot = self._backend.cache.acquire()
+        self._backend.cache.fork(leader.slot, self.slot)
+        self.history.extend(self.prepared.token_ids.tolist())
+        self._sampler.observe(self.history)
+        self._pieces.clear()
+        self._launched, self._reused = 1, len(self.prepared.token_ids)
+        self._logits = leader._logits  # of the first token
+        self.prefill_seconds = leader.prefill_seconds
+
+    def choose_first(self) -> Choice:
+        """The first token of a follower. Raises NumericError and OptionError."""
+        assert self._logits is not None
+        logits, self._logits = self._logits, None
+        return self.choose(logits)
+
+    def _skip(self, prompt: Fed) -> None:
+        """Drop what need not be fed of the prompt."""
+        lengths = [one.length for one in prompt.pictures if one.end <= self._reused]
+        if len(self._vision_calls) == len(prompt.pictures):  # a call each: else all run, for the pictures that are left
+            self._reused_pictures = len(lengths)
+            self._vision_calls = self._vision_calls[len(lengths) :]
+        missing = sum(lengths[: self._reused_pictures])
+        self._pieces = deque(behind(self._pieces, self._reused, sum(lengths), missing))
 
     @property
     def is_prefilling(self) -> bool:
@@ -190,10 +242,10 @@ class Request:
         other calls fit in between: where the backend's tower stops, and behind what was encoded. Started anew, it goes
         on with the next call.
         """
-        piece, calls = self._pieces[0], self.prepared.vision_calls
+        piece, calls = self._pieces[0], self._vision_calls
         if not piece.picture_lengths:
             return []
-        wanted, before = sum(self.prepared.picture_lengths), len(self._embeds)
+        wanted, before = sum(self.prepared.picture_lengths[self._reused_pictures :]), len(self._embeds)
         while len(self._embeds) < len(calls) and (self._encoded < piece.last_embed or piece.last_embed == wanted):
             inputs, backend = calls[len(self._embeds)], self._backend
             if in_parts and isinstance(backend, DividedTower):
@@ -261,14 +313,17 @@ class Request:
 
     @property
     def needs_host(self) -> bool:
-        """Whether the host has to know a token before the next is chosen: rules look back, or what is fed too much
-        could not be taken back from a slot that goes on, as states of linear attention cannot."""
+        """Whether the host has to know a token before the next is chosen: rules look back, others choose from the same
+        logits, or what is fed too much could not be taken back from a slot that goes on, as states of linear attention
+        cannot."""
         is_linear = bool(self._backend.manifest.model.linear_layers)
-        return self._sampler.looks_back or (is_linear and not self.owns_slot)
+        return self._sampler.looks_back or bool(self.followers) or (is_linear and not self.owns_slot)
 
     def choose(self, logits: np.ndarray) -> Choice:
         """The next token from logits [V], on the host. Raises NumericError and OptionError."""
         self._excluded = None  # the backend does not know of this token
+        if self.followers:
+            self._logits = logits
         return self._sampler.choose(logits)
 
     def note_piece(self, seconds: float) -> None:
@@ -292,7 +347,8 @@ class Request:
             if not isinstance(error, NumericError):
                 raise
             assert self.slot is not None
-            reason = nonfinite.explain(self._backend, self.slot, embeds, self.prepared.picture_lengths)
+            lengths = self.prepared.picture_lengths[self._reused_pictures :]
+            reason = nonfinite.explain(self._backend, self.slot, embeds, (*[0] * self._reused_pictures, *lengths))
             raise NumericError(f"{error}; {reason}") from error
         self._sampler.note(token)
         logprobs = None if logprob is None else (logprob,)
@@ -326,15 +382,21 @@ class Request:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             logprobs=tuple(self._logprobs) if self.options.logprobs else None,
+            reused_tokens=self._reused,
         )
         return Chunk(self.row, text, (token,), self.finish_reason, generation, logprobs)
 
-    def leave(self) -> None:
-        """End the request, at its end or before: give the slot back, or undo a prompt of which a part was not fed."""
+    def leave(self, *, keep: bool = False) -> None:
+        """End the request, at its end or before: give the slot back, or undo a prompt of which a part was not fed.
+
+        ``keep``: what is in a slot that is given back is sound, so that others may go on from it.
+        """
         cache = self._backend.cache
         if self.slot is None:
             return
-        if self.owns_slot:
+        if keep and self._kept is not None and self._prompt is not None:
+            self._kept.keep(self.slot, self._prompt.grown(self.history))
+        elif self.owns_slot:
             cache.release(self.slot)
         elif cache.length(self.slot) < self._base + len(self.prepared.token_ids):
             cache.rewind(self.slot, self._mark)

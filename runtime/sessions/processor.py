@@ -50,7 +50,8 @@ class Prepared:
     picture. ``vision_calls`` are the inputs of the vision graph, call by call. ``positions`` INT32 [3, n] are those of
     the rotary embedding, from 0, in models that place pictures in time, rows and columns. ``picture_sizes`` are height
     and width of each picture in pixels, before the image processor resized it. The frames of a video, some to a patch,
-    count as pictures; ``frames`` is their number in all videos.
+    count as pictures; ``frames`` is their number in all videos. ``picture_digests`` are the SHA-256 of what each
+    picture brings to ``vision_calls``; without them no other prompt goes on from this one.
     """
 
     token_ids: np.ndarray
@@ -59,6 +60,7 @@ class Prepared:
     positions: np.ndarray | None = None
     picture_sizes: tuple[tuple[int, int], ...] = ()
     frames: int = 0
+    picture_digests: tuple[bytes, ...] = ()
 
 
 def user_message(text: str, pictures: int, videos: int = 0) -> dict[str, Any]:
@@ -203,7 +205,8 @@ class Processor:
             raise BundleError(f"the tokenizer does not keep '{self._token}' apart; export the model again")
         calls = self._pictures.join(encoded) if encoded else ()
         sizes = tuple(one.size for one in encoded)
-        return Prepared(ids, calls, lengths, prompt_positions(visual, encoded), sizes, frames)
+        digests = tuple(one.digest for one in encoded)
+        return Prepared(ids, calls, lengths, prompt_positions(visual, encoded), sizes, frames, digests)
 
     def check_limits(self, limits: PixelLimits) -> None:
         """Raise OptionError for limits of pixels that do not suit the model."""

@@ -69,6 +69,7 @@ class Scheduler:
         self._positions = min(_PREFILL_POSITIONS, prefill_chunk or _PREFILL_POSITIONS)
         self._waiting = deque[Request]()
         self._live = list[Request]()
+        self._following = 0  # followers that have neither a slot nor a place among those who wait
         self._flights = deque[_Flight]()  # launched, tokens not read
         self._prompts: _Prompts | None = None  # parts of it are still to be launched
         self._results = list[Chunk | Failure]()  # of the step that runs
@@ -85,7 +86,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Requests without a slot."""
-        return len(self._waiting)
+        return len(self._waiting) + self._following
 
     @property
     def live(self) -> int:
@@ -93,15 +94,22 @@ class Scheduler:
         return len(self._live)
 
     def submit(self, request: Request) -> None:
-        """Queue a request that was checked; it starts as soon as a slot is free."""
+        """Queue a request that was checked, with its followers; it starts as soon as a slot is free."""
         self._waiting.append(request)
+        self._following += len(request.followers)
 
     def cancel(self, request: Request) -> None:
         """End a request before its end, if it has not ended."""
         if request in self._waiting:
+            self._lead(request, self._waiting.index(request) + 1)
             self._waiting.remove(request)
         elif request in self._live:
-            self._leave(request)
+            self._leave(request, keep=True)
+        else:
+            for leader in (*self._waiting, *self._live):
+                if request in leader.followers:
+                    leader.followers.remove(request)
+                    self._following -= 1
 
     def step(self) -> list[Chunk | Failure]:
         """Start what may start, launch one call, and return what the call before it added.
@@ -128,6 +136,7 @@ class Scheduler:
     def close(self) -> None:
         """End all requests."""
         self._waiting.clear()
+        self._following = 0
         self._forget()
         while self._live:
             self._live.pop().leave()
@@ -276,21 +285,53 @@ class Scheduler:
             if choice is None:
                 request.note_piece(seconds)
                 continue
+            if request.followers:
+                self._fork(request, results, seconds)
+            self._accept(request, choice, seconds, results)
+
+    def _accept(
+        self, request: Request, choice: Choice | Exception, seconds: float, results: list[Chunk | Failure]
+    ) -> None:
+        try:
+            results.append(request.accept(choice, seconds))
+        except Exception as error:
+            results.append(self._fail(request, error))
+        else:
+            if request.finish_reason:
+                self._leave(request, keep=True)
+
+    def _fork(self, leader: Request, results: list[Chunk | Failure], seconds: float) -> None:
+        """Let followers take slots as ``leader`` has its prompt in one; those that find none wait as others do."""
+        starting = leader.followers[: len(self._backend.cache.free_slots)]
+        del leader.followers[: len(starting)]
+        self._following -= len(starting)
+        for follower in starting:
+            follower.follow(leader)
+            self._live.append(follower)
+        self._lead(leader, 0)
+        for follower in starting:
             try:
-                results.append(request.accept(choice, seconds))
+                choice: Choice | Exception = follower.choose_first()
             except Exception as error:
-                results.append(self._fail(request, error))
-            else:
-                if request.finish_reason:
-                    self._leave(request)
+                choice = error
+            self._accept(follower, choice, seconds, results)
+
+    def _lead(self, leader: Request, place: int) -> None:
+        """Let the first follower of a request lead the others, at this place among those who wait."""
+        if leader.followers:
+            first, *others = leader.followers
+            leader.followers, first.followers = [], others
+            self._waiting.insert(place, first)
+            self._following -= 1
 
     def _fail(self, request: Request, error: Exception) -> Failure:
-        self._leave(request)
+        self._leave(request, keep=False)
         return Failure(request.row, error)
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, *, keep: bool) -> None:
         self._live.remove(request)
-        request.leave()
+        self._lead(request, 0)
+        request.leave(keep=keep)
         if self._prompts is not None and request in self._prompts.requests:
             self._drop_prompts()
         if not self._live:

@@ -15,8 +15,9 @@ from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.sessions.conversation import Conversation
 from vkvx.runtime.sessions.generation import Chunk, Generation, Request
 from vkvx.runtime.sessions.pictures import Pictures, listed
-from vkvx.runtime.sessions.pieces import check_prefill_chunk
-from vkvx.runtime.sessions.processor import Message, Processor
+from vkvx.runtime.sessions.pieces import check_cut_after_pictures, check_prefill_chunk
+from vkvx.runtime.sessions.processor import Message, Prepared, Processor
+from vkvx.runtime.sessions.reuse import KeptSequences
 from vkvx.runtime.sessions.sampling import GenerationOptions, changed_options, default_options
 from vkvx.runtime.sessions.scheduler import run
 from vkvx.runtime.sessions.videos import Video, listed_videos
@@ -44,12 +45,17 @@ class Session:
         processor: Processor,
         backend_reason: str = "it was asked for",
         prefill_chunk: int | None = None,
+        *,
+        cut_after_pictures: bool = False,
+        reuse: bool = False,
     ) -> None:
         self.manifest = manifest
         self.backend = backend
         self.processor = processor
         self.backend_reason = backend_reason
         self.prefill_chunk = prefill_chunk
+        self.cut_after_pictures = cut_after_pictures
+        self.kept = KeptSequences(backend) if reuse else None
 
     @classmethod
     def load(
@@ -63,6 +69,8 @@ class Session:
         text_tokens: int | None = None,
         threads: int | None = None,
         prefill_chunk: int | None = None,
+        cut_after_pictures: bool = False,
+        reuse: bool = True,
         verify: bool = True,
         compile: bool = False,
         progress: Progress | None = None,
@@ -76,10 +84,13 @@ class Session:
         with the CUDA kernels, elsewhere onnxruntime. ``provider`` is "cpu", "cuda" or "auto". ``threads`` are those of
         a CPU. ``prefill_chunk`` feeds prompts of more tokens in pieces of at most so many, between which other rows go
         on; later pieces read earlier ones from the packed cache (None: prompts stay whole, and are exact while they
-        run). ``verify`` compares the SHA-256 of each file with the manifest, and an engine's logits with the golden
-        sample. ``compile`` is for torch on a GPU: decode steps become a fifth to a quarter faster, after half a minute
-        at the first step of each number of rows. ``processor`` is the bundle's, where it is open already and the files
-        were compared before that.
+        run). ``cut_after_pictures`` ends a piece behind the last picture of each turn. With ``reuse`` slots keep their
+        last sequences until they are needed, and a prompt of :meth:`generate` and :meth:`stream` that starts with the
+        same tokens and pictures goes on from there, as far as it gets the same by that: with packed pictures, what
+        follows one can be reused only with ``cut_after_pictures``. ``verify`` compares the SHA-256 of each file with
+        the manifest, and an engine's logits with the golden sample. ``compile`` is for torch on a GPU: decode steps
+        become a fifth to a quarter faster, after half a minute at the first step of each number of rows. ``processor``
+        is the bundle's, where it is open already and the files were compared before that.
 
         Raises BundleError, EngineError, OptionError, DependencyError, DeviceError, CapacityError.
         """
@@ -92,6 +103,7 @@ class Session:
         if text_tokens is not None and text_tokens < 1:
             raise OptionError(f"text_tokens (--max-text-tokens) must be at least 1, got {text_tokens}")
         check_prefill_chunk(manifest, prefill_chunk)
+        check_cut_after_pictures(manifest, cut_after_pictures)
         model, size = manifest.model, manifest.quantization.group_size
         found = choose_backend(backend, directory, manifest, provider, threads)
         if compile and found.name != "torch":
@@ -117,7 +129,26 @@ class Session:
         except VkvxError:
             opened.close()
             raise
-        return cls(manifest, opened, processor or Processor.of_bundle(directory, manifest), found.reason, prefill_chunk)
+        opened_processor = processor or Processor.of_bundle(directory, manifest)
+        return cls(
+            *(manifest, opened, opened_processor, found.reason, prefill_chunk),
+            cut_after_pictures=cut_after_pictures,
+            reuse=reuse,
+        )
+
+    def request(
+        self, row: int, prepared: Prepared, options: GenerationOptions, progress: Progress | None = None
+    ) -> Request:
+        """A request for a scheduler over this session's slots. Raises CapacityError if it does not fit an empty one."""
+        request = Request(
+            *(row, prepared, options, self.processor, self.backend),
+            prefill_chunk=self.prefill_chunk,
+            cut_after_pictures=self.cut_after_pictures,
+            kept=self.kept,
+            progress=progress,
+        )
+        request.check()
+        return request
 
     @overload
     def generate(
@@ -204,16 +235,13 @@ class Session:
             prepared = self.processor.prepare(
                 prompt, listed(pictures), listed_videos(clips), limits=chosen.limits, fps=chosen.fps
             )
-            requests.append(
-                Request(row, prepared, chosen, self.processor, self.backend, prefill_chunk=self.prefill_chunk)
-            )
-            requests[-1].check()
+            requests.append(self.request(row, prepared, chosen))
         return run(self.backend, requests, self.prefill_chunk)
 
     def conversation(self) -> Conversation:
         """Start a conversation in a free slot. Raises CapacityError if there is none."""
         check_open(self.backend)
-        return Conversation(self.backend, self.processor, self.prefill_chunk)
+        return Conversation(self.backend, self.processor, self.prefill_chunk, self.cut_after_pictures)
 
     def format(self, messages: Sequence[Message]) -> str:
         """The prompt of messages by the model's chat template. See :meth:`Processor.format`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from fakes import FakeBackend, FakeProcessor, manifest
@@ -10,10 +11,10 @@ from vkvx.runtime.sessions.generation import Generation
 from vkvx.runtime.sessions.session import Session
 
 
-def session(slots: int = 1, bits: int = 1, **options: Any) -> Session:
+def session(slots: int = 1, bits: int = 1, kind: type[FakeBackend] = FakeBackend, **options: Any) -> Session:
     positions = options.pop("max_positions", 4096)
     fake = manifest(bits, max_positions=positions)
-    return Session(fake, FakeBackend(fake, slots, **options), FakeProcessor())  # type: ignore[arg-type]
+    return Session(fake, kind(fake, slots, **options), FakeProcessor())  # type: ignore[arg-type]
 
 
 def backend_of(loaded: Session) -> FakeBackend:
@@ -31,3 +32,15 @@ def scripted(text: str | bytes, slots: int = 1) -> Session:
 
 def tokens(generation: Generation) -> tuple[Any, ...]:
     return generation.token_ids, generation.text, generation.finish_reason
+
+
+def held_back(loaded: Session, after: int) -> threading.Event:
+    """Lets the backend's steps wait, after so many of them, until the event is set."""
+    go_on, step = threading.Event(), loaded.backend.step
+
+    def slow(call, embeds):  # type: ignore[no-untyped-def]
+        assert len(loaded.backend.calls) < after or go_on.wait(30)  # type: ignore[attr-defined]
+        return step(call, embeds)
+
+    loaded.backend.step = slow  # type: ignore[method-assign]
+    return go_on

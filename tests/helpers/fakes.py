@@ -147,6 +147,16 @@ class FakeParts(CallInParts):
         return self.pending.result()
 
 
+class FakeCache(PackedCache):
+    """What its slots hold is kept beside it, and goes along with a fork."""
+
+    held: dict[int, list[float]]
+
+    def fork(self, source: int, target: int) -> None:
+        super().fork(source, target)
+        self.held[target] = self.held[source][: self.length(source)]
+
+
 class FakeBackend:
     """Chooses the next token by a hash of all that a slot holds, or by ``script`` (tokens after the prompt of a slot).
 
@@ -167,8 +177,8 @@ class FakeBackend:
 
     def __init__(self, manifest: Manifest, slots: int, visual_tokens: int = 4096, text_tokens: int = 1024) -> None:
         self.manifest = manifest
-        self.cache = PackedCache(manifest.layout, slots, visual_tokens, text_tokens)
-        self.held: dict[int, list[float]] = {slot: [] for slot in range(slots)}
+        self.cache = FakeCache(manifest.layout, slots, visual_tokens, text_tokens)
+        self.held = self.cache.held = {slot: [] for slot in range(slots)}
         self.script: list[int] | None = None
         self.calls: list[Call] = []
         self.fail_at: int | None = None
@@ -240,11 +250,8 @@ class FakeBackend:
         visual_count, text_count = cache.visual_count.copy(), cache.text_count.copy()
         logits = np.zeros((len(call.slot), self.manifest.model.vocab_size), np.float32)
         for b, slot in enumerate(call.slot.tolist()):
-            if cache.length(slot) == 0:
-                self.held[slot] = []
             held = self.held[slot]
-            if self.samples:  # what was fed while the end of an answer was not read yet is taken back
-                del held[cache.length(slot) :]
+            del held[cache.length(slot) :]  # what a slot held before, or was fed before the end of an answer was read
             assert len(held) == cache.length(slot)
             new: dict[int, float] = {}
             for entry, at in enumerate(call.visual_index[b].tolist()):
@@ -258,17 +265,23 @@ class FakeBackend:
             new.update({at: float(call.input_ids[b, at]) for at in texts})
             assert sorted(new) == list(range(len(new)))
             assert call.last_index[b] == len(new) - 1
-            assert call.position_ids[b, : len(new)].tolist() == list(range(len(held), len(held) + len(new)))
-            held += [new[at] for at in range(len(new))]
+            positions = call.position_ids[b].reshape(-1, call.input_ids.shape[1])
+            assert positions[0, : len(new)].tolist() == list(range(len(held), len(held) + len(new)))
+            seen, stored = self.views(call, b, held, [new[at] for at in range(len(new))])
+            held += stored
             if self.manifest.layout.is_packed:
                 first = cache.group_count(slot)
                 visual_count[slot, first : first + len(valid)] = valid
                 text_count[slot] += len(texts)
             else:
                 text_count[slot] += len(new)
-            logits[b] = self._logits(held)
+            logits[b] = self._logits(seen)
         cache.commit(call, visual_count, text_count)
         return logits
+
+    def views(self, call: Call, b: int, held: list[float], new: list[float]) -> tuple[list[float], list[float]]:
+        """What the last position of row ``b`` sees of its sequence, and what is stored of the ``new`` tokens."""
+        return held + new, new
 
     def _logits(self, held: list[float]) -> np.ndarray:
         size = self.manifest.model.vocab_size

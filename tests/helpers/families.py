@@ -59,7 +59,7 @@ CASES = (
 WIDE, TALL = picture(150, 90, 1), picture(60, 130, 2)
 PROMPTS = (f"First {PLACEHOLDER} then{PLACEHOLDER}\nWhat differs?", f"{PLACEHOLDER}\nWhat is it?")
 PICTURES = ([WIDE, TALL], [TALL])
-ROOM = {"slots": 2, "visual_tokens": 1024, "text_tokens": 512, "verify": False}
+ROOM = {"slots": 2, "visual_tokens": 1024, "text_tokens": 512, "verify": False, "reuse": False}
 
 
 class Recorded:

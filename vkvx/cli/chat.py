@@ -8,13 +8,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vkvx.cli import generation, terminal
-from vkvx.errors import CapacityError, InputError, VkvxError
+from vkvx.cli import generation, remote, terminal
+from vkvx.errors import CapacityError, InputError, OptionError, VkvxError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +51,11 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
+    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="directory of a bundle; or give --url")
+    parser.add_argument(
+        "--url", metavar="URL", help="chat with a server of `vkvx serve`, such as http://127.0.0.1:8000"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help=f"the server's key (default: ${remote.KEY})")
     generation.add_options(parser)
     return parser
 
@@ -61,18 +65,30 @@ def run(args: argparse.Namespace) -> int:
     from vkvx.runtime.bundles import load_manifest
 
     given = generation.given_options(args)
+    if (args.bundle is None) == (args.url is None):
+        given_both = "neither BUNDLE nor --url" if args.url is None else "both BUNDLE and --url"
+        raise OptionError(f"{given_both}; give one of the two")
+    if args.url is not None:
+        return _read(remote.connect(args, given))
+    if args.api_key is not None:
+        raise OptionError("--api-key is for a server; give --url as well, or leave it out")
     manifest = load_manifest(args.bundle)
     options = generation.options(args, manifest, given)
     processor = _open_processor(args, manifest, options)
     text_tokens = min(manifest.model.max_positions, TEXT_TOKENS)
-    is_script = not sys.stdin.isatty()
     with generation.load_session(args, text_tokens=text_tokens, processor=processor) as session:
-        chat = Chat(session, options)
-        terminal.note(f"{session.manifest.model.name}; /help lists the commands")
-        for line in _lines():
-            if not chat.take(line.strip()):
-                break
-        return 2 if chat.refused and is_script else 0  # a person has read what was told
+        return _read(Local(session, options))
+
+
+def _read(partner: Partner) -> int:
+    """Carry out lines until the end; the exit code."""
+    is_script = not sys.stdin.isatty()
+    chat = Chat(partner)
+    terminal.note(f"{partner.name}; /help lists the commands")
+    for line in _lines():
+        if not chat.take(line.strip()):
+            break
+    return 2 if chat.refused and is_script else 0  # a person has read what was told
 
 
 def _open_processor(args: argparse.Namespace, manifest: Manifest, options: GenerationOptions) -> Processor:
@@ -93,15 +109,64 @@ def _open_processor(args: argparse.Namespace, manifest: Manifest, options: Gener
     return processor
 
 
-class Chat:
-    """A conversation, and the pictures and videos that wait for the next message."""
+class Partner(Protocol):
+    """Who answers: a session here, or a server."""
+
+    name: str
+
+    def ask(self, text: str, pictures: list[Image], videos: list[Video]) -> Generator[str, None, None]:
+        """Pieces of the answer to a message; errors of the message come at once."""
+
+    def video(self, path: Path) -> str:
+        """What is told of a video that can go with a message. Raises VkvxError for one that cannot."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def figures(self) -> list[str]:
+        """Tokens, bytes and speed, for a person."""
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether there is something to forget."""
+
+
+class Local:
+    """A session's conversation."""
 
     def __init__(self, session: Session, options: GenerationOptions) -> None:
-        self._session = session
-        self._options = options
+        self._session, self._options = session, options
+        self._conversation = session.conversation()
+        self.name = session.manifest.model.name
+
+    def ask(self, text: str, pictures: list[Image], videos: list[Video]) -> Generator[str, None, None]:
+        return self._conversation.ask(text, pictures, videos, options=self._options)
+
+    def video(self, path: Path) -> str:
+        from vkvx.runtime.sessions.videos import open_clip
+
+        clip = open_clip(path, self._options.fps)
+        return f"video of {clip.total} frames of {clip.width} x {clip.height} pixels"
+
+    def reset(self) -> None:
+        self._conversation.close()
+        self._conversation = self._session.conversation()
+
+    def figures(self) -> list[str]:
+        return generation.figure_lines(generation.figures(self._session, self._conversation))
+
+    @property
+    def has_answered(self) -> bool:
+        return self._conversation.last is not None
+
+
+class Chat:
+    """Carries out lines; keeps the pictures and videos that wait for the next message."""
+
+    def __init__(self, partner: Partner) -> None:
+        self._partner = partner
         self.refused = False
         """Whether anything that was asked for could not be done."""
-        self._conversation = session.conversation()
         self._pictures: list[Image] = []
         self._videos: list[Video] = []
 
@@ -120,7 +185,7 @@ class Chat:
             elif command == "/reset":
                 self._reset()
             elif command == "/stats":
-                print("\n".join(generation.figure_lines(generation.figures(self._session, self._conversation))))
+                print("\n".join(self._partner.figures()))
             elif command == "/help":
                 print(HELP)
             elif command.startswith("/"):
@@ -141,24 +206,22 @@ class Chat:
         terminal.note(f"picture of {picture.width} x {picture.height} pixels goes with the next message")
 
     def _add_video(self, video: Path) -> None:
-        from vkvx.runtime.sessions.videos import open_clip
-
-        clip = open_clip(video, self._options.fps)
+        words = self._partner.video(video)
         self._videos.append(video)
-        terminal.note(f"video of {clip.total} frames of {clip.width} x {clip.height} pixels goes with the next message")
+        terminal.note(f"{words} goes with the next message")
 
     def _reset(self) -> None:
-        self._conversation.close()
-        self._conversation, self._pictures, self._videos = self._session.conversation(), [], []
+        self._partner.reset()
+        self._pictures, self._videos = [], []
         terminal.note("everything is forgotten")
 
     def _answer(self, text: str) -> None:
         try:
-            pieces = self._conversation.ask(text, self._pictures, self._videos, options=self._options)
+            pieces = self._partner.ask(text, self._pictures, self._videos)
         except VkvxError as error:
             kept = "; what was to go with it waits for the next one, /drop takes it back"
             terminal.note(f"the message was not sent{kept if self._pictures or self._videos else ''}")
-            if isinstance(error, CapacityError) and self._conversation.last is not None:
+            if isinstance(error, CapacityError) and self._partner.has_answered:
                 terminal.note("/reset makes room: it forgets what was said before")
             raise
         self._pictures, self._videos = [], []

@@ -14,7 +14,7 @@ from typing import Any
 from vkvx import __version__, packages
 from vkvx.cli import terminal
 from vkvx.errors import DependencyError
-from vkvx.packages import EXPORT, RUN, TORCH
+from vkvx.packages import EXPORT, RUN, SERVE, TORCH
 
 _MODEL = '<ir_version: 8, opset_import: ["": 13]> probe (float[1] x) => (float[1] y) { y = Identity(x) }'
 
@@ -55,7 +55,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Look at everything, print it."""
-    found = {module: packages.probe(module) for module in dict.fromkeys((*EXPORT, *RUN))}
+    found = {module: packages.probe(module) for module in dict.fromkeys((*EXPORT, *RUN, *SERVE))}
     providers, failures = (
         probe_providers() if found["onnxruntime"][1] is None and found["onnx"][1] is None else ([], {})
     )
@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         _kernels(library, devices),
         _torch_cuda(found, library),
     ]
+    runs = any(ability.works for ability in abilities)
+    abilities.append(_needs("serve over HTTP", SERVE, found))
     if args.json:
         terminal.print_json(
             {
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         print("\n".join(_lines(found, providers, devices, compiler, library, abilities)))
-    return 0 if any(ability.works for ability in abilities) else 1
+    return 0 if runs else 1
 
 
 def probe_providers() -> tuple[list[str], dict[str, str]]:
@@ -242,7 +244,7 @@ def _lines(
     lines.append("packages")
     for module, (version, reason) in found.items():
         shown = version or ""
-        lines.append(f"  {'✗' if reason else '✓'} {packages.pip_name(module):<14}{shown:<14}{reason or ''}".rstrip())
+        lines.append(f"  {'✗' if reason else '✓'} {packages.pip_name(module):<18}{shown:<14}{reason or ''}".rstrip())
     lines += ["", "devices"]
     lines.append(f"  onnxruntime providers that work: {', '.join(providers) or 'none'}")
     lines.append(f"  NVIDIA GPUs: {'; '.join(devices) or 'none'}")

@@ -58,7 +58,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="frames a second to take of a video file (default: the model's), or that a folder of frames has",
     )
 
-    machine = parser.add_argument_group("machine")
+    add_machine_options(parser.add_argument_group("machine"))
+
+
+def add_machine_options(machine: Any) -> None:
+    """What runs a bundle, and the size of its cache: a group of options, which ``serve`` has, too."""
     machine.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -71,6 +75,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--max-text-tokens", type=int, metavar="N", help="text tokens that the cache holds")
     machine.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="feed longer prompts in pieces of N tokens (default: whole)"
+    )
+    machine.add_argument(
+        "--cut-after-pictures",
+        action="store_true",
+        help="end a call of the prompt behind the pictures of each turn: what follows sees them by their codes",
     )
     machine.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256 first")
 
@@ -119,6 +128,8 @@ def load_session(
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
     processor: Processor | None = None,
+    slots: int = 1,
+    reuse: bool = True,
 ) -> Session:
     """The bundle, ready to answer. The two sizes count where no option asks for others."""
     from vkvx.runtime.sessions.session import Session
@@ -128,10 +139,13 @@ def load_session(
             args.bundle,
             backend=args.backend,
             provider=args.provider,
+            slots=slots,
             visual_tokens=visual_tokens if args.max_visual_tokens is None else args.max_visual_tokens,
             text_tokens=text_tokens if args.max_text_tokens is None else args.max_text_tokens,
             threads=args.threads,
             prefill_chunk=args.prefill_chunk,
+            cut_after_pictures=args.cut_after_pictures,
+            reuse=reuse,
             verify=not args.no_verify,
             progress=progress,
             processor=processor,

@@ -12,9 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fake_sessions import held_back
 from fakes import FakeBackend, FakeProcessor, manifest
 
-from vkvx import CapacityError, OptionError, QueueFullError, RequestCancelledError, ServerClosedError, VkvxError
+from vkvx import (
+    BusyError,
+    CapacityError,
+    OptionError,
+    RequestCancelledError,
+    ServerClosedError,
+    VkvxError,
+)
 from vkvx.runtime.serving.server import Server
 from vkvx.runtime.sessions import scheduler as scheduling
 from vkvx.runtime.sessions.generation import Failure, Request
@@ -226,18 +234,6 @@ def test_an_answer_can_be_read_again_and_by_many() -> None:
             answer.chunk(6)
 
 
-def held_back(loaded: Session, after: int) -> threading.Event:
-    """Lets the backend's steps wait, after so many of them, until the event is set."""
-    go_on, step = threading.Event(), loaded.backend.step
-
-    def slow(call, embeds):  # type: ignore[no-untyped-def]
-        assert len(loaded.backend.calls) < after or go_on.wait(30)  # type: ignore[attr-defined]
-        return step(call, embeds)
-
-    loaded.backend.step = slow  # type: ignore[method-assign]
-    return go_on
-
-
 def test_waiting_for_a_result_can_end() -> None:
     loaded = session()
     go_on = held_back(loaded, 2)
@@ -287,7 +283,7 @@ def test_the_queue_is_bounded_and_counted() -> None:
         answers = [server.submit("[a]", max_new_tokens=3, ignore_eos=True)]
         answers[0].chunk(0)
         answers += [server.submit("[b]", max_new_tokens=3, ignore_eos=True) for _ in range(2)]
-        with pytest.raises(QueueFullError, match="2 requests wait"):
+        with pytest.raises(BusyError, match="2 requests wait"):
             server.submit("[c]")
         stats = server.stats
         assert (stats.slots, stats.live, stats.waiting, stats.submitted, stats.refused) == (1, 1, 2, 3, 1)

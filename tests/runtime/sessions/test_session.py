@@ -36,7 +36,9 @@ BundleOf = Callable[..., Path]
 
 
 def load(bundle: Path, slots: int = 1, **options: Any) -> Session:
-    return Session.load(bundle, provider="cpu", slots=slots, verify=False, **{"text_tokens": 160, **options})
+    return Session.load(
+        bundle, provider="cpu", slots=slots, verify=False, **{"text_tokens": 160, "reuse": False, **options}
+    )
 
 
 def prompts(session: Session) -> list[str]:
