@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -55,6 +56,7 @@ def environment() -> dict[str, Any]:
         "driver": driver[0] if driver else None,
         "cuda": torch.version.cuda,
         "cudnn": cudnn and f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}",
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
         "libvkvx_sha256": path and hashlib.sha256(path.read_bytes()).hexdigest(),
         "sources": build.source_hash(),
     }

@@ -185,7 +185,7 @@ class TorchBackend:
     def encode(self, pixel_inputs: Mapping[str, np.ndarray]) -> np.ndarray | DeviceEmbeds:
         """See :meth:`vkvx.runtime.backends.base.Backend.encode`; on a GPU the embeddings stay there."""
         names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
-        with self._running(f"{len(pixel_inputs[names[0]])} pictures"):
+        with self._running("the pictures"):
             pixels = (self._place(np.asarray(pixel_inputs[name])) for name in names)
             with _exact_convolutions():
                 embeds: Tensor = self._vision(*pixels)

@@ -123,7 +123,7 @@ class DecodeSteps:
         """By number of positions."""
         self._no_picture = torch.zeros(slots, 0, dtype=torch.int32, device=device)
         self._no_embeds = torch.zeros(slots, 0, model.embed_width, dtype=getattr(torch, model.dtype), device=device)
-        self._logits = torch.zeros(slots, model.vocab_size, dtype=torch.float32, device=device)
+        self._logits: Tensor | None = None  # sessions whose tokens are chosen on the GPU do without
         self._pool = torch.cuda.graph_pool_handle()
         self.graphs: OrderedDict[Size, torch.cuda.CUDAGraph] = OrderedDict()
         """The graphs captured so far, the one used last at the end."""
@@ -147,6 +147,7 @@ class DecodeSteps:
     def logits(self, call: Call) -> np.ndarray:
         """Logits FP32 [B, V] of a call; waits for them."""
         self._replay(call, sampled=False)
+        assert self._logits is not None
         return self._logits[: len(call.slot)].cpu().numpy()
 
     def launch(self, call: Call) -> None:
@@ -173,6 +174,9 @@ class DecodeSteps:
         # lies past the counts, and the step will store the same there; but states of linear attention move on.
         before = [state.clone() for state in self._states]
         self._warm_up(size)
+        if self._logits is None and not size.sampled:
+            shape = (self._cache.slots, self._model.vocab_size)
+            self._logits = torch.zeros(shape, dtype=torch.float32, device=self._stream.device)
         for state, old in zip(self._states, before, strict=True):
             state.copy_(old)
         graph = torch.cuda.CUDAGraph()
@@ -180,7 +184,7 @@ class DecodeSteps:
             slot, logits = self._forward(size)
             if size.sampled:
                 self._sampler.choose(logits, slot)
-            else:
+            elif self._logits is not None:
                 self._logits[: size.rows].copy_(logits)
         return graph
 

@@ -35,6 +35,9 @@ LAYERS = {
     **dict.fromkeys(("Gemma2", "Gemma3"), SANDWICH),
 }
 """Names of classes of transformers, less ``DecoderLayer``, ``Attention``, ``MLP`` and ``RMSNorm``."""
+ALIGNED = 8
+"""For products in 16 bits whose columns are no multiple of this cuBLAS takes kernels of an earlier kind: 1.0 ms for 100
+rows and a head of 92,553 x 4,096, where reading the weights takes 0.2."""
 HEAD_NORMS = ("q_norm", "k_norm")
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu"}
 
@@ -137,9 +140,15 @@ class _Head(_Replacement):
     """A head without bias."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if hidden.numel() != hidden.shape[-1] or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._whole(hidden)
-        return self._kernels.product(hidden.view(1, -1), self._module()).view(*hidden.shape[:-1], -1)
+        module: Any = self._module()
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if len(rows) == 1:
+            return self._kernels.product(rows, module).view(*hidden.shape[:-1], -1)
+        if len(module.weight) % ALIGNED == 0:
+            return self._whole(hidden)
+        return aligned_product(rows, module.weight).unflatten(0, hidden.shape[:-1])
 
 
 class _LastNorm(_Replacement):
@@ -209,6 +218,16 @@ def known_norms(layer: Any) -> tuple[str, ...] | None:
         and all(map(_is_small, (*merged, *single)))
     )
     return norms if known else None
+
+
+def aligned_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` [n, H] times ``weight`` [V, H], where V is no multiple of ``ALIGNED``: [n, V], whose rows start at one."""
+    columns = len(weight)
+    result = x.new_empty(len(x), -(-columns // ALIGNED) * ALIGNED)
+    most = columns - columns % ALIGNED
+    for part in (slice(most), slice(most, columns)):
+        torch.mm(x, weight[part].T, out=result[:, part])
+    return result[:, :columns]
 
 
 def _product(x: Tensor, module: Any) -> Tensor:

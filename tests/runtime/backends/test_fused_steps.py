@@ -88,6 +88,22 @@ def test_a_fused_layer_is_freed_with_its_model() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize(("columns", "stride"), [(5, 8), (9, 16)])
+def test_a_head_of_an_odd_number_of_tokens(columns: int, stride: int) -> None:
+    """Small integers: exact in any order of summation."""
+    generator = torch.Generator().manual_seed(columns)
+    x, weight = (torch.randint(-4, 5, (n, 24), generator=generator).float() for n in (3, columns))
+    head = nn.Linear(24, columns, bias=False)
+    head.weight.data = weight
+    head.forward = fused._Head(head, None)  # type: ignore[method-assign, arg-type]
+    with torch.no_grad():
+        for shape in ((3,), (1, 3)):
+            found = head(x.view(*shape, 24))
+            assert found.shape == (*shape, columns)
+            assert found.stride()[-2:] == (stride, 1)
+            assert torch.equal(found.view(3, columns), x @ weight.T)
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
     assert fused.fuse(nn.Module(), nn.Linear(2, 2)) == 0
