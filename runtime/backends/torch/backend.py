@@ -187,7 +187,7 @@ class TorchBackend:
         names = [spec.name for spec in self.manifest.graphs["vision"].inputs]
         with self._running("the pictures"):
             pixels = (self._place(np.asarray(pixel_inputs[name])) for name in names)
-            with _exact_convolutions():
+            with _convolutions(allow_tf32=False):
                 embeds: Tensor = self._vision(*pixels)
             return to_numpy(embeds) if self._stream is None else DeviceEmbeds(embeds, self._stream)
 
@@ -197,7 +197,13 @@ class TorchBackend:
         """See :meth:`vkvx.runtime.backends.base.DividedTower.encode_in_parts`; parts are some layers."""
 
         def call(pause: Callable[[], None]) -> np.ndarray | DeviceEmbeds:
-            self._pauses.pause = pause
+            given = bool(torch.backends.cudnn.allow_tf32)
+
+            def pause_as_given() -> None:
+                with _convolutions(allow_tf32=given):  # all threads share the flag
+                    pause()
+
+            self._pauses.pause = pause_as_given
             try:
                 return self.encode(pixel_inputs)
             finally:
@@ -331,14 +337,14 @@ class _Prefill(CallInParts):
         return self._pending.result()
 
 
-def _exact_convolutions() -> AbstractContextManager[None]:
-    """Convolutions of FP32 in FP32, as matrix products are: by default cuDNN rounds their inputs to TF32.
+def _convolutions(*, allow_tf32: bool) -> AbstractContextManager[None]:
+    """Whether cuDNN rounds inputs of FP32 convolutions to TF32, as it does by default; matrix products are in FP32.
 
     What a picture's embeddings are off by decides on which side of a border codes of 1 bit fall.
     """
     cudnn = torch.backends.cudnn
     given = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    return cudnn.flags(**given, allow_tf32=False)
+    return cudnn.flags(**given, allow_tf32=allow_tf32)
 
 
 def has_kernels(manifest: Manifest) -> bool:

@@ -6,9 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from samples import Page
+from test_captured_steps import PROMPT, opened
 
 from vkvx.errors import InputError
 from vkvx.models.graph.vision import VisionGraph
@@ -123,3 +126,25 @@ def test_towers_in_parts(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = getattr(config.vision_config, "depth", None) or config.vision_config.num_hidden_layers
     assert counts[0] >= layers
     assert counts[0] > counts[1] >= counts[2] == 0
+
+
+def test_a_session_goes_on_between_the_parts_of_a_tower(pages: list[Page], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And finds convolutions of the process as it set them."""
+    monkeypatch.setattr(turns, "PART", 1)
+    with opened(16, "float32", "", device="cpu") as (session, backend):
+        (call,) = session.processor.prepare(PROMPT, [pages[0].path]).vision_calls
+        whole, texts, flags = backend.encode(call), set[str](), list[bool]()
+        expected = session.generate("USER: Hi.", max_new_tokens=2, ignore_eos=True).text
+        parts = backend.encode_in_parts(call)
+        while True:
+            try:
+                next(parts)
+            except StopIteration as end:
+                np.testing.assert_array_equal(end.value, whole)
+                break
+            flags.append(bool(torch.backends.cudnn.allow_tf32))
+            texts.add(session.generate("USER: Hi.", max_new_tokens=2, ignore_eos=True).text)
+        assert texts == {expected}
+        layers = backend._vision.model.config.vision_config.num_hidden_layers
+        assert flags == [bool(torch.backends.cudnn.allow_tf32)] * layers
+    assert not waiting()
