@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from oracle import ulp16
 from torch import Tensor
 
-from vkvx.format import SHAPED_STEP
 from vkvx.plugins.reference import quantization, shaping
 from vkvx.plugins.reference.quantization import Quantized
 
@@ -44,7 +43,9 @@ def slow(x: np.ndarray, count: int, bits: int, metric: np.ndarray) -> tuple[np.n
     """Codes, scale and offset of one group x [n, D], written from the text of the format, in float64."""
     x, top, h = x[:count].astype(np.float64), 2**bits - 1, metric.astype(np.float64)
     low, high, mean = x.min(0), x.max(0), x.mean(0)
-    scale = np.minimum({1: 2.2, 2: 1.0, 4: 0.33, 8: 1.0}[bits] * x.std(0), (high - low) / top)
+    flat = np.trace(h) ** 2 / (len(h) * np.sum(h**2))
+    step = {1: min(2.4, 1.6 + 5 * (1 - flat)), 2: 1.0, 4: 0.33, 8: 1.0}[bits]
+    scale = np.minimum(step * x.std(0), (high - low) / top)
     offset = np.clip(mean - scale * top / 2, low, high - top * scale)
     scale, offset = scale.astype(np.float16).astype(np.float64), offset.astype(np.float16).astype(np.float64)
 
@@ -105,7 +106,7 @@ def test_a_metric_of_plain_distance_leaves_the_nearest_levels(bits: int) -> None
     rng = np.random.default_rng(9)
     x, mask = sample(rng, 256, 32), torch.arange(256) < 200
     got = run(x, mask, bits, np.eye(32, dtype=np.float32))
-    levels = shaping._levels(torch.from_numpy(x), mask, bits, SHAPED_STEP[bits])
+    levels = shaping._levels(torch.from_numpy(x), mask, bits, {1: 1.6, 2: 1.0, 4: 0.33, 8: 1.0}[bits])
     nearest = quantization.encode(torch.from_numpy(x), *levels, bits)
     assert torch.equal(got.codes[:200], nearest[:200])
 
