@@ -1,61 +1,13 @@
-// What quantiser `shaped` makes of the metrics once per call, before tokens are looked at, and
-// where that lies in the workspace.
+// What quantiser `shaped` makes of the metrics once per call, before tokens are looked at.
 //
 // A channel's wish is its number plus what the errors of the others pull it by: the sum over k of
 // M(c, k) e_k, with M(c, k) = H(c, k) / H(c, c) and M(c, c) = 0. The metric of keys is turned to
 // the row's last position, so each row and head has an M of its own; that of values is shared.
 #pragma once
 
-#include "append.cuh"
+#include "shape_workspace.cuh"
 
 namespace vkvx {
-
-constexpr int kSet = 8;  // channels whose codes are chosen between two products with M
-
-struct ShapeWorkspace {
-  // Of keys for each row and head, then of values for each head:
-  __half* matrix;   // M [D][D], in the order of fragments: see place_in_matrix
-  float* inner;     // M(k, c) of the channels k after c in its set: [D][kSet], else 0
-  float* diagonal;  // H(c, c): [D]
-  // For each row, head and 32 entries of the call, first of keys, then of values:
-  float* partial;  // sums of e_c by channel; of keys also of e_c^2 by channel and of e . H e
-  size_t bytes;
-
-  ShapeWorkspace(const VkvxParams& p, void* start) {
-    char* at = static_cast<char*>(start);
-    size_t used = 0;
-    auto take = [&](size_t n) {
-      char* here = at + used;
-      used += (n + 255) & ~static_cast<size_t>(255);
-      return here;
-    };
-    const size_t D = p.head_dim, heads = p.kv_heads, rows = p.rows, matrices = (rows + 1) * heads;
-    matrix = reinterpret_cast<__half*>(take(matrices * D * D * sizeof(__half)));
-    inner = reinterpret_cast<float*>(take(matrices * D * kSet * sizeof(float)));
-    diagonal = reinterpret_cast<float*>(take(matrices * D * sizeof(float)));
-    partial = reinterpret_cast<float*>(
-        take(rows * heads * (p.visual_entries / 32) * (3 * D + 1) * sizeof(float)));
-    bytes = used;
-  }
-};
-
-// Partial sums of a row and head, `parts` of them, and how many numbers each has.
-__device__ __forceinline__ int partial_size(const VkvxParams& p, bool is_key) {
-  return is_key ? 2 * p.head_dim + 1 : p.head_dim;
-}
-__device__ __forceinline__ float* partial_sums(const VkvxParams& p, float* partial, bool is_key,
-                                               int b, int head, int parts) {
-  const int64_t heads = static_cast<int64_t>(p.rows) * p.kv_heads,
-                number = static_cast<int64_t>(b) * p.kv_heads + head;
-  const int64_t before = is_key ? 0 : heads * parts * partial_size(p, true);
-  return partial + before + number * parts * partial_size(p, is_key);
-}
-
-// Number of the metric of keys of row b, or of values.
-__device__ __forceinline__ int64_t metric_number(const VkvxParams& p, bool is_key, int b,
-                                                 int head) {
-  return static_cast<int64_t>(is_key ? b : p.rows) * p.kv_heads + head;
-}
 
 // Where M(c, k) lies: a lane's 16 bytes are its part of two products of 16 channels k with the 8
 // channels of a set, as mma_half wants them. The channels k of set c / 8 begin with its own 32.
@@ -97,31 +49,39 @@ __device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int
   return row(j) * cosine[j] + row(other_j) * sine_j;
 }
 
-// Fills matrix, inner and diagonal. Grid: (2 * D / kSet, Hkv, B): x runs over sets of channels of
-// keys, then of values.
-__global__ void __launch_bounds__(256)
+// Fills matrix, inner, diagonal and squares. Grid: (2 * D / kSet, Hkv, B): x runs over sets of
+// channels of keys, then of values. A thread has a column.
+__global__ void __launch_bounds__(VKVX_MAX_HEAD_DIM)
     shape_metric_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w) {
-  __shared__ float diagonals[kSet];
-  const int D = p.head_dim, sets = D / kSet, head = blockIdx.y, b = blockIdx.z;
+  __shared__ float diagonals[kSet], squares[VKVX_MAX_HEAD_DIM / 32];
+  const int D = p.head_dim, sets = D / kSet, head = blockIdx.y, b = blockIdx.z, k = threadIdx.x;
   const bool is_key = blockIdx.x < sets;
-  const int first = kSet * (is_key ? blockIdx.x : blockIdx.x - sets);
+  const int set = is_key ? blockIdx.x : blockIdx.x - sets, first = kSet * set;
+  let_next_kernel_start();
   if (is_key ? p.slot[b] < 0 : b > 0) return;
   const int64_t number = metric_number(p, is_key, b, head);
-  if (threadIdx.x < kSet) {
-    const int c = first + threadIdx.x;
-    w.diagonal[number * D + c] = diagonals[threadIdx.x] = metric_at(p, is_key, head, b, c, c);
+  float h[kSet], square = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kSet; ++c) {
+    h[c] = metric_at(p, is_key, head, b, first + c, k);
+    square = fmaf(h[c], h[c], square);
+    if (k == first + c) w.diagonal[number * D + k] = diagonals[c] = h[c];
   }
+  square = warp_sum(square);
+  if (k % 32 == 0) squares[k / 32] = square;
   __syncthreads();
-  for (int i = threadIdx.x; i < kSet * D; i += blockDim.x) {
-    const int c = i / D, k = i % D;
-    float pull = 0.0f;
-    if (k != first + c && diagonals[c] > 0.0f)
-      pull = metric_at(p, is_key, head, b, first + c, k) / diagonals[c];
+#pragma unroll
+  for (int c = 0; c < kSet; ++c) {
+    const float pull = k != first + c && diagonals[c] > 0.0f ? h[c] / diagonals[c] : 0.0f;
     const __half rounded = __float2half_rn(fminf(fmaxf(pull, -kHalfMax), kHalfMax));
     w.matrix[number * D * D + place_in_matrix(first + c, k, D)] = rounded;
-    if (k / kSet == first / kSet)
+    if (k / kSet == set)
       w.inner[(number * D + k) * kSet + c] = first + c > k ? __half2float(rounded) : 0.0f;
   }
+  if (k > 0) return;
+  float all = 0.0f;
+  for (int i = 0; i < D / 32; ++i) all += squares[i];
+  w.squares[number * sets + set] = all;
 }
 
 }  // namespace vkvx
