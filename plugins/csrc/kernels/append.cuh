@@ -32,8 +32,8 @@ __device__ __forceinline__ float add_over_lanes(const float (&x)[8]) {
   return z + __shfl_xor_sync(kFull, z, 1);
 }
 
-// Evenly spaced levels of `shaped` around the mean of the tokens, within low to high, `wanted` apart
-// if there is room.
+// Evenly spaced levels of `shaped` around the mean of the tokens, within low to high, `wanted`
+// apart if there is room.
 __device__ __forceinline__ void shaped_levels(float wanted, float mean, float high, int bits,
                                               float* low, float* step) {
   const float top = static_cast<float>((1 << bits) - 1),

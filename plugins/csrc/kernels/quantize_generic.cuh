@@ -104,12 +104,11 @@ __device__ float quantile(Value value, int count, float position, float* scratch
   return x.x + (above - x.x) * (position - below);
 }
 
-// Levels of the lane's channel; value(i) is token i's value less the mean. `distance`: of the levels
-// of `shaped`, in deviations.
+// Levels of the lane's channel; value(i) is token i's value less the mean. `distance`: of the
+// levels of `shaped`, in deviations.
 template <class Value>
 __device__ FoundLevels find_levels(Value value, int count, float mean, int quantizer, int bits,
-                                   float alpha, float gamma, float distance,
-                                   float* scratch) {
+                                   float alpha, float gamma, float distance, float* scratch) {
   const int warp = threadIdx.x >> 5;
   const float n = static_cast<float>(count), top = static_cast<float>((1 << bits) - 1);
   float low = INFINITY, high = -INFINITY;

@@ -74,8 +74,8 @@ __device__ __forceinline__ void load_eight(const float* at, float (&x)[kSet]) {
   }
 }
 
-// What a warp works on.
-template <class Errors>
+// What a warp works on. Codes have up to kPlanes bits.
+template <class Errors, int kPlanes>
 struct ShapeWarp {
   ShapeLevels levels;
   const float* inner;
@@ -102,17 +102,19 @@ struct ShapeWarp {
   }
 
   // Calls visit(channel, set, fetched token) for the sets, and after each four done(pair). Tokens
-  // are fetched ahead.
-  template <class Visit, class Done>
+  // are fetched kAhead sets ahead.
+  template <int kAhead, class Visit, class Done>
   __device__ __forceinline__ void each_set(Errors& errors, Visit visit, Done done) const {
-    uint4 next = token.fetch(0);
+    uint4 next[kAhead];
+#pragma unroll
+    for (int set = 0; set < kAhead; ++set) next[set] = token.fetch(kSet * set);
 #pragma unroll 1
     for (int channel = 0; channel < head_dim; channel += 4 * kSet) {
 #pragma unroll
       for (int set = 0; set < 4; ++set) {
         const int at = channel + kSet * set;
-        const uint4 fetched = next;
-        if (at + kSet < head_dim) next = token.fetch(at + kSet);
+        const uint4 fetched = next[set % kAhead];
+        if (at + kAhead * kSet < head_dim) next[set % kAhead] = token.fetch(at + kAhead * kSet);
         visit(at, set, fetched);
       }
       done(channel / 32);
@@ -124,7 +126,7 @@ struct ShapeWarp {
   // none.
   __device__ __forceinline__ bool start(Errors& errors) const {
     float most = 0.0f;
-    each_set(
+    each_set<4>(
         errors,
         [&](int channel, int set, const uint4& fetched) {
           float low[kSet], step[kSet], inverse[kSet], x[kSet], e[kSet];
@@ -151,12 +153,12 @@ struct ShapeWarp {
 
   // The pass over the channels. It packs the codes of the keys or values whose words begin at
   // `out`: that of the lane's token, or that of the warp's tokens in channel 0. It stores the sums
-  // of e_c over the warp's tokens.
+  // of e_c over the warp's tokens, and of keys those of e_c^2.
   __device__ __forceinline__ void sweep(Errors& errors, int bits, bool is_key, int* out,
                                         float* sums) const {
     const int lane = threadIdx.x & 31;
-    uint32_t words[8] = {};
-    each_set(
+    uint32_t words[kPlanes] = {};
+    each_set<1>(
         errors,
         [&](int channel, int set, const uint4& fetched) {
           float pull[kSet], y[kSet], e[kSet], step[kSet], inverse[kSet];
@@ -182,15 +184,21 @@ struct ShapeWarp {
           errors.replace(set, pack(e), exchange);
           const float total = add_over_lanes(e);
           if (lane % 4 == 0) sums[channel + lane / 4] = total / unit;
+          if (is_key) {
 #pragma unroll
-          for (int plane = 0; plane < 8; ++plane) {
+            for (int c = 0; c < kSet; ++c) e[c] *= e[c];
+            const float square = add_over_lanes(e);
+            if (lane % 4 == 0) sums[head_dim + channel + lane / 4] = square / (unit * unit);
+          }
+#pragma unroll
+          for (int plane = 0; plane < kPlanes; ++plane) {
             if (plane >= bits) break;
             add_plane(codes, live, plane, set, is_key, &words[plane]);
           }
         },
         [&](int pair) {
 #pragma unroll
-          for (int plane = 0; plane < 8; ++plane) {
+          for (int plane = 0; plane < kPlanes; ++plane) {
             if (plane >= bits) break;
             out[static_cast<int64_t>(plane) * kTile * (head_dim / 32) +
                 (is_key ? pair : (32 * pair + lane) * 4)] = static_cast<int>(words[plane]);
@@ -218,18 +226,16 @@ struct ShapeWarp {
     }
   }
 
-  // The sum of e . H e over the warp's tokens. Stores the sums of e_c^2.
-  __device__ __forceinline__ float measure(Errors& errors, float* squares) const {
-    const int lane = threadIdx.x & 31;
+  // The sum of e . H e over the warp's tokens.
+  __device__ __forceinline__ float measure(Errors& errors) const {
     float whole = 0.0f;
 #pragma unroll 1
     for (int first = 0; first < head_dim; first += 4 * kSet) {
 #pragma unroll
       for (int set = 0; set < 4; ++set) {
         const int channel = first + kSet * set;
-        const float square = errors.weigh(set, matrix + channel * head_dim / kSet,
-                                          levels.diagonal + channel, exchange, &whole);
-        if (lane < kSet) squares[channel + lane] = square / (unit * unit);
+        whole += errors.weigh(set, matrix + channel * head_dim / kSet, levels.diagonal + channel,
+                              exchange);
       }
       errors.turn();
     }
@@ -258,8 +264,8 @@ __device__ __forceinline__ float load_levels(const VkvxParams& p, const __half* 
 
 // Grid: (2 * entries of the call / (32 * warps), Hkv, B): x runs over keys, then values. Dynamic
 // shared memory: see shape_shared.
-template <class Errors>
-__global__ void __launch_bounds__(kShapeWarps * 32, 3)
+template <class Errors, int kPlanes>
+__global__ void __launch_bounds__(kShapeWarps * 32, kPlanes == 1 ? 4 : 3)
     shape_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w) {
   extern __shared__ uint4 memory[];
   __shared__ int found[2];
@@ -312,7 +318,7 @@ __global__ void __launch_bounds__(kShapeWarps * 32, 3)
   const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries +
                      static_cast<int64_t>(g) * p.group_size;
   const int mine = entry + lane;
-  ShapeWarp<Errors> shape{levels, inner, matrix, exchanges + warp, D, unit};
+  ShapeWarp<Errors, kPlanes> shape{levels, inner, matrix, exchanges + warp, D, unit};
   shape.top = static_cast<float>((1 << bits) - 1);
   shape.token = {is_key ? p.key : p.value,
                  b * stride[0] + head * stride[1] + index[min(mine, count - 1)] * stride[2],
@@ -328,7 +334,7 @@ __global__ void __launch_bounds__(kShapeWarps * 32, 3)
                 static_cast<int64_t>(part) * partial_size(p, is_key);
   shape.sweep(errors, bits, is_key, out, sums);
   if (!is_key) return;
-  const float whole = shape.measure(errors, sums + D);
+  const float whole = shape.measure(errors);
   if (lane == 0) sums[2 * D] = whole;
 }
 
@@ -389,7 +395,8 @@ __global__ void __launch_bounds__(128)
     if (c >= D) break;
     float pull = change[c];
 #pragma unroll 4
-    for (int k = 0; k < D; k += 32)  // 16 bytes of M are channels k + q + 0, 1, 8, 9, 16, 17, 24, 25
+    for (int k = 0; k < D;
+         k += 32)  // 16 bytes of M are channels k + q + 0, 1, 8, 9, 16, 17, 24, 25
       for (int q = 0; q < kSet; q += 2) {
         float m[kSet];
         unpack_errors(*reinterpret_cast<const uint4*>(matrix + place_in_matrix(c, k + q, D)), m);

@@ -89,29 +89,21 @@ struct RegisterErrors {
     __syncwarp();
     exchange->load(pull);
   }
-  // Adds the lane's part of the sum of H_cc e_c (e_c + pull_c) over the channels of a set; returns
-  // the sum of e_c^2 over the warp's tokens for channel lane % 8. `diagonal`: H_cc of the set.
+  // The lane's part of the sum of H_cc e_c (e_c + pull_c) over the channels of a set. `diagonal`:
+  // H_cc of the set.
   __device__ __forceinline__ float weigh(int set, const uint4* matrix, const float* diagonal,
-                                         ShapeExchange*, float* whole) const {
-    const int lane = threadIdx.x & 31;
-    const float2 weight = *reinterpret_cast<const float2*>(diagonal + 2 * (lane % 4));
-    float sums[2][4] = {}, squares[2] = {};
+                                         ShapeExchange*) const {
+    const float2 weight = *reinterpret_cast<const float2*>(diagonal + 2 * (threadIdx.x % 4));
+    float sums[2][4] = {}, whole = 0.0f;
     multiply(matrix, sums);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {  // products and errors of a lane are those of the same channels
       const uint32_t two = part[n / 2][set / 2][2 * (set % 2) + n % 2];
       const float2 e = __half22float2(reinterpret_cast<const __half2&>(two));
-      *whole = fmaf(weight.x * e.x, e.x + sums[n / 2][2 * (n % 2)], *whole);
-      *whole = fmaf(weight.y * e.y, e.y + sums[n / 2][2 * (n % 2) + 1], *whole);
-      squares[0] = fmaf(e.x, e.x, squares[0]);
-      squares[1] = fmaf(e.y, e.y, squares[1]);
+      whole = fmaf(weight.x * e.x, e.x + sums[n / 2][2 * (n % 2)], whole);
+      whole = fmaf(weight.y * e.y, e.y + sums[n / 2][2 * (n % 2) + 1], whole);
     }
-    const bool up = lane & 4;
-    float square = (up ? squares[1] : squares[0]) +
-                   __shfl_xor_sync(kFull, up ? squares[0] : squares[1], 4);
-    square += __shfl_xor_sync(kFull, square, 8);
-    square += __shfl_xor_sync(kFull, square, 16);  // of channel 2 * (lane % 4) + lane / 4 % 2
-    return __shfl_sync(kFull, square, lane % 8 / 2 + lane % 2 * 4);
+    return whole;
   }
   __device__ __forceinline__ void replace(int set, const uint4& errors, ShapeExchange* exchange) {
     const int lane = threadIdx.x & 31;
@@ -197,18 +189,14 @@ struct SharedErrors {
 #endif
   }
   __device__ __forceinline__ float weigh(int set, const uint4* matrix, const float* diagonal,
-                                         ShapeExchange* exchange, float* whole) const {
-    float pulls[kSet], e[kSet], squares[kSet];
+                                         ShapeExchange* exchange) const {
+    float pulls[kSet], e[kSet], whole = 0.0f;
     pull(set, matrix, exchange, pulls);
     unpack_errors(errors[(4 * visited + set) * 32 + (threadIdx.x & 31)], e);
 #pragma unroll
-    for (int c = 0; c < kSet; ++c) {
-      *whole = fmaf(diagonal[c] * e[c], e[c] + pulls[c], *whole);
-      squares[c] = e[c] * e[c];
-    }
-    const float square = add_over_lanes(squares);  // of channel lane / 4
+    for (int c = 0; c < kSet; ++c) whole = fmaf(diagonal[c] * e[c], e[c] + pulls[c], whole);
     __syncwarp();
-    return __shfl_sync(kFull, square, threadIdx.x % 8 * 4);
+    return whole;
   }
   __device__ __forceinline__ void replace(int set, const uint4& fresh, ShapeExchange*) {
     errors[(4 * visited + set) * 32 + (threadIdx.x & 31)] = fresh;

@@ -30,24 +30,38 @@ __device__ __forceinline__ RotaryPair rotary_pair(const VkvxParams& p, int chann
   return channel < half ? RotaryPair{channel + half, -1.0f} : RotaryPair{channel - half, 1.0f};
 }
 
-// Element (i, j) of a head's metric; that of keys is turned to the row's last position, R H R^T.
-__device__ __forceinline__ float metric_at(const VkvxParams& p, bool is_key, int head, int b, int i,
-                                           int j) {
-  const int D = p.head_dim;
-  const __half* metric = static_cast<const __half*>(is_key ? p.key_metric : p.value_metric) +
-                         static_cast<int64_t>(head) * D * D;
-  if (!is_key) return __half2float(metric[i * D + j]);
-  const float* cosine = p.rotation + static_cast<int64_t>(b) * 2 * D;
-  const float* sine = cosine + D;
-  const RotaryPair pair_i = rotary_pair(p, i), pair_j = rotary_pair(p, j);
-  const int other_i = pair_i.other, other_j = pair_j.other;
-  const float sine_i = pair_i.sign * sine[i], sine_j = pair_j.sign * sine[j];
-  auto row = [&](int column) {
-    return __half2float(metric[i * D + column]) * cosine[i] +
-           __half2float(metric[other_i * D + column]) * sine_i;
-  };
-  return row(j) * cosine[j] + row(other_j) * sine_j;
-}
+// Elements of a column of a head's metric, or of that of keys turned to the row's last position,
+// R H R^T.
+struct MetricColumn {
+  const __half* metric;
+  int D, column, other;
+  float cosine, sine;
+  const float* rotation;  // of keys
+
+  __device__ __forceinline__ MetricColumn(const VkvxParams& p, bool is_key, int head, int b, int k)
+      : metric(static_cast<const __half*>(is_key ? p.key_metric : p.value_metric) +
+               static_cast<int64_t>(head) * p.head_dim * p.head_dim),
+        D(p.head_dim),
+        column(k),
+        other(k),
+        cosine(1.0f),
+        sine(0.0f),
+        rotation(nullptr) {
+    if (!is_key) return;
+    rotation = p.rotation + static_cast<int64_t>(b) * 2 * D;
+    const RotaryPair pair = rotary_pair(p, k);
+    other = pair.other, cosine = rotation[k], sine = pair.sign * rotation[D + k];
+  }
+  __device__ __forceinline__ float operator()(const VkvxParams& p, int row) const {
+    if (!rotation) return __half2float(metric[row * D + column]);
+    const RotaryPair pair = rotary_pair(p, row);
+    auto turned = [&](int at) {
+      return __half2float(metric[row * D + at]) * rotation[row] +
+             __half2float(metric[pair.other * D + at]) * (pair.sign * rotation[D + row]);
+    };
+    return turned(column) * cosine + turned(other) * sine;
+  }
+};
 
 // Fills matrix, inner, diagonal and squares. Grid: (2 * D / kSet, Hkv, B): x runs over sets of
 // channels of keys, then of values. A thread has a column.
@@ -60,21 +74,23 @@ __global__ void __launch_bounds__(VKVX_MAX_HEAD_DIM)
   let_next_kernel_start();
   if (is_key ? p.slot[b] < 0 : b > 0) return;
   const int64_t number = metric_number(p, is_key, b, head);
+  const MetricColumn column(p, is_key, head, b, k);
   float h[kSet], square = 0.0f;
 #pragma unroll
   for (int c = 0; c < kSet; ++c) {
-    h[c] = metric_at(p, is_key, head, b, first + c, k);
+    h[c] = column(p, first + c);
     square = fmaf(h[c], h[c], square);
     if (k == first + c) w.diagonal[number * D + k] = diagonals[c] = h[c];
   }
   square = warp_sum(square);
   if (k % 32 == 0) squares[k / 32] = square;
   __syncthreads();
+  __half* matrix = w.matrix + number * D * D + place_in_matrix(first, k, D);
 #pragma unroll
   for (int c = 0; c < kSet; ++c) {
     const float pull = k != first + c && diagonals[c] > 0.0f ? h[c] / diagonals[c] : 0.0f;
     const __half rounded = __float2half_rn(fminf(fmaxf(pull, -kHalfMax), kHalfMax));
-    w.matrix[number * D * D + place_in_matrix(first + c, k, D)] = rounded;
+    matrix[c * (place_in_matrix(1, 0, 32) - place_in_matrix(0, 0, 32))] = rounded;
     if (k / kSet == set)
       w.inner[(number * D + k) * kSet + c] = first + c > k ? __half2float(rounded) : 0.0f;
   }

@@ -12,7 +12,8 @@ int launch(const VkvxParams& p, const ShapeWorkspace& workspace, const Device& d
   while (warps > 1 && shape_shared<Errors>(p.head_dim, warps) + 1024 > device.shared_memory)
     warps /= 2;
   const int bytes = shape_shared<Errors>(p.head_dim, warps);
-  auto kernel = shape_kernel<Errors>;
+  const bool one = p.key_bits == 1 && p.value_bits == 1;
+  auto kernel = one ? shape_kernel<Errors, 1> : shape_kernel<Errors, 8>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
       cudaSuccess)
     return check_cuda("the shared memory that shaping needs");
