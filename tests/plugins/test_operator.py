@@ -146,9 +146,7 @@ def test_shaped_groups_of_three_tiles(bits: int, rotary_dim: int, rotary_interle
     assert all(errors[name] < nearest[name] for name in ("key", "value")), (errors, nearest)
 
 
-def metric_errors(
-    inputs: Arrays, results: Arrays, attributes: Attributes
-) -> tuple[dict[str, float], dict[str, float]]:
+def metric_errors(inputs: Arrays, results: Arrays, attributes: Attributes) -> tuple[dict[str, float], dict[str, float]]:
     """The sum of e . H e over the tokens of all groups of a call, of keys and of values; and with nearest codes."""
     sums, nearest = {"key": 0.0, "value": 0.0}, {"key": 0.0, "value": 0.0}
     for new in appended_by(inputs, attributes):
