@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed calls (default 9)")
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table."""
+def run(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the table, all of them so far after each."""
     import torch
 
     from benchmarks.cases.decode import random_model
     from vkvx.models.graph.metric import model_metrics
     from vkvx.models.registry import family_of
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
         model = random_model(shape, arguments.layers)
         family = family_of(model)
@@ -66,9 +67,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             prefill.backend.close()
             del prefill
             torch.cuda.empty_cache()
+            yield rows
         del model, found, metrics
         torch.cuda.empty_cache()
-    return rows
 
 
 class _Prefill:
