@@ -36,6 +36,7 @@ BENCHMARKS = {
     "few_rows": "decode attention of few rows with grouped heads on a GPU, caches cold, against torch's",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
+    "prefill_cost": "what quantising the pictures of a prompt adds to its prefill on a GPU, over 16 bits",
     "prompt_reuse": "a second question about a picture that a slot holds, on a GPU: time to the first token",
     "session_steps": "what a session adds to a decode step on a GPU: tokens chosen there and by the host",
     "text_rows": "decode attention over text rows of 16 and of 8 bits on a GPU",

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from vkvx.errors import VkvxError
-from vkvx.format import LLOYD_ITERATIONS, METRIC_QUANTIZERS, SHAPED_STEP, TILE
+from vkvx.format import LLOYD_ITERATIONS, METRIC_QUANTIZERS, SHAPED_FLAT_STEP, SHAPED_STEP, SHAPED_STEP_SLOPE, TILE
 from vkvx.plugins import c_interface
 from vkvx.plugins.build import SOURCES
 from vkvx.plugins.c_interface import Enumeration, Field, enumerations, struct_fields
@@ -81,6 +81,7 @@ inline constexpr const char* kVersion = "{version}";
 inline constexpr int kTile = {tile};  // visual tokens
 inline constexpr int kLloydIterations = {iterations};
 inline constexpr float kShapedStep[] = {{{steps}}};  // by bits
+inline constexpr float kShapedFlatStep = {flat_step}f, kShapedStepSlope = {slope}f;  // at 1 bit
 
 // Names in the order of their numbers in vkvx.h.
 {names}
@@ -202,6 +203,8 @@ def table_header(table: Table = OperatorAttributes) -> str:
         tile=TILE,
         iterations=LLOYD_ITERATIONS,
         steps=", ".join(f"{SHAPED_STEP.get(bits, 0.0)}f" for bits in range(max(SHAPED_STEP) + 1)),
+        flat_step=SHAPED_FLAT_STEP,
+        slope=SHAPED_STEP_SLOPE,
         names=_lines(_names(_array(field), e.names) for field, e in known.items()),
         metrics=", ".join(str(name in METRIC_QUANTIZERS).lower() for name in known["quantizer"].names),
         numbered=_lines(_numbered(field, e) for field, e in known.items()),

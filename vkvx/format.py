@@ -25,8 +25,10 @@ QUANTIZERS = ("minmax", "quantile", "shrink", "lloyd", "shaped")
 METRIC_QUANTIZERS = ("shaped",)
 """Quantisers that need the metrics of keys and values; see ``docs/format.md``."""
 LLOYD_ITERATIONS = 8
-SHAPED_STEP = {1: 2.2, 2: 1.0, 4: 0.33, 8: 1.0}
+SHAPED_STEP = {1: 2.3, 2: 1.0, 4: 0.33, 8: 1.0}
 """Distance of two levels of ``shaped`` in standard deviations of a channel, by bits. At 8 bits all of the range."""
+SHAPED_FLAT_STEP, SHAPED_STEP_SLOPE = 1.6, 5.0
+"""At 1 bit the distance for the metric of plain distance, and how fast it grows to the above with other metrics."""
 SCORE_CORRECTIONS = ("none", "affine", "expected")
 """Ordered likewise."""
 VISUAL_MASKS = ("causal", "run", "prefix")

@@ -14,7 +14,8 @@ inline constexpr const char* kName = "VisualKVAttention";
 inline constexpr const char* kVersion = "1";
 inline constexpr int kTile = 128;  // visual tokens
 inline constexpr int kLloydIterations = 8;
-inline constexpr float kShapedStep[] = {0.0f, 2.2f, 1.0f, 0.0f, 0.33f, 0.0f, 0.0f, 0.0f, 1.0f};  // by bits
+inline constexpr float kShapedStep[] = {0.0f, 2.3f, 1.0f, 0.0f, 0.33f, 0.0f, 0.0f, 0.0f, 1.0f};  // by bits
+inline constexpr float kShapedFlatStep = 1.6f, kShapedStepSlope = 5.0f;  // at 1 bit
 
 // Names in the order of their numbers in vkvx.h.
 inline constexpr const char* kDtypeNames[] = {"float16", "bfloat16", "float32"};

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vkvx.format import LLOYD_ITERATIONS, SHAPED_STEP
-from vkvx.plugins.function.builder import FLOAT, FLOAT16, UINT8, Builder, Value
+from vkvx.format import LLOYD_ITERATIONS
+from vkvx.plugins.function.builder import FLOAT, FLOAT16, UINT8, Builder, Operand, Value
 
 FP16_MAX = 65504.0
 _BEYOND = 2.0**18
@@ -73,8 +73,8 @@ def center(b: Builder, x: Value, weight: Value, group_size: int) -> Groups:
     return Groups(x, weight, count, mean, centred, beneath, above, low, high, group_size)
 
 
-def levels(b: Builder, groups: Groups, quantizer: Quantizer) -> tuple[Value, Value]:
-    """Scale and offset of each channel, FP16."""
+def levels(b: Builder, groups: Groups, quantizer: Quantizer, step: Operand | None = None) -> tuple[Value, Value]:
+    """Scale and offset of each channel, FP16. ``step``: of ``shaped`` the distance of levels in deviations."""
     low, high, mean = groups.low, groups.high, groups.mean
     varies = b.op("Greater", high, low)
     if quantizer.name == "quantile":
@@ -85,11 +85,11 @@ def levels(b: Builder, groups: Groups, quantizer: Quantizer) -> tuple[Value, Val
         )
     elif quantizer.name == "lloyd" and quantizer.bits == 1:
         low, high = _lloyd_two_levels(b, groups)
-    elif quantizer.name not in ("minmax", "lloyd", "shaped"):
+    elif quantizer.name not in ("minmax", "lloyd") and step is None:
         raise ValueError(f"the quantizer '{quantizer.name}' has no levels here")
     scale = b.op("Div", b.op("Sub", high, low), quantizer.top)
-    if quantizer.name == "shaped":
-        low, scale = _around_the_mean(b, groups, scale, quantizer)
+    if step is not None:
+        low, scale = _around_the_mean(b, groups, scale, quantizer.top, step)
     if quantizer.name == "lloyd" and quantizer.bits > 1:
         low, scale = _lloyd_uniform(b, groups, low, scale, quantizer.top)
     scale = b.op("Clip", b.op("Where", varies, scale, 0.0), 0.0, FP16_MAX)
@@ -129,12 +129,12 @@ def _quantiles(b: Builder, groups: Groups, alpha: float) -> tuple[Value, Value]:
     return low, high
 
 
-def _around_the_mean(b: Builder, groups: Groups, most: Value, quantizer: Quantizer) -> tuple[Value, Value]:
+def _around_the_mean(b: Builder, groups: Groups, most: Value, top: float, step: Operand) -> tuple[Value, Value]:
     """Levels some standard deviations apart, but not more than ``most``, around the mean and within the range."""
     square = b.op("Div", b.reduce("ReduceSum", b.op("Mul", groups.centred, groups.centred), 3), groups.count)
-    scale = b.op("Min", b.op("Mul", b.op("Sqrt", square), SHAPED_STEP[quantizer.bits]), most)
-    low = b.op("Max", b.op("Mul", scale, -quantizer.top / 2), groups.low)
-    return b.op("Min", low, b.op("Sub", groups.high, b.op("Mul", scale, quantizer.top))), scale
+    scale = b.op("Min", b.op("Mul", b.op("Sqrt", square), step), most)
+    low = b.op("Max", b.op("Mul", scale, -top / 2), groups.low)
+    return b.op("Min", low, b.op("Sub", groups.high, b.op("Mul", scale, top))), scale
 
 
 def _lloyd_two_levels(b: Builder, groups: Groups) -> tuple[Value, Value]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT64, Builder, Typed, Value
+from vkvx.format import SHAPED_FLAT_STEP, SHAPED_STEP, SHAPED_STEP_SLOPE
+from vkvx.plugins.function.builder import FLOAT, FLOAT16, INT64, Builder, Operand, Typed, Value
 from vkvx.plugins.function.quantize import FP16_MAX, NO_STEP, Encoded, Groups, Quantizer, levels, nearest, residual
 from vkvx.plugins.operator import OperatorAttributes
 from vkvx.plugins.rotary import rotary_pairs
@@ -70,6 +71,18 @@ def _centred(b: Builder, groups: Groups, encoded: Encoded) -> Encoded:
     return Encoded(encoded.codes, encoded.scale, b.cast(b.op("Where", has_step, moved, offset), FLOAT16))
 
 
+def _step(b: Builder, head_dim: int, metric: Value, bits: int) -> Operand:
+    """Distance of levels in deviations, [B, Hkv, 1, 1, 1] or the same for all heads (``reference.shaping``)."""
+    if bits > 1:
+        return SHAPED_STEP[bits]
+    diagonal = b.op("Where", _same_channel(b, metric), metric, 0.0)
+    trace = b.reduce("ReduceSum", b.reduce("ReduceSum", diagonal, 4), 3)
+    square = b.reduce("ReduceSum", b.reduce("ReduceSum", b.op("Mul", metric, metric), 4), 3)
+    flatness = b.op("Div", b.op("Mul", trace, trace), b.op("Mul", square, float(head_dim)))
+    step = b.op("Add", b.op("Mul", flatness, -SHAPED_STEP_SLOPE), SHAPED_FLAT_STEP + SHAPED_STEP_SLOPE)
+    return b.op("Min", step, SHAPED_STEP[bits])
+
+
 def _same_channel(b: Builder, metric: Value) -> Value:
     """Bool [D, D], true on the diagonal."""
     channel = b.arange(b.size(metric, 4))
@@ -92,6 +105,7 @@ class _Shaper:
             self._tops = [quantizer.top for _, quantizer in pair]
             if self._tops[0] != self._tops[1]:  # the largest code; 0 on padding
                 self._limit = self._both([b.op("Mul", v, top) for v, top in zip(valid, self._tops, strict=True)])
+            self._steps = [_step(b, head_dim, m, q.bits) for m, (_, q) in zip(metrics, pair, strict=True)]
             # The metric of values is the same for all rows.
             like_key = b.op("Mul", metrics[0], 0.0)
             metric = self._both([metrics[0], b.op("Add", like_key, metrics[1])])
@@ -121,8 +135,8 @@ class _Shaper:
         b = self._b
         with b.scope("shape"):
             found = []
-            for groups, quantizer in self._pair:
-                scale, offset = levels(b, groups, quantizer)
+            for (groups, quantizer), step in zip(self._pair, self._steps, strict=True):
+                scale, offset = levels(b, groups, quantizer, step)
                 low = b.op("Sub", b.cast(offset, FLOAT), groups.mean)
                 found.append((scale, offset, low, nearest(b, groups, quantizer, scale, offset)))
             scales, offsets, lows, codes = zip(*found, strict=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vkvx.format import SHAPED_STEP, WORD_BITS
+from vkvx.format import SHAPED_FLAT_STEP, SHAPED_STEP, SHAPED_STEP_SLOPE, WORD_BITS
 from vkvx.plugins.reference.quantization import FP16_MAX, Quantized, decode, sanitize
 from vkvx.plugins.rotary import rotary_pairs
 
@@ -37,6 +37,20 @@ def rotate(
     return rows(half.transpose(-1, -2), cosine, sine).transpose(-1, -2)
 
 
+def level_distance(metric: Tensor, bits: int) -> Tensor:
+    """Distance of two levels in standard deviations of a channel, FP32 [..., 1], for a metric [..., D, D].
+
+    At 1 bit it depends on how flat the metric is. In plain distance errors cannot make up for each other, and the
+    nearest of two levels must do; where they can, wider levels leave more to choose from.
+    """
+    wide = torch.full_like(metric[..., 0, :1], SHAPED_STEP[bits])
+    if bits > 1:
+        return wide
+    trace = metric.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    flatness = trace.square() / (metric.shape[-1] * metric.square().sum((-2, -1)).unsqueeze(-1))
+    return torch.minimum(SHAPED_FLAT_STEP + SHAPED_STEP_SLOPE * (1 - flatness), wide)
+
+
 def shape(
     x: Tensor, mask: Tensor, bits: int, metric: Tensor, *, step: float | None = None, sweeps: int = 1
 ) -> Quantized:
@@ -53,7 +67,7 @@ def shape(
     Returns:
         as :func:`vkvx.plugins.reference.quantization.quantize`. A constant channel keeps scale 0 and is exact.
     """
-    scale, offset = _levels(x, mask, bits, SHAPED_STEP[bits] if step is None else step)
+    scale, offset = _levels(x, mask, bits, level_distance(metric, bits) if step is None else step)
     wide, base = (row.float().unsqueeze(-1) for row in (scale, offset))
     divisor = torch.where(wide > 0, wide, torch.inf)
     target = torch.where(mask.unsqueeze(-1), sanitize(x), 0.0).transpose(-1, -2) - base  # [..., D, n]
@@ -82,7 +96,7 @@ def shape(
     return Quantized(codes, scale, torch.where(scale > 0, shifted.clamp(-FP16_MAX, FP16_MAX).half(), offset))
 
 
-def _levels(x: Tensor, mask: Tensor, bits: int, step: float) -> tuple[Tensor, Tensor]:
+def _levels(x: Tensor, mask: Tensor, bits: int, step: Tensor | float) -> tuple[Tensor, Tensor]:
     """Scale and offset [..., D], FP16: levels ``step`` standard deviations apart around the mean, within the range."""
     top = 2**bits - 1
     valid = mask.unsqueeze(-1)

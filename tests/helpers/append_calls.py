@@ -215,7 +215,10 @@ def compare_group(
     # The offset of `shaped` is the mean of the tokens less that of scale times code.
     follows = [s * c.mean(1, keepdim=True) for s, c in zip(scales, codes, strict=True)]
     more = 0.0 if metric is None else (follows[0] - follows[1]).abs()
-    off = [(p[0] - p[1]).abs() > 2 * ulp16(p[1]) + rounding + room for p, room in ((scales, 0.0), (offsets, more))]
+    # Two that differ by more than a unit may lie in different binades: the unit is that of the larger.
+    unit = ulp16(torch.maximum(offsets[0].abs(), offsets[1].abs()))
+    limits = 2 * ulp16(scales[1]) + rounding, 2 * unit + rounding + more
+    off = [(p[0] - p[1]).abs() > limit for p, limit in zip((scales, offsets), limits, strict=True)]
     odd = off[0] | off[1]
     if metric is None:
         if case.quantizer == "lloyd":

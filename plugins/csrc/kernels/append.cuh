@@ -32,15 +32,13 @@ __device__ __forceinline__ float add_over_lanes(const float (&x)[8]) {
   return z + __shfl_xor_sync(kFull, z, 1);
 }
 
-// Evenly spaced levels of `shaped` for tokens of this deviation and mean, within low to high.
-__device__ __forceinline__ void shaped_levels(float deviation, float mean, float high, int bits,
+// Evenly spaced levels of `shaped` around the mean of the tokens, within low to high, `wanted`
+// apart if there is room.
+__device__ __forceinline__ void shaped_levels(float wanted, float mean, float high, int bits,
                                               float* low, float* step) {
   const float top = static_cast<float>((1 << bits) - 1),
               most = (high - *low) / top;  // what the range has room for
-  constexpr float one = kShapedStep[1], two = kShapedStep[2], four = kShapedStep[4],
-                  eight = kShapedStep[8];
-  const float wanted = bits == 1 ? one : bits == 2 ? two : bits == 4 ? four : eight;
-  *step = fminf(wanted * deviation, most);
+  *step = fminf(wanted, most);
   *low = fminf(fmaxf(mean - 0.5f * top * *step, *low), high - top * *step);
 }
 

@@ -9,7 +9,7 @@
 // divisions and sums FP32, as in the reference.
 #pragma once
 
-#include "append.cuh"
+#include "shape_workspace.cuh"
 
 namespace vkvx {
 
@@ -104,10 +104,11 @@ __device__ float quantile(Value value, int count, float position, float* scratch
   return x.x + (above - x.x) * (position - below);
 }
 
-// Levels of the lane's channel; value(i) is token i's value less the mean.
+// Levels of the lane's channel; value(i) is token i's value less the mean. `distance`: of the
+// levels of `shaped`, in deviations.
 template <class Value>
 __device__ FoundLevels find_levels(Value value, int count, float mean, int quantizer, int bits,
-                                   float alpha, float gamma, float* scratch) {
+                                   float alpha, float gamma, float distance, float* scratch) {
   const int warp = threadIdx.x >> 5;
   const float n = static_cast<float>(count), top = static_cast<float>((1 << bits) - 1);
   float low = INFINITY, high = -INFINITY;
@@ -134,7 +135,7 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
     float squares = 0.0f;
     for (int i = warp; i < count; i += kAppendWarps) squares = fmaf(value(i), value(i), squares);
     squares = over_warps(squares, scratch, Add());
-    shaped_levels(sqrtf(squares / n), 0.0f, high, bits, &low, &scale);
+    shaped_levels(distance * sqrtf(squares / n), 0.0f, high, bits, &low, &scale);
   } else if (quantizer == VKVX_LLOYD && bits == 1) {
     float threshold = 0.0f;
     for (int round = 0; round < kLloydIterations; ++round) {
@@ -186,7 +187,7 @@ __device__ FoundLevels find_levels(Value value, int count, float mean, int quant
 // Grid: (2 * call groups * D / 32, Hkv, B): x runs over keys, then values. Dynamic shared memory:
 // the group's values if `cached`.
 __global__ void __launch_bounds__(kAppendWarps * 32)
-    quantize_generic_kernel(const __grid_constant__ VkvxParams p, bool cached) {
+    quantize_generic_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w, bool cached) {
   extern __shared__ float numbers[];  // [group_size][32]
   __shared__ float scratch[3 * kAppendWarps * 32];
   __shared__ int found[2];
@@ -195,6 +196,8 @@ __global__ void __launch_bounds__(kAppendWarps * 32)
   const bool is_key = blockIdx.x < call_groups * words;
   const int part = is_key ? blockIdx.x : blockIdx.x - call_groups * words;
   const int g = part / words, word = part % words, head = blockIdx.y, b = blockIdx.z;
+  // The levels of `shaped` wait for the metrics later; what is ahead of these has ended.
+  if (p.quantizer != VKVX_SHAPED) wait_for_earlier_kernels();
   int group, count;
   if (!place_group(p, b, g, &group, &count, found)) return;
   const int bits = is_key ? p.key_bits : p.value_bits;
@@ -238,9 +241,14 @@ __global__ void __launch_bounds__(kAppendWarps * 32)
                   : clean(load_float(source, base + index[i] * stride[2], p.dtype));
   };
   auto value = [&](int i) { return raw(i) - mean; };
+  float distance = 0.0f;
+  if (p.quantizer == VKVX_SHAPED) {
+    wait_for_earlier_kernels();
+    distance = level_distance(p, w, is_key, b, head);
+  }
   const FoundLevels levels = find_levels(value, count, mean, p.quantizer, bits,
                                          is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
-                                         is_key ? p.shrink_key : p.shrink_value, scratch);
+                                         is_key ? p.shrink_key : p.shrink_value, distance, scratch);
   const float top = static_cast<float>((1 << bits) - 1);
   auto code = [&](float x) {
     if (!(levels.scale > 0.0f)) return 0u;

@@ -13,12 +13,14 @@
 #pragma once
 
 #include "quantize_statistics.cuh"
+#include "shape_workspace.cuh"
 
 namespace vkvx {
 
 struct Quantizer {
   int kind, bits;
   float alpha, gamma;
+  float distance;  // of levels in deviations
 };
 
 // Levels of channel lane / 4, rounded to FP16: of the numbers as they are, and of x.
@@ -42,7 +44,8 @@ struct Levels {
     float size = (high - low) / top;
     if (quantizer.kind == VKVX_LLOYD && quantizer.bits > 1) x.fit_levels(top, &low, &size);
     if (quantizer.kind == VKVX_SHAPED)
-      shaped_levels(x.deviation(), x.mean(), high, quantizer.bits, &low, &size);
+      shaped_levels(quantizer.distance * x.deviation(), x.mean(), high, quantizer.bits, &low,
+                    &size);
     scale = __float2half_rn(varies ? fminf(fmaxf(size * x.unit, 0.0f), kHalfMax) : 0.0f);
     const float from = (__half2float(scale) > 0.0f ? low : x.mean()) + x.pivot;
     offset = __float2half_rn(fminf(fmaxf(from * x.unit, -kHalfMax), kHalfMax));
@@ -202,7 +205,7 @@ __device__ __forceinline__ void store_values(const X& x, const Levels& levels, i
 // 64 bytes per token of a group.
 template <int kSteps, int kHeld, int kBlocks>
 __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks)
-    quantize_registers_kernel(const __grid_constant__ VkvxParams p) {
+    quantize_registers_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w) {
   extern __shared__ uint4 staged[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, D = p.head_dim, words = D / 32;
   const int call_groups = p.visual_entries / p.group_size;
@@ -210,12 +213,18 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32, kBlocks)
   const int part = is_key ? blockIdx.x : blockIdx.x - call_groups * words;
   const int g = part / words, word = part % words, head = blockIdx.y, b = blockIdx.z,
             first_channel = 32 * word + 8 * warp;
+  // The levels of `shaped` wait for the metrics later; what is ahead of these has ended.
+  if (p.quantizer != VKVX_SHAPED) wait_for_earlier_kernels();
   int group;
   Channels<kSteps, kHeld> x;
   if (!x.load(p, is_key, b, head, g, 32 * word, staged, &group)) return;
-  const Quantizer quantizer{p.quantizer, is_key ? p.key_bits : p.value_bits,
-                            is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
-                            is_key ? p.shrink_key : p.shrink_value};
+  Quantizer quantizer{p.quantizer, is_key ? p.key_bits : p.value_bits,
+                      is_key ? p.quantile_alpha_key : p.quantile_alpha_value,
+                      is_key ? p.shrink_key : p.shrink_value};
+  if (quantizer.kind == VKVX_SHAPED) {
+    wait_for_earlier_kernels();
+    quantizer.distance = level_distance(p, w, is_key, b, head);
+  }
   const int bits = quantizer.bits, group_tiles = p.group_size / kTile;
   const Levels levels(x, quantizer);
   const int64_t slot_head = static_cast<int64_t>(p.slot[b]) * p.kv_heads + head,

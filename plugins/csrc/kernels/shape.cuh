@@ -1,7 +1,7 @@
 // Quantiser `shaped`: codes whose errors cancel where attention looks. The levels are stored
 // already, so tokens are independent of each other, and so are warps.
 //
-// A warp takes 32 or 64 tokens of a tile of one KV head, keys or values. It goes through the
+// A warp takes 32 tokens of a tile of one KV head, keys or values, a lane one. It goes through the
 // channels in sets of 8: tensor cores multiply M (shape_metric.cuh) with the errors of all
 // channels, in FP16; then each lane chooses the codes of a token's 8 channels, one after the other.
 // docs/format.md, "shaped", is the specification.
@@ -11,7 +11,7 @@
 
 namespace vkvx {
 
-constexpr int kShapeTile = kTile / 32;  // warps of a block times tokens of a lane, at most
+constexpr int kShapeWarps = kTile / 32;  // warps of a block, at most
 
 // Levels of a block's channels in units of a power of two that makes the largest step 1 to 2, so
 // that errors are FP16 numbers whatever the size of the tokens; and the diagonal of the metric.
@@ -26,7 +26,7 @@ struct ShapeLevels {
 template <class Errors>
 inline int shape_shared(int head_dim, int warps) {
   const int matrix = Errors::kMatrixInSharedMemory ? 2 * head_dim : 0;
-  const int exchange = Errors::kTokens * static_cast<int>(sizeof(ShapeExchange));
+  const int exchange = static_cast<int>(sizeof(ShapeExchange));
   return head_dim * (4 * 4 + 4 * kSet + matrix) + warps * (exchange + Errors::kBytes * head_dim);
 }
 
@@ -74,81 +74,47 @@ __device__ __forceinline__ void load_eight(const float* at, float (&x)[kSet]) {
   }
 }
 
-// What the sweeps of a warp work on.
-template <class Errors>
+// What a warp works on. Codes have up to kPlanes bits.
+template <class Errors, int kPlanes>
 struct ShapeWarp {
-  static constexpr int kTokens = Errors::kTokens;
-
   ShapeLevels levels;
   const float* inner;
   const uint4* matrix;
   ShapeExchange* exchange;
   int head_dim;
   float unit, top;
-  ShapeToken<Errors::kAligned> token[kTokens];
-  bool live[kTokens];  // whether the lane has a token
-  bool odd;            // whether some lane has none, or numbers that FP16 errors cannot hold
+  ShapeToken<Errors::kAligned> token;
+  bool live;  // whether the lane has a token
+  bool odd;   // whether some lane has none, or numbers that FP16 errors cannot hold
 
-  __device__ __forceinline__ void read(int t, const uint4& fetched, int channel,
-                                       float (&x)[kSet]) const {
-    token[t].numbers(fetched, channel, x);
+  __device__ __forceinline__ void read(const uint4& fetched, int channel, float (&x)[kSet]) const {
+    token.numbers(fetched, channel, x);
     if (!odd) return;
 #pragma unroll
-    for (int c = 0; c < kSet; ++c) x[c] = live[t] ? clean(x[c]) : 0.0f;
+    for (int c = 0; c < kSet; ++c) x[c] = live ? clean(x[c]) : 0.0f;
   }
-  __device__ __forceinline__ uint4 pack(int t, float (&e)[kSet]) const {
-    if (odd)
-#pragma unroll
-      for (int c = 0; c < kSet; ++c)
-        e[c] = live[t] ? fminf(fmaxf(e[c], -kHalfMax), kHalfMax) : 0.0f;
+  __device__ __forceinline__ float bounded(float e) const {
+    return odd ? (live ? fminf(fmaxf(e, -kHalfMax), kHalfMax) : 0.0f) : e;
+  }
+  static __device__ __forceinline__ uint4 pack(const float (&e)[kSet]) {
     return make_uint4(pack_half2(e[0], e[1]), pack_half2(e[2], e[3]), pack_half2(e[4], e[5]),
                       pack_half2(e[6], e[7]));
   }
-  static __device__ __forceinline__ void unpack(const uint4& errors, float (&e)[kSet]) {
-    const uint32_t two[4] = {errors.x, errors.y, errors.z, errors.w};
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(two[n]));
-      e[2 * n] = pair.x, e[2 * n + 1] = pair.y;
-    }
-  }
 
-  // Whether a token has numbers beyond FP16 or that are none.
-  __device__ __forceinline__ bool find_odd() const {
-    float squares = 0.0f;
-    bool all = true;
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      all = all && live[t];
-#pragma unroll 4
-      for (int channel = 0; channel < head_dim; channel += kSet) {
-        float x[kSet];
-        token[t].numbers(token[t].fetch(channel), channel, x);
-#pragma unroll
-        for (int c = 0; c < kSet; ++c) squares = fmaf(x[c], x[c], squares);
-      }
-    }
-    return __any_sync(kFull, !all || !(squares <= kHalfMax * kHalfMax));
-  }
-
-  // Calls visit(channel, set, fetched tokens) for the sets, and after each four done(pair). Tokens
-  // are fetched ahead.
-  template <class Visit, class Done>
+  // Calls visit(channel, set, fetched token) for the sets, and after each four done(pair). Tokens
+  // are fetched kAhead sets ahead.
+  template <int kAhead, class Visit, class Done>
   __device__ __forceinline__ void each_set(Errors& errors, Visit visit, Done done) const {
-    uint4 next[kTokens];
+    uint4 next[kAhead];
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) next[t] = token[t].fetch(0);
+    for (int set = 0; set < kAhead; ++set) next[set] = token.fetch(kSet * set);
 #pragma unroll 1
     for (int channel = 0; channel < head_dim; channel += 4 * kSet) {
 #pragma unroll
       for (int set = 0; set < 4; ++set) {
         const int at = channel + kSet * set;
-        uint4 fetched[kTokens];
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          fetched[t] = next[t];
-          if (at + kSet < head_dim) next[t] = token[t].fetch(at + kSet);
-        }
+        const uint4 fetched = next[set % kAhead];
+        if (at + kAhead * kSet < head_dim) next[set % kAhead] = token.fetch(at + kAhead * kSet);
         visit(at, set, fetched);
       }
       done(channel / 32);
@@ -156,107 +122,87 @@ struct ShapeWarp {
     }
   }
 
-  // The errors of the nearest levels.
-  __device__ __forceinline__ void start(Errors& errors) const {
-    each_set(
+  // The errors of the nearest levels. Returns whether a token has numbers beyond FP16 or that are
+  // none.
+  __device__ __forceinline__ bool start(Errors& errors) const {
+    float most = 0.0f;
+    each_set<4>(
         errors,
-        [&](int channel, int set, const uint4(&fetched)[kTokens]) {
-          float low[kSet], step[kSet], inverse[kSet];
+        [&](int channel, int set, const uint4& fetched) {
+          float low[kSet], step[kSet], inverse[kSet], x[kSet], e[kSet];
           load_eight(levels.low + channel, low);
           load_eight(levels.step + channel, step);
           load_eight(levels.inverse + channel, inverse);
-          uint4 packed[kTokens];
+          read(fetched, channel, x);
 #pragma unroll
-          for (int t = 0; t < kTokens; ++t) {
-            float x[kSet], e[kSet];
-            read(t, fetched[t], channel, x);
-#pragma unroll
-            for (int c = 0; c < kSet; ++c) {
-              const float y = fmaf(x[c], unit, -low[c]);
-              e[c] = fmaf(-step[c], fmaf(__saturatef(y * inverse[c]), top, kMagic) - kMagic, y);
-            }
-            packed[t] = pack(t, e);
+          for (int c = 0; c < kSet; ++c) {
+            const float y = fmaf(x[c], unit, -low[c]);
+            e[c] = bounded(nearest(y, step[c], inverse[c]));
+            most = fmaf(x[c], x[c], most);
           }
-          errors.replace(set, packed, exchange);
+          errors.replace(set, pack(e), exchange);
         },
         [](int) {});
+    return __any_sync(kFull, !(most <= kHalfMax * kHalfMax));
+  }
+
+  // What the nearest level leaves of a number.
+  __device__ __forceinline__ float nearest(float y, float step, float inverse) const {
+    return fmaf(-step, fmaf(__saturatef(y * inverse), top, kMagic) - kMagic, y);
   }
 
   // The pass over the channels. It packs the codes of the keys or values whose words begin at
-  // `out`: that of the lane's first token, or that of the warp's first 32 in channel 0. Of keys it
-  // stores the sums of e_c^2 over the warp's tokens.
+  // `out`: that of the lane's token, or that of the warp's tokens in channel 0. It stores the sums
+  // of e_c over the warp's tokens, and of keys those of e_c^2.
   __device__ __forceinline__ void sweep(Errors& errors, int bits, bool is_key, int* out,
                                         float* sums) const {
     const int lane = threadIdx.x & 31;
-    uint32_t words[kTokens][8] = {};
-    each_set(
+    uint32_t words[kPlanes] = {};
+    each_set<1>(
         errors,
-        [&](int channel, int set, const uint4(&fetched)[kTokens]) {
-          float pull[kTokens][kSet], e[kTokens][kSet], low[kSet], step[kSet], inverse[kSet];
-          uint4 packed[kTokens];
-          uint32_t codes[kTokens][2] = {};
-          load_eight(levels.low + channel, low);
+        [&](int channel, int set, const uint4& fetched) {
+          float pull[kSet], y[kSet], e[kSet], step[kSet], inverse[kSet];
+          uint32_t codes[2] = {};
+          errors.pull(set, matrix + channel * head_dim / kSet, exchange, pull);
+          load_eight(levels.low + channel, e);
           load_eight(levels.step + channel, step);
           load_eight(levels.inverse + channel, inverse);
-          errors.pull(set, matrix + channel * head_dim / kSet, exchange, pull, packed);
-          float old[kTokens][kSet], x[kTokens][kSet];
+          read(fetched, channel, y);
 #pragma unroll
-          for (int t = 0; t < kTokens; ++t) {
-            unpack(packed[t], old[t]);
-            read(t, fetched[t], channel, x[t]);
-          }
+          for (int c = 0; c < kSet; ++c) y[c] = fmaf(y[c], unit, -e[c]);
 #pragma unroll
           for (int c = 0; c < kSet; ++c) {
             float follow[kSet];
             load_eight(inner + (channel + c) * kSet, follow);
+            const float code = fmaf(__saturatef((y[c] + pull[c]) * inverse[c]), top, kMagic);
+            codes[c / 4] |= (__float_as_uint(code) & 0xff) << 8 * (c % 4);
+            e[c] = bounded(fmaf(-step[c], code - kMagic, y[c]));
+            const float moved = e[c] - bounded(nearest(y[c], step[c], inverse[c]));
 #pragma unroll
-            for (int t = 0; t < kTokens; ++t) {
-              const float y = fmaf(x[t][c], unit, -low[c]);
-              const float code = fmaf(__saturatef((y + pull[t][c]) * inverse[c]), top, kMagic);
-              codes[t][c / 4] |= (__float_as_uint(code) & 0xff) << 8 * (c % 4);
-              e[t][c] = fmaf(-step[c], code - kMagic, y);
-              const float moved = e[t][c] - old[t][c];
-#pragma unroll
-              for (int k = c + 1; k < kSet; ++k) pull[t][k] = fmaf(follow[k], moved, pull[t][k]);
-            }
+            for (int k = c + 1; k < kSet; ++k) pull[k] = fmaf(follow[k], moved, pull[k]);
           }
-#pragma unroll
-          for (int t = 0; t < kTokens; ++t) packed[t] = pack(t, e[t]);
-          errors.replace(set, packed, exchange);
-          float totals[kSet] = {}, squares[kSet] = {};
-#pragma unroll
-          for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-            for (int c = 0; c < kSet; ++c) {
-              totals[c] += e[t][c];
-              squares[c] = fmaf(e[t][c], e[t][c], squares[c]);
-            }
-          float* own = sums + channel + lane / 4;
-          const float total = add_over_lanes(totals);
-          if (lane % 4 == 0) own[0] = total / unit;
+          errors.replace(set, pack(e), exchange);
+          const float total = add_over_lanes(e);
+          if (lane % 4 == 0) sums[channel + lane / 4] = total / unit;
           if (is_key) {
-            const float square = add_over_lanes(squares);
-            if (lane % 4 == 0) own[head_dim] = square / (unit * unit);
+#pragma unroll
+            for (int c = 0; c < kSet; ++c) e[c] *= e[c];
+            const float square = add_over_lanes(e);
+            if (lane % 4 == 0) sums[head_dim + channel + lane / 4] = square / (unit * unit);
           }
 #pragma unroll
-          for (int plane = 0; plane < 8; ++plane) {
+          for (int plane = 0; plane < kPlanes; ++plane) {
             if (plane >= bits) break;
-#pragma unroll
-            for (int t = 0; t < kTokens; ++t)
-              add_plane(codes[t], live[t], plane, set, is_key, &words[t][plane]);
+            add_plane(codes, live, plane, set, is_key, &words[plane]);
           }
         },
         [&](int pair) {
 #pragma unroll
-          for (int plane = 0; plane < 8; ++plane) {
+          for (int plane = 0; plane < kPlanes; ++plane) {
             if (plane >= bits) break;
-            int* to = out + static_cast<int64_t>(plane) * kTile * (head_dim / 32);
-#pragma unroll
-            for (int t = 0; t < kTokens; ++t) {
-              to[is_key ? head_dim * t + pair : (32 * pair + lane) * 4 + t] =
-                  static_cast<int>(words[t][plane]);
-              words[t][plane] = 0;
-            }
+            out[static_cast<int64_t>(plane) * kTile * (head_dim / 32) +
+                (is_key ? pair : (32 * pair + lane) * 4)] = static_cast<int>(words[plane]);
+            words[plane] = 0;
           }
         });
   }
@@ -288,18 +234,8 @@ struct ShapeWarp {
 #pragma unroll
       for (int set = 0; set < 4; ++set) {
         const int channel = first + kSet * set;
-        float pull[kTokens][kSet], diagonal[kSet];
-        uint4 packed[kTokens];
-        load_eight(levels.diagonal + channel, diagonal);
-        errors.pull(set, matrix + channel * head_dim / kSet, exchange, pull, packed);
-        __syncwarp();
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          float e[kSet];
-          unpack(packed[t], e);
-#pragma unroll
-          for (int c = 0; c < kSet; ++c) whole = fmaf(diagonal[c] * e[c], e[c] + pull[t][c], whole);
-        }
+        whole += errors.weigh(set, matrix + channel * head_dim / kSet, levels.diagonal + channel,
+                              exchange);
       }
       errors.turn();
     }
@@ -326,20 +262,19 @@ __device__ __forceinline__ float load_levels(const VkvxParams& p, const __half* 
   return unit;
 }
 
-// Grid: (2 * entries of the call / (32 * tokens of a lane * warps), Hkv, B): x runs over keys, then
-// values. Dynamic shared memory: see shape_shared.
-template <class Errors>
-__global__ void __launch_bounds__(kShapeTile / Errors::kTokens * 32, 4)
+// Grid: (2 * entries of the call / (32 * warps), Hkv, B): x runs over keys, then values. Dynamic
+// shared memory: see shape_shared.
+template <class Errors, int kPlanes>
+__global__ void __launch_bounds__(kShapeWarps * 32, kPlanes == 1 ? 4 : 3)
     shape_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w) {
   extern __shared__ uint4 memory[];
   __shared__ int found[2];
-  constexpr int kTokens = Errors::kTokens;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5,
-            D = p.head_dim, parts = p.visual_entries / (32 * kTokens * warps);
+            D = p.head_dim, parts = p.visual_entries / (32 * warps);
   const bool is_key = blockIdx.x < parts;
   const int head = blockIdx.y, b = blockIdx.z,
             part = warps * (is_key ? blockIdx.x : blockIdx.x - parts) + warp,
-            g = 32 * kTokens * part / p.group_size, entry = 32 * kTokens * part % p.group_size;
+            g = 32 * part / p.group_size, entry = 32 * part % p.group_size;
   wait_for_earlier_kernels();
   let_next_kernel_start();
   int group, count;
@@ -352,7 +287,7 @@ __global__ void __launch_bounds__(kShapeTile / Errors::kTokens * 32, 4)
       static_cast<const __half*>(is_key ? p.visual_key_params : p.visual_value_params) +
       (slot_head * groups + group) * (is_key ? 3 : 2) * D;
   ShapeExchange* exchanges = reinterpret_cast<ShapeExchange*>(memory);
-  float* numbers = reinterpret_cast<float*>(exchanges + warps * kTokens);
+  float* numbers = reinterpret_cast<float*>(exchanges + warps);
   const ShapeLevels levels(numbers, D);
   float* inner = numbers + 4 * D;
   uint4* rest = reinterpret_cast<uint4*>(inner + D * kSet);
@@ -376,27 +311,26 @@ __global__ void __launch_bounds__(kShapeTile / Errors::kTokens * 32, 4)
                     : p.visual_value + first_tile * bits * kTile * (D / 32) + within / 32;
   if (entry >= count) {  // padding
     for (int plane = 0; plane < bits; ++plane, out += kTile * (D / 32))
-      for (int t = 0; t < kTokens; ++t)
-        for (int i = 0; i < D / 32; ++i) out[is_key ? D * t + i : (32 * i + lane) * 4 + t] = 0;
+      for (int i = 0; i < D / 32; ++i) out[is_key ? i : (32 * i + lane) * 4] = 0;
     return;
   }
   const int64_t* stride = is_key ? p.key_stride : p.value_stride;
   const int* index = p.visual_index + static_cast<int64_t>(b) * p.visual_entries +
                      static_cast<int64_t>(g) * p.group_size;
-  ShapeWarp<Errors> shape{levels, inner, matrix, exchanges + warp * kTokens, D, unit};
+  const int mine = entry + lane;
+  ShapeWarp<Errors, kPlanes> shape{levels, inner, matrix, exchanges + warp, D, unit};
   shape.top = static_cast<float>((1 << bits) - 1);
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const int mine = entry + 32 * t + lane;
-    shape.live[t] = mine < count;
-    shape.token[t] = {is_key ? p.key : p.value,
-                      b * stride[0] + head * stride[1] + index[min(mine, count - 1)] * stride[2],
-                      p.dtype};
-  }
-  shape.odd = shape.find_odd();
+  shape.token = {is_key ? p.key : p.value,
+                 b * stride[0] + head * stride[1] + index[min(mine, count - 1)] * stride[2],
+                 p.dtype};
+  shape.live = mine < count;
+  shape.odd = entry + 32 > count;
   Errors errors(p, rest + warp * (Errors::kBytes * D / static_cast<int>(sizeof(uint4))));
-  shape.start(errors);
-  float* sums = partial_sums(p, w.partial, is_key, b, head, p.visual_entries / (32 * kTokens)) +
+  if (shape.start(errors) && !shape.odd) {
+    shape.odd = true;
+    shape.start(errors);
+  }
+  float* sums = partial_sums(p, w.partial, is_key, b, head) +
                 static_cast<int64_t>(part) * partial_size(p, is_key);
   shape.sweep(errors, bits, is_key, out, sums);
   if (!is_key) return;
@@ -405,10 +339,10 @@ __global__ void __launch_bounds__(kShapeTile / Errors::kTokens * 32, 4)
 }
 
 // Moves the offsets so that errors have a mean of 0. Of keys it stores the RMS of each channel's
-// errors, times the factor that makes the sum of H_cc rms_c^2 the mean of e . H e. `tokens`: of a
-// partial sum. Grid: (2 * call groups, Hkv, B): x runs over keys, then values.
+// errors, times the factor that makes the sum of H_cc rms_c^2 the mean of e . H e. Grid: (2 * call
+// groups, Hkv, B): x runs over keys, then values.
 __global__ void __launch_bounds__(128)
-    shape_finish_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w, int tokens) {
+    shape_finish_kernel(const __grid_constant__ VkvxParams p, ShapeWorkspace w) {
   __shared__ float moves[VKVX_MAX_HEAD_DIM], change[VKVX_MAX_HEAD_DIM], parts[2][4];
   __shared__ int found[2];
   const int D = p.head_dim, call_groups = p.visual_entries / p.group_size, head = blockIdx.y,
@@ -418,9 +352,9 @@ __global__ void __launch_bounds__(128)
   wait_for_earlier_kernels();
   int group, count;
   if (!place_group(p, b, g, &group, &count, found)) return;
-  const float* sums = partial_sums(p, w.partial, is_key, b, head, p.visual_entries / tokens) +
-                      static_cast<int64_t>(g) * (p.group_size / tokens) * size;
-  const int used = static_cast<int>(divide_up(count, tokens));
+  const float* sums = partial_sums(p, w.partial, is_key, b, head) +
+                      static_cast<int64_t>(g) * (p.group_size / 32) * size;
+  const int used = static_cast<int>(divide_up(count, 32));
   const float n = static_cast<float>(count);
   auto mean = [&](int i) {
     float sum = 0.0f;
@@ -461,8 +395,14 @@ __global__ void __launch_bounds__(128)
     if (c >= D) break;
     float pull = change[c];
 #pragma unroll 4
-    for (int k = 0; k < D; ++k)
-      pull = fmaf(__half2float(matrix[place_in_matrix(c, k, D)]), change[k], pull);
+    for (int k = 0; k < D;
+         k += 32)  // 16 bytes of M are channels k + q + 0, 1, 8, 9, 16, 17, 24, 25
+      for (int q = 0; q < kSet; q += 2) {
+        float m[kSet];
+        unpack_errors(*reinterpret_cast<const uint4*>(matrix + place_in_matrix(c, k + q, D)), m);
+#pragma unroll
+        for (int n = 0; n < kSet; ++n) pull = fmaf(m[n], change[k + q + n / 2 * 8 + n % 2], pull);
+      }
     apart = fmaf(diagonal[c], squares[i], apart);
     more = fmaf(moves[c] * diagonal[c], pull, more);
   }

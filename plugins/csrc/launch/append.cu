@@ -9,24 +9,25 @@ namespace vkvx {
 namespace {
 
 template <int kSteps, int kHeld, int kBlocks>
-int quantize_in_registers(const VkvxParams& p, cudaStream_t stream) {
+int quantize_in_registers(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
   const int bytes = p.group_size * kQuantizeWarps * static_cast<int>(sizeof(uint4));
   if (cudaFuncSetAttribute(quantize_registers_kernel<kSteps, kHeld, kBlocks>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return check_cuda("the shared memory that quantisation needs");
-  quantize_registers_kernel<kSteps, kHeld, kBlocks>
-      <<<dim3(2 * parts, p.kv_heads, p.rows), kQuantizeWarps * 32, bytes, stream>>>(p);
+  Launch(device, stream)(quantize_registers_kernel<kSteps, kHeld, kBlocks>,
+                         dim3(2 * parts, p.kv_heads, p.rows), kQuantizeWarps * 32, bytes, p,
+                         shape_workspace(p));
   return check_cuda("quantisation");
 }
 
 int quantize(const VkvxParams& p, const Device& device, cudaStream_t stream) {
   if (device.capability >= 80 && p.dtype != VKVX_FLOAT32 && rows_are_aligned(p.key, p.key_stride) &&
       rows_are_aligned(p.value, p.value_stride)) {
-    if (p.group_size <= 256) return quantize_in_registers<8, 6, 7>(p, stream);
-    if (p.group_size <= 640) return quantize_in_registers<20, 12, 5>(p, stream);
-    if (p.group_size <= 896) return quantize_in_registers<28, 12, 4>(p, stream);
-    if (p.group_size <= 1024) return quantize_in_registers<32, 20, 3>(p, stream);
+    if (p.group_size <= 256) return quantize_in_registers<8, 6, 7>(p, device, stream);
+    if (p.group_size <= 640) return quantize_in_registers<20, 12, 5>(p, device, stream);
+    if (p.group_size <= 896) return quantize_in_registers<28, 12, 4>(p, device, stream);
+    if (p.group_size <= 1024) return quantize_in_registers<32, 20, 3>(p, device, stream);
   }
   const int wanted = p.group_size * kChannels * static_cast<int>(sizeof(float)), statics = 8192;
   const bool cached = wanted + statics <= device.shared_memory;
@@ -35,8 +36,8 @@ int quantize(const VkvxParams& p, const Device& device, cudaStream_t stream) {
                            bytes) != cudaSuccess)
     return check_cuda("the shared memory that quantisation needs");
   const int parts = p.visual_entries / p.group_size * (p.head_dim / 32);
-  quantize_generic_kernel<<<dim3(2 * parts, p.kv_heads, p.rows), kAppendWarps * 32, bytes,
-                            stream>>>(p, cached);
+  Launch(device, stream)(quantize_generic_kernel, dim3(2 * parts, p.kv_heads, p.rows),
+                         kAppendWarps * 32, bytes, p, shape_workspace(p), cached);
   return check_cuda("quantisation");
 }
 

@@ -82,7 +82,7 @@ int prefill_heads(const VkvxParams& p, const int* rank, const int* run_end, cuda
 
 size_t bound_of_workspace(
     const VkvxParams& p);  // of all kernels, these sizes and smaller ones, any device
-size_t plain_workspace(const VkvxParams& p);
+size_t plain_workspace(const VkvxParams& p);  // what `shaped` needs lies behind it
 int plain(const VkvxParams& p, cudaStream_t stream);
 
 }  // namespace vkvx
