@@ -123,7 +123,7 @@ class EvaluationPlan:
         """What records must share to be of one evaluation; the number of samples is not part of it."""
         contents = {}
         if self.source is not None:
-            contents["checkpoint"] = _content(self.source)
+            contents["checkpoint"] = content_of(self.source)
         if self.bundle is not None:
             contents["bundle"] = hashlib.sha256((self.bundle / FILE_NAME).read_bytes()).hexdigest()
         return {
@@ -372,7 +372,7 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _content(source: Source) -> str:
+def content_of(source: Source) -> str:
     """A digest that a checkpoint with other weights does not have: of config, headers, and the ends of its files."""
     digest = hashlib.sha256((source.directory / "config.json").read_bytes())
     for path in sorted({tensor.file for tensor in read_checkpoint(source.directory).values()}):

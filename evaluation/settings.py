@@ -7,6 +7,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from vkvx.errors import OptionError
@@ -150,13 +151,13 @@ def settle(options: Iterable[ExportOptions], layers: int, typical_tokens: Sequen
 
     Raises OptionError for what the model cannot have, such as bits of a layer that it lacks.
     """
-    found: dict[Quantization, Setting] = {}
+    found: dict[tuple[Quantization, str | Path | None], Setting] = {}
     for entry in (ExportOptions(bits=BASELINE_BITS), *options):
         quantization = entry.resolve(layers, typical_tokens)
         reference = BASELINE_BITS in quantization.key_bits
         if not (reference and found):
             name = setting_name(entry, quantization)
-            found.setdefault(quantization, Setting(name, entry, quantization, reference))
+            found.setdefault((quantization, entry.metrics_file), Setting(name, entry, quantization, reference))
     return list(found.values())
 
 
