@@ -177,15 +177,15 @@ def _record(runner: TorchRunner, sample: Sample, moments: Moments, *, own: bool)
         raise CapacityError(
             f"{sample.place}: no room on the GPU for its prompt and answer; give smaller ones"
         ) from error
-    for number, (query, attention) in enumerate(zip(recorder.query, recorder.attention, strict=True)):
-        for total, one in ((moments.query[number], query), (moments.attention[number], attention)):
-            if one is not None:
-                total += one.cpu()
-        if not (moments.query[number].isfinite().all() and moments.attention[number].isfinite().all()):
-            raise NumericError(
-                f"{sample.place}: queries of layer {runner.info.caches[number]} are infinite or no numbers; "
-                "give dtype= (--dtype) bfloat16 or float32"
-            )
+    for number, layer in enumerate(runner.info.caches):
+        for total, found in ((moments.query[number], recorder.query), (moments.attention[number], recorder.attention)):
+            if number in found:  # not if the answer ends at once
+                total += found[number].cpu()
+            if not total.isfinite().all():
+                raise NumericError(
+                    f"{sample.place}: queries of layer {layer} are infinite or no numbers; "
+                    "give dtype= (--dtype) bfloat16 or float32"
+                )
     moments.samples += 1
     moments.tokens += len(batch.answers[0]) - 1
 
@@ -198,8 +198,8 @@ class _Recorder:
 
         self._info = runner.info
         self._rotary = layer_rotary(runner.family, runner.model)
-        self.query: list[Tensor | None] = [None] * runner.info.cached_layers
-        self.attention: list[Tensor | None] = [None] * runner.info.cached_layers
+        self.query: dict[int, Tensor] = {}
+        self.attention: dict[int, Tensor] = {}
 
     def __call__(self, call: CacheCall, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         from vkvx.evaluation.torch_runner import ObservedCache
@@ -219,7 +219,6 @@ class _Recorder:
         shares = picture_shares(queries, keys, visual, facts.scale, facts.softcap, facts.sliding_window)
         raw = unrotated(queries, turns, facts.rotary_dim, facts.rotary_interleaved)
         moment = weighted_moments(raw, shares, facts.kv_heads)
-        self.query[own] = moment if self.query[own] is None else self.query[own] + moment
+        self.query[own] = self.query.get(own, 0) + moment
         if facts.keys_of is None:  # values of other layers' caches have other output projections behind them
-            taken = shares.sum(1)
-            self.attention[own] = taken if self.attention[own] is None else self.attention[own] + taken
+            self.attention[own] = self.attention.get(own, 0) + shares.sum(1)

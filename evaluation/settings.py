@@ -38,11 +38,9 @@ class Setting:
 
     def to_json(self) -> dict[str, Any]:
         """The options that are not at their default, and ``bits``."""
-        return {
-            name: getattr(self.options, name)
-            for name in FIELDS
-            if name == "bits" or getattr(self.options, name) != _DEFAULTS[name]
-        }
+        found = {name: getattr(self.options, name) for name in FIELDS}
+        given = {name: value for name, value in found.items() if name == "bits" or value != _DEFAULTS[name]}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def option_name(field: str) -> str:

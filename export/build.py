@@ -72,7 +72,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     quantization = options.resolve(info.cached_layers, info.typical_tokens)
     attributes = model_attributes(CacheLayout(info, quantization))
     path = options.metrics_file
-    moments = None if path is None else read_checked(path, info, source.config, LOG)
+    moments = None if path is None else read_checked(path, info, source.config, LOG.warning)
     model = build_model(family.model_class(), source.config, options.dtype)
     found = match_parameters(model, stored)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()

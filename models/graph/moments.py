@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,13 +90,14 @@ def read_moments(path: str | Path, info: ModelInfo, config: Any) -> Moments:
                 found = said.get("version")
                 raise OptionError(f"{path} is of version {found}, this vkvx reads {VERSION}; calibrate again")
             about = json.loads(said["about"])
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if about["model"] != digest(info, config) or found != wanted:
-                raise OptionError(f"{path} is of another model: {_difference(found, wanted)}; calibrate {info.name}")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if about["model"] != digest(info, config) or shapes != wanted:
+                raise OptionError(f"{path} is of another model: {_difference(shapes, wanted)}; calibrate {info.name}")
             tensors = {name: file.get_tensor(name) for name in wanted}
         moments = Moments(
             about["model"],
-            *([tensors[f"{kind}.{i}"] for i in info.caches] for kind in _KINDS),
+            query=[tensors[f"query.{i}"] for i in info.caches],
+            attention=[tensors[f"attention.{i}"] for i in info.caches],
             data=str(about["data"]),
             run=dict(about["run"]),
             samples=int(about["samples"]),
@@ -112,14 +112,14 @@ def read_moments(path: str | Path, info: ModelInfo, config: Any) -> Moments:
     return moments
 
 
-def read_checked(path: str | Path, info: ModelInfo, config: Any, log: logging.Logger) -> Moments:
-    """As :func:`read_moments`; OptionError also for too few answers, a warning in ``log`` for few."""
+def read_checked(path: str | Path, info: ModelInfo, config: Any, warn: Callable[[str], object]) -> Moments:
+    """As :func:`read_moments`; OptionError also for too few answers, and a line to ``warn`` with for few."""
     moments = read_moments(path, info, config)
     remedy = f"`vkvx calibrate --samples {ENOUGH_SAMPLES}` goes on with them"
     if moments.samples < LEAST_SAMPLES:
         raise OptionError(f"{path} holds {moments.samples} answers, at least {LEAST_SAMPLES} are needed; {remedy}")
     if moments.samples < ENOUGH_SAMPLES:
-        log.warning("%s holds %d answers, %d make better metrics: %s", path, moments.samples, ENOUGH_SAMPLES, remedy)
+        warn(f"{path} holds {moments.samples} answers, {ENOUGH_SAMPLES} make better metrics: {remedy}")
     return moments
 
 

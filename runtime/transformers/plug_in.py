@@ -7,7 +7,7 @@ forward pre-hook of the whole model tells pictures from text and hands the cache
 from __future__ import annotations
 
 import inspect
-import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +30,6 @@ from vkvx.models.registry import family_of
 from vkvx.options import QuantizationOptions
 from vkvx.plugins.operator import layer_attributes
 from vkvx.runtime.transformers.cache import PADDING, PICTURE, TEXT, VISUAL, PackedVisualCache
-
-LOG = logging.getLogger("vkvx.transformers")
 
 
 def quantize_visual_cache(
@@ -244,7 +242,7 @@ def _prepare(model: Any, options: QuantizationOptions) -> tuple[CacheLayout, Met
     layout = CacheLayout(info, quantization)
     if not layer_attributes(quantization, 1.0)[0].needs_metrics:
         return layout, None
-    moments = None if options.metrics_file is None else read_checked(options.metrics_file, info, config, LOG)
+    moments = None if options.metrics_file is None else read_checked(options.metrics_file, info, config, warnings.warn)
     return layout, model_metrics(family, model, info, moments)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from vkvx import ExportOptions, InputError, NumericError, OptionError, export_model, quantize_visual_cache
 from vkvx.evaluation import calibration
 from vkvx.evaluation.calibration import calibrate
+from vkvx.evaluation.run import make_plan
 from vkvx.evaluation.settings import settle
 from vkvx.evaluation.tasks import prompt_of, questions
 from vkvx.export.build import METRICS_FILE
@@ -31,7 +32,6 @@ from vkvx.runtime.backends.torch.loading import load_model, load_reference
 from vkvx.runtime.sessions.processor import PLACEHOLDER, Processor
 
 CPU = {"device": "cpu", "dtype": "float32"}
-LOG = logging.getLogger("vkvx.export")
 
 
 def write_data(directory: Path, count: int, **more: Any) -> Path:
@@ -200,7 +200,9 @@ def test_bundle_plug_in_and_reference_use_them(
     model = load_model(source, torch.float32)
     plain, metrics = model_metrics(source.family, model, info), model_metrics(source.family, model, info, moments)
     stored = load_file(tmp_path / "b" / METRICS_FILE)
-    with quantize_visual_cache(model, metrics_file=file) as handle:
+    with pytest.warns(UserWarning, match="holds 5 answers"):
+        handle = quantize_visual_cache(model, metrics_file=file)
+    with handle:
         assert handle.metrics is not None
         for i in info.caches:
             assert torch.equal(stored[f"key.{i}"], metrics.key[i])
@@ -252,12 +254,18 @@ def test_files_that_are_refused(
     path, source = tmp_path / "metrics.safetensors", resolve(checkpoint)
     write(file, path)
     with pytest.raises(OptionError, match=words):
-        read_checked(path, source.info("float32"), source.config, LOG)
+        read_checked(path, source.info("float32"), source.config, warnings.warn)
 
 
-def test_nothing_is_left_of_an_export_that_refuses_a_file(checkpoint: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_of_runs_that_refuse_a_file(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    options = ExportOptions(metrics_file=tmp_path / "none")
     with pytest.raises(OptionError, match="no file at"):
-        export_model(checkpoint, tmp_path / "b", ExportOptions(metrics_file=tmp_path / "none"))
+        export_model(checkpoint, tmp_path / "b", options)
+    with pytest.raises(OptionError, match="no file at"):
+        make_plan(checkpoint, questions(data, None, (), answered=False), [options], device="cpu")
+    for given in ({"quantizer": "lloyd"}, {"bits": 16}):
+        with pytest.raises(OptionError, match="metrics_file= \\(--metrics-file\\) has no effect"):
+            export_model(checkpoint, tmp_path / "b", ExportOptions(metrics_file=tmp_path / "none", **given))
     assert not list(tmp_path.iterdir())
 
 
