@@ -204,7 +204,7 @@ class _Recorder:
     def __call__(self, call: CacheCall, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         from vkvx.evaluation.torch_runner import ObservedCache
         from vkvx.models.graph.metric import rotation
-        from vkvx.models.graph.moments import picture_shares, unrotated, weighted_moments
+        from vkvx.models.graph.moments import picture_shares, second_moments, unrotated
 
         facts, cache, own = self._info.layers[layer], call.cache, call.cache.cache_of[layer]
         assert call.positions is not None
@@ -218,7 +218,6 @@ class _Recorder:
         visual = cache.visual(call)[0].to(query.device)
         shares = picture_shares(queries, keys, visual, facts.scale, facts.softcap, facts.sliding_window)
         raw = unrotated(queries, turns, facts.rotary_dim, facts.rotary_interleaved)
-        moment = weighted_moments(raw, shares, facts.kv_heads)
-        self.query[own] = self.query.get(own, 0) + moment
+        self.query[own] = self.query.get(own, 0) + second_moments(raw, facts.kv_heads)
         if facts.keys_of is None:  # values of other layers' caches have other output projections behind them
             self.attention[own] = self.attention.get(own, 0) + shares.sum(1)

@@ -14,7 +14,7 @@ of that of white states, with a part of it as the prior, and query heads count b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,11 @@ FLOOR = 0.1
 """Added to the diagonal, whose mean is 1: the weights say nothing about what the hidden states prefer."""
 CALIBRATED_FLOOR = 0.03
 """The same where queries were recorded."""
-PRIOR_SAMPLES = 2.0
+PRIOR_SAMPLES = 0.5
 """As many recorded answers count as much as the weights."""
+NEAR, NEAR_SHARE, FAR = 32, 0.3, 2048
+"""Distances that recorded queries are turned to: 1 to ``NEAR``, evenly on a logarithmic scale, for the answer itself,
+count this part, and 1 to ``FAR``, evenly in their square root, the rest."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,14 @@ def compute_metrics(
     layers: Iterable[AttentionWeights], rotary: Mapping[int, Rotary], info: ModelInfo, moments: Moments | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Metrics of keys and of values of each cache, FP16 [Hkv, D, D]; the layers that have one come one at a time."""
-    window = torch.from_numpy(np.unique(np.geomspace(1, REACH, 64).astype(np.int64)))
+    windows = [(1.0, _logarithmic(REACH))]
+    if moments is not None:
+        near, far = _logarithmic(NEAR), np.unique((np.linspace(1, FAR**0.5, 64) ** 2).astype(np.int64))
+        windows = [(NEAR_SHARE / len(near), near), ((1 - NEAR_SHARE) / len(far), far)]
     pairs = []
     for number, (weights, i) in enumerate(zip(layers, info.caches, strict=True)):
         device, layer = weights.query.device, info.layers[i]
-        turns = rotation(rotary[i], window.to(device))
+        turns = [(factor, rotation(rotary[i], torch.from_numpy(one).to(device))) for factor, one in windows]
         moment, heads = _query_moment(weights, layer, info.query_heads), torch.ones(info.query_heads)
         if moments is not None:
             share = prior_share(moments.samples, PRIOR_SAMPLES)
@@ -132,12 +138,18 @@ def _query_moment(weights: AttentionWeights, layer: LayerInfo, query_heads: int)
     return moment.unflatten(0, (layer.kv_heads, -1)).mean(1)
 
 
-def _turned(moment: Tensor, layer: LayerInfo, turns: Tensor) -> Tensor:
-    """The sum of a moment [Hkv, D, D] over the positions of ``turns`` [n, 2, D]."""
-    mean = torch.zeros_like(moment)
-    for cosine, sine in turns:
-        mean += rotate(moment, cosine, sine, layer.rotary_dim, layer.rotary_interleaved)
-    return mean
+def _logarithmic(reach: int) -> np.ndarray:
+    """Distances from 1 to ``reach``, even on a logarithmic scale."""
+    return np.unique(np.geomspace(1, reach, 64).astype(np.int64))
+
+
+def _turned(moment: Tensor, layer: LayerInfo, windows: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """A moment [Hkv, D, D] summed over windows: a factor, and the turns [n, 2, D] of positions that it is for."""
+    whole = torch.zeros_like(moment)
+    for factor, turns in windows:
+        for cosine, sine in turns:
+            whole += factor * rotate(moment, cosine, sine, layer.rotary_dim, layer.rotary_interleaved)
+    return whole
 
 
 def _value_metric(weights: AttentionWeights, layer: LayerInfo, heads: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Second moments of a model's own queries, which `vkvx calibrate` records, and the file that holds them.
 
 A query is taken back to position 0 before it counts: what the rotary embedding of any other position makes of it
-follows from that, so one recording tells the queries of all distances behind a picture. It counts by how much the
-pictures get of its attention, the sum of the squares of their tokens' shares: that times the square of a score's error
-is what an error of one token's key changes, and times that of a value's what it changes behind the attention.
+follows from that, so one recording tells the queries of all distances behind a picture. What values are multiplied into
+is the output projection of each query head, by what the head takes from pictures: the sum of squares of their tokens'
+shares of its attention, as errors of tokens are independent of each other.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _KINDS = ("query", "attention")
 class Moments:
     """Sums over the recorded queries, FP32 on the CPU, an entry for each cache of the model.
 
-    ``query`` [Hkv, D, D] are the second moments of queries by KV head, ``attention`` [Hq] how much the pictures got of
-    each query head's attention. ``samples`` and ``tokens`` count answers and the tokens fed along them. ``data`` tells
+    ``query`` [Hkv, D, D] are the second moments of queries by KV head, ``attention`` [Hq] what each query head
+    took from pictures. ``samples`` and ``tokens`` count answers and the tokens fed along them. ``data`` tells
     people what they were, ``run`` what else two recordings must share to be one.
     """
 
@@ -151,7 +151,7 @@ def _difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple
 # Recording
 
 
-def unrotated(query: Tensor, turns: Tensor, rotary_dim: int, rotary_interleaved: bool) -> Tensor:
+def unrotated(query: Tensor, turns: Tensor, rotary_dim: int = 0, rotary_interleaved: bool = False) -> Tensor:
     """Queries FP32 [..., S, D] as they are at position 0, from those at the positions of ``turns`` [S, 2, D].
 
     A factor of the rotary embedding stays in, squared: a metric is scaled anyway. ``rotary_dim`` and
@@ -182,9 +182,9 @@ def picture_shares(
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)[..., visual].square().sum(-1)
 
 
-def weighted_moments(query: Tensor, weight: Tensor, kv_heads: int) -> Tensor:
-    """Sum of w q q^T over the queries of each KV head: ``query`` FP32 [Hq, S, D], ``weight`` [Hq, S]; [Hkv, D, D]."""
-    rows = (query * weight.sqrt().unsqueeze(-1)).unflatten(0, (kv_heads, -1)).flatten(1, 2)
+def second_moments(query: Tensor, kv_heads: int) -> Tensor:
+    """Sum of q q^T over the queries of each KV head: ``query`` FP32 [Hq, S, D] to [Hkv, D, D]."""
+    rows = query.unflatten(0, (kv_heads, -1)).flatten(1, 2)
     return rows.transpose(-1, -2) @ rows
 
 

@@ -23,7 +23,17 @@ from vkvx.evaluation.tasks import prompt_of, questions
 from vkvx.export.build import METRICS_FILE
 from vkvx.manifest import FILE_NAME, CalibrationInfo, Manifest
 from vkvx.models.graph import moments as recorded
-from vkvx.models.graph.metric import CALIBRATED_FLOOR, FLOOR, PRIOR_SAMPLES, layer_rotary, model_metrics, rotation
+from vkvx.models.graph.metric import (
+    CALIBRATED_FLOOR,
+    FAR,
+    FLOOR,
+    NEAR,
+    NEAR_SHARE,
+    PRIOR_SAMPLES,
+    layer_rotary,
+    model_metrics,
+    rotation,
+)
 from vkvx.models.graph.moments import Moments, read_checked, read_moments
 from vkvx.models.presets import preset_config
 from vkvx.models.random_checkpoint import write_checkpoint
@@ -98,7 +108,7 @@ def test_moments_are_those_of_transformers_own_queries(preset: str, tmp_path: Pa
             raw = raw if raw.shape[0] == info.query_heads else raw.transpose(0, 1)
             raw = raw[:, -len(answer) :].double()
             share = found.attentions[i][0, :, -len(answer) :, visual].double().square().sum(-1)
-            grouped = (raw * share.sqrt().unsqueeze(-1)).unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)
+            grouped = raw.unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)
             query[i] = query[i] + grouped.transpose(1, 2) @ grouped
             attention[i] = attention[i] + share.sum(1)
     assert done.tokens == tokens
@@ -157,7 +167,14 @@ def test_metrics_are_what_the_format_says(checkpoint: Path, file: Path) -> None:
         block = source.family.text_model(model).layers[i]
         weight = (block.self_attn.q_proj.weight * block.input_layernorm.weight).double().numpy()
         output = block.self_attn.o_proj.weight.double().numpy()
-        turns = rotation(layer_rotary(source.family, model)[i], torch.from_numpy(distances())).double().numpy()
+        rotary = layer_rotary(source.family, model)[i]
+        near = np.unique(np.geomspace(1, NEAR, 64).astype(np.int64))
+        far = np.unique((np.linspace(1, FAR**0.5, 64) ** 2).astype(np.int64))
+        turns = [
+            (share / len(window), turn)
+            for share, window in ((NEAR_SHARE, near), (1 - NEAR_SHARE, far))
+            for turn in rotation(rotary, torch.from_numpy(window)).double().numpy()
+        ]
         for head in range(heads):
             white, value = np.zeros((d, d)), np.zeros((d, d))
             taken = stored[f"attention.{i}"][head * groups : (head + 1) * groups]
@@ -169,21 +186,15 @@ def test_metrics_are_what_the_format_says(checkpoint: Path, file: Path) -> None:
             own = stored[f"query.{i}"][head]
             mixed = share * white / np.trace(white) + (1 - share) * own / np.trace(own)
             key = np.zeros((d, d))
-            for cosine, sine in turns:
+            for factor, (cosine, sine) in turns:
                 turn = np.diag(cosine)
                 half = d // 2
                 turn[np.arange(half), np.arange(half) + half] = -sine[:half]
                 turn[np.arange(half) + half, np.arange(half)] = sine[:half]
-                key += turn @ mixed @ turn.T
+                key += factor * turn @ mixed @ turn.T
             for wanted, floor, found in ((key, CALIBRATED_FLOOR, metrics.key), (value, FLOOR, metrics.value)):
                 wanted = wanted / (np.trace(wanted) / d) + floor * np.eye(d)
                 assert np.allclose(found[i][head].numpy(), wanted, rtol=2e-3, atol=2e-4)  # FP16 has 2^-11
-
-
-def distances() -> np.ndarray:
-    from vkvx.models.graph.metric import REACH
-
-    return np.unique(np.geomspace(1, REACH, 64).astype(np.int64))
 
 
 def test_bundle_plug_in_and_reference_use_them(
@@ -286,7 +297,7 @@ def test_what_cannot_be_calibrated(
     ):
         with pytest.raises(error, match=words):
             calibrate(target, output, **{**CPU, **given})
-    monkeypatch.setattr(recorded, "weighted_moments", lambda query, weight, heads: torch.full((heads, 1, 1), torch.nan))
+    monkeypatch.setattr(recorded, "second_moments", lambda query, heads: torch.full((heads, 1, 1), torch.nan))
     with pytest.raises(NumericError, match=r"data.jsonl:1: queries of layer 0 are infinite or no numbers"):
         calibrate(checkpoint, output, data=data, max_new_tokens=3, **CPU)
     assert not output.exists()
