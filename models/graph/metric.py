@@ -34,8 +34,6 @@ METRICS_FILE = "vkvx-metrics.safetensors"
 """In a bundle: FP16 tensors ``key.{layer}`` and ``value.{layer}``, [Hkv, D, D]."""
 FLOOR = 0.1
 """Added to the diagonal, whose mean is 1: the weights say nothing about what the hidden states prefer."""
-CALIBRATED_FLOOR = 0.03
-"""The same where queries were recorded."""
 PRIOR_SAMPLES = 0.5
 """As many recorded answers count as much as the weights."""
 NEAR, NEAR_SHARE, FAR = 32, 0.3, 2048
@@ -99,8 +97,7 @@ def compute_metrics(
             share = prior_share(moments.samples, PRIOR_SAMPLES)
             moment = mixed(moment, moments.query[number].to(device), share)
             heads = head_weights(moments.attention[number], share, layer.kv_heads)
-        floor = FLOOR if moments is None else CALIBRATED_FLOOR
-        key = _normalised(_turned(moment, layer, turns), floor)
+        key = _normalised(_turned(moment, layer, turns))
         pairs.append((key, _value_metric(weights, layer, heads.to(device))))
     keys, values = zip(*pairs, strict=True)
     return keys, values
@@ -156,13 +153,13 @@ def _value_metric(weights: AttentionWeights, layer: LayerInfo, heads: Tensor) ->
     """W^T W, each of the query heads by its weight in ``heads`` [Hq]."""
     output = weights.output.float().reshape(-1, len(heads), layer.head_dim).transpose(0, 1)
     moment = output.transpose(1, 2) @ output * heads[:, None, None]
-    return _normalised(moment.unflatten(0, (layer.kv_heads, -1)).mean(1), FLOOR)
+    return _normalised(moment.unflatten(0, (layer.kv_heads, -1)).mean(1))
 
 
-def _normalised(metric: Tensor, floor: float) -> Tensor:
+def _normalised(metric: Tensor) -> Tensor:
     """Scaled to a mean diagonal of 1, and the floor added; FP16. A metric of zeros becomes that of plain distance."""
     size = metric.shape[-1]
     scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     one = torch.eye(size, device=metric.device)
-    metric = torch.where(scale > 0, metric / torch.where(scale > 0, scale, 1.0), one) + floor * one
+    metric = torch.where(scale > 0, metric / torch.where(scale > 0, scale, 1.0), one) + FLOOR * one
     return ((metric + metric.transpose(-1, -2)) / 2).half()
