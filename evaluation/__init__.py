@@ -1,4 +1,4 @@
-"""Measures what quantising the visual cache costs: :func:`evaluate`. The names below are loaded on first use."""
+"""Measures what quantising the visual cache costs, and records what makes it less. Names are loaded on first use."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vkvx.evaluation.calibration import calibrate
     from vkvx.evaluation.result import Result
     from vkvx.evaluation.run import evaluate
 
-_HOMES = {"Result": "result", "evaluate": "run"}
+_HOMES = {"Result": "result", "calibrate": "calibration", "evaluate": "run"}
 
-__all__ = ["Result", "evaluate"]
+__all__ = ["Result", "calibrate", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -20,7 +21,7 @@ from vkvx.evaluation.result import Result, summarise
 from vkvx.evaluation.settings import Setting, options_of, product, setting_name, settle
 from vkvx.evaluation.tasks import Sample, Task, open_task, prepare
 from vkvx.export.options import ExportOptions
-from vkvx.manifest import FILE_NAME, FLOAT_DTYPES, Manifest, Progress
+from vkvx.manifest import FILE_NAME, FLOAT_DTYPES, Manifest, Progress, sha256
 from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.family import Source
 from vkvx.models.registry import ALIASES, resolve, resolve_origin
@@ -123,9 +124,11 @@ class EvaluationPlan:
         """What records must share to be of one evaluation; the number of samples is not part of it."""
         contents = {}
         if self.source is not None:
-            contents["checkpoint"] = _content(self.source)
+            contents["checkpoint"] = content_of(self.source)
         if self.bundle is not None:
             contents["bundle"] = hashlib.sha256((self.bundle / FILE_NAME).read_bytes()).hexdigest()
+        for path in _metrics_files(self.settings):
+            contents[str(path)] = sha256(path)
         return {
             "target": self.target,
             "contents": contents,
@@ -196,13 +199,21 @@ def make_plan(
         if given:
             raise OptionError(f"{name} has no effect on a checkpoint; leave it out, or give a bundle")
     from vkvx.evaluation.torch_runner import choose_device
+    from vkvx.models.graph.moments import read_checked
 
     source = resolve(target)
     chosen = choose_device(device)
     dtype = dtype or ("float16" if chosen == "cuda" else "float32")
     info = source.info(dtype)
     settled = settle(product({}) if settings is None else settings, info.cached_layers, info.typical_tokens)
+    for path in _metrics_files(settled):
+        read_checked(path, info, source.config, warnings.warn)
     return EvaluationPlan(source.name, task, settled, chosen, dtype, batch, max_new_tokens, source, generate=generate)
+
+
+def _metrics_files(settings: Sequence[Setting]) -> list[Path]:
+    given = dict.fromkeys(setting.options.metrics_file for setting in settings)
+    return [Path(path) for path in given if path is not None]
 
 
 def is_bundle(target: str | Path) -> bool:
@@ -372,7 +383,7 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _content(source: Source) -> str:
+def content_of(source: Source) -> str:
     """A digest that a checkpoint with other weights does not have: of config, headers, and the ends of its files."""
     digest = hashlib.sha256((source.directory / "config.json").read_bytes())
     for path in sorted({tensor.file for tensor in read_checkpoint(source.directory).values()}):

@@ -7,6 +7,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from vkvx.errors import OptionError
@@ -37,11 +38,9 @@ class Setting:
 
     def to_json(self) -> dict[str, Any]:
         """The options that are not at their default, and ``bits``."""
-        return {
-            name: getattr(self.options, name)
-            for name in FIELDS
-            if name == "bits" or getattr(self.options, name) != _DEFAULTS[name]
-        }
+        found = {name: getattr(self.options, name) for name in FIELDS}
+        given = {name: value for name, value in found.items() if name == "bits" or value != _DEFAULTS[name]}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def option_name(field: str) -> str:
@@ -150,13 +149,13 @@ def settle(options: Iterable[ExportOptions], layers: int, typical_tokens: Sequen
 
     Raises OptionError for what the model cannot have, such as bits of a layer that it lacks.
     """
-    found: dict[Quantization, Setting] = {}
+    found: dict[tuple[Quantization, str | Path | None], Setting] = {}
     for entry in (ExportOptions(bits=BASELINE_BITS), *options):
         quantization = entry.resolve(layers, typical_tokens)
         reference = BASELINE_BITS in quantization.key_bits
         if not (reference and found):
             name = setting_name(entry, quantization)
-            found.setdefault(quantization, Setting(name, entry, quantization, reference))
+            found.setdefault((quantization, entry.metrics_file), Setting(name, entry, quantization, reference))
     return list(found.values())
 
 

@@ -73,7 +73,7 @@ def open_task(
             raise OptionError(f"unknown task '{name}'; give task= (--task) digits, or data= (--data) FILE.jsonl")
         if metrics is not None:
             raise OptionError("metrics= (--metrics) has no effect on digits; leave it out, or give data= (--data)")
-        return _digits(DIGITS_SAMPLES if samples is None else samples)
+        return digits(DIGITS_SAMPLES if samples is None else samples)
     if name is not None:
         raise OptionError(f"task= (--task) {name} has no effect with data= (--data); give one of the two")
     chosen = tuple(dict.fromkeys(DEFAULT_TEXT_METRICS if metrics is None else metrics))
@@ -82,20 +82,26 @@ def open_task(
             raise OptionError(f"unknown metric '{metric}'; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
     if not chosen:
         raise OptionError(f"no metric is given; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
-    return _questions(Path(data), samples, chosen)
+    return questions(Path(data), samples, chosen)
 
 
-def _digits(count: int) -> Task:
+def digits(count: int, split: str = "test") -> Task:
+    """The first pages of a split of :mod:`vkvx.models.tiny_llava.data`, to be transcribed."""
     from vkvx.models.tiny_llava import data
 
     def make(index: int) -> Sample:
-        page = data.page(index, "test")
+        page = data.page(index, split)
         return Sample(index, DIGITS_PROMPT, (page.image,), (data.transcription(page.digits),), f"page {index}")
 
-    return Task("digits", "digits, held-out pages", count, tuple(DIGIT_METRICS), make)
+    name = "held-out" if split == "test" else "training"
+    return Task("digits", f"digits, {name} pages", count, tuple(DIGIT_METRICS), make)
 
 
-def _questions(path: Path, count: int | None, metrics: tuple[str, ...]) -> Task:
+def questions(path: Path, count: int | None, metrics: tuple[str, ...], *, answered: bool = True) -> Task:
+    """The questions of a JSON Lines file, the first ``count``; each with ``answers`` unless they need not be answered.
+
+    Raises InputError as :func:`open_task` does.
+    """
     try:
         content = path.read_bytes()
         lines = content.decode("utf-8-sig").split("\n")  # not splitlines(): text may hold other line ends
@@ -108,7 +114,7 @@ def _questions(path: Path, count: int | None, metrics: tuple[str, ...]) -> Task:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:count]
     if not numbered:
         raise InputError(f"{path} has no samples; give lines of {_EXAMPLE}")
-    found = [_read_line(path, number, line, index) for index, (number, line) in enumerate(numbered)]
+    found = [_read_line(path, number, line, index, answered) for index, (number, line) in enumerate(numbered)]
     identity = hashlib.sha256(content).hexdigest()
     return Task(path.name, identity, len(found), metrics, found.__getitem__, is_given=True)
 
@@ -116,7 +122,7 @@ def _questions(path: Path, count: int | None, metrics: tuple[str, ...]) -> Task:
 _EXAMPLE = '{"image": "a.png", "prompt": "What is this?", "answers": ["a cat"]}'
 
 
-def _read_line(path: Path, number: int, line: str, index: int) -> Sample:
+def _read_line(path: Path, number: int, line: str, index: int, answered: bool) -> Sample:
     """One sample; that its pictures are there is all that is known of them."""
     where = f"{path}:{number}"
     try:
@@ -133,8 +139,8 @@ def _read_line(path: Path, number: int, line: str, index: int) -> Sample:
         raise InputError(f"{where}: 'image' must be a path and 'images' a list of at least one")
     if "prompt" not in entry or not isinstance(entry["prompt"], str) or not entry["prompt"]:
         raise InputError(f"{where}: 'prompt' must be text; write {_EXAMPLE}")
-    answers = entry.get("answers")
-    if not _are_texts(answers) or not answers:
+    answers = entry.get("answers", [] if not answered else None)
+    if not _are_texts(answers) or not (answers or not answered):
         raise InputError(f"{where}: 'answers' must be a list of at least one text; write {_EXAMPLE}")
     for text, what in ((entry["prompt"], "'prompt'"), *((answer, "an answer") for answer in answers)):
         try:

@@ -28,7 +28,7 @@ from vkvx.models.family import Source
 from vkvx.models.graph.metric import Metrics
 from vkvx.runtime.backends.torch.loading import load_model
 from vkvx.runtime.sessions.processor import Prepared, Processor
-from vkvx.runtime.transformers.cache import CacheCall, PackedVisualCache
+from vkvx.runtime.transformers.cache import VISUAL, CacheCall, PackedVisualCache
 from vkvx.runtime.transformers.plug_in import VisualCacheHandle, quantize_visual_cache
 
 Observer = Callable[[CacheCall, int, Tensor, Tensor, Tensor, Tensor], None]
@@ -41,6 +41,10 @@ class ObservedCache(PackedVisualCache):
     def __init__(self, layout: CacheLayout, metrics: Metrics | None = None) -> None:
         super().__init__(layout, metrics)
         self.observer: Observer | None = None
+
+    def visual(self, call: CacheCall) -> Tensor:
+        """Which positions are those of pictures, up to the running call's last, BOOL [B, positions] on the CPU."""
+        return torch.cat([self._kinds, call.kinds], 1) >= VISUAL
 
     def _new_call(self, kinds: Tensor, last: Tensor) -> CacheCall:
         return _ObservedCall(self, kinds, last)
@@ -92,7 +96,7 @@ class TorchRunner:
         self.device = choose_device(device)
         self.dtype = dtype
         self.info = source.info(dtype)
-        self._family = source.family
+        self.family = source.family
         self.max_new_tokens = max_new_tokens
         self.processor = Processor.of_checkpoint(source, self.info)
         self.model = load_model(source, getattr(torch, dtype)).to(self.device)
@@ -100,8 +104,12 @@ class TorchRunner:
 
     # The reference
 
-    def start(self, samples: Sequence[Sample], answers: Sequence[list[int] | None]) -> Batch:
+    def start(
+        self, samples: Sequence[Sample], answers: Sequence[list[int] | None], observer: Observer | None = None
+    ) -> Batch:
         """Prefill a batch and get the 16-bit answers; those that are known already are not generated again.
+
+        An ``observer`` is shown the attention along the answers; keys and values of the prompt are not kept then.
 
         Raises InputError for prompts and pictures that cannot be used, CapacityError for those that are too long.
         """
@@ -116,7 +124,8 @@ class TorchRunner:
         begun_by: list[CacheCall] = []
 
         def keep(call: CacheCall, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-            prompt[layer] = (key, value)
+            if observer is None:
+                prompt[layer] = (key, value)
             begun_by[:] = [call]
 
         ids, mask = ids.to(self.device), mask.to(self.device)
@@ -143,7 +152,7 @@ class TorchRunner:
             new = known if len(known) == len(answers) else self._generate(batch, cache)
             batch.reference_seconds = self._clock() - begun
             batch.answers = [old or one for old, one in zip(answers, new, strict=True)]
-            batch.expected = [logits.log_softmax(-1) for logits in self._follow(batch, cache)]
+            batch.expected = [logits.log_softmax(-1) for logits in self._follow(batch, cache, observer=observer)]
         return batch
 
     def reference_records(self, batch: Batch, setting: Setting) -> list[Record]:
@@ -210,7 +219,7 @@ class TorchRunner:
         return prepare(sample, self.processor, self.info.max_positions, self.max_new_tokens)
 
     def _pixels(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
-        inputs = self._family.model_inputs(
+        inputs = self.family.model_inputs(
             [entry.vision_calls for entry in prepared], [entry.picture_sizes for entry in prepared]
         )
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
@@ -246,10 +255,13 @@ class TorchRunner:
             answers.append(row[: end + 1])
         return answers
 
-    def _follow(self, batch: Batch, cache: ObservedCache, errors: Tensor | None = None) -> list[Tensor]:
+    def _follow(
+        self, batch: Batch, cache: ObservedCache, errors: Tensor | None = None, observer: Observer | None = None
+    ) -> list[Tensor]:
         """Logits FP32 [tokens, V] before each token of the reference's answers, over a cache that holds the prompt.
 
-        ``errors`` [B, attention layers, Hq, 2] takes up squared norms of the error and of the exact attention.
+        ``errors`` [B, attention layers, Hq, 2] takes up squared norms of the error and of the exact attention; without
+        it an ``observer`` is shown the attention.
         """
         length = max(map(len, batch.answers)) - 1  # the last token is not fed
         logits = batch.first[:, None]
@@ -273,7 +285,7 @@ class TorchRunner:
                 errors[:, number, :, 0] += (output.float() - exact).square().sum((2, 3))
                 errors[:, number, :, 1] += exact.square().sum((2, 3))
 
-            cache.observer = compare_attention if errors is not None else None
+            cache.observer = compare_attention if errors is not None else observer
             # Tokens of one call see each other both ways there.
             prefix = any(layer.visual_mask == "prefix" for layer in self.info.layers)
             step = 1 if prefix else length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +19,19 @@ from vkvx.export.options import ExportOptions
 from vkvx.export.trace import IR_DTYPES, Traced, trace
 from vkvx.export.weights import Place, load_tensor, match_parameters
 from vkvx.graph_specs import decoder_inputs, decoder_outputs, vision_outputs
-from vkvx.manifest import Graph, ModelInfo, Progress, Quantization
+from vkvx.manifest import CalibrationInfo, Graph, ModelInfo, Progress, Quantization
 from vkvx.models.checkpoint import StoredTensor, read_header
 from vkvx.models.family import AttentionWeights, Source
 from vkvx.models.graph.decoder import DecoderGraph
 from vkvx.models.graph.metric import METRICS_FILE, compute_metrics, layer_rotary
+from vkvx.models.graph.moments import read_checked
 from vkvx.models.graph.skeleton import DTYPES, build_model, fake_weight
 from vkvx.models.graph.vision import VisionGraph
 from vkvx.plugins.function import attention_function
 from vkvx.plugins.function.delta_rule import delta_rule_function
 from vkvx.plugins.operator import DOMAIN, NAME, VERSION, OperatorAttributes, model_attributes
 
+LOG = logging.getLogger("vkvx.export")
 IR_VERSION = 10
 """The first that tells functions of one name apart by overload."""
 
@@ -58,6 +61,8 @@ class BuiltModel:
     weights: tuple[StoredTensor, ...]
     metrics: Callable[[], dict[str, Tensor]] | None
     """Computes the tensors of ``METRICS_FILE`` from the stored weights, one layer at a time."""
+    calibration: CalibrationInfo | None
+    """What else than the weights the metrics come from."""
 
 
 def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOptions, report: Progress) -> BuiltModel:
@@ -66,6 +71,8 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
     info = source.info(options.dtype)
     quantization = options.resolve(info.cached_layers, info.typical_tokens)
     attributes = model_attributes(CacheLayout(info, quantization))
+    path = options.metrics_file
+    moments = None if path is None else read_checked(path, info, source.config, LOG.warning)
     model = build_model(family.model_class(), source.config, options.dtype)
     found = match_parameters(model, stored)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -116,7 +123,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
             AttentionWeights(*(load(parameter) for parameter in vars(family.attention_weights(model, i)).values()))
             for i in info.caches
         )
-        keys, values = compute_metrics(layers, layer_rotary(family, model), info)
+        keys, values = compute_metrics(layers, layer_rotary(family, model), info, moments)
         named = (("key", keys), ("value", values))
         return {f"{kind}.{i}": t for kind, each in named for i, t in zip(info.caches, each, strict=True)}
 
@@ -128,6 +135,7 @@ def build(source: Source, stored: Mapping[str, StoredTensor], options: ExportOpt
         finish("decoder", decoder, inputs, outputs),
         tuple(dict.fromkeys(found.values())),
         compute if metrics else None,
+        None if moments is None else moments.calibration,
     )
 
 

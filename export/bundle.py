@@ -145,6 +145,7 @@ def _write(
         files=dict(sorted(files.items())),
         tools={"python": platform.python_version(), **{tool: version(tool) for tool in TOOLS}},
         generation=generation,
+        calibration=model.calibration,
     )
     if _can_record(manifest, directory):
         # NumPy comes with them, which the command line does without.

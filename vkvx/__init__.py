@@ -32,6 +32,7 @@ _HOMES = {
     "Session": "vkvx.runtime.sessions.session",
     "StorageError": "vkvx.errors",
     "VkvxError": "vkvx.errors",
+    "calibrate": "vkvx.evaluation",
     "evaluate": "vkvx.evaluation",
     "export_model": "vkvx.export.bundle",
     "quantize_visual_cache": "vkvx.runtime.transformers.plug_in",
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
         StorageError,
         VkvxError,
     )
-    from vkvx.evaluation import evaluate
+    from vkvx.evaluation import calibrate, evaluate
     from vkvx.export.bundle import export_model
     from vkvx.export.options import ExportOptions
     from vkvx.manifest import Manifest
@@ -88,6 +89,7 @@ __all__ = [
     "StorageError",
     "VkvxError",
     "__version__",
+    "calibrate",
     "evaluate",
     "export_model",
     "quantize_visual_cache",

@@ -32,6 +32,7 @@ from vkvx.sampling import RANGES, GenerationInfo
 from vkvx.typed_json import Between, Entries, Index, OneOf, Real, Size
 
 __all__ = [
+    "CalibrationInfo",
     "FileInfo",
     "Graph",
     "LayerInfo",
@@ -216,6 +217,15 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class CalibrationInfo:
+    """What the metrics of ``shaped`` were calibrated on: answers to ``samples`` of ``data``, of ``tokens`` in all."""
+
+    data: str
+    samples: Size
+    tokens: Size
+
+
+@dataclass(frozen=True)
 class Manifest(ManifestFile):
     """The whole of ``vkvx.json``. Make one with :meth:`load`, :meth:`from_json`, or at export. Raises BundleError."""
 
@@ -233,7 +243,7 @@ class Manifest(ManifestFile):
         stage="verify",
     )
 
-    OPTIONAL: ClassVar[tuple[str, ...]] = ("generation",)
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("generation", "calibration")
     """Keys that bundles of older exporters lack."""
 
     vkvx_version: str
@@ -245,6 +255,7 @@ class Manifest(ManifestFile):
     files: dict[str, FileInfo]
     tools: dict[str, str] = field(default_factory=dict)
     generation: GenerationInfo = field(default_factory=GenerationInfo)
+    calibration: CalibrationInfo | None = None
 
     @cached_property
     def layout(self) -> CacheLayout:

@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.errors import OptionError
 from vkvx.format import (
     BASELINE_BITS,
     BITS,
+    METRIC_QUANTIZERS,
     QUANTILE_ALPHA,
     QUANTIZERS,
     SCORE_CORRECTIONS,
@@ -36,7 +38,7 @@ _NUMBERS = {
 }
 """Options of one method: the option that chooses it, its name there, what is allowed in words and as a range."""
 _METHODS = (*_DEFAULTS, *_NUMBERS)
-_OF_PACKED: dict[str, Any] = {"group_size": "auto", "text_bits": BASELINE_BITS}
+_OF_PACKED: dict[str, Any] = {"group_size": "auto", "text_bits": BASELINE_BITS, "metrics_file": None}
 """Options that, like those of a method, are for packed pictures only, and their defaults."""
 
 
@@ -68,6 +70,7 @@ class QuantizationOptions:
         tau: of ``affine``, at least 0; 3 by default.
         correction_limit: of ``expected``, greater than 0; 3 by default.
         text_bits: of cached text tokens: 16, the model's type, or 8. Not at 16 bits, where text rows hold pictures.
+        metrics_file: what ``vkvx calibrate`` has recorded of the model, for ``shaped``; None: metrics of the weights.
     """
 
     bits: int = 1
@@ -81,6 +84,7 @@ class QuantizationOptions:
     tau: float | None = None
     correction_limit: float | None = None
     text_bits: int = BASELINE_BITS
+    metrics_file: str | Path | None = None
 
     def check(self) -> None:
         """Raise OptionError for what no model could be exported with."""
@@ -127,6 +131,10 @@ class QuantizationOptions:
             chosen = getattr(self, of) or _DEFAULTS[of]
             if name in given and chosen != needed:
                 reasons[name] = f"{keyword(name)} has no effect with {chosen}; give {keyword(of)} {needed} as well"
+        quantizer = self.quantizer or DEFAULT_QUANTIZER
+        if self.metrics_file is not None and quantizer not in METRIC_QUANTIZERS:
+            needed = f"give {keyword('quantizer')} {' or '.join(METRIC_QUANTIZERS)} as well"
+            reasons["metrics_file"] = f"{keyword('metrics_file')} has no effect with {quantizer}; {needed}"
         return reasons
 
     def resolve(self, layers: int, typical_tokens: Sequence[int]) -> Quantization:

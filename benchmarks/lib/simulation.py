@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vkvx.evaluation.tasks import DIGITS_PROMPT, Sample, prompt_of
 from vkvx.format import BASELINE_BITS, auto_group_size
 from vkvx.models.graph.decoder import use_attention_function
+from vkvx.models.graph.metric import layer_rotary
 from vkvx.models.registry import resolve
 from vkvx.models.tiny_llava import data
 from vkvx.plugins.operator import OperatorAttributes
@@ -156,15 +157,20 @@ class Simulation:
         self.family, self.device = source.family, device
         self.info = source.info("float32")
         self.model = load_model(source, torch.float32).to(device)
+        self.rotary = layer_rotary(self.family, self.model)
         self.processor = Processor.of_checkpoint(source, self.info)
         use_attention_function(self.model)
 
     @torch.no_grad()
-    def batch(self, seeds: Sequence[int], split: str) -> PageBatch:
-        """Prefill the pages of these seeds and answer them at 16 bits."""
+    def batch(self, seeds: Sequence[int], split: str, prompts: Sequence[str] = ()) -> PageBatch:
+        """Prefill the pages of these seeds and answer them at 16 bits.
+
+        Each is to be transcribed, or gets its own of ``prompts``, which must be of one length in tokens.
+        """
         pages = [data.page(seed, split) for seed in seeds]
         truths = [data.transcription(page.digits) for page in pages]
-        samples = [Sample(i, DIGITS_PROMPT, (page.image,), ()) for i, page in enumerate(pages)]
+        asked = prompts or [DIGITS_PROMPT] * len(pages)
+        samples = [Sample(i, text, (page.image,), ()) for i, (page, text) in enumerate(zip(pages, asked, strict=True))]
         prepared = [self.processor.prepare(prompt_of(s, self.processor), s.pictures) for s in samples]
         ids = torch.stack([torch.from_numpy(p.token_ids).long() for p in prepared]).to(self.device)
         pixels = torch.cat([torch.from_numpy(call["pixel_values"]) for p in prepared for call in p.vision_calls])

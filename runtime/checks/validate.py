@@ -104,7 +104,7 @@ def validate_bundle(
     else:
         from vkvx.runtime.backends.torch.loading import load_reference
 
-        reference = load_reference(source, manifest, **capacity)
+        reference = load_reference(source, manifest, bundle=directory, **capacity)
         opened = open_backend(backend, directory, manifest, provider=provider, **capacity)
         name = str(source.name)
     report = Report(str(directory), name, manifest.model.dtype, opened.provider, backend)

@@ -242,6 +242,11 @@ class Processor:
         with self._tokenizer_lock, damage(_FAILS):
             return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of an answer's text."""
+        with self._tokenizer_lock, damage(_FAILS):
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
         """Tokens that stand for pictures and videos; without these they mean nothing to the decoder."""

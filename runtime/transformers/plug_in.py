@@ -7,7 +7,9 @@ forward pre-hook of the whole model tells pictures from text and hands the cache
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +23,7 @@ from vkvx.format import BASELINE_BITS
 from vkvx.manifest import FLOAT_DTYPES
 from vkvx.models.graph.decoder import IMPLEMENTATION, use_attention_function
 from vkvx.models.graph.metric import Metrics, model_metrics
+from vkvx.models.graph.moments import read_checked
 from vkvx.models.pictures.base import Encoded, Sized, prompt_positions
 from vkvx.models.pictures.kinds import open_pictures
 from vkvx.models.registry import family_of
@@ -43,6 +46,7 @@ def quantize_visual_cache(
     tau: float | None = None,
     correction_limit: float | None = None,
     text_bits: int = BASELINE_BITS,
+    metrics_file: str | Path | None = None,
 ) -> VisualCacheHandle:
     """Let ``model.generate()`` and forward calls of a transformers model keep pictures packed in their KV cache.
 
@@ -63,6 +67,7 @@ def quantize_visual_cache(
         tau=tau,
         correction_limit=correction_limit,
         text_bits=text_bits,
+        metrics_file=metrics_file,
     )
     options.check()
     return VisualCacheHandle(model, *_prepare(model, options))
@@ -234,8 +239,11 @@ def _prepare(model: Any, options: QuantizationOptions) -> tuple[CacheLayout, Met
         raise ModelError(f"the model computes in {dtype}; load it with dtype {', '.join(FLOAT_DTYPES)}")
     info = family.info(config, dtype)
     quantization = options.resolve(info.cached_layers, info.typical_tokens)
-    needed = layer_attributes(quantization, 1.0)[0].needs_metrics
-    return CacheLayout(info, quantization), model_metrics(family, model, info) if needed else None
+    layout = CacheLayout(info, quantization)
+    if not layer_attributes(quantization, 1.0)[0].needs_metrics:
+        return layout, None
+    moments = None if options.metrics_file is None else read_checked(options.metrics_file, info, config, warnings.warn)
+    return layout, model_metrics(family, model, info, moments)
 
 
 def _taken(lengths: Iterator[int], tokens: int) -> tuple[int, ...]:

@@ -19,7 +19,16 @@ from vkvx import typed_json
 from vkvx.cache_layout import CacheLayout
 from vkvx.errors import BundleError
 from vkvx.graph_specs import decoder_inputs, decoder_outputs
-from vkvx.manifest import FILE_NAME, FORMAT_VERSION, LayerInfo, Manifest, ModelInfo, Quantization, sha256
+from vkvx.manifest import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    CalibrationInfo,
+    LayerInfo,
+    Manifest,
+    ModelInfo,
+    Quantization,
+    sha256,
+)
 
 CONTENTS = {"vision.onnx": b"vision", "decoder.onnx": b"decoder", "processor/tokenizer.json": b"{}"}
 
@@ -180,6 +189,17 @@ def test_rules_of_answers_are_optional() -> None:
     assert (found.generation.temperature, found.generation.bad_words_ids) == (0.7, ((5,), (6, 7)))
     assert found.generation.rules().keys() == RULES.keys() - {"ignored"}
     assert Manifest.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_calibration_is_optional() -> None:
+    """Bundles of older exporters say nothing of it: their metrics came from the weights."""
+    found = Manifest.from_json({**example(), "calibration": {"data": "a.jsonl", "samples": 16, "tokens": 480}})
+    assert found.calibration == CalibrationInfo("a.jsonl", 16, 480)
+    assert Manifest.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.format_version == Manifest.from_json(example()).format_version
+    assert Manifest.from_json({**example(), "calibration": None}) == Manifest.from_json(example())
+    with pytest.raises(BundleError, match=r"calibration\.samples must be"):
+        Manifest.from_json({**example(), "calibration": {"data": "a.jsonl", "samples": 0, "tokens": 480}})
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vkvx import __version__, packages, storage
 from vkvx.cli import (
     bench,
     build,
+    calibrate,
     chat,
     check,
     deploy,
@@ -40,7 +41,24 @@ from vkvx.models.tiny_llava import CHECKPOINT
 EXIT_OK, EXIT_FAILED, EXIT_ERROR, EXIT_BUG, EXIT_INTERRUPT, EXIT_PIPE = 0, 1, 2, 70, 130, 141
 """Done; a check failed; the user can fix it; a defect of vkvx; Ctrl-C; the reader of our output went away."""
 
-VERBS = (models, check, export, build, run, chat, serve, validate, bench, eval, inspect, plan, plugin, deploy, doctor)
+VERBS = (
+    models,
+    check,
+    calibrate,
+    export,
+    build,
+    run,
+    chat,
+    serve,
+    validate,
+    bench,
+    eval,
+    inspect,
+    plan,
+    plugin,
+    deploy,
+    doctor,
+)
 
 
 class Parser(argparse.ArgumentParser):

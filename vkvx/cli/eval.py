@@ -31,6 +31,7 @@ HELP = {
     "tau": "with the score correction affine",
     "correction_limit": "with the score correction expected",
     "text_bits": "of cached text tokens: 16 or 8 (default: 16)",
+    "metrics_file": "files of `vkvx calibrate`, for shaped (default: metrics of the weights)",
 }
 """What to say of the fields of ExportOptions that are options here."""
 REPEATED = ("bits_per_layer",)

@@ -29,6 +29,7 @@ _PLAIN_OPTIONS = (
     "tau",
     "correction_limit",
     "text_bits",
+    "metrics_file",
     "opset",
     "min_pixels",
     "max_pixels",
@@ -70,6 +71,12 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     cache.add_argument("--tau", type=float, metavar="T", help="shift of 'affine' (default: 3)")
     cache.add_argument(
         "--text-bits", type=int, metavar="N", help="of cached text tokens: 16, the type of --dtype (default), or 8"
+    )
+    cache.add_argument(
+        "--metrics-file",
+        "--metrics",
+        metavar="FILE",
+        help="what `vkvx calibrate` has recorded (default: weights alone)",
     )
 
     source = parser.add_argument_group("source and graph")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.cli import inspect_engines, terminal
+from vkvx.format import BASELINE_BITS, METRIC_QUANTIZERS
 
 if TYPE_CHECKING:
     from vkvx.manifest import Manifest
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         "parts": parts(manifest),
         "bytes": sum(info.bytes for info in manifest.files.values()),
         "quantization": manifest.to_json()["quantization"],
+        "metrics": metrics_source(manifest),
         "generation": {**manifest.generation.rules(), "ignored": manifest.generation.ignored},
         "cache": cache_costs(manifest),
         "graphs": {name: graph_summary(read_graph(bundle, manifest, name)) for name in manifest.graphs},
@@ -121,6 +124,15 @@ def cache_costs(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def metrics_source(manifest: Manifest) -> dict[str, Any] | None:
+    """Where the metrics of keys and values come from; None if the quantiser has none."""
+    quantization = manifest.quantization
+    if BASELINE_BITS in quantization.key_bits or quantization.quantizer not in METRIC_QUANTIZERS:
+        return None
+    calibration = manifest.calibration
+    return {"source": "weights"} if calibration is None else {"source": "calibration", **asdict(calibration)}
+
+
 def graph_summary(model: Any) -> dict[str, Any]:
     """Nodes by operator, local functions, opsets and initialisers of an ONNX ModelProto, without its weights."""
     names = [f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node]
@@ -159,6 +171,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "",
         "visual cache",
         *_quantization_lines(report["quantization"]),
+        *_metrics_lines(report["metrics"]),
         *(_picture_row(picture) for picture in cache["typical_pictures"]),
         _row(
             "the same in 16 bits",
@@ -219,6 +232,15 @@ def _quantization_lines(quantization: dict[str, Any]) -> list[str]:
         lines.append(f"  groups of {quantization['group_size']} visual tokens")
         lines.append(f"  score correction {correction}{bound.get(correction, '')}")
     return lines
+
+
+def _metrics_lines(metrics: dict[str, Any] | None) -> list[str]:
+    if metrics is None:
+        return []
+    said = "the weights"
+    if metrics["source"] == "calibration":
+        said += f", and {metrics['samples']} answers of {metrics['tokens']} tokens to {metrics['data']}"
+    return [f"  metrics from {said}"]
 
 
 def _generation_lines(generation: dict[str, Any]) -> list[str]:

@@ -59,6 +59,7 @@ def load_reference(
     source: Source,
     manifest: Manifest,
     *,
+    bundle: Path | None = None,
     slots: int = 1,
     visual_tokens: int = 0,
     text_tokens: int = 1,
@@ -66,12 +67,16 @@ def load_reference(
 ) -> TorchBackend:
     """Load the checkpoint ``source`` to run as the bundle of ``manifest`` does; capacities are those of a cache slot.
 
+    Metrics are computed again from the weights; calibrated ones are those of ``bundle``, which alone has them.
+
     Raises ModelError if the checkpoint is another model than the bundle's.
     """
     check_same_model(source, manifest)
     model = load_model(source, getattr(torch, manifest.model.dtype)).to(device)
     metrics: tuple[tuple[Tensor, Tensor], ...] = ()
-    if _needs_metrics(manifest):
+    if manifest.calibration is not None and bundle is not None:
+        metrics = _read_metrics(bundle, manifest, device)
+    elif _needs_metrics(manifest):
         found = model_metrics(source.family, model, manifest.model)
         metrics = tuple(zip(found.key, found.value, strict=True))
     capacity = {"slots": slots, "visual_tokens": visual_tokens, "text_tokens": text_tokens}
