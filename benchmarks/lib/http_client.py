@@ -69,7 +69,7 @@ def serving(bundle: Path, options: Sequence[str] = ()) -> Iterator[Served]:
         yield Served(process, int(match[1]))
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(600)
 
 
 def chat(text: str, picture: Any = None, system: str | None = None, **options: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from vkvx.runtime.sessions.session import Session
 
 GRACE_SECONDS = 30.0
 """For answers that run when the server is to stop."""
+_KEEP_ALIVE_SECONDS = 75
+"""For a connection without a request: longer than proxies keep theirs, which may send into one that is being closed."""
 _BACKLOG = 1024
 
 
@@ -50,6 +52,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=round(grace),
         )
         log = logging.getLogger("uvicorn.error")
