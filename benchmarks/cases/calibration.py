@@ -34,6 +34,7 @@ from vkvx.errors import DependencyError, OptionError
 from vkvx.evaluation.tasks import DIGITS_PROMPT
 from vkvx.models.graph.metric import Metrics, model_metrics, rotation
 from vkvx.models.graph.moments import Moments, picture_shares, second_moments, unrotated
+from vkvx.models.tiny_llava import data
 from vkvx.plugins.reference import shaping
 
 BATCH = 25
@@ -61,9 +62,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(arguments.threads)
     simulation = Simulation(arguments.device)
     whole, keys = _techniques(simulation)
-    found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in whole}
+    found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in ("16 bits", *whole)}
     seeds = range(arguments.seed_start, arguments.seed_start + arguments.pages)
     for number, batch in enumerate(batches(simulation, seeds, "test", BATCH)):
+        pairs = zip(simulation.texts(batch.tokens), batch.truths, strict=True)
+        found["16 bits"].setdefault("digits", []).append(torch.tensor([data.right_digits(*pair) for pair in pairs]))
         for name, technique in whole.items():
             outcome = simulation.measure(batch, technique, free=True)
             assert outcome.digits is not None
