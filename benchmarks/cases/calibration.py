@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU (default 2)")
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure each metric on all pages."""
+def run(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Measure each metric on all pages; the rows so far after each batch of pages."""
     if arguments.pages < 1:
         raise OptionError(f"--pages {arguments.pages} is not supported; give at least 1")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for column, values in figures.items():
                 found[name].setdefault(column, []).append(values)
             print(f"page {number * BATCH} on: {name}: {float(outcome.kl.mean()):.4f}", flush=True)
-    return [_row(name, columns) for name, columns in found.items()]
+        yield [_row(name, columns) for name, columns in found.items()]
 
 
 def _techniques(simulation: Simulation) -> tuple[dict[str, Technique], dict[str, dict[int, Technique]]]:
@@ -154,7 +154,8 @@ def value_metric(metrics: Metrics) -> LayerMetric:
 
 
 def _row(name: str, columns: dict[str, Sequence[Tensor]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"metric": name}
+    counts = [sum(map(len, parts)) for parts in columns.values()]
+    row: dict[str, Any] = {"metric": name, "pages": counts[0]}
     for column in ("kl", *(f"keys at {distance}" for distance in DISTANCES), "digits"):
         if column in columns:
             values = torch.cat(list(columns[column])).double()

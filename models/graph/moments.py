@@ -118,6 +118,8 @@ def read_checked(path: str | Path, info: ModelInfo, config: Any, warn: Callable[
     remedy = f"`vkvx calibrate --samples {ENOUGH_SAMPLES}` goes on with them"
     if moments.samples < LEAST_SAMPLES:
         raise OptionError(f"{path} holds {moments.samples} answers, at least {LEAST_SAMPLES} are needed; {remedy}")
+    if moments.tokens < 1:
+        raise OptionError(f"{path} holds no queries, as all answers end at once; calibrate on other questions")
     if moments.samples < ENOUGH_SAMPLES:
         warn(f"{path} holds {moments.samples} answers, {ENOUGH_SAMPLES} make better metrics: {remedy}")
     return moments

@@ -255,6 +255,7 @@ def damaged(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -
         (damaged(lambda t, a: t.update({"query.0": torch.ones(1, 32, 32)})), "its query.0 is \\[1, 32, 32\\], the mod"),
         (damaged(lambda t, a: a.update(model="0")), "is of another model: its configuration differs"),
         (damaged(lambda t, a: a.pop("samples")), "is damaged"),
+        (damaged(lambda t, a: a.update(tokens=0)), "holds no queries"),
         (damaged(lambda t, a: a.update(samples=3)), "holds 3 answers, at least 4 are needed"),
     ],
 )
