@@ -1,7 +1,7 @@
 """Scores of answers: one number a sample, the higher the better, 0 to 1 (CIDEr-D: 0 to 10).
 
 Answers may differ in more than one way from what is right, so a sample has several right answers; the score is the best
-over them, but for CIDEr-D, which is a mean over them by definition.
+over them, but for CIDEr-D, which is a mean over them by definition, and that of VQA, which counts them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from vkvx.models.tiny_llava.data import right_digits
 from vkvx.packages import missing
 
 ANLS_THRESHOLD = 0.5
+_VQA_MARKS = ';/[]"{}()=+\\_-><@`!'
+_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
+_NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 """From n given texts and the right answers of each to n scores, float64."""
@@ -72,6 +75,61 @@ def cider(given: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
     return np.asarray(scores, np.float64)
 
 
+def relaxed(given: str, answer: str) -> float:
+    """1 if a number is within 5 % of the right one, or a text is the same in any case.
+
+    As in ChartQA (arXiv 2203.10244). ``12%`` is the number 0.12. Numbers are not compared with a right answer of 0,
+    texts are.
+    """
+    number, right = _number(given.strip()), _number(answer)
+    if number is not None and right:
+        return float(abs(number - right) <= 0.05 * abs(right))
+    return float(given.strip().lower() == answer.lower())
+
+
+def contains(given: str, answer: str) -> float:
+    """1 if the answer stands in the given text, in any case; as in OCRBench (arXiv 2305.07895)."""
+    return float(_line(answer.lower()) in _line(given.lower()))
+
+
+def contains_formula(given: str, answer: str) -> float:
+    """The same without spaces and with case, which OCRBench wants of formulas."""
+    return float(_line(answer).replace(" ", "") in _line(given).replace(" ", ""))
+
+
+def vqa(given: str, answers: Sequence[str]) -> float:
+    """Accuracy of VQA (arXiv 1505.00468) and TextVQA: 1 if three people gave that answer, mean over leaving one out.
+
+    Texts are normalised as there: lower case, no punctuation, no articles, digits for the words of numbers. Apostrophes
+    are dropped, where its list of contractions would put them in.
+    """
+    text, listed = _vqa_text(given), [_vqa_text(answer) for answer in answers]
+    same = listed.count(text)
+    others = [same - (answer == text) for answer in listed]
+    return sum(min(1.0, count / 3) for count in others) / len(listed)
+
+
+def _vqa_text(text: str) -> str:
+    text = " ".join(text.lower().replace(",", "").replace("?", "").split())
+    kept = text
+    for mark in _VQA_MARKS:
+        text = text.replace(mark, "" if f"{mark} " in kept or f" {mark}" in kept else " ")
+    text = re.sub(r"\.(?!\d)", "", text).replace("'", "")
+    words = (_NUMBERS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _line(text: str) -> str:
+    return text.strip().replace("\n", " ")
+
+
 def _page_exact(given: str, answer: str) -> float:
     return float(given.strip() == answer)
 
@@ -88,8 +146,24 @@ def _best(score: Callable[[str, str], float]) -> Scorer:
     return scorer
 
 
+def _each(score: Callable[[str, Sequence[str]], float]) -> Scorer:
+    def scorer(given: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
+        return np.array([score(text, listed) for text, listed in zip(given, answers, strict=True)], np.float64)
+
+    return scorer
+
+
 DIGIT_METRICS: dict[str, Scorer] = {"per_digit": _best(right_digits), "exact": _best(_page_exact)}
 """Share of right digits, and whether the whole page is right."""
 METRIC_MODULES = {"anls": "rapidfuzz", "cider": "pycocoevalcap"}
 """What some metrics need besides NumPy."""
-TEXT_METRICS: dict[str, Scorer] = {"exact": _best(exact), "anls": _best(anls), "f1": _best(f1), "cider": cider}
+TEXT_METRICS: dict[str, Scorer] = {
+    "exact": _best(exact),
+    "anls": _best(anls),
+    "f1": _best(f1),
+    "cider": cider,
+    "vqa": _each(vqa),
+    "relaxed": _best(relaxed),
+    "contains": _best(contains),
+    "contains-formula": _best(contains_formula),
+}

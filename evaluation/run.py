@@ -66,7 +66,7 @@ def evaluate(
             has one setting, its own.
         data: file of JSON lines with "image" or "images", "prompt" and "answers".
         samples: run so many, the first ones (default: 100 pages, all of a file).
-        metrics: of ``data``: some of exact, anls, f1, cider (default: exact, f1).
+        metrics: of ``data``: some of ``TEXT_METRICS`` in :mod:`vkvx.evaluation.metrics` (default: exact, f1).
         device: "auto", "cpu" or "cuda".
         dtype: of a checkpoint: "float16" (default on a GPU), "bfloat16", "float32" (default on a CPU).
         batch: samples at a time.

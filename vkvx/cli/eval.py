@@ -35,6 +35,7 @@ HELP = {
 }
 """What to say of the fields of ExportOptions that are options here."""
 REPEATED = ("bits_per_layer",)
+METRICS = "exact,anls,f1,cider,vqa,relaxed,contains,contains-formula"
 EXAMPLES = 6
 """Samples that a report shows."""
 
@@ -53,7 +54,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     task.add_argument("--task", metavar="NAME", help="digits, the default: pages that tiny-llava reads")
     task.add_argument("--data", metavar="FILE", help='lines of {"image": PATH, "prompt": TEXT, "answers": [TEXT, ...]}')
     task.add_argument("--samples", type=int, metavar="N", help="the first N (default: 100 pages, all of a file)")
-    task.add_argument("--metrics", metavar="LIST", help="with --data: of exact,anls,f1,cider (default: exact,f1)")
+    task.add_argument("--metrics", metavar="LIST", help=f"with --data: of {METRICS} (default: exact,f1)")
     task.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="answer's length (default: 64)")
 
     settings = parser.add_argument_group("settings", "lists are comma-separated; all combinations run")
