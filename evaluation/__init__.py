@@ -1,4 +1,4 @@
-"""Measures what quantising the visual cache costs, and records what makes it less. Names are loaded on first use."""
+"""Measures what quantising the visual cache costs, and records what a model looks at. Names are loaded on first use."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ FORMAT, VERSION = "vkvx-metrics", 1
 LEAST_SAMPLES = 4
 """Fewer are refused: a handful of answers may look at a corner of what others look at."""
 ENOUGH_SAMPLES = 16
-"""From here on more samples change little; see ``docs/accuracy.md``."""
+"""Fewer are warned of: a model with many ways to answer may not have shown them."""
 _KINDS = ("query", "attention")
 
 
@@ -121,7 +121,7 @@ def read_checked(path: str | Path, info: ModelInfo, config: Any, warn: Callable[
     if moments.tokens < 1:
         raise OptionError(f"{path} holds no queries, as all answers end at once; calibrate on other questions")
     if moments.samples < ENOUGH_SAMPLES:
-        warn(f"{path} holds {moments.samples} answers, {ENOUGH_SAMPLES} make better metrics: {remedy}")
+        warn(f"{path} holds {moments.samples} answers, fewer than the {ENOUGH_SAMPLES} that show more: {remedy}")
     return moments
 
 

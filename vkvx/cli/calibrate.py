@@ -1,4 +1,4 @@
-"""``vkvx calibrate``: records a model's own queries, for better metrics of the quantiser ``shaped``."""
+"""``vkvx calibrate``: records a model's own queries, for metrics of the quantiser ``shaped``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to the command line."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "calibrate",
-        help="record a model's queries, so that few bits cost less accuracy",
+        help="record a model's queries, for the metrics of shaped",
         description="Let a checkpoint answer questions about pictures and record what its queries look like and what "
-        "they attend to: `vkvx export --metrics FILE` makes better metrics of it. The same command goes on where it "
+        "they attend to: `vkvx export --metrics FILE` makes its metrics of that. The same command goes on where it "
         "ended, with more --samples, too.",
     )
     parser.add_argument("model", metavar="MODEL", help="an alias, a local directory, or a hub id")
