@@ -11,11 +11,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Discriminator,
+    FailFast,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     Tag,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
@@ -26,6 +28,9 @@ MAX_CHOICES = 16
 """Answers to one prompt."""
 MAX_PROMPTS = 64
 """Prompts of one request for completions."""
+MAX_MESSAGES, MAX_PARTS, MAX_STOPS, _MAX_FIELDS = 1024, 256, 64, 64
+"""Of a conversation, of a message, of an answer, of an object: as objects they take far more memory than in a body, and
+so do errors, of which there is one for each field."""
 
 
 class _Only:
@@ -64,6 +69,15 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_small(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise PydanticCustomError(
+                "fields", "has {count} fields, most of which are not known; leave them out", {"count": len(value)}
+            )
+        return value
+
 
 class TextPart(_Body):
     type: Literal["text"]
@@ -101,7 +115,10 @@ class Message(_Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[_Part], BeforeValidator(_parts, json_schema_input_type=str | list[_Part]), Field(min_length=1)
+        list[_Part],
+        FailFast(),
+        Field(min_length=1, max_length=MAX_PARTS),
+        BeforeValidator(_parts, json_schema_input_type=str | list[_Part]),
     ]
     refusal: Annotated[Any, _Only(help="answers have no refusals")] = None
     annotations: Annotated[Any, _Only([], help="answers have no annotations")] = None
@@ -126,7 +143,11 @@ class GenerationRequest(_Body):
     top_p: float | None = None
     top_k: int | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_list_of_text, json_schema_input_type=_Texts | None)] = None
+    stop: Annotated[
+        list[str] | None,
+        Field(max_length=MAX_STOPS),
+        BeforeValidator(_list_of_text, json_schema_input_type=_Texts | None),
+    ] = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None
@@ -188,7 +209,7 @@ class GenerationRequest(_Body):
 class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Any, _Only(0, help="log-probabilities are those of the tokens chosen")] = None
@@ -234,8 +255,9 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[
         list[str],
-        BeforeValidator(_list_of_text, json_schema_input_type=_Texts),
+        FailFast(),
         Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_list_of_text, json_schema_input_type=_Texts),
     ]
     logprobs: Annotated[Any, _Only(0, help="give 0 for those of the tokens chosen")] = None
     echo: Annotated[Any, _Only(False, help="the answer comes without the prompt")] = None
@@ -270,6 +292,8 @@ def _refusal(error: ErrorDetails) -> RequestError:
     kind, words = error["type"], error["msg"]
     if kind == "json_invalid":
         return RequestError(f"the body is no JSON: {error['ctx']['error']}", None)
+    if not path and kind == "fields":
+        return RequestError(f"the body {words}", None)
     if not path:
         return RequestError("the body must be a JSON object", None)
     if kind == "missing":
@@ -278,7 +302,7 @@ def _refusal(error: ErrorDetails) -> RequestError:
         words = "is not known here; leave it out"
     elif words.startswith("Input should"):
         words = f"{words.replace('Input should', 'must', 1)}, got {reprlib.repr(error['input'])}"
-    elif kind not in ("unsupported", "part"):
+    elif kind not in ("unsupported", "part", "fields"):
         words = f"is wrong: {words}"
     return RequestError(f"{path} {words}", path)
 

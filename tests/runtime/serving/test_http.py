@@ -13,9 +13,11 @@ import openai
 import pytest
 from http_server import Running, running
 from openai import OpenAI
+from pydantic import ValidationError
 from samples import Page
 
 from vkvx import Session
+from vkvx.runtime.serving.http import schema
 from vkvx.runtime.serving.http.app import Settings
 from vkvx.runtime.serving.http.pictures import PictureSources
 from vkvx.runtime.serving.http.schema import ChatRequest, CompletionRequest
@@ -342,3 +344,35 @@ def test_bodies_that_are_none(server: Running, body: bytes, headers: dict[str, s
         "POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}", **headers}
     )
     assert (found, words in answer["error"]["message"]) == (status, True), answer
+
+
+def many(item: str) -> str:
+    return f"[{','.join([item] * 5000)}]"
+
+
+FIELDS = ", ".join(f'"x{number}": 0' for number in range(5000))
+TEXT, MESSAGE = '{"type": "text", "text": "?"}', '{"role": "user", "content": "?"}'
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (f'{{"messages": {many("0")}}}', "messages[0] must be an object, got 0"),
+        (f'{{"messages": {many(MESSAGE)}}}', "messages is wrong: List should have at most 1024 items"),
+        (f'{{"messages": [{{"role": "user", "content": {many("0")}}}]}}', "messages[0].content[0] must be"),
+        (f'{{"messages": [{{"role": "user", "content": {many(TEXT)}}}]}}', "List should have at most 256 items"),
+        (f'{{"messages": [{MESSAGE}], "stop": {many("0")}}}', "stop is wrong: List should have at most 64 items"),
+        (f'{{"messages": [{{{FIELDS}}}]}}', "messages[0] has 5000 fields, most of which are not known; leave them out"),
+        (f"{{{FIELDS}}}", "the body has 5001 fields, most of which are not known; leave them out"),
+        (f'{{"prompt": {many("0")}}}', "prompt[0] must be a valid string, got 0"),
+    ],
+)
+def test_bodies_of_many_small_things_take_little_memory(body: str, words: str) -> None:
+    """Neither objects nor errors are made of all of them."""
+    kind = CompletionRequest if "prompt" in body else ChatRequest
+    whole = body.replace("{", '{"model": "m", ', 1)
+    with pytest.raises(schema.RequestError, match=re.escape(words)):
+        schema.read(kind, whole.encode())
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(whole)
+    assert caught.value.error_count() <= 65
