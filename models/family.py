@@ -123,7 +123,8 @@ class Source:
     def _limited(self, images: Any) -> Any:
         """An image processor, with the limits that were asked for."""
         if self.limits:
-            images.size = self.limits.size(images, self.family.pictures(self.config).limited)
+            positions = self.config.text_config.max_position_embeddings
+            images.size = self.limits.size(images, self.family.pictures(self.config).limited, positions)
         return images
 
     def _generation_config(self) -> dict[str, Any]:

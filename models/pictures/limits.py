@@ -32,11 +32,11 @@ class PixelLimits:
                 f"{_LEAST} {self.min_pixels} is more than {_MOST} {self.max_pixels}; give limits in this order"
             )
 
-    def size(self, images: Any, limited: bool) -> Mapping[str, int]:
+    def size(self, images: Any, limited: bool, positions: int) -> Mapping[str, int]:
         """``size`` of an image processor of transformers with these limits in place of its own.
 
-        Raises OptionError unless its pictures are ``limited`` by their pixels, for less than one visual token, and for
-        a limit that contradicts one that stays.
+        Raises OptionError unless its pictures are ``limited`` by their pixels, for less than one visual token, for more
+        in each picture than the model has ``positions``, and for a limit that contradicts one that stays.
         """
         self.check()
         if not limited:
@@ -58,6 +58,11 @@ class PixelLimits:
             raise OptionError(
                 f"the image processor would make at least {least} and at most {most} pixels of a picture; "
                 f"give {other} as well"
+            )
+        if least // unit > positions:  # before memory is taken for them
+            raise OptionError(
+                f"{_LEAST} {least} makes at least {least // unit} visual tokens of a picture, the model knows "
+                f"{positions} positions; give less"
             )
         return {"shortest_edge": least, "longest_edge": most}
 

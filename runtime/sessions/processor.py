@@ -153,11 +153,12 @@ class Processor:
         are pictures. ``progress`` is called with the stage "frames".
 
         Raises InputError if placeholders and pictures or videos differ in number, one of them cannot be read, the model
-        takes no videos, or the prompt is empty, CapacityError for a video that is too long for the model, OptionError
-        for limits that do not suit, and DependencyError for a video file without PyAV.
+        takes no videos, or the prompt is empty, CapacityError for a video or a text that no tokens of the model could
+        hold, OptionError for limits that do not suit, and DependencyError for a video file without PyAV.
         """
         check_text(prompt, "a prompt")
-        options = {"size": limits.size(self._images, self._pictures.limited)} if limits else {}
+        self._check_length(prompt)
+        options = {"size": limits.size(self._images, self._pictures.limited, self._max_positions)} if limits else {}
         if videos:
             self.check_videos()
         split = self._marks.split(prompt)
@@ -211,7 +212,7 @@ class Processor:
     def check_limits(self, limits: PixelLimits) -> None:
         """Raise OptionError for limits of pixels that do not suit the model."""
         if limits:
-            limits.size(self._images, self._pictures.limited)
+            limits.size(self._images, self._pictures.limited, self._max_positions)
 
     def _tokenize(self, texts: list[str], written: list[str], literals: frozenset[str], *, first: bool) -> np.ndarray:
         """Token ids INT32 [n] of texts and of what is written between them; special tokens count in the latter only."""
@@ -231,6 +232,19 @@ class Processor:
         own = {self._token, self._picture, self._video_token}
         added = self._tokenizer.added_tokens_decoder
         return {number: token for number, token in added.items() if token.special or token.content in own}
+
+    def _check_length(self, prompt: str) -> None:
+        """Refuse what cannot fit before it is split: tokens take a hundred times the memory, and others wait."""
+        if len(prompt) > self._max_positions and len(prompt) > self._max_positions * self._longest_token:
+            raise CapacityError(
+                f"the prompt has {len(prompt)} characters, the model knows {self._max_positions} positions, and no "
+                f"token has more than {self._longest_token} characters; shorten the prompt"
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        with self._tokenizer_lock:
+            return max(map(len, self._tokenizer.get_vocab()))
 
     def check_videos(self) -> None:
         """Raise InputError if the model takes no videos."""

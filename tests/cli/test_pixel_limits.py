@@ -81,6 +81,7 @@ def test_typical_tokens_follow_the_limits(preset: str, tmp_path: Path) -> None:
         (PixelLimits(max_pixels=783), "less than the 784 pixels of a visual token"),
         (PixelLimits(max_pixels=2000), "at least 3136 and at most 2000 pixels of a picture; give min_pixels="),
         (PixelLimits(min_pixels=2_000_000), "give max_pixels= (--max-pixels) as well"),
+        (PixelLimits(10**11, 10**11), "makes at least 127551020 visual tokens of a picture, the model knows"),
     ],
 )
 def test_wrong_limits(limits: PixelLimits, words: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fakes import manifest as fake_manifest
 from PIL import Image
 
 import vkvx.models.tiny_llava
-from vkvx.errors import BundleError, InputError
+from vkvx.errors import BundleError, CapacityError, InputError
 from vkvx.manifest import FileInfo, Manifest, PictureInfo, TensorSpec
 from vkvx.runtime.sessions import pictures
 from vkvx.runtime.sessions.conversation import Conversation
@@ -181,6 +181,18 @@ def test_threads_take_turns_at_the_tokenizer(bundle: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda number: calls[number % 3](), range(60)))
     assert found == expected * 20
+
+
+def test_text_that_cannot_fit_is_not_split(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens take a hundred times its memory, and all others wait for the tokenizer meanwhile."""
+    processor = Processor.of_bundle(bundle, manifest())
+    positions, longest = manifest().model.max_positions, max(map(len, processor._tokenizer.get_vocab()))
+    word = max(processor._tokenizer.get_vocab(), key=len)
+    assert len(processor.prepare("a" * positions).token_ids) > positions  # what a slot has room for is checked later
+    assert processor.prepare(word * positions).token_ids.size
+    monkeypatch.setattr(processor, "_tokenize", None)
+    with pytest.raises(CapacityError, match=f"knows {positions} positions, and no token has more than {longest} char"):
+        processor.prepare(word * positions + "a")
 
 
 def test_tokens_need_not_wait_for_pictures(bundle: Path, picture: Path) -> None:
