@@ -105,6 +105,7 @@ def calibrate(
         "longest answer": max_new_tokens,
     }
     moments = Moments.empty(info, source.config, task.name, run)
+    version = _version(path)
     if path.exists() and path.stat().st_size:
         moments = _found(path, moments, info, source.config, force)
     begun = moments.samples
@@ -123,7 +124,12 @@ def calibrate(
         for sample in task.samples(range(begun, task.count)):
             report("calibrate", sample.index, task.count)
             _record(runner, sample, moments, own=not task.is_given)
+            if _version(path) != version:  # its answers would be lost
+                raise OptionError(
+                    f"another run has written {path} meanwhile; wait for its end, or choose another output= (--output)"
+                )
             write_file(path, moments.to_bytes(info))
+            version = _version(path)
     report("calibrate", task.count, task.count)
     counts = (moments.samples, moments.tokens, moments.samples - begun)
     return Calibrated(str(path), source.name, task.name, chosen, dtype, *counts)
@@ -138,6 +144,14 @@ def _task(target: str | Path, data: str | Path | None, samples: int) -> Task:
             "or export without a file of metrics: then they come from the weights alone"
         )
     return digits(samples, "train")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tells whether a file is the one that was there; each write makes a new one."""
+    if not path.exists():
+        return None
+    facts = path.stat()
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def _found(path: Path, wanted: Moments, info: Any, config: Any, force: bool) -> Moments:

@@ -103,7 +103,7 @@ def read_moments(path: str | Path, info: ModelInfo, config: Any) -> Moments:
             samples=int(about["samples"]),
             tokens=int(about["tokens"]),
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise OptionError(f"{path} is damaged ({' '.join(str(error).split())}); calibrate again") from error
     for name, tensor in tensors.items():
         least = tensor if name.startswith("attention") else tensor.diagonal(dim1=-2, dim2=-1)

@@ -39,6 +39,7 @@ from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.runtime.backends.torch.loading import load_model, load_reference
 from vkvx.runtime.sessions.processor import PLACEHOLDER, Processor
+from vkvx.storage import write_file
 
 CPU = {"device": "cpu", "dtype": "float32"}
 
@@ -153,6 +154,18 @@ def test_a_run_goes_on_where_it_ended(checkpoint: Path, data: Path, file: Path, 
     assert (done.samples, done.recorded) == (4, 4)
 
 
+def test_two_runs_into_one_file_do_not_mix(checkpoint: Path, data: Path, file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "metrics.safetensors"
+
+    def another_run(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("calibrate", 1):
+            write_file(output, file.read_bytes())
+
+    with pytest.raises(OptionError, match="meanwhile; wait for its end, or choose another output="):
+        calibrate(checkpoint, output, data=data, max_new_tokens=6, progress=another_run, **CPU)
+    assert output.read_bytes() == file.read_bytes()
+
+
 def test_metrics_are_what_the_format_says(checkpoint: Path, file: Path) -> None:
     source = resolve(checkpoint)
     model, info = load_model(source, torch.float32), source.info("float32")
@@ -255,6 +268,7 @@ def damaged(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -
         (damaged(lambda t, a: t.update({"query.0": torch.ones(1, 32, 32)})), "its query.0 is \\[1, 32, 32\\], the mod"),
         (damaged(lambda t, a: a.update(model="0")), "is of another model: its configuration differs"),
         (damaged(lambda t, a: a.pop("samples")), "is damaged"),
+        (damaged(lambda t, a: a.update(samples=float("inf"))), "is damaged"),
         (damaged(lambda t, a: a.update(tokens=0)), "holds no queries"),
         (damaged(lambda t, a: a.update(samples=3)), "holds 3 answers, at least 4 are needed"),
     ],
