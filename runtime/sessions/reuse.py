@@ -168,13 +168,14 @@ class KeptSequences:
         return slot, count
 
     def keep(self, slot: int, fed: Fed) -> None:
-        """Give back a slot that holds the first tokens of a sequence, or more; they stay there."""
+        """Give back a slot that holds the first tokens of a sequence, or more; they stay there if they are of use."""
         cache, length = self._backend.cache, self._backend.cache.length(slot)
         fed = fed.cut(min(length, len(fed.token_ids)))
-        if len(fed.token_ids) < length:
-            if self._backend.manifest.model.linear_layers:
-                cache.release(slot)
-                return
+        is_cut = len(fed.token_ids) < length
+        if len(fed.token_ids) < _LEAST or (is_cut and self._backend.manifest.model.linear_layers):
+            cache.release(slot)
+            return
+        if is_cut:
             self._truncate(slot, fed)
         self._fed[slot] = fed
         cache.keep(slot)

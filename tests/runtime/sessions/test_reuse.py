@@ -238,6 +238,19 @@ def test_the_least_recently_used_goes_first_and_a_part_is_copied() -> None:
     assert (session.kept.hits, session.kept.tokens) == (3, 124)
 
 
+def test_requests_that_leave_before_they_are_fed_drive_nothing_out() -> None:
+    """Their slots are the first to be taken again, whatever others were given back before them."""
+    session = opened({"bits": 16}, reuse=True, slots=2, samples=False)
+    (first,) = answers(session, [prompt([SYSTEM])], [SHORT])
+    leaving = session.request(0, prompt([[1, *[70] * 40]]), SHORT)
+    leaving.admit()
+    leaving.leave(keep=True)
+    assert session.backend.cache.kept_slots == (0,)
+    answers(session, [prompt([[1, *[80] * 40]])], [SHORT])
+    (again,) = answers(session, [prompt([SYSTEM])], [SHORT])
+    assert (again.reused_tokens, again.token_ids) == (len(SYSTEM) - 1, first.token_ids)
+
+
 def test_one_slot_goes_on_in_place() -> None:
     session = opened({"bits": 16}, reuse=True, slots=1, samples=False)
     first = prompt([SYSTEM, 2, [91] * 4])
