@@ -49,12 +49,12 @@ class GenerationInfo(SamplingRules):
 
 RULES = tuple(entry.name for entry in fields(SamplingRules))
 _LARGE = 1e30
-"""Logits are FP32, and so is what they are divided by."""
+"""Logits are FP32, and so is what they are divided or multiplied by."""
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda value: 0 <= value < _LARGE, "0 (greedy) or a positive number"),
+    "temperature": (lambda value: 0 <= value < _LARGE, "0 (greedy) or a positive number below 1e30"),
     "top_k": (lambda value: value >= 0, "0 (off) or positive"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "repetition_penalty": (lambda value: 0 < value < _LARGE, "positive (1 is off)"),
+    "repetition_penalty": (lambda value: 1 / _LARGE < value < _LARGE, "between 1e-30 and 1e30 (1 is off)"),
     "no_repeat_ngram_size": (lambda value: value >= 0, "0 (off) or positive"),
     "min_new_tokens": (lambda value: value >= 0, "0 (off) or positive"),
     "suppress_tokens": (lambda value: min(value, default=0) >= 0, "token ids"),

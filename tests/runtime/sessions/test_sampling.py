@@ -152,6 +152,7 @@ def test_logits_may_be_extreme_but_must_be_numbers() -> None:
         ("temperature", float("inf")),
         ("temperature", 1e31),
         ("repetition_penalty", 1e31),
+        ("repetition_penalty", 1e-320),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
