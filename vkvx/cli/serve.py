@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     key = args.api_key if args.api_key is not None else os.environ.get(remote.KEY)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise OptionError("--api-key must be visible ASCII characters")
+    if args.name is not None and not args.name.strip():
+        raise OptionError("--name is empty; give the name that requests are to name, or leave it out")
     if args.max_waiting < 1:
         raise OptionError(f"--max-waiting must be at least 1, got {args.max_waiting}")
     if args.deadline is not None and not 0 < args.deadline < float("inf"):

@@ -7,6 +7,7 @@ import binascii
 import http.client
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import stat
@@ -23,6 +24,8 @@ MAX_PICTURES = 64
 FETCH_SECONDS = 10.0
 """For the pictures of a request that are on other hosts."""
 _PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[\w.-]+(?::([0-9]{1,5}))?")
+"""A name, and a port if there is one."""
 _BLOCK = 1 << 16
 
 
@@ -44,8 +47,8 @@ class PictureSources:
             object.__setattr__(self, "directory", self.directory.resolve())
         object.__setattr__(self, "hosts", tuple(host.lower() for host in self.hosts))
         for host in self.hosts:
-            name, _, port = host.partition(":")
-            if not name or "/" in host or (port and not port.isdecimal()):
+            found = _HOST.fullmatch(host)
+            if found is None or int(found[1] or 80) not in range(1, 1 << 16):
                 raise OptionError(
                     f"--allow-hosts {host} is no host; give names such as example.org or example.org:8443"
                 )

@@ -21,6 +21,7 @@ GRACE_SECONDS = 30.0
 """For answers that run when the server is to stop."""
 _KEEP_ALIVE_SECONDS = 75
 """For a connection without a request: longer than proxies keep theirs, which may send into one that is being closed."""
+_LONGEST_GRACE = 86400
 _BACKLOG = 1024
 
 
@@ -41,8 +42,8 @@ def serve(
 
     Raises OptionError where it cannot listen, and what ``load`` raises.
     """
-    if grace < 0:
-        raise OptionError(f"--grace must be at least 0 seconds, got {grace:g}")
+    if not 0 <= grace <= _LONGEST_GRACE:
+        raise OptionError(f"--grace must be 0 to {_LONGEST_GRACE} seconds, got {grace:g}")
     with bind(host, port) as listener:
         is_local = is_loopback(listener.getsockname()[0])
         service = Service(replace(settings, own_hosts_only=is_local and settings.api_key is None))
