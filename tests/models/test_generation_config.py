@@ -96,7 +96,7 @@ def test_what_is_left_out_is_named() -> None:
     ("given", "words"),
     [
         ({"repetition_penalty": "much"}, "repetition_penalty must be a number, got 'much'"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be positive"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be between 1e-30 and 1e30"),
         ({"do_sample": True, "top_p": 2.0}, "top_p must be above 0 and at most 1, got 2.0"),
         ({"suppress_tokens": 5}, "suppress_tokens must be a list"),
         ({"suppress_tokens": [-1]}, "suppress_tokens must be token ids"),
