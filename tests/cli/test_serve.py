@@ -135,3 +135,13 @@ def test_wrong_options_of_chat(cli: Callable[..., Result], monkeypatch: pytest.M
         result = cli("chat", *options)
         assert (result.code, result.out) == (2, "")
         assert words in result.err
+
+
+def test_small_packets_are_sent_at_once() -> None:
+    """A connection that the server accepts does not wait for acknowledgements of what it sent before."""
+    from vkvx.runtime.serving.http.run import bind
+
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
