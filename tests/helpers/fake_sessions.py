@@ -44,3 +44,16 @@ def held_back(loaded: Session, after: int) -> threading.Event:
 
     loaded.backend.step = slow  # type: ignore[method-assign]
     return go_on
+
+
+def break_step(loaded: Session, after: int) -> None:
+    """Makes the backend's step after so many of them fail, once."""
+    step = loaded.backend.step
+
+    def broken(call, embeds):  # type: ignore[no-untyped-def]
+        if len(loaded.backend.calls) == after:  # type: ignore[attr-defined]
+            loaded.backend.calls.append(call)  # type: ignore[attr-defined]
+            raise RuntimeError("out of order")
+        return step(call, embeds)
+
+    loaded.backend.step = broken  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_sessions import break_step, held_back
 from fakes import FakeBackend, FakeProcessor, manifest
 from http_server import Running, running
 
@@ -31,18 +32,6 @@ def session(slots: int = 1) -> Session:
 
 def body(text: str = "x", **options: Any) -> dict[str, Any]:
     return {"model": "fake", "messages": [{"role": "user", "content": text}], "ignore_eos": True, **options}
-
-
-def held_back(loaded: Session, after: int) -> threading.Event:
-    """Lets the backend's steps wait, after so many of them, until the event is set."""
-    go_on, step = threading.Event(), loaded.backend.step
-
-    def slow(call, embeds):  # type: ignore[no-untyped-def]
-        assert len(loaded.backend.calls) < after or go_on.wait(30)  # type: ignore[attr-defined]
-        return step(call, embeds)
-
-    loaded.backend.step = slow  # type: ignore[method-assign]
-    return go_on
 
 
 def slow_down(loaded: Session) -> None:
@@ -146,15 +135,7 @@ def test_while_it_loads_and_when_it_stops() -> None:
 
 def test_a_step_that_fails_ends_a_stream_with_an_error() -> None:
     loaded = session()
-    step = loaded.backend.step
-
-    def broken(call, embeds):  # type: ignore[no-untyped-def]
-        if len(loaded.backend.calls) == 2:  # type: ignore[attr-defined]
-            loaded.backend.calls.append(call)  # type: ignore[attr-defined]
-            raise RuntimeError("out of order")
-        return step(call, embeds)
-
-    loaded.backend.step = broken  # type: ignore[method-assign]
+    break_step(loaded, after=2)
     with running(loaded) as server:
         status, text, _ = server.request("POST", CHAT, body(max_tokens=9, stream=True))
         last = json.loads(text.strip().rpartition("data: ")[2])

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fake_sessions import held_back
+from fake_sessions import break_step, held_back
 from fakes import FakeBackend, FakeProcessor, manifest
 
 from vkvx import (
@@ -147,15 +147,7 @@ def test_a_row_that_fails_ends_its_own_request_only(caplog: pytest.LogCaptureFix
 
 def test_a_failed_step_ends_its_requests_only(caplog: pytest.LogCaptureFixture) -> None:
     loaded = session()
-    step = loaded.backend.step
-
-    def broken(call, embeds):  # type: ignore[no-untyped-def]
-        if len(loaded.backend.calls) == 2:  # type: ignore[attr-defined]
-            loaded.backend.calls.append(call)  # type: ignore[attr-defined]
-            raise RuntimeError("out of order")
-        return step(call, embeds)
-
-    loaded.backend.step = broken  # type: ignore[method-assign]
+    break_step(loaded, after=2)
     with Server(loaded) as server:
         with pytest.raises(VkvxError, match="out of order") as caught:
             server.submit("[x]", max_new_tokens=9, ignore_eos=True).result()
