@@ -23,7 +23,7 @@ from vkvx.storage import write_file
 BENCHMARKS = {
     "unpack": "ways to unpack bit planes in onnxruntime on a CPU",
     "agreement": "onnxruntime against torch on tiny-llava, for every way to quantise its cache",
-    "token_agreement": "equal tokens by the plug-in, a bundle and vkvx eval on pages of tiny-llava, float32",
+    "token_agreement": "equal tokens by the plug-in, a bundle and vkvx eval on pages of digits, float32",
     "http_server": "vkvx serve on tiny-llava, on a CPU: load, memory over many requests, and reuse of pictures",
     "calibration": "metrics from the weights and from recorded answers, on tiny-llava at 1 bit, by distance of queries",
     "methods": "ways to quantise the visual cache of tiny-llava that were tried, simulated densely",

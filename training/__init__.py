@@ -1,1 +1,1 @@
-"""Scripts that made the bundled checkpoints."""
+"""What made the bundled checkpoints: `python -m training.train tiny-llava`."""

@@ -1,6 +1,7 @@
-"""The same tokens three ways on pages of tiny-llava, float32: generate() with the plug-in, a bundle, ``vkvx eval``.
+"""The same tokens three ways on pages of digits, float32: generate() with the plug-in, a bundle, ``vkvx eval``.
 
-One row a number of bits. The first two prefill each page by themselves, ``vkvx eval`` once for all settings of a batch.
+One row a model and number of bits. The first two prefill each page by themselves, ``vkvx eval`` once for all settings
+of a batch.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from vkvx.runtime.sessions.pictures import load_picture
 
 TOKENS = 48
 NAMES = ("plug-in", "bundle", "eval")
+MODELS = "tiny-llava"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
+    parser.add_argument("--models", default=MODELS, help=f"models to run, aliases or folders (default {MODELS})")
     parser.add_argument("--pages", type=int, default=100, help="held-out pages, seeds 0, 1, ... (default 100)")
     parser.add_argument("--bits", default="1,2,4,8,16", help="bits to compare (default 1,2,4,8,16)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch and onnxruntime (default 1)")
@@ -39,27 +42,29 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     widths = [int(bits) for bits in arguments.bits.split(",")]
     task = open_task("digits", None, arguments.pages, None)
     settings = [ExportOptions(bits=bits) for bits in widths]
-    plan = make_plan("tiny-llava", task, settings, device="cpu", dtype="float32", max_new_tokens=TOKENS)
-    with Records(None, {}) as records:
-        run_plan(plan, records)
-    names = {setting.options.bits: setting.name for setting in plan.settings}
     rows = []
-    for bits in widths:
-        evaluated = [record.tokens for record in records.of(names[bits], task.count)]
-        plugged, bundled = _plug_in_and_bundle(bits, task, arguments.threads)
-        answers = dict(zip(NAMES, (plugged, bundled, evaluated), strict=True))
-        rows.append({"bits": bits, "pages": task.count, **_compare(answers)})
-        print(*rows[-1].values(), flush=True)
+    for model in arguments.models.split(","):
+        plan = make_plan(model, task, settings, device="cpu", dtype="float32", max_new_tokens=TOKENS)
+        with Records(None, {}) as records:
+            run_plan(plan, records)
+        names = {setting.options.bits: setting.name for setting in plan.settings}
+        for bits in widths:
+            evaluated = [record.tokens for record in records.of(names[bits], task.count)]
+            plugged, bundled = _plug_in_and_bundle(model, bits, task, arguments.threads)
+            answers = dict(zip(NAMES, (plugged, bundled, evaluated), strict=True))
+            rows.append({"model": model, "bits": bits, "pages": task.count, **_compare(answers)})
+            print(*rows[-1].values(), flush=True)
     return rows
 
 
-def _plug_in_and_bundle(bits: int, task: Task, threads: int) -> tuple[list[list[int]], list[list[int]]]:
+def _plug_in_and_bundle(name: str, bits: int, task: Task, threads: int) -> tuple[list[list[int]], list[list[int]]]:
     """Tokens of each page by generate() and by a session, one page at a time."""
-    model = load_model(resolve("tiny-llava"), torch.float32)
+    source = resolve(name)
+    model = load_model(source, torch.float32)
     plugged, bundled = [], []
     with tempfile.TemporaryDirectory() as directory:
         bundle = Path(directory) / "bundle"
-        export_model("tiny-llava", bundle, ExportOptions(dtype="float32", bits=bits))
+        export_model(name, bundle, ExportOptions(dtype="float32", bits=bits))
         with (
             Session.load(bundle, provider="cpu", threads=threads, reuse=False) as session,
             quantize_visual_cache(model, bits),
@@ -69,7 +74,8 @@ def _plug_in_and_bundle(bits: int, task: Task, threads: int) -> tuple[list[list[
                 pictures = [load_picture(picture) for picture in sample.pictures]
                 prepared = session.processor.prepare(prompt, pictures)
                 ids = torch.from_numpy(prepared.token_ids).long()[None]
-                pixels = {name: torch.from_numpy(array) for name, array in prepared.vision_calls[0].items()}
+                inputs = source.family.model_inputs([prepared.vision_calls], [prepared.picture_sizes])
+                pixels = {key: torch.from_numpy(array) for key, array in inputs.items()}
                 output = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False, **pixels)
                 plugged.append(output[0, ids.shape[1] :].tolist())
                 bundled.append(list(session.generate(prompt, pictures, max_new_tokens=TOKENS).token_ids))

@@ -1,7 +1,7 @@
 """A small LLaVA that reads pages of handwritten digits.
 
 The folder is a complete Hugging Face checkpoint (`LlavaForConditionalGeneration`, 5.5 million parameters, float16);
-`data` draws pages and asks about them. The scripts that trained it lie in `training/tiny_llava`.
+`data` draws pages and asks about them. The scripts that trained it lie in `training`.
 """
 
 from pathlib import Path

@@ -24,6 +24,8 @@ CELL_HEIGHT, CELL_WIDTH = SIZE // ROWS, SIZE // COLUMNS
 SPLITS = ("train", "test")
 COLOURS = {"red": (222, 44, 44), "green": (36, 160, 64), "blue": (48, 96, 232), "orange": (244, 150, 24)}
 SHAPES = ("box", "line", "dot")
+PARTS = ((ROWS, COLUMNS), (2, 6), (4, 3), (2, 3))
+"""Rows and columns of the parts of pages that are shown where pictures may have any size."""
 KINDS = ("transcribe", "row", "cell", "count", "marks", "where", "mark")
 """The kinds of question that `question` knows."""
 
@@ -42,7 +44,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Page:
-    """A picture (RGB, 336 x 336) with what stands on it: `digits` is int64 [4, 6], `marks` is in reading order."""
+    """A picture (RGB) with what stands on it: `digits` is int64 [rows, columns], `marks` is in reading order.
+
+    A whole page has 336 x 336 pixels, 4 rows and 6 columns.
+    """
 
     image: Image.Image
     digits: np.ndarray
@@ -78,7 +83,7 @@ def page(seed: int, split: str) -> Page:
     pictures, labels, _ = handwriting(split)
     rng = np.random.default_rng((seed, SPLITS.index(split)))
     drawn = rng.integers(len(labels), size=ROWS * COLUMNS)
-    marks = _draw_marks(rng)
+    marks = draw_marks(rng)
     paper = _paper(rng, marks)
     ink, coverage = _strokes(rng, pictures[drawn], strength=1.4 if split == "train" else 1.0)
     colour = np.repeat(np.repeat(ink, CELL_HEIGHT, axis=0), CELL_WIDTH, axis=1)
@@ -91,7 +96,14 @@ def page(seed: int, split: str) -> Page:
     return Page(image, labels[drawn].reshape(ROWS, COLUMNS), marks)
 
 
-def _draw_marks(rng: np.random.Generator) -> tuple[Mark, ...]:
+def crop(page: Page, rows: int, columns: int) -> Page:
+    """The top left part of a page, so many rows and columns of it."""
+    marks = tuple(mark for mark in page.marks if mark.row < rows and mark.column < columns)
+    part = page.image.crop((0, 0, columns * CELL_WIDTH, rows * CELL_HEIGHT))
+    return Page(part, page.digits[:rows, :columns], marks)
+
+
+def draw_marks(rng: np.random.Generator) -> tuple[Mark, ...]:
     """Two to eight marks in different cells."""
     cells = np.sort(rng.choice(ROWS * COLUMNS, size=rng.integers(2, 9), replace=False))
     colours, names = rng.integers(len(COLOURS), size=len(cells)), tuple(COLOURS)
@@ -178,7 +190,7 @@ def question(
 
     With several pictures `name` tells which one is meant: "first page" or "second page".
     """
-    row, column = int(rng.integers(ROWS)), int(rng.integers(COLUMNS))
+    row, column = (int(rng.integers(size)) for size in digits.shape)
     colour, digit = tuple(COLOURS)[int(rng.integers(len(COLOURS)))], int(rng.integers(10))
     where = "" if name == "page" else f" of the {name}"
     on = "" if name == "page" else f" on the {name}"

@@ -95,3 +95,15 @@ def test_the_sample_pages_are_the_first_held_out_ones(tmp_path: Path) -> None:
     for entry in shipped:
         assert (CHECKPOINT / "pages" / entry["file"]).exists()
         assert np.array_equal(entry["digits"], data.page(entry["seed"], "test").digits)
+
+
+def test_a_part_of_a_page_is_its_top_left() -> None:
+    page = data.page(3, "test")
+    part = data.crop(page, 2, 3)
+    assert part.image.size == (3 * data.CELL_WIDTH, 2 * data.CELL_HEIGHT)
+    assert np.array_equal(np.asarray(part.image), np.asarray(page.image)[: 2 * data.CELL_HEIGHT, : 3 * data.CELL_WIDTH])
+    assert np.array_equal(part.digits, page.digits[:2, :3])
+    assert part.marks == tuple(mark for mark in page.marks if mark.row < 2 and mark.column < 3)
+    rng = np.random.default_rng(0)
+    answers = {data.question(part.digits, part.marks, "row", rng)[1] for _ in range(30)}
+    assert answers == {data.transcription(part.digits[row : row + 1]) for row in range(2)}

@@ -1,1 +1,0 @@
-"""Training and measuring tiny-llava: `python -m training.tiny_llava.train`."""
