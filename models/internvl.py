@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.errors import ModelError
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TINY_INTERN = Path(__file__).resolve().parent / "tiny_intern"
+"""A checkpoint that comes with the package."""
+
+
 class InternVL(Family):
     """``InternVLForConditionalGeneration``: up to 12 tiles a picture and a thumbnail, 256 tokens each."""
 
@@ -22,6 +27,7 @@ class InternVL(Family):
     text_models = ("llama", "qwen2", "qwen3")
     tested_models = ("qwen2", "qwen3")
     aliases = {
+        "tiny-intern": TINY_INTERN,
         **{f"internvl3-{size}b": f"OpenGVLab/InternVL3-{size}B-hf" for size in (1, 2, 8, 14, 38)},
         **{f"internvl3.5-{size}b": f"OpenGVLab/InternVL3_5-{size}B-HF" for size in (1, 2, 4, 8)},
     }

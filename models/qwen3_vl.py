@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkvx.models.pictures.grid import Grid
@@ -11,11 +12,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TINY_QWEN = Path(__file__).resolve().parent / "tiny_qwen"
+"""A checkpoint that comes with the package."""
+
+
 class Qwen3VL(GridFamily):
     """``Qwen3VLForConditionalGeneration``: behind an embedding stands what the first decoder layers add (deepstack)."""
 
     title = "Qwen3-VL"
-    aliases = {f"qwen3-vl-{size}b": f"Qwen/Qwen3-VL-{size}B-Instruct" for size in (2, 4, 8, 32)}
+    aliases = {
+        "tiny-qwen": TINY_QWEN,
+        **{f"qwen3-vl-{size}b": f"Qwen/Qwen3-VL-{size}B-Instruct" for size in (2, 4, 8, 32)},
+    }
     architecture = "Qwen3VLForConditionalGeneration"
     text_models = tested_models = ("qwen3_vl_text",)
 

@@ -25,7 +25,7 @@ from vkvx.runtime.sessions.pictures import load_picture
 
 TOKENS = 48
 NAMES = ("plug-in", "bundle", "eval")
-MODELS = "tiny-llava"
+MODELS = "tiny-llava,tiny-qwen,tiny-intern"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from vkvx.cli import terminal
@@ -36,14 +37,15 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_families() -> list[dict[str, Any]]:
     """Each family: ``name``, ``architecture``, ``decoders``, ``verified`` in words, ``aliases`` with what they name."""
-    from vkvx.models.registry import FAMILIES, TINY_LLAVA
+    from vkvx.models.registry import FAMILIES
 
     described = []
     for architecture, family in FAMILIES.items():
         aliases = family.aliases
         verified = f"{', '.join(family.tested_models)}: random checkpoints against transformers"
-        if TINY_LLAVA in aliases.values():
-            verified += "; trained tiny-llava"
+        bundled = [alias for alias, target in aliases.items() if isinstance(target, Path)]
+        if bundled:
+            verified += f"; trained {', '.join(bundled)}"
         described.append(
             {
                 "name": family.title,
@@ -51,8 +53,7 @@ def describe_families() -> list[dict[str, Any]]:
                 "decoders": family.text_models,
                 "verified": verified,
                 "aliases": {
-                    alias: "in this package" if target == TINY_LLAVA else str(target)
-                    for alias, target in aliases.items()
+                    alias: "in this package" if alias in bundled else str(target) for alias, target in aliases.items()
                 },
             }
         )
