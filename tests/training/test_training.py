@@ -168,7 +168,7 @@ def test_a_mark_lies_in_its_cell() -> None:
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Two steps at once, and one and one with the state on disk between, end with the same weights."""
-    form, chosen = FORMS["tiny-qwen"], steps("tiny-qwen", layout=3)[:2]
+    form, chosen = FORMS["tiny-qwen"], steps("tiny-qwen", layout=3, pictures=1)[:2]
     whole, halves = (Trainer(form, options(tmp_path / name), CPU) for name in ("whole", "halves"))
     start = [master.clone() for master in whole.masters]
     for trainer in (whole, halves):
