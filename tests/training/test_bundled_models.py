@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("sklearn")
 
 from training.evaluate import samples
-
 from vkvx.evaluation.run import evaluate
 from vkvx.export.options import ExportOptions
 from vkvx.models.registry import resolve
