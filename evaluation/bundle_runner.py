@@ -48,9 +48,11 @@ class BundleRunner:
         prepared = [prepare(sample, self.processor, positions, self.max_new_tokens) for sample in samples]
         session = self._open(prepared)
         pictures = [list(sample.pictures) for sample in samples]
+        videos = [list(sample.videos) for sample in samples]
         begun = time.perf_counter()
-        options = GenerationOptions(max_new_tokens=self.max_new_tokens)  # greedy, whatever the checkpoint asks for
-        generations = session.generate(prompts, pictures, options=options)
+        # Greedy, whatever the checkpoint asks for.
+        options = [GenerationOptions(max_new_tokens=self.max_new_tokens, fps=sample.fps) for sample in samples]
+        generations = session.generate(prompts, pictures, videos, options=options)
         seconds = time.perf_counter() - begun
         found = None if reference is None else _follow(session, prepared, reference.answers)
         records = []

@@ -117,7 +117,7 @@ def calibrate(
             processor = Processor.of_checkpoint(source, info)
             for number, sample in enumerate(task.samples(range(begun, task.count))):
                 report("check samples", number, task.count - begun)
-                prepare(sample, processor, info.max_positions, max_new_tokens)
+                prepare(sample, processor, info.max_positions, max_new_tokens, in_torch=True)
         report("load", 0, 1)
         runner = TorchRunner(source, chosen, dtype, max_new_tokens)
         report("load", 1, 1)

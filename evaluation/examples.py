@@ -7,10 +7,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from vkvx.evaluation.records import Records
 from vkvx.evaluation.settings import Setting
 from vkvx.evaluation.tasks import Sample, Task
 from vkvx.runtime.sessions.pictures import Picture, load_picture
+from vkvx.runtime.sessions.videos import open_clip
 
 SIDE, PICTURES, QUALITY = 360, 4, 80
 """Pixels of a picture's longer side, pictures of a sample at most, quality of their JPEG."""
@@ -18,7 +21,7 @@ SIDE, PICTURES, QUALITY = 360, 4, 80
 
 @dataclass(frozen=True)
 class Example:
-    """A sample. ``pictures`` are ``data:`` URIs of small JPEGs, the first of ``picture_count``.
+    """A sample. ``pictures`` are ``data:`` URIs of small JPEGs, some of ``picture_count``; frames of a video count.
 
     ``given`` has by setting the answer and its score by ``metric``, 0 to 1 as in the table.
     """
@@ -51,8 +54,14 @@ def choose_examples(records: Records, settings: Sequence[Setting], task: Task, c
 
 
 def _example(sample: Sample, metric: str, given: dict[str, tuple[str, float]]) -> Example:
-    pictures = tuple(_small(picture) for picture in sample.pictures[:PICTURES])
-    return Example(sample.place, sample.prompt, pictures, len(sample.pictures), sample.answers, metric, given)
+    shown: list[Picture] = list(sample.pictures[:PICTURES])
+    count = len(sample.pictures)
+    for video in sample.videos:
+        clip = open_clip(video)
+        shown += clip.frames(np.unique(np.linspace(0, clip.total - 1, PICTURES).astype(np.int64)))
+        count += clip.total
+    pictures = tuple(_small(picture) for picture in shown)
+    return Example(sample.place, sample.prompt, pictures, count, sample.answers, metric, given)
 
 
 def _small(picture: Picture) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from vkvx.evaluation.mmmu import mmmu
 from vkvx.models.tiny_llava.data import right_digits
 from vkvx.packages import missing
 
@@ -23,6 +24,8 @@ _NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 """From n given texts and the right answers of each to n scores, float64."""
+ChoiceScorer = Callable[[Sequence[Sequence[str]], Sequence[str], Sequence[Sequence[str]]], np.ndarray]
+"""The same, with the choices of each question in front: none if it is open."""
 
 
 def normalise(text: str) -> str:
@@ -153,6 +156,14 @@ def _each(score: Callable[[str, Sequence[str]], float]) -> Scorer:
     return scorer
 
 
+def _of_choices(score: Callable[[str, Sequence[str], Sequence[str]], float]) -> ChoiceScorer:
+    def scorer(choices: Sequence[Sequence[str]], given: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
+        rows = zip(given, answers, choices, strict=True)
+        return np.array([score(text, listed, offered) for text, listed, offered in rows], np.float64)
+
+    return scorer
+
+
 DIGIT_METRICS: dict[str, Scorer] = {"per_digit": _best(right_digits), "exact": _best(_page_exact)}
 """Share of right digits, and whether the whole page is right."""
 METRIC_MODULES = {"anls": "rapidfuzz", "cider": "pycocoevalcap"}
@@ -167,3 +178,4 @@ TEXT_METRICS: dict[str, Scorer] = {
     "contains": _best(contains),
     "contains-formula": _best(contains_formula),
 }
+CHOICE_METRICS: dict[str, ChoiceScorer] = {"mmmu": _of_choices(mmmu)}

@@ -64,7 +64,7 @@ def evaluate(
         task: "digits", the default: held-out pages of tiny-llava; or leave it out and give ``data``.
         settings: options of the cache; 16 bits, the reference, always run as well. Default: 4, 2 and 1 bits. A bundle
             has one setting, its own.
-        data: file of JSON lines with "image" or "images", "prompt" and "answers".
+        data: file of JSON lines with "image", "images" or "video", "prompt", "answers" and maybe "choices".
         samples: run so many, the first ones (default: 100 pages, all of a file).
         metrics: of ``data``: some of ``TEXT_METRICS`` in :mod:`vkvx.evaluation.metrics` (default: exact, f1).
         device: "auto", "cpu" or "cuda".
@@ -304,7 +304,7 @@ def _check_samples(plan: EvaluationPlan, indices: Sequence[int], report: Progres
         processor = Processor.of_checkpoint(plan.source, info)
     for done, sample in enumerate(plan.task.samples(indices)):
         report("check samples", done, len(indices))
-        prepare(sample, processor, info.max_positions, plan.max_new_tokens)
+        prepare(sample, processor, info.max_positions, plan.max_new_tokens, in_torch=plan.source is not None)
     report("check samples", len(indices), len(indices))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vkvx.errors import CapacityError, InputError, OptionError, VkvxError
-from vkvx.evaluation.metrics import DIGIT_METRICS, TEXT_METRICS, Scorer
+from vkvx.evaluation.metrics import CHOICE_METRICS, DIGIT_METRICS, TEXT_METRICS, Scorer
 from vkvx.runtime.sessions.pictures import Picture
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.text import check_text
@@ -18,17 +20,26 @@ from vkvx.runtime.sessions.text import check_text
 DIGITS_PROMPT = "Transcribe the page."
 DIGITS_SAMPLES = 100
 DEFAULT_TEXT_METRICS = ("exact", "f1")
+GIVEN_METRICS = (*TEXT_METRICS, *CHOICE_METRICS)
+"""Of the questions of a file."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about one or more pictures, and the answers that are right; ``place`` tells people which it is."""
+    """A question about pictures or a video, and the answers that are right; ``place`` tells people which it is.
+
+    ``fps`` is how many frames a second are taken of a video file, or how many there were of a folder's frames.
+    ``choices`` are the texts that a question of multiple choice offers, by their letters from A on.
+    """
 
     index: int
     prompt: str
     pictures: tuple[Picture, ...]
     answers: tuple[str, ...]
     place: str = ""
+    videos: tuple[Path, ...] = ()
+    fps: float | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,11 @@ class Task:
 
     @property
     def scorers(self) -> Mapping[str, Scorer]:
-        """The metrics that there are for it."""
-        return TEXT_METRICS if self.is_given else DIGIT_METRICS
+        """The metrics that there are for it; those that know the choices of questions take all samples in order."""
+        if not self.is_given:
+            return DIGIT_METRICS
+        choices = [sample.choices for sample in self.samples(range(self.count))]
+        return TEXT_METRICS | {name: partial(scorer, choices) for name, scorer in CHOICE_METRICS.items()}
 
     def samples(self, indices: Sequence[int]) -> Iterator[Sample]:
         """The samples of these indices."""
@@ -78,10 +92,10 @@ def open_task(
         raise OptionError(f"task= (--task) {name} has no effect with data= (--data); give one of the two")
     chosen = tuple(dict.fromkeys(DEFAULT_TEXT_METRICS if metrics is None else metrics))
     for metric in chosen:
-        if metric not in TEXT_METRICS:
-            raise OptionError(f"unknown metric '{metric}'; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
+        if metric not in GIVEN_METRICS:
+            raise OptionError(f"unknown metric '{metric}'; give metrics= (--metrics) some of {','.join(GIVEN_METRICS)}")
     if not chosen:
-        raise OptionError(f"no metric is given; give metrics= (--metrics) some of {','.join(TEXT_METRICS)}")
+        raise OptionError(f"no metric is given; give metrics= (--metrics) some of {','.join(GIVEN_METRICS)}")
     return questions(Path(data), samples, chosen)
 
 
@@ -131,27 +145,40 @@ def _read_line(path: Path, number: int, line: str, index: int, answered: bool) -
         raise InputError(f"{where}: not JSON ({error}); write {_EXAMPLE}") from error
     if not isinstance(entry, Mapping):
         raise InputError(f"{where}: an object is expected; write {_EXAMPLE}")
-    if ("image" in entry) == ("images" in entry):
-        state = "both 'image' and 'images'" if "image" in entry else "neither 'image' nor 'images'"
-        raise InputError(f"{where}: {state}; give one of the two")
-    names = [entry["image"]] if "image" in entry else entry["images"]
+    given = [name for name in ("image", "images", "video") if name in entry]
+    if len(given) != 1:
+        both = f"both '{given[0]}' and '{given[1]}'" if given else ""
+        state = both or "neither 'image' nor 'images' nor 'video'"
+        raise InputError(f"{where}: {state}; give one of the three")
+    names = entry["images"] if given == ["images"] else [entry[given[0]]]
     if not _are_texts(names) or not names:
-        raise InputError(f"{where}: 'image' must be a path and 'images' a list of at least one")
+        raise InputError(f"{where}: 'image' and 'video' must be a path and 'images' a list of at least one")
     if "prompt" not in entry or not isinstance(entry["prompt"], str) or not entry["prompt"]:
         raise InputError(f"{where}: 'prompt' must be text; write {_EXAMPLE}")
     answers = entry.get("answers", [] if not answered else None)
     if not _are_texts(answers) or not (answers or not answered):
         raise InputError(f"{where}: 'answers' must be a list of at least one text; write {_EXAMPLE}")
-    for text, what in ((entry["prompt"], "'prompt'"), *((answer, "an answer") for answer in answers)):
+    choices = entry.get("choices", [])
+    if not _are_texts(choices) or len(choices) > len(string.ascii_uppercase):
+        raise InputError(f"{where}: 'choices' must be a list of at most 26 texts, which have the letters from A on")
+    if choices and any(answer not in string.ascii_uppercase[: len(choices)] for answer in answers):
+        raise InputError(f"{where}: with 'choices' the 'answers' must be letters, such as A")
+    texts = (*((answer, "an answer") for answer in answers), *((choice, "a choice") for choice in choices))
+    for text, what in ((entry["prompt"], "'prompt'"), *texts):
         try:
             check_text(text, what)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-    pictures = tuple(path.parent / name for name in names)
-    for picture in pictures:
-        if not picture.is_file():
-            raise InputError(f"{where}: no picture at {picture}; paths are relative to the file of samples")
-    return Sample(index, entry["prompt"], pictures, tuple(answers), where)
+    paths = tuple(path.parent / name for name in names)
+    noun = "video" if given == ["video"] else "picture"
+    for one in paths:
+        if not (one.is_file() or (noun == "video" and one.is_dir())):
+            raise InputError(f"{where}: no {noun} at {one}; paths are relative to the file of samples")
+    pictures, videos = ((), paths) if noun == "video" else (paths, ())
+    fps = entry.get("fps")
+    if fps is not None and not (videos and type(fps) in (int, float) and 0 < fps < float("inf")):
+        raise InputError(f"{where}: 'fps' must be a positive number, of a 'video'")
+    return Sample(index, entry["prompt"], pictures, tuple(answers), where, videos, fps, tuple(choices))
 
 
 def _are_texts(value: Any) -> bool:
@@ -159,22 +186,33 @@ def _are_texts(value: Any) -> bool:
 
 
 def prompt_of(sample: Sample, processor: Processor) -> str:
-    """The whole prompt, by the chat template as in ``vkvx run``; for a model without one, the pictures come first.
+    """The whole prompt, by the chat template as in ``vkvx run``; without one, pictures and videos come first.
 
     The sample's prompt is text: what looks like a placeholder in it is none.
     """
-    content: list[dict[str, str]] = [{"type": "image"}] * len(sample.pictures)
-    message = {"role": "user", "content": [*content, {"type": "text", "text": sample.prompt}]}
+    pictures, videos = [{"type": "image"}] * len(sample.pictures), [{"type": "video"}] * len(sample.videos)
+    message = {"role": "user", "content": [*pictures, *videos, {"type": "text", "text": sample.prompt}]}
     return processor.format([message]) if processor.has_chat_template else processor.plain(message)
 
 
-def prepare(sample: Sample, processor: Processor, max_positions: int, max_new_tokens: int) -> Prepared:
+def prepare(
+    sample: Sample, processor: Processor, max_positions: int, max_new_tokens: int, *, in_torch: bool = False
+) -> Prepared:
     """Tokens and pixels of a sample. What is wrong with it is raised with its place in front.
 
-    Raises InputError for a prompt or a picture that cannot be used, CapacityError if it has no room with its answer.
+    ``in_torch`` is for a checkpoint, which takes no videos here: Hugging Face's models have inputs of their own for
+    them. Raises InputError for a prompt or a picture that cannot be used, CapacityError if it has no room with its
+    answer.
     """
+    if sample.videos and in_torch:
+        raise InputError(
+            f"{sample.place}: a video is taken by bundles alone; give frames as 'images', or a bundle without its "
+            "checkpoint: reference=False (--no-reference)"
+        )
     try:
-        prepared = processor.prepare(prompt_of(sample, processor), sample.pictures)
+        if sample.videos:
+            processor.check_videos()
+        prepared = processor.prepare(prompt_of(sample, processor), sample.pictures, sample.videos, fps=sample.fps)
     except VkvxError as error:
         raise type(error)(f"{sample.place}: {error}") from error
     needed = len(prepared.token_ids) + max_new_tokens - 1  # the last token is never fed

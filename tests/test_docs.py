@@ -14,6 +14,7 @@ import tomllib
 from vkvx import cli
 from vkvx.cli import terminal
 from vkvx.cli.models import describe_families
+from vkvx.evaluation import convert
 from vkvx.format import QUANTILE_ALPHA, SHRINK_KEY, SHRINK_VALUE, STATE_NAMES
 from vkvx.manifest import FORMAT, FORMAT_VERSION, LayerInfo, Manifest, ModelInfo, Quantization
 from vkvx.models.preset_processors import write_processor
@@ -186,7 +187,8 @@ def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def test_options_that_the_pages_name_exist() -> None:
-    known = {option for action in _actions(cli.build_parser()) for option in action.option_strings}
+    actions = [*_actions(cli.build_parser()), *_actions(convert.build_parser())]
+    known = {option for action in actions for option in action.option_strings}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         used = {

@@ -52,7 +52,13 @@ def test_questions(write: Callable[..., Path]) -> None:
         ("[1]", "an object is expected"),
         ({**GOOD, "images": ["page.png"]}, "both 'image' and 'images'"),
         ({"prompt": "What?", "answers": ["x"]}, "neither 'image' nor 'images'"),
-        ({**GOOD, "image": 3}, "'image' must be a path"),
+        ({**GOOD, "video": "film.mp4"}, "both 'image' and 'video'; give one of the three"),
+        ({**GOOD, "image": 3}, "'image' and 'video' must be a path"),
+        ({"video": "film.mp4", "prompt": "What?", "answers": ["x"]}, "no video at .*film.mp4"),
+        ({"video": "page.png", "fps": 0, "prompt": "What?", "answers": ["x"]}, "'fps' must be a positive number"),
+        ({**GOOD, "fps": 2}, "'fps' must be a positive number, of a 'video'"),
+        ({**GOOD, "choices": ["a", 3], "answers": ["A"]}, "'choices' must be a list of at most 26 texts"),
+        ({**GOOD, "choices": ["a", "b"], "answers": ["C"]}, "'answers' must be letters"),
         ({"images": [], "prompt": "What?", "answers": ["x"]}, "at least one"),
         ({"image": "page.png", "answers": ["x"]}, "'prompt' must be text"),
         ({**GOOD, "prompt": ""}, "'prompt' must be text"),
@@ -78,7 +84,7 @@ def test_what_is_wrong_with_a_sample_comes_with_its_place() -> None:
         def plain(self, message: Any) -> str:
             return str(message["content"][-1]["text"])
 
-        def prepare(self, prompt: str, pictures: object) -> Any:
+        def prepare(self, prompt: str, pictures: object, videos: object, fps: float | None) -> Any:
             if prompt == "short":
                 return SimpleNamespace(token_ids=[0] * 30, picture_lengths=(16,))
             raise InputError("the prompt has 2 <image>")
@@ -92,6 +98,9 @@ def test_what_is_wrong_with_a_sample_comes_with_its_place() -> None:
         prepare(sample, processor, 32, 4)
     with pytest.raises(InputError, match=r"^questions\.jsonl:7: the prompt has 2 <image>$"):
         prepare(replace(sample, prompt="other"), processor, 32, 3)
+    film = replace(sample, pictures=(), videos=(Path("film.mp4"),))
+    with pytest.raises(InputError, match=r"^questions\.jsonl:7: a video is taken by bundles alone; .*--no-reference"):
+        prepare(film, processor, 32, 3, in_torch=True)
 
 
 def test_a_file_of_the_name_of_a_task(write: Callable[..., Path]) -> None:

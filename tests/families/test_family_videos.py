@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from reference import IMAGE_TOKEN, Reference, joined, picture
 
 from vkvx import ExportOptions, export_model
+from vkvx.evaluation import evaluate
 from vkvx.models.presets import preset_config
 from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.runtime.sessions.processor import PLACEHOLDER, VIDEO_PLACEHOLDER
@@ -42,11 +44,17 @@ def reference(checkpoint: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def session(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    """A bundle of 16 bits, which computes in FP32."""
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 16 bits, computing in FP32."""
     output = tmp_path_factory.mktemp("bundles") / "exact"
     export_model(checkpoint, output, ExportOptions(dtype="float32", bits=16))
-    with Session.load(output, **ROOM, backend="onnxruntime") as opened:
+    return output
+
+
+@pytest.fixture(scope="module")
+def session(bundle: Path) -> Iterator[Session]:
+    """The bundle, open."""
+    with Session.load(bundle, **ROOM, backend="onnxruntime") as opened:
         yield opened
 
 
@@ -99,3 +107,21 @@ def test_second_turn(reference: Reference, session: Session) -> None:
         later = conversation.generate(f"And {PLACEHOLDER}?", TALL, max_new_tokens=16, **options)
         assert later.token_ids == tuple(expected[0])
         np.testing.assert_allclose(np.stack(recorded.logits[conversation.slot]), logits[0], rtol=0, atol=ATOL)
+
+
+def test_an_evaluation_asks_about_videos(checkpoint: Path, bundle: Path, session: Session, tmp_path: Path) -> None:
+    """The answers to a line with a video, a folder of frames, are those of a session."""
+    if checkpoint.name != "tiny-qwen2.5-vl":
+        pytest.skip("one of the families is enough")
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(FRAMES):
+        frame.save(tmp_path / "frames" / f"{number}.png")
+    line = {"video": "frames", "fps": RATE, "prompt": "What happens?", "answers": ["x"]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    records = tmp_path / "records.jsonl"
+    evaluate(bundle, data=tmp_path / "questions.jsonl", reference=False, device="cpu", max_new_tokens=8, output=records)
+    content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
+    prompt = session.processor.format([{"role": "user", "content": content}])
+    expected = session.generate(prompt, videos=[FRAMES], fps=RATE, max_new_tokens=8)
+    found = json.loads(records.read_text(encoding="utf-8").splitlines()[1])
+    assert tuple(found["tokens"]) == expected.token_ids
