@@ -25,6 +25,7 @@ BENCHMARKS = {
     "agreement": "onnxruntime against torch on tiny-llava, for every way to quantise its cache",
     "token_agreement": "equal tokens by the plug-in, a bundle and vkvx eval on pages of digits, float32",
     "http_server": "vkvx serve on tiny-llava, on a CPU: load, memory over many requests, and reuse of pictures",
+    "beyond": "exact tokens, scales of tokens, more key bits and weighted values at 1 bit, on needles and tiny-llava",
     "calibration": "metrics from the weights and from recorded answers, on tiny-llava at 1 bit, by distance of queries",
     "methods": "ways to quantise the visual cache of tiny-llava that were tried, simulated densely",
     "stress": "every way to quantise a cache on cases with known answers, through the torch operator",

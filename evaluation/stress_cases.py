@@ -8,6 +8,7 @@ scores have a standard deviation of 1.5 nats: neither flat nor peaked.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,42 @@ from vkvx.evaluation.stress import GROUP_SIZE, Case, Sequences, StressOutcome, S
 
 SHARPNESS = 1.5
 """Standard deviation of scores, in nats."""
+
+
+@dataclass(frozen=True)
+class Needles:
+    """A picture with needles: ``key``, ``value`` [n, D], and ``query`` [q, D] of the tokens at ``positions``.
+
+    ``codes`` [256, D] are what values may be, ``right`` [q] which of them each query wants.
+    """
+
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    positions: list[int]
+    codes: Tensor
+    right: Tensor
+
+    def found(self, output: Tensor) -> Tensor:
+        """Which outputs [q, D] are nearest to the right code: BOOL [q]."""
+        return (output @ self.codes.T).argmax(-1) == self.right
+
+
+def needles(random: torch.Generator, tokens: int, channels: int = 64) -> Needles:
+    """The tensors of :func:`needle`."""
+    key = torch.randn(tokens, channels, generator=random)
+    codes = _codes(random, 256, channels)
+    choice = torch.randint(len(codes), (tokens,), generator=random)
+    group = tokens // 2 // GROUP_SIZE * GROUP_SIZE
+    # Each place is where the first of four needles lies; the others follow, or precede at the end of a group.
+    after = (0, tokens // 3, group, group + 200, 3 * tokens // 4, tokens - GROUP_SIZE)
+    positions = [p + i for p in after for i in range(4)] + [p - i for p in (group - 1, tokens - 1) for i in range(4)]
+    margins = torch.tensor([0.0, 3.0, 10.0, 30.0]).repeat(len(positions) // 4)
+    # Orthogonal queries, so that no needle is in the way of another.
+    query = SHARPNESS * math.sqrt(channels) * torch.linalg.qr(torch.randn(channels, channels, generator=random)).Q
+    query = query[: len(positions)]
+    _place(key, query, positions, math.log(tokens) + SHARPNESS**2 / 2 + margins, channels**-0.5)
+    return Needles(key, codes[choice], query, positions, codes, choice[positions])
 
 
 def outlier_channels(setting: StressSetting) -> StressOutcome:
@@ -65,24 +102,10 @@ def needle(setting: StressSetting) -> StressOutcome:
     Figure: share of right answers. Limit: all, because exact attention finds all. A method whose errors grow with the
     spread of a channel lifts some of the 10,000 above the needle, or levels the needle down to them.
     """
-    random = _generator(2)
-    channels, tokens = 64, setting.sizes.needle_tokens
-    key = torch.randn(tokens, channels, generator=random)
-    codes = _codes(random, 256, channels)
-    choice = torch.randint(len(codes), (tokens,), generator=random)
-    group = tokens // 2 // GROUP_SIZE * GROUP_SIZE
-    # Each place is where the first of four needles lies; the others follow, or precede at the end of a group.
-    after = (0, tokens // 3, group, group + 200, 3 * tokens // 4, tokens - GROUP_SIZE)
-    positions = [p + i for p in after for i in range(4)] + [p - i for p in (group - 1, tokens - 1) for i in range(4)]
-    margins = torch.tensor([0.0, 3.0, 10.0, 30.0]).repeat(len(positions) // 4)
-    # Orthogonal queries, so that no needle is in the way of another.
-    query = SHARPNESS * math.sqrt(channels) * torch.linalg.qr(torch.randn(channels, channels, generator=random)).Q
-    query = query[: len(positions)]
-    _place(key, query, positions, math.log(tokens) + SHARPNESS**2 / 2 + margins, channels**-0.5)
-    sequences = Sequences(setting, 1, channels, tokens)
-    sequences.picture(key[None, None], codes[choice][None, None])
-    right = choice[positions]
-    found = (sequences.ask(query[None]).cpu()[0] @ codes.T).argmax(-1) == right
+    drawn = needles(_generator(2), setting.sizes.needle_tokens)
+    sequences = Sequences(setting, 1, drawn.key.shape[-1], len(drawn.key))
+    sequences.picture(drawn.key[None, None], drawn.value[None, None])
+    found = drawn.found(sequences.ask(drawn.query[None]).cpu()[0])
     return _outcome(sequences, float(found.float().mean()), bool(found.all()))
 
 

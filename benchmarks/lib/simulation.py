@@ -74,7 +74,8 @@ class Dense:
     """What later calls see of a layer's visual cache: keys and values [B, Hkv, n, D], and how scores are corrected.
 
     ``rms`` [B, Hkv, D] or ``covariance`` [B, Hkv, D, D] of the residual of keys, with ``limit``, give the correction
-    ``expected``, ``tau`` gives ``affine``. ``extra`` counts the FP16 numbers a head needs beyond the packed format.
+    ``expected``, ``tau`` gives ``affine``; not of tokens that are ``kept`` exactly, BOOL [B, Hkv, n]. ``extra`` counts
+    the FP16 numbers a head needs beyond the packed format.
     """
 
     keys: Tensor
@@ -85,6 +86,7 @@ class Dense:
     covariance: Tensor | None = None
     limit: float = 3.0
     tau: float | None = None
+    kept: Tensor | None = None
     extra: int = 0
 
     def bits_per_element(self) -> float:
@@ -117,6 +119,7 @@ class PageBatch:
 
     ``tokens`` INT64 [B, 29] are its greedy answers, ``live`` BOOL [B, 28] says which are fed before an answer's end,
     ``expected`` FP32 [B, 28, V] are its log-probabilities after each of them, ``answered`` has each layer's attention.
+    ``embeds`` FP32 [B, n, hidden] are the embeddings of the pictures.
     """
 
     truths: list[str]
@@ -125,6 +128,7 @@ class PageBatch:
     live: Tensor
     expected: Tensor
     answered: list[Answered]
+    embeds: Tensor
 
     @property
     def positions(self) -> int:
@@ -177,14 +181,16 @@ class Simulation:
         is_picture = ids == self.info.image_token_id
         first, count = int(is_picture[0].nonzero()[0]), prepared[0].picture_lengths[0]
         embeds = self.model.get_input_embeddings()(ids).clone()
-        embeds[is_picture] = self.family.image_embeds(self.model, pixels.to(self.device))
+        pictures = self.family.image_embeds(self.model, pixels.to(self.device))
+        embeds[is_picture] = pictures
         prefill = _Prefill(len(self.info.layers), self.info.layers[0].head_dim, slice(first, first + count))
         logits = self._forward(embeds, 0, prefill)[:, -1:]
         caches = [_exact(layer) for layer in prefill.layers]
         tokens = self._free(prefill.layers, caches, logits.argmax(-1))
         ends = torch.isin(tokens[:, :-1], torch.tensor(self.info.eos_token_ids, device=self.device))
         expected, answered = self._along(prefill.layers, caches, tokens)
-        return PageBatch(truths, prefill.layers, tokens, ends.cumsum(1) == 0, expected, answered)
+        pictures = pictures.reshape(len(pages), count, -1)
+        return PageBatch(truths, prefill.layers, tokens, ends.cumsum(1) == 0, expected, answered, pictures)
 
     @torch.no_grad()
     def measure(self, batch: PageBatch, technique: Technique, *, free: bool = False) -> Divergence:
@@ -321,7 +327,11 @@ def _corrected(query: Tensor, scores: Tensor, cache: Dense, scale: float) -> Ten
         variance = ((grouped @ cache.covariance.unsqueeze(2)) * grouped).sum(-1, keepdim=True).flatten(1, 2)
     if variance is not None:
         excess = 0.5 * scale**2 * variance
-        return scores + excess / (1.0 + excess / cache.limit)
+        shift = excess / (1.0 + excess / cache.limit)
+        if cache.kept is not None:
+            kept = cache.kept.repeat_interleave(query.shape[1] // heads, 1)
+            shift = shift.expand_as(scores).masked_fill(kept.unsqueeze(2), 0.0)
+        return scores + shift
     if cache.tau is not None:
         low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
         spread = torch.where(high > low, high - low, 1.0)
