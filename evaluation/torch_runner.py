@@ -237,6 +237,8 @@ class TorchRunner:
         new = first
         if self.max_new_tokens > 1 and not all(int(token) in ends for token in first):
             ids = torch.cat([batch.ids, first], 1)
+            if hasattr(self.model.model, "rope_deltas"):  # of a batch before, which may have been larger
+                self.model.model.rope_deltas = None
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.cat([batch.mask, torch.ones_like(first)], 1),
