@@ -27,7 +27,6 @@ from vkvx.format import BASELINE_BITS, auto_group_size
 from vkvx.models.graph.metric import model_metrics
 from vkvx.plugins.reference import quantization, shaping
 
-BATCH = 25
 LATER = 256
 LIMIT = 3.0
 NEEDLE_TOKENS = 10_000
@@ -253,6 +252,7 @@ def methods() -> dict[str, Method]:
     for head in (0, 1):
         table[f"2 key bits in head {head} of the last layer"] = mixed(one_head(head))
     table["2 key bits in the last layer"] = lambda picture: packed(1 + is_last(picture))(picture)
+    table["2 bits in the last layer"] = lambda picture: packed(*[1 + is_last(picture)] * 2)(picture)
     table["2 key bits"] = packed(2)
     for name in ("prompt", "answers"):
         table[f"values weighted by attention of {name}"] = weighted(by_name(name))
@@ -262,35 +262,35 @@ def methods() -> dict[str, Method]:
 # Needles
 
 
-def needle_picture(drawn: Needles) -> Picture:
+def needle_picture(drawn: Needles, device: str = "cpu") -> Picture:
     """A draw of the case as a picture of one layer and head, in groups."""
     tokens, channels = drawn.key.shape
     groups = -(-tokens // GROUP_SIZE)
 
     def grouped(x: Tensor) -> Tensor:
-        return pad(x, (0, 0, 0, groups * GROUP_SIZE - tokens)).unflatten(0, (groups, -1))[None, None]
+        return pad(x, (0, 0, 0, groups * GROUP_SIZE - tokens)).unflatten(0, (groups, -1))[None, None].to(device)
 
-    mask = torch.arange(groups * GROUP_SIZE).unflatten(0, (groups, -1)) < tokens
-    plain = torch.eye(channels)[None, None, None]
-    chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))[None]
+    mask = torch.arange(groups * GROUP_SIZE, device=device).unflatten(0, (groups, -1)) < tokens
+    plain = torch.eye(channels, device=device)[None, None, None]
+    chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))[None].to(device)
     return Picture(grouped(drawn.key), grouped(drawn.value), mask, plain, plain, {"chance": chance}, GROUP_SIZE)
 
 
 def find(drawn: Needles, picture: Picture, stored: Stored) -> Tensor:
-    """Which needles attention over a stored picture finds, with the correction ``expected``: BOOL [q].
+    """Which needles attention over a stored picture finds, with the correction ``expected``: BOOL [q], on the CPU.
 
     As ``Sequences.ask``: the step's own token has a key and a value of zeros.
     """
     key, value, kept = stored.key[0, 0], stored.value[0, 0], stored.kept
-    scale = key.shape[-1] ** -0.5
-    excess = 0.5 * scale**2 * drawn.query.square() @ stored.rms[0, 0].float().square().T
+    query, scale = drawn.query.to(key.device), key.shape[-1] ** -0.5
+    excess = 0.5 * scale**2 * query.square() @ stored.rms[0, 0].float().square().T
     shift = (excess / (1 + excess / LIMIT)).unsqueeze(-1).expand(-1, *picture.mask.shape)
     if kept is not None:
         shift = shift.masked_fill(kept[0, 0], 0.0)
-    scores = torch.einsum("qc,gtc->qgt", drawn.query, key) * scale + shift
+    scores = torch.einsum("qc,gtc->qgt", query, key) * scale + shift
     scores = scores.masked_fill(~picture.mask, -torch.inf).flatten(1)
-    weights = torch.cat([scores, torch.zeros(len(scores), 1)], 1).softmax(-1)[:, :-1]
-    return drawn.found(weights @ value.flatten(0, 1))
+    weights = pad(scores, (0, 1)).softmax(-1)[:, :-1]
+    return drawn.found((weights @ value.flatten(0, 1)).cpu())
 
 
 # Pages
@@ -305,7 +305,8 @@ def page_picture(simulation: Simulation, metrics: Any, batch: PageBatch, layer: 
     norms["embedding distance"] = (embeds - embeds.mean(1, keepdim=True)).norm(dim=-1)
     centred = [(one.keys - one.keys.mean(2, keepdim=True)).square().sum(-1) for one in batch.layers]
     norms["layers"] = torch.stack([x / x.sum(-1, keepdim=True) for x in centred]).mean((0, 2))
-    norms["chance"] = torch.rand(keys.shape[0], keys.shape[2], generator=torch.Generator().manual_seed(0))
+    chance = torch.rand(keys.shape[0], keys.shape[2], generator=torch.Generator().manual_seed(0))
+    norms["chance"] = chance.to(keys.device)
     norms["answers"] = _answer_attention(batch, layer)
     norms["prompt"] = layer.attention_after.mean((1, 2))
     return Picture(
@@ -346,14 +347,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed-start", type=int, default=5000, help="seed of the first page (default 5000)")
     parser.add_argument("--needle-seeds", default="2,3,4,5", help="draws of the needle case (default 2,3,4,5)")
     parser.add_argument("--only", help="methods whose names have one of these parts, PART,... (default: all)")
+    parser.add_argument("--batch", type=int, default=25, help="pages at a time (default 25)")
     parser.add_argument("--device", default="cpu", help="torch device, such as cuda (default cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU (default 2)")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Needles first, then pages; the rows so far after each batch of pages."""
-    if arguments.pages < 0:
-        raise OptionError(f"--pages {arguments.pages} is not supported; give at least 0")
+    for name, least in (("pages", 0), ("batch", 1)):
+        if getattr(arguments, name) < least:
+            raise OptionError(f"--{name} {getattr(arguments, name)} is not supported; give at least {least}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise DependencyError("torch finds no CUDA device; give --device cpu")
     torch.set_num_threads(arguments.threads)
@@ -364,17 +367,19 @@ def run(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in table}
     seeds = [int(seed) for seed in arguments.needle_seeds.split(",")]
     with torch.inference_mode():
-        _measure_needles(table, rows, seeds)
+        _measure_needles(table, rows, seeds, arguments.device)
         yield list(rows.values())
         if arguments.pages:
             pages = range(arguments.seed_start, arguments.seed_start + arguments.pages)
-            for _ in _measure_pages(table, rows, Simulation(arguments.device), pages):
+            for _ in _measure_pages(table, rows, Simulation(arguments.device), pages, arguments.batch):
                 yield list(rows.values())
 
 
-def _measure_needles(table: dict[str, Method], rows: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
+def _measure_needles(
+    table: dict[str, Method], rows: dict[str, dict[str, Any]], seeds: Sequence[int], device: str
+) -> None:
     draws = [needles(torch.Generator().manual_seed(seed), NEEDLE_TOKENS) for seed in seeds]
-    pictures = [needle_picture(drawn) for drawn in draws]
+    pictures = [needle_picture(drawn, device) for drawn in draws]
     for name, method in table.items():
         rows[name].update({"needle bits": "-", "needles found": "-"})
         try:
@@ -388,12 +393,12 @@ def _measure_needles(table: dict[str, Method], rows: dict[str, dict[str, Any]], 
 
 
 def _measure_pages(
-    table: dict[str, Method], rows: dict[str, dict[str, Any]], simulation: Simulation, seeds: range
+    table: dict[str, Method], rows: dict[str, dict[str, Any]], simulation: Simulation, seeds: range, size: int
 ) -> Iterator[None]:
     metrics = model_metrics(simulation.family, simulation.model, simulation.info)
     columns = {"kl": 0, f"keys at {LATER}": LATER}
     found: dict[tuple[str, str], list[Tensor]] = {}
-    for batch in batches(simulation, seeds, "test", BATCH):
+    for batch in batches(simulation, seeds, "test", size):
         for column, distance in columns.items():
             pictures = [page_picture(simulation, metrics, batch, layer, distance) for layer in batch.layers]
             for name, method in table.items():
@@ -402,10 +407,10 @@ def _measure_pages(
                 rows[name]["bits"] = round(sum(bits) / len(bits), 3)
                 outcome = simulation.measure(batch, lambda layer: dense(stored[layer.index], layer, bool(distance)))  # noqa: B023
                 found.setdefault((name, column), []).append(outcome.kl)
-                kl = torch.cat(found[name, column]).double()
+                kl = torch.cat(found[name, column]).double().cpu()
                 rows[name][column] = round(float(kl.mean()), 5)
                 rows[name][f"{column}, standard error"] = round(float(kl.std() / math.sqrt(len(kl))), 5)
-                paired = kl - torch.cat(found[next(iter(table)), column]).double()
+                paired = kl - torch.cat(found[next(iter(table)), column]).double().cpu()
                 rows[name][f"{column}, less the first"] = round(float(paired.mean()), 5)
                 rows[name][f"{column}, its error"] = round(float(paired.std() / math.sqrt(len(kl))), 5)
                 print(f"{len(kl)} pages: {name}: {column} {float(kl.mean()):.5f}", flush=True)
