@@ -7,9 +7,61 @@
 // instruction.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace vkvx {
+
+// What the engines on codes as bytes have in common: bits and channels, of the instance or, with
+// kBits 0, of the call, and how far apart the weights of a segment may be.
+template <int kBits, int kDim>
+struct CodeShape {
+  static constexpr bool kAny = kBits == 0, kSnaps = true;
+  static constexpr int kPaddedDim = kDim;
+  static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
+  static constexpr int kSegmentTiles = 128;         // sums of more could leave 32 bits
+  static constexpr float kWeight = 15.0f;           // a weight of 2^0 is stored as 2^15
+  static constexpr float kAbove = 0.99f, kBelow = 5.0f;
+  static constexpr float kMagic = 12582912.0f;  // integers in the low bits of floats
+  static constexpr int kMagicBits = 0x4b400000;
+
+  int key_bits, value_bits, dim;
+
+  __device__ __forceinline__ explicit CodeShape(const VkvxParams& p)
+      : key_bits(p.key_bits), value_bits(p.value_bits), dim(p.head_dim) {}
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
+  __device__ __forceinline__ int head_dim() const {
+    if constexpr (!kAny) return kPaddedDim;
+    int d = dim;
+    asm volatile(""
+                 : "+r"(d));  // or the compiler takes the addresses of all bits out of the loop,
+                              // and runs out of registers
+    return d;
+  }
+  __device__ __forceinline__ int bits_of_keys() const { return kAny ? key_bits : kBits; }
+  __device__ __forceinline__ int bits_of_values() const { return kAny ? value_bits : kBits; }
+
+  // Calls f(std::integral_constant<int, bits>); `bits` is of the call.
+  template <class F>
+  static __device__ __forceinline__ void with_bits(int bits, const F& f) {
+    if constexpr (kAny) {
+      switch (bits) {
+        case 1:
+          return f(std::integral_constant<int, 1>{});
+        case 2:
+          return f(std::integral_constant<int, 2>{});
+        case 4:
+          return f(std::integral_constant<int, 4>{});
+        default:
+          return f(std::integral_constant<int, 8>{});
+      }
+    } else {
+      f(std::integral_constant<int, kBits>{});
+    }
+  }
+};
 
 // Exponent of two that register j of a word is multiplied by.
 __host__ __device__ __forceinline__ constexpr int byte_shift(int j, int bits) {

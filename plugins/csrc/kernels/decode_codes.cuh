@@ -20,26 +20,22 @@ namespace vkvx {
 // kBits 0: any bits of keys and values, any head dim up to 128 * kWords, both read from the
 // parameters. kMask: with windows, masks and bounds of scores.
 template <int kBits, int kWords, bool kMask = false>
-struct CodesEngine {
-  static constexpr bool kAny = kBits == 0, kMasked = kMask;
-  static constexpr int kColumns = 4, kPaddedDim = 128 * kWords;
+struct CodesEngine : CodeShape<kBits, 128 * kWords> {
+  using Shape = CodeShape<kBits, 128 * kWords>;
+  using Shape::bits_of_keys, Shape::bits_of_values, Shape::head_dim, Shape::lane;
+  using Shape::kAbove, Shape::kAny, Shape::kBelow, Shape::kMagic, Shape::kMagicBits;
+  using Shape::kPaddedDim, Shape::kSegmentTiles, Shape::kWeight;
+  static constexpr bool kMasked = kMask;
+  static constexpr int kColumns = 4;
   // Warps of a block, and blocks of a multiprocessor, which bound the registers.
   static constexpr int kWarps = 4, kBlocks = kWords > 2 ? 1 : kWords == 2 ? 2 : kMasked ? 3 : 4;
   static constexpr int kMostWarps = kWarps * kBlocks;
-  static constexpr bool kSnaps = true;
-  static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
-  static constexpr int kSegmentTiles = 128;         // sums of more could leave 32 bits
-  static constexpr float kWeight = 15.0f;           // a weight of 2^0 is stored as 2^15
-  static constexpr float kAbove = 0.99f, kBelow = 5.0f;
   // At 1 bit sums of scores start at this integer, whose bits are those of the float `kMagic`, and
   // are floats when done.
   static constexpr bool kStartsAtMagic = kBits == 1 && kWords == 1;
   // Sums of the widest heads would leave 32 bits, or the query lose two bits.
   static constexpr bool kJoinsAsFloats = kWords > 2;
-  static constexpr float kMagic = 12582912.0f;
-  static constexpr int kMagicBits = 0x4b400000;
 
-  int key_bits, value_bits, dim;
   uint32_t query[kWords][8];
   float step, bias, most;  // of query vector t
   float score[8][2];
@@ -51,28 +47,11 @@ struct CodesEngine {
   float bound;     // kMasked: of the scores, in units of log2; 0: none
 
   __device__ __forceinline__ explicit CodesEngine(const VkvxParams& p)
-      : key_bits(p.key_bits),
-        value_bits(p.value_bits),
-        dim(p.head_dim),
-        low(INFINITY),
-        high(-INFINITY),
-        tiles(0),
-        bound(p.softcap * kLog2e) {}
+      : Shape(p), low(INFINITY), high(-INFINITY), tiles(0), bound(p.softcap * kLog2e) {}
 
-  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
   // The query vector whose scores the lane has, and whether it is one of the lanes that tell.
   __device__ __forceinline__ static int column() { return lane() & 3; }
   __device__ __forceinline__ static bool writes_column() { return lane() < 4; }
-  __device__ __forceinline__ int head_dim() const {
-    if constexpr (!kAny) return kPaddedDim;
-    int d = dim;
-    asm volatile(""
-                 : "+r"(d));  // or the compiler takes the addresses of all bits out of the loop,
-                              // and runs out of registers
-    return d;
-  }
-  __device__ __forceinline__ int bits_of_keys() const { return kAny ? key_bits : kBits; }
-  __device__ __forceinline__ int bits_of_values() const { return kAny ? value_bits : kBits; }
 
   // Fold the key parameters of a group (shared memory: scale, offset, rms) into the queries (shared
   // memory, times scale * log2 e).
@@ -160,20 +139,8 @@ struct CodesEngine {
   }
 
   __device__ __forceinline__ void scores(uint32_t keys) {
-    if constexpr (kAny) {
-      switch (key_bits) {
-        case 1:
-          return multiply_keys<1>(keys);
-        case 2:
-          return multiply_keys<2>(keys);
-        case 4:
-          return multiply_keys<4>(keys);
-        default:
-          return multiply_keys<8>(keys);
-      }
-    } else {
-      multiply_keys<kBits>(keys);
-    }
+    Shape::with_bits(this->key_bits,
+                     [&](auto bits) { multiply_keys<decltype(bits)::value>(keys); });
   }
 
   template <int kKeyBits>
@@ -318,20 +285,8 @@ struct CodesEngine {
   }
 
   __device__ __forceinline__ void values(uint32_t values) {
-    if constexpr (kAny) {
-      switch (value_bits) {
-        case 1:
-          return multiply_values<1>(values);
-        case 2:
-          return multiply_values<2>(values);
-        case 4:
-          return multiply_values<4>(values);
-        default:
-          return multiply_values<8>(values);
-      }
-    } else {
-      multiply_values<kBits>(values);
-    }
+    Shape::with_bits(this->value_bits,
+                     [&](auto bits) { multiply_values<decltype(bits)::value>(values); });
   }
 
   template <int kValueBits>

@@ -15,22 +15,20 @@ namespace vkvx {
 // kBits 0: any bits of keys and values, any head dim up to 128, both read from the parameters.
 // kMask: with windows, masks and bounds of scores.
 template <int kBits, bool kMask = false>
-struct Codes8Engine {
-  static constexpr bool kAny = kBits == 0, kMasked = kMask;
-  static constexpr int kColumns = 8, kPaddedDim = 128;
+struct Codes8Engine : CodeShape<kBits, 128> {
+  using Shape = CodeShape<kBits, 128>;
+  using Shape::bits_of_keys, Shape::bits_of_values, Shape::head_dim, Shape::lane;
+  using Shape::kAbove, Shape::kAny, Shape::kBelow, Shape::kMagic, Shape::kMagicBits;
+  using Shape::kPaddedDim, Shape::kSegmentTiles, Shape::kWeight;
+  static constexpr bool kMasked = kMask;
+  static constexpr int kColumns = 8;
   // Warps of a block, and blocks of a multiprocessor, which bound the registers.
   static constexpr bool kSmall = kBits == 1 || kBits == 2;
   static constexpr int kWarps = kSmall ? 6 : 4, kBlocks = kSmall ? 2 : 3, kMostWarps = 12;
-  static constexpr bool kSnaps = true;
-  static constexpr int kPlanes = kAny ? 8 : kBits;  // most planes of keys or values
-  static constexpr int kSegmentTiles = 128;         // sums of more could leave 32 bits
-  static constexpr float kWeight = 15.0f;           // a weight of 2^0 is stored as 2^15
-  static constexpr float kAbove = 0.99f, kBelow = 5.0f, kPeak = 32600.0f;
+  static constexpr float kPeak = 32600.0f;
   // At 1 bit sums of scores start at this integer, whose bits are those of the float `kMagic`, and
   // are floats when done.
   static constexpr bool kStartsAtMagic = kBits == 1;
-  static constexpr float kMagic = 12582912.0f;
-  static constexpr int kMagicBits = 0x4b400000;
 
   // Low and high bytes of the query, then of the weights.
   uint32_t query[8], upper_query[8], weight[8], upper_weight[8];
@@ -38,33 +36,15 @@ struct Codes8Engine {
   float score[32];         // of tokens 32t + i
   int sum[kPaddedDim / 8][4], total[4];
   float low, high;
-  int key_bits, value_bits, dim;
   int tiles;       // of the segment
   int first_seen;  // kMasked: the first cached entry that query vector g sees
   float bound;     // kMasked: of the scores, in units of log2; 0: none
 
   __device__ __forceinline__ explicit Codes8Engine(const VkvxParams& p)
-      : low(INFINITY),
-        high(-INFINITY),
-        key_bits(p.key_bits),
-        value_bits(p.value_bits),
-        dim(p.head_dim),
-        tiles(0),
-        bound(p.softcap * kLog2e) {}
+      : Shape(p), low(INFINITY), high(-INFINITY), tiles(0), bound(p.softcap * kLog2e) {}
 
-  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
   __device__ __forceinline__ static int column() { return lane() >> 2; }
   __device__ __forceinline__ static bool writes_column() { return (lane() & 3) == 0; }
-  __device__ __forceinline__ int head_dim() const {
-    if constexpr (!kAny) return kPaddedDim;
-    int d = dim;
-    asm volatile(""
-                 : "+r"(d));  // or the compiler takes the addresses of all bits out of the loop,
-                              // and runs out of registers
-    return d;
-  }
-  __device__ __forceinline__ int bits_of_keys() const { return kAny ? key_bits : kBits; }
-  __device__ __forceinline__ int bits_of_values() const { return kAny ? value_bits : kBits; }
 
   // Fold the key parameters of a group (shared memory: scale, offset, rms) into the queries (shared
   // memory, times scale * log2 e).
@@ -147,20 +127,8 @@ struct Codes8Engine {
   }
 
   __device__ __forceinline__ void scores(uint32_t keys) {
-    if constexpr (kAny) {
-      switch (key_bits) {
-        case 1:
-          return multiply_keys<1>(keys);
-        case 2:
-          return multiply_keys<2>(keys);
-        case 4:
-          return multiply_keys<4>(keys);
-        default:
-          return multiply_keys<8>(keys);
-      }
-    } else {
-      multiply_keys<kBits>(keys);
-    }
+    Shape::with_bits(this->key_bits,
+                     [&](auto bits) { multiply_keys<decltype(bits)::value>(keys); });
   }
 
   template <int kKeyBits>
@@ -291,20 +259,8 @@ struct Codes8Engine {
   }
 
   __device__ __forceinline__ void values(uint32_t values) {
-    if constexpr (kAny) {
-      switch (value_bits) {
-        case 1:
-          return multiply_values<1>(values);
-        case 2:
-          return multiply_values<2>(values);
-        case 4:
-          return multiply_values<4>(values);
-        default:
-          return multiply_values<8>(values);
-      }
-    } else {
-      multiply_values<kBits>(values);
-    }
+    Shape::with_bits(this->value_bits,
+                     [&](auto bits) { multiply_values<decltype(bits)::value>(values); });
   }
 
   template <int kValueBits>
