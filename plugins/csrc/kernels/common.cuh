@@ -180,17 +180,24 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// All threads of the cluster; what they wrote to shared memory before, the others see after.
-__device__ __forceinline__ void wait_for_cluster() {
+// All threads of a cluster arrive, then wait for each other; what they wrote to shared memory
+// before they arrived, the others see after they waited.
+__device__ __forceinline__ void arrive_at_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_at_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
 // Where another block of the cluster has what lies at `here` in this one's shared memory.
-__device__ __forceinline__ const float* shared_of_block(const float* here, int rank) {
+__device__ __forceinline__ float* shared_of_block(float* here, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const float* there;
+  float* there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(here), "r"(rank));
   return there;
 #else

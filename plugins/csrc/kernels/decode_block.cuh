@@ -74,6 +74,12 @@ struct DecodeBlock {
     return shared + layout.warps + w * layout.warp_bytes;
   }
 
+  // Where this block has what part s found in the columns that this block combines. The parts of a
+  // cluster write there, which takes one barrier, and no block waits for others to read.
+  __device__ __forceinline__ float* incoming_of(int s) const {
+    return reinterpret_cast<float*>(shared + layout.incoming) + s * partial_floats(plan.columns, D);
+  }
+
   // Query head and position of a column.
   __device__ __forceinline__ void locate(int column, int& h, int& s) const {
     const unsigned at = first_column + column;
@@ -408,9 +414,10 @@ struct DecodeBlock {
     auto scalars_of = [&](int w) {
       return reinterpret_cast<const float*>(memory_of(w) + layout.scalars);
     };
-    float* partial = plan.is_clustered ? queries
+    float* partial = plan.is_clustered ? incoming_of(part)
                                        : plan.partial + (tile_id * plan.splits + part) *
                                                             partial_floats(plan.columns, D);
+    if (plan.is_clustered) wait_at_cluster();  // until all blocks have started
 #pragma unroll 1
     for (int i = tid; i < columns * (D / 4); i += blockDim.x) {
       const int column = i / (D / 4), c = i % (D / 4) * 4;
@@ -432,10 +439,11 @@ struct DecodeBlock {
       if (plan.splits == 1) {
         store_output(column, c, sum, total);
       } else {
-        *reinterpret_cast<float4*>(partial + column * D + c) = sum;
+        float* to = plan.is_clustered ? shared_of_block(partial, column % plan.splits) : partial;
+        *reinterpret_cast<float4*>(to + column * D + c) = sum;
         if (c == 0) {
-          partial[plan.columns * D + column] = most;
-          partial[plan.columns * D + 8 + column] = total;
+          to[plan.columns * D + column] = most;
+          to[plan.columns * D + 8 + column] = total;
         }
       }
     }
@@ -454,18 +462,19 @@ struct DecodeBlock {
     return true;
   }
 
-  // The output from the results of the parts: part s has its own at part_of(s). This block's share
-  // of it begins at `first`, in fours of channels, and goes on every `step`.
-  template <class PartOf>
-  __device__ __forceinline__ void combine_parts(int first, int step, const PartOf& part_of) const {
+  // The output of columns first, first + step, ... from the results of the parts, one behind the
+  // other.
+  __device__ __forceinline__ void combine_parts(int first, int step, const float* parts) const {
+    const int of_part = partial_floats(plan.columns, D);
 #pragma unroll 1
-    for (int i = first + tid; i < columns * (D / 4); i += step) {
-      const int column = i / (D / 4), c = i % (D / 4) * 4;
+    for (int i = tid;; i += blockDim.x) {
+      const int column = first + i / (D / 4) * step, c = i % (D / 4) * 4;
+      if (column >= columns) return;
       float most = -1e30f, total = 0.0f;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
       for (int s = 0; s < plan.splits; ++s) {
-        const float* x = part_of(s);
+        const float* x = parts + s * of_part;
         const float here = x[plan.columns * D + column];
         const float4 sums = *reinterpret_cast<const float4*>(x + column * D + c);
         const float now = fmaxf(most, here), fade = exp2_fast(most - now),
@@ -482,14 +491,11 @@ struct DecodeBlock {
   __device__ __forceinline__ void combine_blocks(int64_t tile_id, bool& last) const {
     if (plan.splits == 1) return;
     if (plan.is_clustered) {
-      wait_for_cluster();
-      combine_parts(part * blockDim.x, plan.splits * blockDim.x,
-                    [&](int s) { return shared_of_block(queries, s); });
-      wait_for_cluster();  // the others read this block's shared memory
+      arrive_at_cluster();
+      wait_at_cluster();
+      combine_parts(part, plan.splits, incoming_of(0));
     } else if (arrives_last(tile_id, last)) {
-      const float* parts = plan.partial + tile_id * plan.splits * partial_floats(plan.columns, D);
-      combine_parts(0, blockDim.x,
-                    [&](int s) { return parts + s * partial_floats(plan.columns, D); });
+      combine_parts(0, 1, plan.partial + tile_id * plan.splits * partial_floats(plan.columns, D));
     }
   }
 };

@@ -11,19 +11,20 @@ __host__ __device__ __forceinline__ int partial_floats(int columns, int dim) {
 
 // Shared memory of a block, in bytes from its start.
 struct DecodeLayout {
-  int queries, raw_queries, starts, affine, warps, warp_bytes, total;
+  int queries, raw_queries, starts, affine, incoming, warps, warp_bytes, total;
   int keys, values, params, sums, scalars;  // from the start of a warp's part
 
   DecodeLayout() = default;
   __host__ __device__ DecodeLayout(int key_planes, int value_planes, int dim, int padded_dim,
                                    int query_columns, int columns, int lookahead, int groups,
-                                   int warp_count) {
+                                   int cluster, int warp_count) {
     auto align = [](int x) { return (x + 127) & ~127; };
     queries = 0;
     raw_queries = align(queries + query_columns * (dim + dim / 8) * 4);
     starts = align(raw_queries + query_columns * (dim + 8) * 2);
     affine = align(starts + (2 * groups + 2) * 4);
-    warps = align(affine + 8 * 8);
+    incoming = align(affine + 8 * 8);
+    warps = align(incoming + cluster * partial_floats(columns, dim) * 4);
     keys = 0;
     values = keys + lookahead * key_planes * dim * 16;
     params = align(values + lookahead * value_planes * dim * 16);

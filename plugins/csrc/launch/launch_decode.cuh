@@ -21,26 +21,27 @@ inline int groups_of(const VkvxParams& p) {
 }
 
 template <class Engine>
-DecodeLayout layout_of(const VkvxParams& p, int columns, int warps) {
+DecodeLayout layout_of(const VkvxParams& p, const DecodePlan& plan, int warps) {
   const int keys = Engine::kAny ? (p.key_bits < 8 ? p.key_bits : 8) : Engine::kPlanes,
             values = Engine::kAny ? (p.value_bits < 8 ? p.value_bits : 8) : Engine::kPlanes;
-  return DecodeLayout(keys, values, p.head_dim, Engine::kPaddedDim, Engine::kColumns, columns,
-                      lookahead_of<Engine>(), groups_of(p), warps);
+  return DecodeLayout(keys, values, p.head_dim, Engine::kPaddedDim, Engine::kColumns, plan.columns,
+                      lookahead_of<Engine>(), plan.groups, plan.is_clustered ? plan.splits : 0,
+                      warps);
 }
 
 // Warps of a block: no more than shared memory has room for.
 template <class Engine>
-int choose_warps(const VkvxParams& p, int columns, int wanted, const Device& device) {
+int choose_warps(const VkvxParams& p, const DecodePlan& plan, int wanted, const Device& device) {
   int warps = min(wanted, Engine::kMostWarps);
-  while (warps > 1 && layout_of<Engine>(p, columns, warps).total + 1024 > device.shared_memory)
+  while (warps > 1 && layout_of<Engine>(p, plan, warps).total + 1024 > device.shared_memory)
     --warps;
   return warps;
 }
 
 template <class Engine>
 void set_warps(const VkvxParams& p, int wanted, const Device& device, DecodePlan& plan) {
-  plan.warps = choose_warps<Engine>(p, plan.columns, wanted, device);
-  plan.layout = layout_of<Engine>(p, plan.columns, plan.warps);
+  plan.warps = choose_warps<Engine>(p, plan, wanted, device);
+  plan.layout = layout_of<Engine>(p, plan, plan.warps);
   const int shares = plan.splits * plan.warps;
   plan.share = shares == 1 ? 0 : static_cast<unsigned>((uint64_t{1} << 32) / shares);
 }
