@@ -48,7 +48,7 @@ class Enumeration(NamedTuple):
 
 RESULTS = Enumeration(("ok", "bad_argument", "unsupported", "workspace_too_small", "cuda_error"))
 DTYPES = Enumeration(("float16", "bfloat16", "float32"))
-KERNELS = Enumeration(("auto", "plain", "codes", "planes", "prefill"))
+KERNELS = Enumeration(("auto", "plain", "codes", "planes", "prefill", "few"))
 
 
 @dataclass(frozen=True)

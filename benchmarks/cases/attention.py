@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 4, 8], help="bits of keys and values")
     parser.add_argument(
-        "--kernel", choices=("auto", "codes", "planes"), default="auto", help="which kernel (default: auto)"
+        "--kernel", choices=("auto", "codes", "few", "planes"), default="auto", help="which kernel (default: auto)"
     )
     parser.add_argument(
         "--correction", choices=("expected", "affine", "none"), default="expected", help="score correction"

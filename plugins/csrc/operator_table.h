@@ -22,7 +22,7 @@ inline constexpr const char* kDtypeNames[] = {"float16", "bfloat16", "float32"};
 inline constexpr const char* kQuantizerNames[] = {"minmax", "quantile", "shrink", "lloyd", "shaped"};
 inline constexpr const char* kCorrectionNames[] = {"none", "affine", "expected"};
 inline constexpr const char* kVisualMaskNames[] = {"causal", "run", "prefix"};
-inline constexpr const char* kKernelNames[] = {"auto", "plain", "codes", "planes", "prefill"};
+inline constexpr const char* kKernelNames[] = {"auto", "plain", "codes", "planes", "prefill", "few"};
 inline constexpr bool kNeedsMetrics[] = {false, false, false, false, true};  // by quantiser
 
 // A field of VkvxParams that holds one of `count` numbers, and the names of these in C.
@@ -37,7 +37,7 @@ inline constexpr Numbered kNumbered[] = {
     {"quantizer", &VkvxParams::quantizer, 5, "VKVX_MINMAX, VKVX_QUANTILE, VKVX_SHRINK, VKVX_LLOYD or VKVX_SHAPED"},
     {"correction", &VkvxParams::correction, 3, "VKVX_CORRECTION_NONE, VKVX_CORRECTION_AFFINE or VKVX_CORRECTION_EXPECTED"},
     {"visual_mask", &VkvxParams::visual_mask, 3, "VKVX_MASK_CAUSAL, VKVX_MASK_RUN or VKVX_MASK_PREFIX"},
-    {"kernel", &VkvxParams::kernel, 5, "VKVX_AUTO, VKVX_PLAIN, VKVX_CODES, VKVX_PLANES or VKVX_PREFILL"},
+    {"kernel", &VkvxParams::kernel, 6, "VKVX_AUTO, VKVX_PLAIN, VKVX_CODES, VKVX_PLANES, VKVX_PREFILL or VKVX_FEW"},
 };
 
 inline constexpr int kInputs = 14, kMetricInputs = 3, kWindowInputs = 1;

@@ -26,7 +26,7 @@ enum { VKVX_MINMAX = 0, VKVX_QUANTILE = 1, VKVX_SHRINK = 2, VKVX_LLOYD = 3, VKVX
 enum { VKVX_CORRECTION_NONE = 0, VKVX_CORRECTION_AFFINE = 1, VKVX_CORRECTION_EXPECTED = 2 };
 enum { VKVX_MASK_CAUSAL = 0, VKVX_MASK_RUN = 1, VKVX_MASK_PREFIX = 2 };
 /* Kernels of the attention: the fastest that takes the shape, or a certain one (for tests and measurements). */
-enum { VKVX_AUTO = 0, VKVX_PLAIN = 1, VKVX_CODES = 2, VKVX_PLANES = 3, VKVX_PREFILL = 4 };
+enum { VKVX_AUTO = 0, VKVX_PLAIN = 1, VKVX_CODES = 2, VKVX_PLANES = 3, VKVX_PREFILL = 4, VKVX_FEW = 5 };
 
 /* Letters as in docs/operator.md, where T is the type of dtype. Strides are in elements; the last axis of every tensor
  * is contiguous, and so are all tensors without a stride here. At 16 bits key_bits and value_bits are 16, and

@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.kernels]
 PLAIN = {"groups": 0, "counts": [[], [], [], []], "key_bits": 16, "value_bits": 16, "correction": "none"}
 CASES = {
     "one position": Case(ratio=4),
+    "one position, full text rows": Case(ratio=4, key_bits=4, text=[100, 98, 99, 0]),
+    "one position, text rows of 8 bits": Case(ratio=5, text_bits=8, text=[100, 98, 99, 0]),
     "seven heads": Case(ratio=7, key_bits=2, value_bits=2),
     "one head, bf16": Case(dtype=torch.bfloat16, head_dim=128),
     "eight positions with padding": Case(ratio=2, positions=8, padding=[[], [0], [7], [6, 7]]),

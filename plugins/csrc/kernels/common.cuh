@@ -180,31 +180,6 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// All threads of a cluster arrive, then wait for each other; what they wrote to shared memory
-// before they arrived, the others see after they waited.
-__device__ __forceinline__ void arrive_at_cluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_at_cluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
-// Where another block of the cluster has what lies at `here` in this one's shared memory.
-__device__ __forceinline__ float* shared_of_block(float* here, int rank) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  float* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(here), "r"(rank));
-  return there;
-#else
-  return here;
-#endif
-}
-
 __device__ __forceinline__ int reduce_max(int x) {
 #if VKVX_HAS_TENSOR_CORES
   return __reduce_max_sync(kFull, x);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(Engine::kMostWarps * 32)
   const int lane = block.lane, groups = block.groups, D = block.D;
   int* starts = block.starts;
   int* group_counts = starts + groups + 2;
-  if (plan.is_clustered) arrive_at_cluster();  // combine_warps waits
+  if (plan.is_clustered) start_in_cluster();  // combine_warps waits
   wait_for_earlier_kernels();
   let_next_kernel_start();
   block.prefetch_counts();

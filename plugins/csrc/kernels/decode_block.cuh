@@ -1,6 +1,7 @@
 // A block of the decode kernel: what it works on, and its steps but for the loop over tiles.
 #pragma once
 
+#include "cluster.cuh"
 #include "decode_tiles.cuh"
 
 namespace vkvx {

@@ -34,6 +34,12 @@ inline int choose_splits(const VkvxParams& p, int64_t tiles, int processors) {
   return tiles > kCounters || splits < 1 ? 1 : static_cast<int>(splits);
 }
 
+// Whether the parts have multiprocessors of their own. A quarter of the device stays free: not all
+// places of a cluster can be filled.
+inline bool have_room(const VkvxParams& p, int64_t tiles, int splits, int processors) {
+  return p.splits == 0 && splits > 1 && 4 * tiles * splits <= 3 * processors;
+}
+
 // Whether the parts of a decode are a cluster, and combine without the workspace.
 inline bool is_clustered(int splits, int capability) {
   return capability >= 90 && splits > 1 && splits <= kMostOfCluster;

@@ -129,6 +129,7 @@ int attention_kernel(const VkvxParams& p, const Device& device) {
   if (p.kernel == VKVX_PREFILL && prefill_takes(p, device)) return VKVX_PREFILL;
   if ((p.kernel == VKVX_CODES || p.kernel == VKVX_PLANES) && decode_takes(p, device, p.kernel))
     return p.kernel;
+  if (p.kernel == VKVX_FEW && few_takes(p, device)) return VKVX_FEW;
   fail(VKVX_UNSUPPORTED,
        "the kernel that was asked for does not take these sizes, bits or types on this device; "
        "give VKVX_AUTO");
@@ -136,8 +137,8 @@ int attention_kernel(const VkvxParams& p, const Device& device) {
 }
 
 size_t attention_workspace(const VkvxParams& p, const Device& device, int kernel) {
-  return kernel == VKVX_PLAIN || kernel == VKVX_PREFILL ? plain_workspace(p)
-                                                        : decode_workspace(p, device, kernel);
+  return kernel == VKVX_CODES || kernel == VKVX_PLANES ? decode_workspace(p, device, kernel)
+                                                       : plain_workspace(p);
 }
 
 }  // namespace
@@ -192,6 +193,7 @@ int attend(const VkvxParams* params, bool appends, void* stream) {
     const int code = decode(p, device, kernel, at_once, on);
     return code == VKVX_OK && appends && !at_once ? append(p, device, on) : code;
   }
+  if (kernel == VKVX_FEW) return few(p, device, appends, on);
   const int code = kernel == VKVX_PLAIN ? plain(p, on) : prefill(p, on);
   return code == VKVX_OK && appends ? append(p, device, on) : code;
 }

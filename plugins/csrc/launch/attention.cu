@@ -49,6 +49,7 @@ bool decode_takes(const VkvxParams& p, const Device& device, int kernel) {
 }
 
 int choose_kernel(const VkvxParams& p, const Device& device) {
+  if (few_takes(p, device)) return VKVX_FEW;
   // The binary product is native on 8.0 to 9.0. It costs by query vector, the product of codes does
   // not.
   const int few = p.key_bits == 1 ? 2 : 1;

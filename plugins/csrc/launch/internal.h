@@ -23,11 +23,17 @@ struct Device {
 class Launch {
  public:
   Launch(const Device& device, cudaStream_t stream) {
-    early_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early_.val.programmaticStreamSerializationAllowed = 1;
+    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes_[0].val.programmaticStreamSerializationAllowed = 1;
     config_.stream = stream;
-    config_.attrs = &early_;
+    config_.attrs = attributes_;
     config_.numAttrs = device.capability >= 90 ? 1 : 0;
+  }
+  // So many blocks along x are a cluster; from capability 9.0.
+  void cluster(int blocks) {
+    attributes_[1].id = cudaLaunchAttributeClusterDimension;
+    attributes_[1].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    config_.numAttrs = 2;
   }
   template <class... Params, class... Args>
   void operator()(void (*kernel)(Params...), dim3 grid, int threads, int bytes, Args... args) {
@@ -39,7 +45,7 @@ class Launch {
 
  private:
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute early_{};
+  cudaLaunchAttribute attributes_[2]{};
 };
 
 int fail(int code, const std::string& message);  // remembers the message, returns the code
@@ -61,6 +67,10 @@ int decode(const VkvxParams& p, const Device& device, int kernel, bool appends,
 template <int kQueries>
 int decode_codes(const VkvxParams& p, const Device& device, bool appends, cudaStream_t stream);
 int decode_planes(const VkvxParams& p, const Device& device, bool appends, cudaStream_t stream);
+
+// Decode of few rows. VKVX_AUTO takes it where there are few.
+bool few_takes(const VkvxParams& p, const Device& device);
+int few(const VkvxParams& p, const Device& device, bool appends, cudaStream_t stream);
 
 // Fills the token numbers of the workspace.
 void rank_tokens(const VkvxParams& p, int* rank, int* run_end, cudaStream_t stream);

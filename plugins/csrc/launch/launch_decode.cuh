@@ -59,10 +59,8 @@ DecodePlan plan_decode(const VkvxParams& p, bool appends, const Device& device) 
   plan.ratio = p.query_heads / p.kv_heads;
   plan.groups = groups_of(p);
   plan.group_tiles = p.group_size / kTile;
-  // Where parts have multiprocessors of their own, as many warps as there is work for. A quarter of
-  // the device stays free: not all places of a cluster can be filled.
-  const bool few =
-      p.splits == 0 && plan.splits > 1 && 4 * tiles * plan.splits <= 3 * device.processors;
+  // Where parts have multiprocessors of their own, as many warps as there is work for.
+  const bool few = have_room(p, tiles, plan.splits, device.processors);
   const int units = static_cast<int>(min(divide_up(units_of(p), plan.splits), int64_t{64}));
   plan.prefetches = few && static_cast<int64_t>(p.slots) * (plan.groups + 1) <= kMostPrefetched;
   set_warps<Engine>(p, few ? max(units, Engine::kWarps) : Engine::kWarps, device, plan);
@@ -81,20 +79,10 @@ int launch_decode(const VkvxParams& p, const DecodePlan& plan, const Device& dev
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
       cudaSuccess)
     return check_cuda("the shared memory that decode needs");
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.splits * plan.column_tiles, p.kv_heads, p.rows);
-  config.blockDim = dim3(plan.warps * 32);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  // The kernel may start before the one ahead of it on the stream has ended; it waits itself.
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
-  config.attrs = attributes;
-  config.numAttrs = device.capability < 90 ? 0 : plan.is_clustered ? 2 : 1;
-  cudaLaunchKernelEx(&config, kernel, p, plan);
+  Launch launch(device, stream);
+  if (plan.is_clustered) launch.cluster(plan.splits);
+  launch(kernel, dim3(plan.splits * plan.column_tiles, p.kv_heads, p.rows), plan.warps * 32, bytes,
+         p, plan);
   return check_cuda("decode attention");
 }
 
