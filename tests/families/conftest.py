@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,30 @@ def reference(family_checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def exact(family_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced_towers(family_checkpoint: Path) -> Iterator[None]:
+    """Both bundles of a checkpoint have the same vision tower: it is traced for the first of them only."""
+    from vkvx.export import build
+    from vkvx.models.graph.vision import VisionGraph
+
+    traced, trace = list[build.Traced](), build.trace
+
+    def once(module: Any, *arguments: Any, **options: Any) -> build.Traced:
+        if not isinstance(module, VisionGraph):
+            return trace(module, *arguments, **options)
+        if not traced:
+            first = trace(module, *arguments, **options)
+            traced.append(replace(first, model=first.model.clone()))  # the export goes on with what it was given
+            return first
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        return build.Traced(traced[0].model.clone(), {name: parameters[name] for name in traced[0].parameters})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "trace", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def exact(family_checkpoint: Path, traced_towers: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 16 bits, which computes in FP32."""
     from vkvx import ExportOptions, export_model
 
@@ -45,7 +70,7 @@ def exact(family_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def packed(case: Case, family_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(case: Case, family_checkpoint: Path, traced_towers: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 1 bit, which computes in FP32."""
     from vkvx import ExportOptions, export_model
 
