@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +56,17 @@ def plugin_builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def bundle_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``bundle_factory(bits=2, dtype="float32")``: tiny-llava with these ExportOptions; not to be changed.
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Checkpoints and bundles that a run makes once, see ``exports.Exports``."""
+    from exports import Exports
 
-    The processes of pytest-xdist share what one of them has exported.
-    """
-    shared = _shared_folder(tmp_path_factory)
+    return Exports(_shared_folder(tmp_path_factory))
 
-    def make(**options: Any) -> Path:
-        from vkvx import ExportOptions, export_model
 
-        name = "-".join(["bundle", *(f"{key}_{value}" for key, value in sorted(options.items()))]).replace("/", "_")
-        output = shared / name.replace(":", "_")
-        with output.with_name(f"{output.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not output.exists():  # an export appears whole or not at all
-                export_model("tiny-llava", output, ExportOptions(**options))
-        return output
-
-    return make
+@pytest.fixture(scope="session")
+def bundle_factory(exports: Any) -> Callable[..., Path]:
+    """``bundle_factory(bits=2, dtype="float32")``: tiny-llava with these ExportOptions; not to be changed."""
+    return partial(exports.bundle, "tiny-llava")
 
 
 @pytest.fixture(scope="session")
@@ -84,34 +76,30 @@ def tiny_bundle(bundle_factory: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(exports: Any) -> Path:
     """A random LLaVA of two layers and 16 tokens per picture; float32 weights in three shards; not to be changed."""
     from vkvx.models.presets import preset_config
     from vkvx.models.random_checkpoint import write_checkpoint
 
-    directory = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
-    write_checkpoint(directory, preset_config("tiny"), dtype="float32", shard_bytes=1_000_000)
-    return directory
+    def make(path: Path) -> None:
+        write_checkpoint(path, preset_config("tiny"), dtype="float32", shard_bytes=1_000_000)
+
+    path: Path = exports.once("tiny-random", make)
+    return path
 
 
 @pytest.fixture(scope="session")
-def mixed_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed_bundle(exports: Any, checkpoint: Path) -> Path:
     """Of the random checkpoint: FP32, 8 bits in layer 0 and 1 bit in layer 1; not to be changed."""
-    from vkvx import ExportOptions, export_model
-
-    output = tmp_path_factory.mktemp("bundles") / "mixed"
-    export_model(checkpoint, output, ExportOptions(dtype="float32", bits_per_layer="0:8"))
-    return output
+    bundle: Path = exports.bundle(checkpoint, dtype="float32", bits_per_layer="0:8")
+    return bundle
 
 
 @pytest.fixture(scope="session")
-def baseline_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def baseline_bundle(exports: Any, checkpoint: Path) -> Path:
     """Of the random checkpoint: FP16 from FP32 weights, 16 bits, opset 17; not to be changed."""
-    from vkvx import ExportOptions, export_model
-
-    output = tmp_path_factory.mktemp("bundles") / "baseline"
-    export_model(checkpoint, output, ExportOptions(dtype="float16", bits=16, opset=17))
-    return output
+    bundle: Path = exports.bundle(checkpoint, bits=16, opset=17)
+    return bundle
 
 
 @pytest.fixture(scope="session")

@@ -25,15 +25,17 @@ QUESTION = "Transcribe the page."
 # export
 
 
-def test_export_prints_a_summary(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_prints_a_summary(
+    cli: Callable, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    result = cli("export", "tiny-llava", "--bits", "4", "--key-bits", "2")
+    result = cli("export", checkpoint, "--bits", "4", "--key-bits", "2")
     assert result.code == 0, result.err
-    output = Path("tiny-llava-mixed")  # the default: no number of bits is true of keys and values
+    output = Path("tiny-random-mixed")  # the default: no number of bits is true of keys and values
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     assert f"next          vkvx run {output}" in result.out
     manifest = Manifest.load(output)
-    assert (manifest.quantization.key_bits, manifest.quantization.value_bits) == ((2,) * 4, (4,) * 4)
+    assert (manifest.quantization.key_bits, manifest.quantization.value_bits) == ((2,) * 2, (4,) * 2)
     assert all(line.startswith("export: ") for line in result.err.splitlines())
 
     again = cli("export", "tiny-llava", "-o", output, "--force", "--json")

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import CASES
 from PIL import Image
 from reference import picture
 
-from vkvx import ExportOptions, Session, export_model
+from vkvx import Session
 from vkvx.errors import CapacityError, InputError
 from vkvx.models.preset_processors import write_processor
 from vkvx.models.presets import preset_config
-from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.models.registry import resolve
 from vkvx.runtime.sessions.processor import Processor
 from vkvx.runtime.sessions.videos import open_clip
@@ -27,12 +27,11 @@ RATE = 4
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(exports: Any) -> Path:
     """Qwen3-VL at 1 bit, which takes two frames a second."""
-    folder = tmp_path_factory.mktemp("videos")
-    write_checkpoint(folder / "checkpoint", preset_config("tiny-qwen3-vl"), dtype="float32", seed=1)
-    export_model(folder / "checkpoint", folder / "bundle", ExportOptions(dtype="float32"))
-    return folder / "bundle"
+    (case,) = (case for case in CASES if case.preset == "tiny-qwen3-vl")
+    path: Path = exports.bundle(exports.family(case), dtype="float32")
+    return path
 
 
 @pytest.fixture(scope="module")

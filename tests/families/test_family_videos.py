@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import ROOM, TALL, Recorded
+from families import CASES, ROOM, TALL, Case, Recorded
 from PIL import Image
 from reference import IMAGE_TOKEN, Reference, joined, picture
 
-from vkvx import ExportOptions, export_model
 from vkvx.evaluation import evaluate
-from vkvx.models.presets import preset_config
-from vkvx.models.random_checkpoint import write_checkpoint
 from vkvx.runtime.sessions.processor import PLACEHOLDER, VIDEO_PLACEHOLDER
 from vkvx.runtime.sessions.session import Session
 
@@ -27,34 +24,15 @@ RATE = 2.0
 FRAMES = [picture(150, 90, seed) for seed in range(10, 15)]
 PROMPT = f"Look: {VIDEO_PLACEHOLDER} What happens in all of this?"
 MIXED = f"First {PLACEHOLDER} then {VIDEO_PLACEHOLDER}\nWhat differs?"
-
-
-@pytest.fixture(scope="module", params=PRESETS)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in FP32."""
-    directory = tmp_path_factory.mktemp("videos") / str(request.param)
-    write_checkpoint(directory, preset_config(request.param), dtype="float32", seed=1)
-    return directory
+pytestmark = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.preset in PRESETS], indirect=True, ids=lambda case: case.preset
+)
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> Reference:
-    """Transformers' own processor and model."""
-    return Reference(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 16 bits, computing in FP32."""
-    output = tmp_path_factory.mktemp("bundles") / "exact"
-    export_model(checkpoint, output, ExportOptions(dtype="float32", bits=16))
-    return output
-
-
-@pytest.fixture(scope="module")
-def session(bundle: Path) -> Iterator[Session]:
-    """The bundle, open."""
-    with Session.load(bundle, **ROOM, backend="onnxruntime") as opened:
+def session(exact: Path) -> Iterator[Session]:
+    """Of the bundle of 16 bits."""
+    with Session.load(exact, **ROOM, backend="onnxruntime") as opened:
         yield opened
 
 
@@ -109,9 +87,9 @@ def test_second_turn(reference: Reference, session: Session) -> None:
         np.testing.assert_allclose(np.stack(recorded.logits[conversation.slot]), logits[0], rtol=0, atol=ATOL)
 
 
-def test_an_evaluation_asks_about_videos(checkpoint: Path, bundle: Path, session: Session, tmp_path: Path) -> None:
+def test_an_evaluation_asks_about_videos(case: Case, exact: Path, session: Session, tmp_path: Path) -> None:
     """The answers to a line with a video, a folder of frames, are those of a session."""
-    if checkpoint.name != "tiny-qwen2.5-vl":
+    if case.preset != "tiny-qwen2.5-vl":
         pytest.skip("one of the families is enough")
     (tmp_path / "frames").mkdir()
     for number, frame in enumerate(FRAMES):
@@ -119,7 +97,7 @@ def test_an_evaluation_asks_about_videos(checkpoint: Path, bundle: Path, session
     line = {"video": "frames", "fps": RATE, "prompt": "What happens?", "answers": ["x"]}
     (tmp_path / "questions.jsonl").write_text(json.dumps(line), encoding="utf-8")
     records = tmp_path / "records.jsonl"
-    evaluate(bundle, data=tmp_path / "questions.jsonl", reference=False, device="cpu", max_new_tokens=8, output=records)
+    evaluate(exact, data=tmp_path / "questions.jsonl", reference=False, device="cpu", max_new_tokens=8, output=records)
     content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
     prompt = session.processor.format([{"role": "user", "content": content}])
     expected = session.generate(prompt, videos=[FRAMES], fps=RATE, max_new_tokens=8)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import CASES
 from PIL import Image
 
-from vkvx import ExportOptions, export_model
+from vkvx import ExportOptions
 from vkvx.errors import ModelError, OptionError
-from vkvx.manifest import LayerInfo
+from vkvx.manifest import LayerInfo, Manifest
 from vkvx.models.graph.metric import FLOOR, model_metrics
 from vkvx.models.pictures.pooled import PooledPatches
 from vkvx.models.presets import preset_config
@@ -115,15 +116,16 @@ def test_metrics_of_norms_that_add_one(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=5e-3, atol=5e-3)
 
 
-def test_torch_runs_bundles_whose_layers_share_keys(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "c", preset_config("tiny-gemma4-e"), dtype="float32")
-    manifest = export_model(tmp_path / "c", tmp_path / "b", ExportOptions(dtype="float32"))
+def test_torch_runs_bundles_whose_layers_share_keys(exports: Any) -> None:
+    (case,) = (case for case in CASES if case.preset == "tiny-gemma4-e")
+    bundle = exports.bundle(exports.family(case), dtype="float32", text_bits=case.text_bits)
+    manifest = Manifest.load(bundle)
     assert (len(manifest.model.layers), manifest.model.cached_layers) == (6, 3)
     assert len(manifest.quantization.key_bits) == 3
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8))
     answers = []
     for backend in ("onnxruntime", "torch"):
-        with Session.load(tmp_path / "b", slots=1, visual_tokens=384, text_tokens=128, backend=backend) as session:
+        with Session.load(bundle, slots=1, visual_tokens=384, text_tokens=128, backend=backend) as session:
             made = session.generate("<image>What is it?", picture, max_new_tokens=8, ignore_eos=True)
             answers.append(made.token_ids)
     assert answers[0] == answers[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,7 +12,6 @@ from fakes import manifest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vkvx import ExportOptions, export_model
 from vkvx.export.build import METRICS_FILE
 from vkvx.manifest import LayerInfo, Manifest
 from vkvx.models.family import AttentionWeights
@@ -83,16 +81,16 @@ def test_the_rotation_of_a_call_is_the_models(source, model, info) -> None:
         assert np.allclose(sine[row, : d // 2].numpy(), np.diag(matrix[d // 2 :, : d // 2]), atol=1e-4)
 
 
-def test_bundle_holds_the_metrics_of_the_weights(source, model, info, tmp_path: Path) -> None:
-    export_model("tiny-llava", tmp_path / "b", ExportOptions(dtype="float32"))
-    stored = load_file(tmp_path / "b" / METRICS_FILE)
+def test_bundle_holds_the_metrics_of_the_weights(source, model, info, bundle_factory) -> None:
+    bundle = bundle_factory(dtype="float32")
+    stored = load_file(bundle / METRICS_FILE)
     metrics = model_metrics(source.family, model, info)
     for kind, tensors in (("key", metrics.key), ("value", metrics.value)):
         for layer, tensor in enumerate(tensors):
             assert torch.equal(stored.pop(f"{kind}.{layer}"), tensor)
     assert not stored
-    assert METRICS_FILE in Manifest.load(tmp_path / "b").files
-    graph = onnx.load(tmp_path / "b" / "decoder.onnx", load_external_data=True).graph
+    assert METRICS_FILE in Manifest.load(bundle).files
+    graph = onnx.load(bundle / "decoder.onnx", load_external_data=True).graph
     initializers = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     nodes = [node for node in graph.node if node.domain == "vkvx"]
     for layer, node in enumerate(nodes):
@@ -102,10 +100,10 @@ def test_bundle_holds_the_metrics_of_the_weights(source, model, info, tmp_path: 
     assert len({node.input[16] for node in nodes}) == 1
 
 
-def test_other_quantisers_need_no_metrics(tmp_path: Path) -> None:
-    export_model("tiny-llava", tmp_path / "b", ExportOptions(quantizer="lloyd"))
-    assert not (tmp_path / "b" / METRICS_FILE).exists()
-    nodes = [n for n in onnx.load(tmp_path / "b" / "decoder.onnx", load_external_data=False).graph.node if n.domain]
+def test_other_quantisers_need_no_metrics(bundle_factory) -> None:
+    bundle = bundle_factory(bits=4, quantizer="minmax", score_correction="none")
+    assert not (bundle / METRICS_FILE).exists()
+    nodes = [n for n in onnx.load(bundle / "decoder.onnx", load_external_data=False).graph.node if n.domain]
     assert {len(node.input) for node in nodes} == {14}
 
 

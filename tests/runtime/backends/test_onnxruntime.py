@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from vkvx import ExportOptions, Session, export_model
+from vkvx import Session
 from vkvx.errors import DependencyError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.runtime.backends.onnxruntime import overloads
@@ -240,11 +241,10 @@ def test_versions_that_know_overloads(version: str, known: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_layers_of_different_bits_where_overloads_are_not_known(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, bundle_factory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in onnxruntime 1.23 to 1.26; `make lower-bounds` runs this with 1.23 itself."""
-    bundle = tmp_path / "mixed"
-    export_model("tiny-llava", bundle, ExportOptions(bits_per_layer="0:8,1-:2", dtype=dtype))
+    bundle = bundle_factory(bits_per_layer="0:8,1-:2", dtype=dtype)
     answers = []
     for known in (overloads.are_known(ort.__version__), False):
         monkeypatch.setattr(overloads, "are_known", lambda version, known=known: known)
