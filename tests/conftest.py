@@ -45,14 +45,14 @@ def kernel_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plugin_builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The TensorRT plugins and the harness that calls them, see ``plugin_calls.Builds``."""
+def plugin_builds(request: pytest.FixtureRequest, exports: Any) -> Any:
+    """The TensorRT plugins and the harness that calls them, see ``plugin_calls.Builds``; compiled once a run."""
     import plugin_calls
 
     if plugin_calls.PREBUILT in os.environ:
-        return plugin_calls.make_builds(None, tmp_path_factory.getbasetemp())
+        return plugin_calls.Builds(Path(os.environ[plugin_calls.PREBUILT]))
     kernels = request.getfixturevalue("kernel_build") / "libvkvx_kernels.a"
-    return plugin_calls.make_builds(kernels, tmp_path_factory.mktemp("plugins"))
+    return plugin_calls.Builds(exports.once("plugin-builds", partial(plugin_calls.compile_plugins, kernels)))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -70,43 +69,38 @@ class Fields:
 
 @dataclass(frozen=True)
 class Builds:
-    """The libraries under test, built with the same headers; ``runtime`` is a TensorRT library with a registry."""
+    """The libraries under test, built with the same headers."""
 
     folder: Path
-    runtime: Path | None
+
+    @property
+    def runtime(self) -> Path | None:
+        """The TensorRT library with a registry, if the package tensorrt-rtx-cu13 is installed."""
+        spec = importlib.util.find_spec("tensorrt_rtx_libs")
+        folders = (spec.submodule_search_locations or []) if spec else []
+        return next((path for folder in folders if (path := Path(folder) / "libtensorrt_rtx.so.1").is_file()), None)
 
     def plugin(self, interface: int) -> Path:
         """The library of IPluginV3 or IPluginV2DynamicExt."""
         return self.folder / (build.TENSORRT if interface == 3 else build.TENSORRT8)
 
 
-def make_builds(kernels: Path | None, folder: Path) -> Builds:
+def compile_plugins(kernels: Path, folder: Path) -> None:
     """Compile the plugins of both interfaces and the harness into the folder; skips the test without compilers."""
-    runtime = rtx_library()
-    if given := os.environ.get(PREBUILT):
-        return Builds(Path(given), runtime)
     headers = build.find_headers()
-    if kernels is None or headers is None or not all(map(shutil.which, ("cmake", "nvcc"))):
+    if headers is None or not all(map(shutil.which, ("cmake", "nvcc"))):
         pytest.skip("needs CMake, nvcc, the kernels and TensorRT's headers")
     definitions = (f"-DVKVX_KERNELS={kernels}", f"-DVKVX_TENSORRT_HEADERS={headers}")
     run(["cmake", "-S", str(build.SOURCES), "-B", str(folder), *definitions])
     run(["cmake", "--build", str(folder), "--parallel", "2", "--target", "vkvx_tensorrt", "vkvx_tensorrt8"])
     flags = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wno-deprecated-declarations", "-isystem", str(headers)]
     run(["nvcc", *flags, str(Path(__file__).with_name("harness.cpp")), "-o", str(folder / "harness.so")])
-    return Builds(folder, runtime)
 
 
 def run(command: list[str]) -> None:
     """Run a program; its output is the reason of a failure."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
-
-
-def rtx_library() -> Path | None:
-    """The library of the package tensorrt-rtx-cu13, if that is installed."""
-    spec = importlib.util.find_spec("tensorrt_rtx_libs")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    return next((path for folder in folders if (path := Path(folder) / "libtensorrt_rtx.so.1").is_file()), None)
 
 
 class Creator:
