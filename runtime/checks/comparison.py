@@ -14,6 +14,7 @@ from vkvx.format import BASELINE_BITS, STATE_NAMES
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS
 from vkvx.runtime.calls import Call, build_call, place_embeds
+from vkvx.runtime.checks.call_files import CallFiles
 from vkvx.runtime.checks.packed import Finding, Packed, compare
 from vkvx.runtime.checks.report import VISION_OUTPUT, Check, Report
 from vkvx.runtime.checks.unpack import unpack_keys, unpack_text, unpack_values
@@ -71,9 +72,16 @@ class Comparison:
     SLOT = 1
 
     def __init__(
-        self, report: Report, reference: Backend, backend: Backend, atol: float | None, rtol: float | None
+        self,
+        report: Report,
+        reference: Backend,
+        backend: Backend,
+        atol: float | None,
+        rtol: float | None,
+        files: CallFiles | None = None,
     ) -> None:
         self.report, self.reference, self.backend = report, reference, backend
+        self._step = backend.step if files is None else files.step
         self.manifest = backend.manifest
         self.tolerances = TOLERANCES[report.dtype]
         if report.backend in ENGINE_BACKENDS:
@@ -99,7 +107,7 @@ class Comparison:
         visual = None if embeds is None else place_embeds(call, embeds)
         with self._recording(call):
             expected = self.reference.step(call, visual)
-        actual = self.backend.step(call, visual)
+        actual = self._step(call, visual)
         if self.recorded is not None:
             self.score_rounding = 2 * ROUNDING[self.report.dtype] * self.recorded.scores
         self._close("logits", phase, None, actual, expected, self.tolerances.logits + self.score_rounding)

@@ -23,6 +23,7 @@ from vkvx.packages import TORCH, require
 from vkvx.runtime.backends.base import Backend
 from vkvx.runtime.backends.registry import ENGINE_BACKENDS, choose_backend, open_backend
 from vkvx.runtime.bundles import load_manifest
+from vkvx.runtime.checks.call_files import CallFiles, check_call_files
 from vkvx.runtime.checks.comparison import Comparison
 from vkvx.runtime.checks.report import Report
 from vkvx.runtime.sessions.pictures import Picture
@@ -45,6 +46,8 @@ def validate_bundle(
     provider: str = "auto",
     progress: Progress | None = None,
     backend: str = "onnxruntime",
+    save_inputs: str | Path | None = None,
+    save_outputs: str | Path | None = None,
 ) -> Report:
     """Run a bundle side by side with what it is made from: vision, a prefill, ``steps`` decode steps, a second turn.
 
@@ -60,10 +63,12 @@ def validate_bundle(
         atol, rtol: tolerance atol + rtol * range in place of ``TOLERANCES``, but for shares.
         provider: of onnxruntime; engines need none.
         backend: what is compared.
+        save_inputs, save_outputs: files for what ``backend`` got and gave in each decoder call, as Polygraphy reads it.
 
     Raises:
         BundleError, EngineError, ModelError, InputError: if something cannot be read; DependencyError: without what the
-        backend or the reference needs; OptionError: for an unusable number, or an option that would have no effect.
+        backend or the reference needs; OptionError: for an unusable number, or an option that would have no effect;
+        StorageError: if a file cannot be written.
     """
     if backend not in COMPARED:
         raise OptionError(f"backend '{backend}' (--backend) cannot be validated: give one of {', '.join(COMPARED)}")
@@ -79,6 +84,8 @@ def validate_bundle(
     report_progress = progress or (lambda stage, done, total: None)
     directory = Path(bundle)
     manifest = load_manifest(directory)
+    inputs, outputs = (None if path is None else Path(path) for path in (save_inputs, save_outputs))
+    check_call_files(manifest, save_inputs=inputs, save_outputs=outputs)
     choose_backend(backend, directory, manifest, "auto" if engines else provider)
     source = None if engines else _reference(directory, manifest, model)
     manifest.verify(directory, report_progress)
@@ -108,7 +115,8 @@ def validate_bundle(
         opened = open_backend(backend, directory, manifest, provider=provider, **capacity)
         name = str(source.name)
     report = Report(str(directory), name, manifest.model.dtype, opened.provider, backend)
-    comparison = Comparison(report, reference, opened, atol, rtol)
+    files = CallFiles(opened) if inputs or outputs else None
+    comparison = Comparison(report, reference, opened, atol, rtol, files)
     done, token = 1, None
     for number, turn in enumerate(turns, start=1):
         phase = "" if number == 1 else f"turn {number} "
@@ -126,6 +134,8 @@ def validate_bundle(
             done += 1
             report_progress("compare", done, total)
         comparison.caches(f"{phase}decode {steps}")
+    if files is not None:
+        files.save(inputs, outputs)
     return report
 
 

@@ -43,6 +43,10 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--rtol", type=float, metavar="X", help="tolerance relative to the largest reference value")
     parser.add_argument("--provider", choices=PROVIDERS, default="auto", help="of onnxruntime (default: auto)")
     parser.add_argument("--per-layer", action="store_true", help="one line for each tensor of each layer")
+    parser.add_argument(
+        "--save-inputs", metavar="FILE", help="write the inputs of each decoder call, as JSON that Polygraphy reads"
+    )
+    parser.add_argument("--save-outputs", metavar="FILE", help="write what the backend made of them, the same way")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -66,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             provider=args.provider,
             progress=progress,
             backend=args.backend,
+            save_inputs=args.save_inputs,
+            save_outputs=args.save_outputs,
         )
     if args.json:
         terminal.print_json(report.to_json())
