@@ -76,6 +76,8 @@ def _plug_in_and_bundle(name: str, bits: int, task: Task, threads: int) -> tuple
                 ids = torch.from_numpy(prepared.token_ids).long()[None]
                 inputs = source.family.model_inputs([prepared.vision_calls], [prepared.picture_sizes])
                 pixels = {key: torch.from_numpy(array) for key, array in inputs.items()}
+                if prepared.positions is not None:  # generate() counts them by this, as a processor gives it
+                    pixels["mm_token_type_ids"] = (ids == session.manifest.model.image_token_id).long()
                 output = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False, **pixels)
                 plugged.append(output[0, ids.shape[1] :].tolist())
                 bundled.append(list(session.generate(prompt, pictures, max_new_tokens=TOKENS).token_ids))
