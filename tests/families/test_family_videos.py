@@ -96,8 +96,9 @@ def test_an_evaluation_asks_about_videos(case: Case, exact: Path, session: Sessi
         frame.save(tmp_path / "frames" / f"{number}.png")
     line = {"video": "frames", "fps": RATE, "prompt": "What happens?", "answers": ["x"]}
     (tmp_path / "questions.jsonl").write_text(json.dumps(line), encoding="utf-8")
-    records = tmp_path / "records.jsonl"
-    evaluate(exact, data=tmp_path / "questions.jsonl", reference=False, device="cpu", max_new_tokens=8, output=records)
+    data, records = tmp_path / "questions.jsonl", tmp_path / "records.jsonl"
+    result = evaluate(exact, data=data, reference=False, device="cpu", max_new_tokens=8, output=records, examples=1)
+    assert (len(result.examples[0].pictures), result.examples[0].picture_count) == (4, len(FRAMES))
     content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
     prompt = session.processor.format([{"role": "user", "content": content}])
     expected = session.generate(prompt, videos=[FRAMES], fps=RATE, max_new_tokens=8)
