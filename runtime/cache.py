@@ -233,6 +233,11 @@ class PackedCache:
         """All tokens in the slot; the next token takes this position."""
         return int(self.visual_count[slot].sum()) + int(self.text_count[slot])
 
+    @property
+    def visual_room(self) -> int:
+        """Most visual tokens that a slot can hold, of pictures that fill their groups."""
+        return self.visual_capacity if self.layout.is_packed else self.text_capacity
+
     def demand(self, picture_lengths: Sequence[int], text_tokens: int) -> tuple[int, int]:
         """Groups and text rows that pictures of these lengths and so many text tokens take."""
         if self.layout.is_packed:

@@ -173,12 +173,18 @@ class Conversation:
         progress: Progress | None = None,
     ) -> Generator[Chunk, None, None]:
         slot = self._open_slot()
-        chosen = changed_options(options or default_options(self._backend.manifest), changes)
+        defaults = default_options(self._backend.manifest, changes.get("max_new_tokens"))
+        chosen = changed_options(options or defaults, changes)
         prepared = prompt
         if not isinstance(prepared, Prepared):
             first = not self._history
             prepared = self._processor.prepare(
-                prepared, images, videos, first=first, limits=chosen.limits, fps=chosen.fps, progress=progress
+                *(prepared, images, videos),
+                first=first,
+                limits=chosen.limits,
+                fps=chosen.fps,
+                room=self._backend.cache.visual_room,
+                progress=progress,
             )
         prepared = self._without_repeated_end(prepared)
         request = Request(

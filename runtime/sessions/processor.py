@@ -142,6 +142,7 @@ class Processor:
         first: bool = True,
         limits: PixelLimits = NO_LIMITS,
         fps: float | None = None,
+        room: int | None = None,
         progress: Progress | None = None,
     ) -> Prepared:
         """Tokens and pixels of a prompt that has one ``<image>`` for each picture and one ``<video>`` for each video.
@@ -150,11 +151,13 @@ class Processor:
         (see :meth:`escape`). ``first`` is False for text that continues a sequence: it gets no begin-of-sequence token.
         ``limits`` of the pixels of pictures replace the image processor's. ``fps`` is how many frames a second are
         taken of a video file (None: as the checkpoint's video processor says), or how many there were of frames that
-        are pictures. ``progress`` is called with the stage "frames".
+        are pictures. Pictures that make more than ``room`` visual tokens are refused before pixels of that many are
+        made (None: those of any number are). ``progress`` is called with the stage "frames".
 
         Raises InputError if placeholders and pictures or videos differ in number, one of them cannot be read, the model
-        takes no videos, or the prompt is empty, CapacityError for a video or a text that no tokens of the model could
-        hold, OptionError for limits that do not suit, and DependencyError for a video file without PyAV.
+        takes no videos, or the prompt is empty, CapacityError for pictures without room, a video or a text that no
+        tokens of the model could hold, OptionError for limits that do not suit, and DependencyError for a video file
+        without PyAV.
         """
         check_text(prompt, "a prompt")
         self._check_length(prompt)
@@ -181,7 +184,7 @@ class Processor:
         for place, mark in enumerate(split.marks, 1):
             if mark in self._picture_marks:
                 seen += 1
-                found = self._encode(next(left), options, f"picture {seen}")
+                found = self._encode(next(left), options, f"picture {seen}", room, sum(one.tokens for one in encoded))
             elif mark in self._video_marks:
                 found, count = self._encode_video(next(films), fps, progress)
                 frames += count
@@ -356,14 +359,35 @@ class Processor:
             raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
         return text
 
-    def _encode(self, image: Picture, options: Mapping[str, Any], name: str) -> list[Encoded]:
-        """A picture. The image processor gets each alone, so that it is not padded to the size of others."""
+    def _encode(
+        self, image: Picture, options: Mapping[str, Any], name: str, room: int | None, taken: int
+    ) -> list[Encoded]:
+        """A picture, of whose ``room`` those before it have ``taken`` some.
+
+        The image processor gets each alone, so that it is not padded to the size of others.
+        """
         with self._images_lock:  # it also guards the warnings filters, which load_picture changes for all threads
             loaded = load_picture(image, name=name)
+            if room is not None and taken + (tokens := self._least_tokens(loaded, options)) > room:
+                raise CapacityError(
+                    f"there is no room for {name}, which makes {'some' if tokens == 1 else tokens} visual tokens: the "
+                    f"cache holds {room}, and the pictures before it take {taken}; give fewer or smaller ones, lower "
+                    "max_pixels= (--max-pixels), or raise visual_tokens= (--max-visual-tokens)"
+                )
             with _refusals():
                 features = self._features(loaded, {**self._pictures.call_options, **options})
                 encoded = self._pictures.encode(features, self._token)
         return [replace(self._checked(encoded), size=(loaded.height, loaded.width))]
+
+    def _least_tokens(self, image: Image, options: Mapping[str, Any]) -> int:
+        """Visual tokens that a picture makes: their number if its pixels are limited, else one at least."""
+        if not self._pictures.limited:
+            return 1
+        size, unit = options.get("size"), self._images.merge_size**2
+        limits = {} if size is None else {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        with _refusals():
+            patches = self._images.get_number_of_image_patches(image.height, image.width, limits)
+        return int(patches) // int(unit)
 
     def _encode_video(self, video: Video, fps: float | None, progress: Progress | None) -> tuple[list[Encoded], int]:
         """The pictures of a video, and how many frames are in them."""

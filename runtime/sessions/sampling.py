@@ -92,6 +92,11 @@ class GenerationOptions(SamplingRules):
         for name, (valid, expected) in ranges.items():
             if not valid(getattr(self, name)):
                 raise self._refused(name, expected)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise OptionError(
+                f"min_new_tokens (--min-new-tokens) {self.min_new_tokens} is more than max_new_tokens "
+                f"(--max-new-tokens) {self.max_new_tokens}; give limits in this order"
+            )
         self.limits.check()
 
     def _refused(self, name: str, expected: str) -> OptionError:
@@ -107,9 +112,16 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def default_options(manifest: Manifest) -> GenerationOptions:
-    """What holds for a bundle unless a caller gives something else: the rules of its checkpoint."""
-    return GenerationOptions(**manifest.generation.rules())
+def default_options(manifest: Manifest, max_new_tokens: Any = None) -> GenerationOptions:
+    """What holds for a bundle unless a caller gives something else: the rules of its checkpoint.
+
+    A caller's ``max_new_tokens`` comes before the checkpoint's least length. Raises OptionError for a wrong one.
+    """
+    plain = GenerationOptions() if max_new_tokens is None else GenerationOptions(max_new_tokens=max_new_tokens)
+    rules = manifest.generation.rules()
+    if "min_new_tokens" in rules:
+        rules["min_new_tokens"] = min(rules["min_new_tokens"], plain.max_new_tokens)
+    return replace(plain, **rules)
 
 
 def changed_options(base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:

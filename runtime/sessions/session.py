@@ -233,10 +233,18 @@ class Session:
         requests = []
         for row, (prompt, pictures, clips, chosen) in enumerate(zip(prompts, images, videos, options, strict=True)):
             prepared = self.processor.prepare(
-                prompt, listed(pictures), listed_videos(clips), limits=chosen.limits, fps=chosen.fps
+                *(prompt, listed(pictures), listed_videos(clips)),
+                limits=chosen.limits,
+                fps=chosen.fps,
+                room=self.room,
             )
             requests.append(self.request(row, prepared, chosen))
         return run(self.backend, requests, self.prefill_chunk)
+
+    @property
+    def room(self) -> int:
+        """Most visual tokens of a slot: what :meth:`Processor.prepare` may make of the pictures of a prompt."""
+        return self.backend.cache.visual_room
 
     def conversation(self) -> Conversation:
         """Start a conversation in a free slot. Raises CapacityError if there is none."""
@@ -253,7 +261,7 @@ class Session:
 
     def options(self, base: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
         """``base``, or without one the bundle's defaults, with some fields changed; OptionError for wrong ones."""
-        return changed_options(base or default_options(self.manifest), changes)
+        return changed_options(base or default_options(self.manifest, changes.get("max_new_tokens")), changes)
 
     def close(self) -> None:
         """Free the model and the cache; a second time does nothing."""

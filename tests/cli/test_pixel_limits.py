@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from vkvx import ExportOptions, Session, export_model
-from vkvx.errors import OptionError
+from vkvx.errors import CapacityError, OptionError
 from vkvx.manifest import Manifest
 from vkvx.models.pictures.limits import PixelLimits
 from vkvx.models.preset_processors import write_processor
@@ -89,6 +89,23 @@ def test_wrong_limits(limits: PixelLimits, words: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         replace(source, limits=limits).info("float32")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", LIMITED)
+def test_pictures_without_room_become_no_pixels(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve(files(tmp_path, preset), weights=False)
+    processor = Processor.of_checkpoint(source, source.info("float32"))
+    limits = PixelLimits(max_pixels=10**8)
+    fitting = processor.prepare(PLACEHOLDER * 2, [WIDE] * 2, limits=limits)
+    tokens = fitting.picture_lengths[0]
+    again = processor.prepare(PLACEHOLDER * 2, [WIDE] * 2, limits=limits, room=2 * tokens)
+    assert again.picture_lengths == fitting.picture_lengths == (tokens, tokens)
+    made, features = [], processor._features
+    monkeypatch.setattr(processor, "_features", lambda *given: made.append(1) or features(*given))
+    words = f"picture 2, which makes {tokens} visual tokens: the cache holds {2 * tokens - 1}, .* take {tokens};"
+    with pytest.raises(CapacityError, match=words):
+        processor.prepare(PLACEHOLDER * 2, [WIDE] * 2, limits=limits, room=2 * tokens - 1)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("preset", ["tiny-llava-next", "tiny-internvl", "tiny-pixtral", "tiny-idefics3"])

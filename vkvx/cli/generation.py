@@ -120,7 +120,8 @@ def options(args: argparse.Namespace, manifest: Manifest, given: dict[str, Any])
     """What was given; everything else is as the checkpoint asks for, or plain."""
     from vkvx.runtime.sessions.sampling import changed_options, default_options
 
-    return changed_options(None if args.no_checkpoint_defaults else default_options(manifest), given)
+    defaults = None if args.no_checkpoint_defaults else default_options(manifest, given.get("max_new_tokens"))
+    return changed_options(defaults, given)
 
 
 def load_session(

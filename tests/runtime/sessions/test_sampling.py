@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fakes import FakeBackend, FakeProcessor, manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin
 
 from vkvx.errors import OptionError, VkvxError
-from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler
+from vkvx.runtime.sessions.sampling import Choice, GenerationOptions, Sampler, default_options
+from vkvx.runtime.sessions.session import Session
+from vkvx.sampling import GenerationInfo
 
 LOGITS = np.array([0.0, 3.0, 1.0, 2.0, -1.0], np.float32)
 
@@ -171,6 +175,23 @@ def test_logits_may_be_extreme_but_must_be_numbers() -> None:
 def test_refuses_senseless_options(name: str, value: object) -> None:
     with pytest.raises(OptionError, match=f"--{name.replace('_', '-')}"):
         GenerationOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_least_length_above_the_greatest() -> None:
+    """It is refused where a caller asks for it; a checkpoint's own gives way to what a caller asks for."""
+    with pytest.raises(OptionError, match=r"\(--min-new-tokens\) 6 is more than max_new_tokens \(--max-new-tokens\) 5"):
+        GenerationOptions(max_new_tokens=5, min_new_tokens=6)
+    assert GenerationOptions(max_new_tokens=5, min_new_tokens=5).min_new_tokens == 5
+    checkpoint = replace(manifest(), generation=GenerationInfo(min_new_tokens=300))
+    assert default_options(checkpoint).min_new_tokens == 256
+    assert default_options(checkpoint, 5).min_new_tokens == 5
+    assert default_options(checkpoint, 400).min_new_tokens == 300
+    with Session(checkpoint, FakeBackend(checkpoint, 1), FakeProcessor()) as session:  # type: ignore[arg-type]
+        assert len(session.generate("[x]", max_new_tokens=4, ignore_eos=True).token_ids) == 4
+        with pytest.raises(OptionError, match="300 is more than"):
+            session.generate("[x]", min_new_tokens=300)
+        with pytest.raises(OptionError, match="must be at least 1, got -3"):
+            session.generate("[x]", max_new_tokens=-3)
 
 
 def test_a_stop_string_may_come_alone() -> None:
