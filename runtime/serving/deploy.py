@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vkvx.errors import OptionError, StorageError
 from vkvx.manifest import FILE_NAME, Progress
 from vkvx.runtime.backends.registry import BACKENDS
 from vkvx.runtime.bundles import load_manifest
 from vkvx.runtime.engines.manifest import BACKENDS as ENGINE_BACKENDS
-from vkvx.runtime.sessions.pieces import check_prefill_chunk
+from vkvx.runtime.sessions.pieces import check_cut_after_pictures, check_prefill_chunk
 from vkvx.storage import can_share_blocks, check_room, share_blocks
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -40,6 +41,10 @@ def triton_config(
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
     prefill_chunk: int | None = None,
+    cut_after_pictures: bool = False,
+    reuse: bool = True,
+    max_waiting: int | None = None,
+    deadline: float | None = None,
     threads: int | None = None,
     environment: str | None = None,
     gpus: Sequence[int] | None = None,
@@ -56,7 +61,11 @@ def triton_config(
     from vkvx.runtime.serving.triton import INPUTS, LISTS
 
     outputs = [("text", "TYPE_STRING", 1), ("finish_reason", "TYPE_STRING", 1), ("token_ids", "TYPE_INT32", -1)]
-    parameters = {"bundle": bundle, "backend": backend, "slots": slots}
+    parameters: dict[str, Any] = {"bundle": bundle, "backend": backend, "slots": slots}
+    parameters |= {} if max_waiting is None else {"max_waiting": max_waiting}
+    parameters |= {"cut_after_pictures": "true"} if cut_after_pictures else {}
+    parameters |= {} if reuse else {"reuse": "false"}
+    parameters |= {} if deadline is None else {"deadline": deadline}
     parameters |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     parameters |= {} if text_tokens is None else {"text_tokens": text_tokens}
     parameters |= {} if prefill_chunk is None else {"prefill_chunk": prefill_chunk}
@@ -90,6 +99,10 @@ def write_triton_repository(
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
     prefill_chunk: int | None = None,
+    cut_after_pictures: bool = False,
+    reuse: bool = True,
+    max_waiting: int | None = None,
+    deadline: float | None = None,
     threads: int | None = None,
     environment: str | None = None,
     gpus: Sequence[int] | None = None,
@@ -102,8 +115,10 @@ def write_triton_repository(
     The bundle is copied, and shares its disk blocks where the file system can do that; with ``reference``, a path
     inside the server's container, nothing is copied. ``environment`` is a Python environment for Triton to run the
     model in: a directory with a ``bin/activate``, or the archive of one that conda-pack makes. It is a path as the
-    server sees it, or begins with ``$$TRITON_MODEL_DIRECTORY``. ``threads`` without ``gpus`` mean the CPU. ``progress``
-    is called with the stage "copy" and bytes. The directory appears whole or not at all.
+    server sees it, or begins with ``$$TRITON_MODEL_DIRECTORY``. ``threads`` without ``gpus`` mean the CPU.
+    ``max_waiting`` and ``deadline`` are those of :class:`vkvx.Server`, of each instance; ``reuse`` and the others those
+    of :meth:`Session.load`. ``progress`` is called with the stage "copy" and bytes. The directory appears whole or not
+    at all.
 
     Raises:
         BundleError: if ``bundle`` is none.
@@ -115,7 +130,9 @@ def write_triton_repository(
     manifest = load_manifest(source)
     model = name or re.sub(r"[^A-Za-z0-9._-]", "-", manifest.model.name)
     _check(model, backend, reference, slots, visual_tokens, text_tokens, threads, environment, gpus, instances)
+    _check_queue(max_waiting, deadline)
     check_prefill_chunk(manifest, prefill_chunk)
+    check_cut_after_pictures(manifest, cut_after_pictures)
     target = Path(repository).expanduser().absolute() / model
     if target.exists() and not (force and target.is_dir() and {x.name for x in target.iterdir()} <= _REPLACEABLE):
         hint = (
@@ -132,6 +149,10 @@ def write_triton_repository(
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         prefill_chunk=prefill_chunk,
+        cut_after_pictures=cut_after_pictures,
+        reuse=reuse,
+        max_waiting=max_waiting,
+        deadline=deadline,
         threads=threads,
         environment=environment,
         gpus=gpus,
@@ -183,6 +204,13 @@ def _copy(source: Path, target: Path, repository: Path, progress: Progress) -> N
 
     shutil.copytree(source, target, copy_function=copy)
     progress("copy", done, sum(sizes))
+
+
+def _check_queue(max_waiting: int | None, deadline: float | None) -> None:
+    if max_waiting is not None and max_waiting < 1:
+        raise OptionError(f"--max-waiting must be at least 1, got {max_waiting}")
+    if deadline is not None and not 0 < deadline < float("inf"):
+        raise OptionError(f"--deadline must be more than 0 seconds, got {deadline:g}")
 
 
 def _check(

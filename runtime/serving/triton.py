@@ -11,6 +11,7 @@ import binascii
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -19,7 +20,7 @@ import numpy as np
 
 from vkvx.errors import InputError, VkvxError, describe
 from vkvx.runtime.serving.answer import Answer
-from vkvx.runtime.serving.server import LOG, Server
+from vkvx.runtime.serving.server import LOG, MAX_WAITING, Server
 
 OPTIONS = {
     "max_new_tokens": "TYPE_INT32",
@@ -77,13 +78,15 @@ class TritonPythonModel:
             for name in ("slots", "visual_tokens", "text_tokens", "prefill_chunk", "threads")
             if name in parameters
         }
+        settings |= {name: parameters[name] == "true" for name in ("cut_after_pictures", "reuse") if name in parameters}
         settings |= {"backend": parameters["backend"], "provider": "auto" if is_on_gpu else "cpu"}
         try:
             session = Session.load(version / parameters["bundle"], **settings)
         except VkvxError as error:
             raise utils.TritonModelException(str(error)) from error
         self._session = session
-        self._server = Server(session)
+        self._server = Server(session, max_waiting=int(parameters.get("max_waiting", MAX_WAITING)))
+        self._deadline = float(parameters["deadline"]) if "deadline" in parameters else None
         self._threads: list[threading.Thread] = []
 
     def execute(self, requests: list[Any]) -> None:
@@ -111,6 +114,7 @@ class TritonPythonModel:
         self._session.close()
 
     def _submit(self, request: Any) -> Answer:
+        arrived = time.perf_counter()
         _check_parameters(request.parameters())
         options: dict[str, Any] = {}
         for name in OPTIONS:
@@ -122,7 +126,8 @@ class TritonPythonModel:
         if not self._value(request, "raw_prompt"):
             content = [{"type": "image"}] * len(images)
             text = self._session.format([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
-        return self._server.submit(text, images, options=self._session.options(None, options))
+        chosen = self._session.options(None, options)
+        return self._server.submit(text, images, options=chosen, deadline=self._deadline, since=arrived)
 
     def _value(self, request: Any, name: str) -> Any:
         """The entry of an input as a Python object, all of them for one of ``LISTS``; None if the request lacks it."""

@@ -37,6 +37,10 @@ def test_config_is_what_triton_reads(gpus: tuple[int, ...] | None, kind: str) ->
         "slots": 5,
         "visual_tokens": 640,
         "prefill_chunk": 896,
+        "cut_after_pictures": True,
+        "reuse": False,
+        "max_waiting": 9,
+        "deadline": 2.5,
         "threads": 3,
         "environment": "/envs/a b",
     }
@@ -51,6 +55,10 @@ def test_config_is_what_triton_reads(gpus: tuple[int, ...] | None, kind: str) ->
         "slots": "5",
         "visual_tokens": "640",
         "prefill_chunk": "896",
+        "cut_after_pictures": "true",
+        "reuse": "false",
+        "max_waiting": "9",
+        "deadline": "2.5",
         "threads": "3",
         "EXECUTION_ENV_PATH": "/envs/a b",
     }
@@ -126,6 +134,9 @@ def test_no_room_is_told_before_anything_is_copied(
         {"reference": "relative"},
         {"text_tokens": 0},
         {"prefill_chunk": 1},
+        {"max_waiting": 0},
+        {"deadline": 0.0},
+        {"deadline": float("nan")},
     ],
 )
 def test_wrong_options_are_refused(tiny_bundle: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
@@ -200,9 +211,10 @@ def strings(*values: str | bytes) -> np.ndarray:
     return np.array([v.encode() if isinstance(v, str) else v for v in values], np.object_)
 
 
-def opened(bundle: Path, repository: Path) -> Any:
+def opened(bundle: Path, repository: Path, **options: Any) -> Any:
     """The model of a bundle, as Triton initializes it on a CPU; it imports Triton's module."""
-    folder = write_triton_repository(bundle, repository, name="tiny", backend="onnxruntime", slots=2, gpus=())
+    options = {"name": "tiny", "backend": "onnxruntime", "slots": 2, "gpus": (), **options}
+    folder = write_triton_repository(bundle, repository, **options)
     loaded = triton.TritonPythonModel()
     config = json_format.MessageToDict(parsed((folder / "config.pbtxt").read_text()), preserving_proto_field_name=True)
     loaded.initialize(
@@ -354,6 +366,16 @@ def test_a_triton_that_cannot_read_arrays_fails_the_load(
             triton._check_numpy(utils)
 
 
+def test_an_answer_has_a_deadline(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils("triton_python_backend_utils"))
+    loaded = opened(tiny_bundle, tmp_path, deadline=1e-4)
+    request = Request(prompt=strings("What is 1 + 1?"))
+    loaded.execute([request])
+    (response,) = request.wait()
+    loaded.finalize()
+    assert "has not ended after 0.0001 s" in str(response.error)
+
+
 @pytest.mark.parametrize(("kind", "provider", "devices"), [("CPU", "cpu", None), ("GPU", "auto", "3")])
 def test_an_instance_runs_where_triton_puts_it(
     kind: str, provider: str, devices: str | None, monkeypatch: pytest.MonkeyPatch
@@ -363,13 +385,15 @@ def test_an_instance_runs_where_triton_puts_it(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     asked: dict[str, Any] = {}
     monkeypatch.setattr(Session, "load", lambda bundle, **settings: asked.update(settings))
-    monkeypatch.setattr(triton, "Server", lambda session: None)
-    config = json_format.MessageToDict(
-        parsed(triton_config("a", threads=3, prefill_chunk=640)), preserving_proto_field_name=True
-    )
+    servers = []
+    monkeypatch.setattr(triton, "Server", lambda session, max_waiting: servers.append(max_waiting))
+    given: dict[str, Any] = {"threads": 3, "prefill_chunk": 640, "cut_after_pictures": True, "reuse": False}
+    text = triton_config("a", max_waiting=7, **given)
+    config = json_format.MessageToDict(parsed(text), preserving_proto_field_name=True)
     arguments = {"model_repository": "/", "model_version": "1", "model_config": json.dumps(config)}
     triton.TritonPythonModel().initialize({**arguments, "model_instance_kind": kind, "model_instance_device_id": "3"})
-    assert asked == {"backend": "auto", "slots": 8, "prefill_chunk": 640, "threads": 3, "provider": provider}
+    assert asked == {"backend": "auto", "slots": 8, **given, "provider": provider}
+    assert servers == [7]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == devices
 
 

@@ -30,6 +30,12 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     triton.add_argument("--max-visual-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
     triton.add_argument("--max-text-tokens", type=int, metavar="N", help="capacity of a slot (default: as in Python)")
     triton.add_argument("--prefill-chunk", type=int, metavar="N", help="feed longer prompts in pieces of N tokens")
+    triton.add_argument(
+        "--cut-after-pictures", action="store_true", help="end a call of the prompt behind the pictures of each turn"
+    )
+    triton.add_argument("--no-reuse", action="store_true", help="feed each prompt whole, whatever slots hold of it")
+    triton.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait for an instance (256)")
+    triton.add_argument("--deadline", type=float, metavar="S", help="seconds after which an answer has to end (none)")
     triton.add_argument("--threads", type=int, metavar="N", help="CPU threads of an instance, which then is on the CPU")
     triton.add_argument("--gpus", metavar="LIST", help="such as 0,1; none: the CPU (default: what Triton finds)")
     triton.add_argument("--instances", type=int, default=1, metavar="N", help="on each GPU (default: 1)")
@@ -61,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
             visual_tokens=args.max_visual_tokens,
             text_tokens=args.max_text_tokens,
             prefill_chunk=args.prefill_chunk,
+            cut_after_pictures=args.cut_after_pictures,
+            reuse=not args.no_reuse,
+            max_waiting=args.max_waiting,
+            deadline=args.deadline,
             threads=args.threads,
             environment=args.environment,
             gpus=_gpus(args.gpus),
