@@ -58,8 +58,17 @@ def test_a_chat_in_a_browser(tiny_bundle: Path, pages: list[Page], tmp_path: Pat
         ), facts
         tab.run("$('most').value = 100000; $('text').value = 'Again.'; $('form').requestSubmit()")
         tab.wait("!running && $('text').value === 'Again.'")
-        assert "the model knows" in tab.run("document.querySelector('.failed p').textContent")
+        assert "the model knows" in tab.run("document.querySelector('.failed .facts').textContent")
         assert tab.run("messages.length") == 2
+        tab.run("$('most').value = 900; $('text').value = 'What?'; $('form').requestSubmit(); $('fresh').click()")
+        tab.wait("!running")  # a chat that has begun since knows nothing of it
+        assert tab.run("messages.length + document.querySelectorAll('.turn').length") == 0
+        tab.run("write(addTurn('assistant', '').said, 'a <b>\\n```py\\nx = 1\\n```\\nb')")
+        assert tab.run("[...document.querySelectorAll('.said > *')].map((one) => one.tagName + one.textContent)") == [
+            "Pa <b>\n",
+            "PREx = 1\n",
+            "Pb",
+        ]
         for width in (1200, 390):
             backgrounds = set()
             for dark in (False, True):
