@@ -119,19 +119,21 @@ class Server:
         *,
         options: GenerationOptions | None = None,
         deadline: float | None = None,
+        since: float | None = None,
         **changes: Any,
     ) -> Answer:
         """Queue a prompt, as in :meth:`Session.generate`. Raises InputError, OptionError and CapacityError at once.
 
         What :meth:`Processor.prepare` made of a prompt and its pictures may stand for them.
         An answer that has not ended ``deadline`` seconds after this is called raises DeadlineError, whether it waits,
-        runs, or has its pictures encoded.
+        runs, or has its pictures encoded. ``since``, by ``time.perf_counter``, is when the request came, if that was
+        earlier: deadline and time to the first token count from there.
 
         Raises BusyError if too many requests wait, ServerClosedError after :meth:`close`, and VkvxError if the
         server's thread has failed.
         """
         chosen = self._session.options(options, changes)
-        return self._queue(prompt, images, videos, [chosen], deadline)[0]
+        return self._queue(prompt, images, videos, [chosen], deadline, since)[0]
 
     def submit_several(
         self,
@@ -141,6 +143,7 @@ class Server:
         *,
         options: Sequence[GenerationOptions],
         deadline: float | None = None,
+        since: float | None = None,
     ) -> list[Answer]:
         """Queue a prompt for several answers, one for each of ``options``, whose seeds may differ; as :meth:`submit`.
 
@@ -151,7 +154,7 @@ class Server:
             raise OptionError("options must be at least one, with the same limits of pixels and fps in all")
         if len(options) > self._max_waiting:
             raise OptionError(f"options must be at most {self._max_waiting} (max_waiting), got {len(options)}")
-        return self._queue(prompt, images, videos, options, deadline)
+        return self._queue(prompt, images, videos, options, deadline, since)
 
     def _queue(
         self,
@@ -160,8 +163,9 @@ class Server:
         videos: str | Path | Sequence[Video] | None,
         options: Sequence[GenerationOptions],
         deadline: float | None,
+        since: float | None,
     ) -> list[Answer]:
-        session, submitted = self._session, time.perf_counter()
+        session, submitted = self._session, time.perf_counter() if since is None else since
         if deadline is not None and not deadline > 0:
             raise OptionError(f"deadline must be more than 0 seconds, got {deadline}")
         with self._lock:
@@ -169,7 +173,10 @@ class Server:
         prepared = prompt
         if not isinstance(prepared, Prepared):
             prepared = session.processor.prepare(
-                prepared, listed(images), listed_videos(videos), limits=options[0].limits, fps=options[0].fps
+                *(prepared, listed(images), listed_videos(videos)),
+                limits=options[0].limits,
+                fps=options[0].fps,
+                room=session.room,
             )
         with self._lock:
             self._check_open()
@@ -192,6 +199,11 @@ class Server:
                 answers.append(Answer(request.row, stream, self._events.put))
         self._events.put(None)
         return answers
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread, if it was not :meth:`close`: no request is answered any more."""
+        return self._broken
 
     @property
     def stats(self) -> ServerStats:

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from vkvx.runtime.serving.http.app import Service, Settings
+from vkvx.runtime.serving.http.connections import Connection
 from vkvx.runtime.serving.http.run import address_of, bind
 from vkvx.runtime.sessions.session import Session
 
@@ -51,7 +52,9 @@ def running(session: Session | None, settings: Settings | None = None) -> Iterat
     if session is not None:
         service.open(session)
     with bind("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(service.app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            service.app, http=Connection, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vkvx.cache_layout import CacheLayout
+from vkvx.errors import VkvxError
 from vkvx.runtime.serving.answer import Answer
 from vkvx.runtime.serving.http.errors import explain
 from vkvx.runtime.serving.http.metrics import Metrics
@@ -80,7 +81,7 @@ class Reply:
                 if item is None:
                     break
                 if isinstance(item, Exception):
-                    yield _data(explain(item)[1])
+                    yield _data(explain(item, is_logged=isinstance(item, VkvxError))[1])
                     return
                 index, chunk = item
                 if chunk.generation is not None:

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from vkvx.errors import BusyError, RequestCancelledError
+from vkvx.errors import BusyError, RequestCancelledError, VkvxError, describe
 from vkvx.runtime.serving.answer import Answer
 from vkvx.runtime.serving.http import openapi, page, schema
 from vkvx.runtime.serving.http.answers import Reply
@@ -28,11 +28,12 @@ from vkvx.runtime.serving.http.pictures import PictureSources
 from vkvx.runtime.serving.http.schema import ChatRequest, CompletionRequest
 from vkvx.runtime.serving.server import MAX_WAITING, Server
 from vkvx.runtime.sessions.processor import Prepared
-from vkvx.runtime.sessions.sampling import default_options
+from vkvx.runtime.sessions.sampling import GenerationOptions, default_options
 from vkvx.runtime.sessions.session import Session
 
-BODY_SECONDS = 60.0
-"""For a client to send its body."""
+BODY_SECONDS, FIRST_SECONDS, BODY_RATE = 60.0, 10.0, 16 << 10
+"""For a client to send its body: ``FIRST_SECONDS``, and then as long as it has sent so many bytes a second, up to
+``BODY_SECONDS``. It holds a place in the queue meanwhile."""
 _EVENT_STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """Proxies pass on each event as it comes."""
 
@@ -97,8 +98,7 @@ class Service:
                 self._check_sender(request)
                 response = await endpoint(request)
             except Exception as error:  # whatever it is, the client gets an answer
-                status, body = explain(error)
-                response = JSONResponse(body, status, HEADERS.get(status))
+                response = _refusal(error)
             self.metrics.responses.labels(path, response.status_code).inc()
             return response
 
@@ -124,6 +124,8 @@ class Service:
             raise RequestError("the server is stopping", None, 503, "stopping")
         if self._opened is None:
             raise RequestError("the model is loading; try again later", None, 503, "loading")
+        if (failure := self._opened[1].failure) is not None:
+            raise RequestError(f"the server has failed ({describe(failure)}); start it again", None, 503, "failed")
         return self._opened
 
     def _model(self, session: Session) -> str:
@@ -161,8 +163,8 @@ class Service:
         def prepare(body: ChatRequest, session: Session) -> list[Prepared]:
             messages, addresses = body.conversation()
             pictures = self.settings.pictures.load(addresses)
-            limits = body.options(default_options(session.manifest))[0].limits
-            return [session.processor.prepare(session.format(messages), pictures, limits=limits)]
+            limits = _options(body, session)[0].limits
+            return [session.processor.prepare(session.format(messages), pictures, limits=limits, room=session.room)]
 
         return await self._generate(request, ChatRequest, prepare)
 
@@ -191,6 +193,8 @@ class Service:
         watcher = asyncio.ensure_future(_watch(request, reply))
         try:
             return JSONResponse(await reply.whole())
+        except VkvxError as error:
+            return _refusal(error, is_logged=True)
         finally:
             watcher.cancel()
 
@@ -218,18 +222,19 @@ class Service:
         if length.isdecimal() and int(length[:20]) > most:
             raise too_large
 
-        async def read() -> bytes:
-            found = bytearray()
-            async for block in request.stream():
-                found += block
+        found, begun, blocks = bytearray(), time.monotonic(), aiter(request.stream())
+        try:
+            while True:
+                end = begun + min(BODY_SECONDS, FIRST_SECONDS + len(found) / BODY_RATE)
+                found += await asyncio.wait_for(anext(blocks), end - time.monotonic())
                 if len(found) > most:
                     raise too_large
+        except StopAsyncIteration:
             return bytes(found)
-
-        try:
-            return await asyncio.wait_for(read(), BODY_SECONDS)
         except asyncio.TimeoutError:
-            raise RequestError(f"the body did not come within {BODY_SECONDS:g} s", None, 408) from None
+            raise RequestError(
+                f"the body comes too slowly: {len(found):,} bytes in {time.monotonic() - begun:.0f} s", None, 408
+            ) from None
         except ClientDisconnect:
             raise RequestCancelledError("the client went away") from None
 
@@ -241,7 +246,7 @@ class Service:
         server: Server,
         arrived: float,
     ) -> Reply:
-        options = body.options(default_options(session.manifest))
+        options = _options(body, session)
         prompts = prepare(body, session)
         wanted, most = len(prompts) * len(options), self.settings.max_waiting
         if wanted > most:
@@ -249,7 +254,7 @@ class Service:
         deadline = self.settings.deadline
         answers = list[Answer]()  # if one is refused, the others are dropped, and so cancelled
         for prompt in prompts:
-            answers += server.submit_several(prompt, options=options, deadline=deadline)
+            answers += server.submit_several(prompt, options=options, deadline=deadline, since=arrived)
         return Reply(
             self._model(session),
             isinstance(body, ChatRequest),
@@ -264,6 +269,15 @@ class Service:
             wants_logprobs=body.wants_logprobs,
             includes_usage=body.includes_usage,
         )
+
+
+def _refusal(error: Exception, *, is_logged: bool = False) -> Response:
+    status, body = explain(error, is_logged=is_logged)
+    return JSONResponse(body, status, HEADERS.get(status))
+
+
+def _options(body: schema.Body, session: Session) -> list[GenerationOptions]:
+    return body.options(default_options(session.manifest, body.limit))
 
 
 def _is_own(host: str) -> bool:

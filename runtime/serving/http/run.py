@@ -15,6 +15,7 @@ import uvicorn
 
 from vkvx.errors import OptionError
 from vkvx.runtime.serving.http.app import Service, Settings
+from vkvx.runtime.serving.http.connections import Connection, watch
 from vkvx.runtime.sessions.session import Session
 
 GRACE_SECONDS = 30.0
@@ -49,6 +50,8 @@ def serve(
         service = Service(replace(settings, own_hosts_only=is_local and settings.api_key is None))
         config = uvicorn.Config(
             service.app,
+            http=Connection,
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -111,6 +114,7 @@ def bind(host: str, port: int) -> socket.socket:
         # Connections inherit it; asyncio sets it for sockets of its own only. Else a first token waits 40 ms for an
         # acknowledgement of the headers.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        watch(listener)
         return listener
     except OSError as error:
         reason = error.strerror or str(error)

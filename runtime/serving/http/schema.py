@@ -204,6 +204,12 @@ class GenerationRequest(_Body):
         """Raise RequestError for fields that do not go together."""
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options has no effect without stream; leave it out", "stream_options")
+        most = GenerationOptions.max_new_tokens if self.limit is None else self.limit
+        if self.min_tokens is not None and self.min_tokens > most:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} is more than max_tokens, which is {most}; give limits in this order",
+                "min_tokens",
+            )
 
 
 class ChatRequest(GenerationRequest):

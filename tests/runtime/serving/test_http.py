@@ -258,6 +258,13 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("a wrong type", {"temperature": "hot"}, 400, "temperature must be a valid number, got 'hot'", "temperature"),
     ("an unknown field", {"extra_body": {"heat": 1}}, 400, "heat is not known here; leave it out", "heat"),
     ("out of range", {"top_p": 1.5, "temperature": 1.0}, 400, "top_p (--top-p) must be above 0 and at most 1", None),
+    (
+        "too few tokens",
+        {"extra_body": {"min_tokens": 3}},
+        400,
+        "min_tokens 3 is more than max_tokens, which is 2",
+        "min_tokens",
+    ),
     ("no tokens", {"max_tokens": 0}, 400, "max_tokens must be greater than or equal to 1, got 0", "max_tokens"),
     ("a penalty", {"presence_penalty": 0.5}, 400, "presence_penalty is not supported", "presence_penalty"),
     ("a bias", {"logit_bias": {"7": 3}}, 400, "logit_bias is not supported: no token", "logit_bias"),

@@ -17,7 +17,7 @@ from fakes import FakeBackend, FakeProcessor, manifest
 from http_server import Running, running
 
 from vkvx.errors import InputError, OptionError
-from vkvx.runtime.serving.http import pictures
+from vkvx.runtime.serving.http import app, connections, pictures
 from vkvx.runtime.serving.http.app import Settings
 from vkvx.runtime.serving.http.pictures import PictureSources, is_public
 from vkvx.runtime.sessions.session import Session
@@ -121,6 +121,72 @@ def test_a_deadline() -> None:
         assert server.request("POST", CHAT, body(max_tokens=1))[0] == 200
 
 
+def test_a_deadline_counts_from_the_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the place in the queue: pictures and text were prepared before."""
+    loaded = session()
+    prepare = loaded.processor.prepare
+
+    def slow(*given: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return prepare(*given, **options)
+
+    monkeypatch.setattr(loaded.processor, "prepare", slow)
+    with running(loaded, Settings(deadline=0.1)) as server:
+        status, answer, _ = server.request("POST", CHAT, body(max_tokens=1))
+        assert (status, answer["error"]["code"]) == (504, "deadline")
+        assert "has not ended after 0.1 s" in answer["error"]["message"]
+    assert not loaded.backend.calls  # type: ignore[attr-defined]
+
+
+def test_slow_heads_and_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection without a head is closed, and a body that comes by single bytes frees its place in the queue."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(app, "FIRST_SECONDS", 0.2)
+    loaded = session()
+    slow_down(loaded)
+    with running(loaded, Settings(max_waiting=1)) as server:
+        for head in (b"", b"GET /health HTTP/1.1\r\nHost"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+                connection.sendall(head)
+                assert connection.recv(64) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            connection.sendall(b"GET /hea")  # the next of the same connection
+            assert connection.recv(64) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{{"
+            connection.sendall(head.encode())
+            until(lambda: server.service._preparing == 1)
+            assert server.request("POST", CHAT, body())[0] == 429
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))  # up to its end
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"the body comes too slowly: 1 bytes" in answer
+        # An answer may take longer than a head.
+        status, answer, _ = server.request("POST", CHAT, body("[endless]", max_tokens=60))
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 60)
+
+
+def test_a_server_that_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = session()
+    with running(loaded) as server:
+        assert server.service._opened is not None
+
+        def fail() -> bool:
+            raise ZeroDivisionError("unforeseen")
+
+        server.service._opened[1]._take_changes = fail  # type: ignore[method-assign]
+        assert server.request("POST", CHAT, body())[0] == 500
+        for method, path in (("GET", "/health"), ("POST", CHAT)):
+            status, answer, _ = server.request(method, path, body())
+            assert (status, answer["error"]["code"]) == (503, "failed")
+            assert "the server has failed (ZeroDivisionError: unforeseen)" in answer["error"]["message"]
+    assert len(caplog.records) == 1
+
+
 def test_while_it_loads_and_when_it_stops() -> None:
     with running(None) as server:
         for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("POST", CHAT)):
@@ -133,16 +199,23 @@ def test_while_it_loads_and_when_it_stops() -> None:
         assert server.request("GET", "/health")[1]["error"]["code"] == "stopping"
 
 
-def test_a_step_that_fails_ends_a_stream_with_an_error() -> None:
+def test_a_step_that_fails_ends_a_stream_with_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """The log has each failure once."""
     loaded = session()
-    break_step(loaded, after=2)
+    break_step(loaded, after=0)
+    break_step(loaded, after=3)
     with running(loaded) as server:
+        status, answer, _ = server.request("POST", CHAT, body(max_tokens=9))
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+        assert "out of order" in answer["error"]["message"]
+        assert len(caplog.records) == 1
         status, text, _ = server.request("POST", CHAT, body(max_tokens=9, stream=True))
         last = json.loads(text.strip().rpartition("data: ")[2])
         assert (status, last["error"]["type"]) == (200, "server_error")
         assert "out of order" in last["error"]["message"]
         status, answer, _ = server.request("POST", CHAT, body(max_tokens=9))
         assert (status, answer["usage"]["completion_tokens"]) == (200, 9)
+    assert len(caplog.records) == 2
 
 
 def test_a_silent_stream_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
