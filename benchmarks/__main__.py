@@ -33,6 +33,7 @@ BENCHMARKS = {
     "breakeven": "from how many visual tokens on the packed cache is faster than 16 bits on a GPU",
     "chunked_prefill": "gaps between tokens on a GPU while long prompts arrive, whole and in pieces",
     "compiled_steps": "decode steps with projections apart, merged and compiled, on a GPU",
+    "cut_cost": "what cutting prompts behind their pictures costs in accuracy, on tiny-llava, on a CPU",
     "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
     "export_shapes": "memory and time of exports of large models, from checkpoints of zeros that take no room",
     "few_rows": "decode attention of few rows with grouped heads on a GPU, caches cold, against torch's",

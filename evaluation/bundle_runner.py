@@ -14,6 +14,7 @@ from vkvx.evaluation.settings import Setting
 from vkvx.evaluation.tasks import Sample, prepare, prompt_of
 from vkvx.manifest import Manifest
 from vkvx.runtime.calls import build_call
+from vkvx.runtime.sessions.pieces import cut
 from vkvx.runtime.sessions.processor import Prepared, Processor
 from vkvx.runtime.sessions.sampling import GenerationOptions
 from vkvx.runtime.sessions.session import Session
@@ -30,12 +31,22 @@ _ROUNDING = 128
 class BundleRunner:
     """A bundle with a slot for each sample of a batch; it is opened when it is known how large these must be."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, provider: str, batch: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        provider: str,
+        batch: int,
+        max_new_tokens: int,
+        *,
+        cut_after_pictures: bool = False,
+    ) -> None:
         """``provider`` is cpu or cuda. Raises BundleError for a damaged processor."""
         self.manifest = manifest
         self.processor = Processor.of_bundle(bundle, manifest)
         self.max_new_tokens = max_new_tokens
         self._bundle, self._provider, self._slots = bundle, provider, batch
+        self._cut_after_pictures = cut_after_pictures
         self._session: Session | None = None
 
     def measure(self, samples: Sequence[Sample], setting: Setting, reference: Batch | None) -> list[Record]:
@@ -112,6 +123,7 @@ class BundleRunner:
             slots=self._slots,
             visual_tokens=visual,
             text_tokens=-(-text // _ROUNDING) * _ROUNDING,
+            cut_after_pictures=self._cut_after_pictures,
             reuse=False,  # which rounds otherwise
             verify=False,
         )
@@ -119,17 +131,23 @@ class BundleRunner:
 
 
 def _follow(session: Session, prepared: Sequence[Prepared], answers: Sequence[list[int]]) -> list[np.ndarray]:
-    """Logits FP32 [tokens, V] before each token of the given answers: a prompt at a time, then a token per step."""
-    backend, model = session.backend, session.manifest.model
+    """Logits FP32 [tokens, V] before each token of the given answers: a prompt at a time, then a token per step.
+
+    Prompts are cut as the session cuts them.
+    """
+    backend, manifest, model = session.backend, session.manifest, session.manifest.model
     cache, size = backend.cache, session.manifest.quantization.group_size
     slots = [cache.acquire() for _ in prepared]
     found: list[list[np.ndarray]] = [[] for _ in prepared]
     try:
         for row, (slot, entry) in enumerate(zip(slots, prepared, strict=True)):
-            feed = [cache.row(slot, entry.token_ids, entry.picture_lengths, entry.positions)]
-            call = build_call(feed, group_size=size, image_token_id=model.image_token_id)
-            embeds = backend.place(call, [backend.encode(inputs) for inputs in entry.vision_calls])
-            found[row].append(backend.step(call, embeds)[0])
+            encoded = [backend.encode(inputs) for inputs in entry.vision_calls]
+            count = sum(entry.picture_lengths)
+            for piece in cut(entry.token_ids, entry.picture_lengths, manifest, None, session.cut_after_pictures):
+                feed = [piece.row(cache, slot, entry.token_ids, entry.positions, 0, embeds=count)]
+                call = build_call(feed, group_size=size, image_token_id=model.image_token_id)
+                logits = backend.step(call, backend.place(call, encoded) if piece.picture_lengths else None)[0]
+            found[row].append(logits)
         for step in range(max(map(len, answers)) - 1):
             rows = [row for row, answer in enumerate(answers) if step < len(answer) - 1]
             feed = [cache.row(slots[row], np.array([answers[row][step]], np.int32)) for row in rows]

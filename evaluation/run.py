@@ -26,6 +26,7 @@ from vkvx.models.checkpoint import read_checkpoint
 from vkvx.models.family import Source
 from vkvx.models.registry import ALIASES, resolve, resolve_origin
 from vkvx.packages import RUN, TORCH, require
+from vkvx.runtime.sessions.pieces import check_cut_after_pictures
 from vkvx.runtime.sessions.processor import Processor
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     model: str | None = None,
     reference: bool = True,
+    cut_after_pictures: bool = False,
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -73,6 +75,7 @@ def evaluate(
         max_new_tokens: length of an answer.
         model: of a bundle: where its checkpoint is, if not where the manifest says.
         reference: of a bundle: whether its checkpoint is run, too, to compare with.
+        cut_after_pictures: of a bundle: end a call of the prompt behind the pictures of each turn, as in a session.
         output: file that keeps a record for each sample and setting; the same call goes on where it ended.
         force: start that file anew if it is of another evaluation, or damaged.
         progress: called as progress(stage, done, total).
@@ -84,7 +87,7 @@ def evaluate(
     require("eval", *needed_modules(asked, bundle=is_bundle(target), reference=reference))
     plan = make_plan(
         target, asked, settings, device=device, dtype=dtype, batch=batch, max_new_tokens=max_new_tokens,
-        model=model, reference=reference, progress=progress,
+        model=model, reference=reference, cut_after_pictures=cut_after_pictures, progress=progress,
     )  # fmt: skip
     if force and output is None:
         raise OptionError("force= (--force) has no effect without output= (--output); leave it out, or give both")
@@ -99,7 +102,8 @@ def evaluate(
 class EvaluationPlan:
     """What is run: ``source`` in torch, ``bundle`` in onnxruntime with ``source`` as its reference, if there is one.
 
-    Without ``generate`` the packed settings are only run along the reference's answers.
+    Without ``generate`` the packed settings are only run along the reference's answers. ``cut_after_pictures`` is of a
+    bundle.
     """
 
     target: str
@@ -113,6 +117,7 @@ class EvaluationPlan:
     bundle: Path | None = None
     manifest: Manifest | None = None
     generate: bool = True
+    cut_after_pictures: bool = False
 
     @property
     def kind(self) -> str:
@@ -177,6 +182,7 @@ def make_plan(
     model: str | None = None,
     reference: bool = True,
     generate: bool = True,
+    cut_after_pictures: bool = False,
     progress: Progress | None = None,
 ) -> EvaluationPlan:
     """Find the target and check everything that can be checked before weights are read. Arguments as in evaluate."""
@@ -194,9 +200,16 @@ def make_plan(
             )
         if dtype is not None:
             raise OptionError("dtype= (--dtype) has no effect on a bundle, which has its own; leave it out")
-        return _plan_bundle(Path(target), task, device, batch, max_new_tokens, model, reference, progress)
-    for given, name in ((model is not None, "--model"), (not reference, "--no-reference")):
-        if given:
+        return _plan_bundle(
+            Path(target), task, device, batch, max_new_tokens, model, reference, cut_after_pictures, progress
+        )
+    only_of_bundles = (
+        ("--model", model),
+        ("--no-reference", not reference),
+        ("--cut-after-pictures", cut_after_pictures),
+    )
+    for name, given in only_of_bundles:
+        if given not in (None, False):
             raise OptionError(f"{name} has no effect on a checkpoint; leave it out, or give a bundle")
     from vkvx.evaluation.torch_runner import choose_device
     from vkvx.models.graph.moments import read_checked
@@ -229,6 +242,7 @@ def _plan_bundle(
     max_new_tokens: int,
     model: str | None,
     reference: bool,
+    cut_after_pictures: bool,
     progress: Progress | None,
 ) -> EvaluationPlan:
     import onnxruntime
@@ -236,18 +250,18 @@ def _plan_bundle(
     from vkvx.runtime.backends.onnxruntime.backend import choose_provider
 
     manifest = Manifest.load(bundle)
+    check_cut_after_pictures(manifest, cut_after_pictures)
     manifest.verify(bundle, progress)
     info = manifest.model
     provider = choose_provider(onnxruntime, device)
     options = options_of(manifest.quantization, info.typical_tokens)
-    name = setting_name(options, manifest.quantization)
+    name = setting_name(options, manifest.quantization) + (", cut after pictures" if cut_after_pictures else "")
+    of_bundle: dict[str, Any] = {"bundle": bundle, "manifest": manifest, "cut_after_pictures": cut_after_pictures}
     if not reference:
         if model is not None:
             raise OptionError("model= (--model) has no effect with --no-reference; leave one of the two out")
         own = Setting(name, options, manifest.quantization, reference=False)
-        return EvaluationPlan(
-            str(bundle), task, [own], provider, info.dtype, batch, max_new_tokens, None, bundle, manifest
-        )
+        return EvaluationPlan(str(bundle), task, [own], provider, info.dtype, batch, max_new_tokens, None, **of_bundle)
     from vkvx.runtime.backends.torch.loading import check_same_model
 
     source = resolve_origin(bundle, info, model, "--no-reference")
@@ -257,7 +271,7 @@ def _plan_bundle(
         name = f"{name}, onnxruntime"
     own = Setting(name, options, manifest.quantization, reference=False)
     return EvaluationPlan(
-        str(bundle), task, [base, own], provider, info.dtype, batch, max_new_tokens, source, bundle, manifest
+        str(bundle), task, [base, own], provider, info.dtype, batch, max_new_tokens, source, **of_bundle
     )
 
 
@@ -324,7 +338,10 @@ class _Engine:
             from vkvx.evaluation.bundle_runner import BundleRunner
 
             assert plan.manifest is not None
-            self._bundle = BundleRunner(plan.bundle, plan.manifest, plan.device, plan.batch, plan.max_new_tokens)
+            self._bundle = BundleRunner(
+                *(plan.bundle, plan.manifest, plan.device, plan.batch, plan.max_new_tokens),
+                cut_after_pictures=plan.cut_after_pictures,
+            )
 
     def measure(self, samples: list[Sample], records: Records) -> Iterator[list[Record]]:
         """The records of a batch, setting by setting; of a setting that is complete an empty list."""

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import vkvx
-from vkvx import CapacityError, ExportOptions, ModelError, OptionError, StorageError, evaluate
+from vkvx import CapacityError, ExportOptions, ModelError, OptionError, Session, StorageError, evaluate
 from vkvx.evaluation import run as module
+from vkvx.evaluation.bundle_runner import _follow
 from vkvx.evaluation.report import table
 from vkvx.evaluation.sensitivity import Step, choose, measure_sensitivity, write_bits_per_layer
+from vkvx.evaluation.tasks import open_task, prepare, prompt_of
 from vkvx.options import parse_bits_per_layer
 
 FAST = {"device": "cpu", "dtype": "float32", "max_new_tokens": 12, "batch": 1}
@@ -139,6 +142,33 @@ def test_a_bundle_gives_the_tokens_of_torch(
     assert all(metric["difference"] is None for metric in packed["metrics"].values())
 
 
+def test_prompts_of_a_bundle_are_cut_as_a_session_cuts_them(
+    questions: Path, bundle_factory: Callable[..., Path]
+) -> None:
+    bundle = bundle_factory(bits=1, dtype="float32")
+    (sample,) = open_task(None, questions, 1, None).samples([0])
+    first = []
+    for cut in (False, True):
+        with Session.load(
+            bundle, provider="cpu", threads=1, reuse=False, cut_after_pictures=cut, verify=False
+        ) as session:
+            prompt = prompt_of(sample, session.processor)
+            options: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "logprobs": True}
+            # The model is sure of its answer; of tokens that are unlikely both ways say different things.
+            alone = session.generate(prompt, list(sample.pictures), temperature=4.0, seed=1, **options)
+            prepared = prepare(sample, session.processor, session.manifest.model.max_positions, 6)
+            (logits,) = _follow(session, [prepared], [list(alone.token_ids)])
+        found = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        # The same calls; what is left is the rounding of two ways to the softmax.
+        np.testing.assert_allclose(found[np.arange(6), alone.token_ids], alone.logprobs, atol=1e-5)
+        first.append(found[0][np.isfinite(found[0])])
+    assert np.abs(first[0] - first[1]).max() > 1e-2  # the question saw the picture by its codes
+    result = evaluate(bundle, data=questions, samples=1, reference=False, max_new_tokens=2, cut_after_pictures=True)
+    assert result.to_json()["settings"][0]["name"].endswith(", cut after pictures")
+    with pytest.raises(OptionError, match="at 16 bits they are reused without"):
+        evaluate(bundle_factory(bits=16, dtype="float32"), samples=1, cut_after_pictures=True)
+
+
 def test_a_bundle_of_sixteen_bits_has_a_name_of_its_own(questions: Path, bundle_factory: Callable[..., Path]) -> None:
     bundle = bundle_factory(bits=16, dtype="float32")
     result = evaluate(bundle, data=questions, samples=1, device="cpu", max_new_tokens=4)
@@ -155,6 +185,7 @@ def test_a_bundle_of_sixteen_bits_has_a_name_of_its_own(questions: Path, bundle_
     [
         ({"model": "tiny-llava"}, "--model has no effect on a checkpoint"),
         ({"reference": False}, "--no-reference has no effect on a checkpoint"),
+        ({"cut_after_pictures": True}, "--cut-after-pictures has no effect on a checkpoint"),
         ({"batch": 0}, "--batch 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0"),
         ({"device": "tpu"}, "unknown device 'tpu'"),

@@ -74,6 +74,7 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     machine.add_argument("--batch", type=int, default=8, metavar="N", help="samples at a time (default: 8)")
     machine.add_argument("--model", metavar="MODEL", help="a bundle's checkpoint (default: what its manifest names)")
     machine.add_argument("--no-reference", action="store_true", help="run a bundle without its checkpoint")
+    machine.add_argument("--cut-after-pictures", action="store_true", help="cut a bundle's prompts, as in `vkvx run`")
 
     layers = parser.add_argument_group("sensitivity of layers")
     layers.add_argument("--sensitivity", action="store_true", help="raise single layers; suggest --bits-per-layer")
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
             metrics=None if args.metrics is None else [name.strip() for name in args.metrics.split(",")],
             model=args.model,
             reference=not args.no_reference,
+            cut_after_pictures=args.cut_after_pictures,
             examples=0 if args.html is None else EXAMPLES,
             **_common(args, progress),
         )
@@ -153,6 +155,8 @@ def _sensitivity(args: argparse.Namespace) -> int:
             raise OptionError(f"--{name} has no effect with --sensitivity; leave it out")
     if args.force and args.output is None:
         raise OptionError("--force has no effect without --output; leave it out, or give both")
+    if args.cut_after_pictures:
+        raise OptionError("--cut-after-pictures is for a bundle, and --sensitivity for a checkpoint; leave one out")
     if args.no_reference:
         raise OptionError("--sensitivity compares with the 16-bit model; leave out --no-reference")
     from vkvx.evaluation.sensitivity import measure_sensitivity
