@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from commands import run_process
-from engine_calls import link_bundle
+from engine_calls import copy_bundle
 
 from vkvx.cli.terminal import parse_bytes
 from vkvx.errors import OptionError
@@ -27,7 +27,7 @@ def plugin(plugin_builds: Any) -> Path:
 @pytest.fixture(scope="module")
 def built(tiny_bundle: Path, plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A bundle with engines, built by a process of its own, and what that printed."""
-    bundle = link_bundle(tiny_bundle, tmp_path_factory.mktemp("build") / "bundle")
+    bundle = copy_bundle(tiny_bundle, tmp_path_factory.mktemp("build") / "bundle")
     found = run_process("build", bundle, "--compute-capability", "8.9", "--plugin", plugin, "--json")
     assert found.code == 0, found.err
     assert "decoder engine" in found.err
@@ -107,7 +107,7 @@ def test_another_output(cli: Callable, built: tuple[Path, dict[str, Any]], plugi
 def test_a_bundle_that_cannot_be_written_to_is_told_before_anything_is_compiled(
     cli: Callable, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = link_bundle(tiny_bundle, tmp_path / "bundle")
+    bundle = copy_bundle(tiny_bundle, tmp_path / "bundle")
     (bundle / "engines").touch()  # no folder can be made, also by root
     monkeypatch.setattr(plugin_build, "find_library", lambda *_: None)
     monkeypatch.setattr(plugin_build, "build_plugin", None)

@@ -34,14 +34,9 @@ def build(bundle: Path, plugin: Path | str | None, **options: Any) -> BuildResul
     return build_engines(bundle, BuildOptions(**chosen))
 
 
-def link_bundle(bundle: Path, target: Path) -> Path:
+def copy_bundle(bundle: Path, target: Path) -> Path:
     """A bundle of its own, with the files of another one but no engines. Graphs and manifest may be changed."""
-    shutil.copytree(
-        bundle,
-        target,
-        ignore=shutil.ignore_patterns("engines"),
-        copy_function=lambda a, b: Path(b).hardlink_to(a) if str(a).endswith(".safetensors") else shutil.copyfile(a, b),
-    )
+    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns("engines"))
     return target
 
 
@@ -60,7 +55,7 @@ def with_bits(bundle: Path, target: Path, bits: int) -> Path:
 
     Its functions are dropped, so only a plugin can run it.
     """
-    link_bundle(bundle, target)
+    copy_bundle(bundle, target)
     manifest = Manifest.load(bundle)
     layers = (bits,) * manifest.model.cached_layers
     tuned = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plugin_calls import rtx_library, run
+from plugin_calls import Builds, run
 from samples import Page
 
 from vkvx.plugins import build
@@ -28,7 +28,7 @@ def compiler() -> list[str]:
 
 
 def test_builds_and_says_how_it_is_used(tmp_path: Path) -> None:
-    library, headers = rtx_library(), build.find_headers()
+    library, headers = Builds(tmp_path).runtime, build.find_headers()
     if library is None or headers is None or shutil.which("cmake") is None or shutil.which("nvcc") is None:
         pytest.skip("needs CMake, nvcc, TensorRT's headers and the package tensorrt-rtx-cu13")
     definitions = (f"-DTENSORRT_HEADERS={headers}", f"-DTENSORRT_LIBRARY={library}")

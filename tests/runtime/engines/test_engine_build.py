@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx.parser
 import pytest
-from engine_calls import CAPABILITIES, build, link_bundle, stripped, with_bits
+from engine_calls import CAPABILITIES, build, copy_bundle, stripped, with_bits
 from filelock import FileLock
 
 from vkvx.errors import BuildError, DependencyError, EngineError, OptionError
@@ -44,14 +44,14 @@ def engines(
     tiny_bundle: Path, plugin_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, EngineManifest]:
     """A bundle with engines, not to be changed, and their manifest."""
-    bundle = link_bundle(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle")
+    bundle = copy_bundle(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle")
     return bundle, build(bundle, plugin_file).manifest
 
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A bundle without engines, to build in."""
-    return link_bundle(tiny_bundle, tmp_path / "bundle")
+    return copy_bundle(tiny_bundle, tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
@@ -63,7 +63,7 @@ def test_every_bit_width_and_dtype(
     options = ({} if dtype == "float16" else {"dtype": dtype}) | ({"bits": bits} if bits == 16 else {})
     one = bundle_factory(**options) if bits == 16 or dtype == "float16" else bundle_factory(bits=1, **options)
     target = tmp_path / "bundle"
-    bundle = with_bits(one, target, bits) if bits in (2, 4, 8) else link_bundle(one, target)
+    bundle = with_bits(one, target, bits) if bits in (2, 4, 8) else copy_bundle(one, target)
     result = build(bundle, plugin_file, compute_capabilities=CAPABILITIES)
     assert result.built
     assert result.directory == bundle / "engines" / "rtx-8.0+8.6+8.9+12.0"
@@ -151,7 +151,7 @@ class Asked(Exception):
 @pytest.fixture
 def built(engines: tuple[Path, EngineManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle with engines that may be changed; to build again raises Asked."""
-    bundle = link_bundle(engines[0], tmp_path / "bundle")
+    bundle = copy_bundle(engines[0], tmp_path / "bundle")
     shutil.copytree(engines[0] / "engines", bundle / "engines")
 
     def refuse(*arguments: object) -> None:
@@ -295,7 +295,7 @@ def test_a_killed_build_leaves_nothing(bundle: Path, plugin_file: Path) -> None:
 
 
 def test_without_a_plugin(bundle_factory: Callable[..., Path], tmp_path: Path) -> None:
-    bundle = link_bundle(bundle_factory(bits=16), tmp_path / "bundle")
+    bundle = copy_bundle(bundle_factory(bits=16), tmp_path / "bundle")
     manifest = build(bundle, None).manifest
     assert manifest.plugin is None
     assert manifest.engines["decoder"].plugin_layers == 0
