@@ -1,4 +1,4 @@
-"""Builds ``libvkvx`` and the TensorRT plugins with CMake and nvcc, and finds what was built.
+"""Builds ``libvkvx``, the TensorRT plugins and the operator of onnxruntime with CMake and nvcc; finds what was built.
 
 A build is kept in a folder named by the hash of its sources, so that a changed source or another set of architectures
 never meets an old library. The variables of ``OVERRIDES`` name libraries to use instead.
@@ -27,11 +27,14 @@ TENSORRT = "libvkvx_tensorrt.so"
 """The plugin of TensorRT 10.3 and newer, TensorRT 11 and TensorRT for RTX."""
 TENSORRT8 = "libvkvx_tensorrt8.so"
 """The plugin of TensorRT 8.6."""
+ONNXRUNTIME = "libvkvx_onnxruntime.so"
+"""The custom operator of onnxruntime's CUDA provider."""
 KERNELS = "libvkvx_kernels.a"
 OVERRIDES = {
     LIBRARY: "VKVX_LIBRARY",
     TENSORRT: "VKVX_TENSORRT_LIBRARY",
     TENSORRT8: "VKVX_TENSORRT8_LIBRARY",
+    ONNXRUNTIME: "VKVX_ONNXRUNTIME_LIBRARY",
 }
 CACHE = "VKVX_CACHE"
 HEADERS = "TENSORRT_ROOT"
@@ -41,7 +44,7 @@ NO_HEADERS = (
 )
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 """Compute capabilities, without the dot, that ``all`` stands for."""
-_PATTERNS = ("CMakeLists.txt", "*.h", "kernels/*.cuh", "launch/*", "tensorrt/*")
+_PATTERNS = ("CMakeLists.txt", "*.h", "*.cpp", "kernels/*.cuh", "launch/*", "tensorrt/*", "onnxruntime/*")
 _SYSTEM_FOLDERS = (
     *(f"/usr/include/{machine}-linux-gnu" for machine in ("x86_64", "aarch64")),
     *("/usr/include", "/usr/local/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include"),
@@ -194,6 +197,17 @@ def build_plugin(
     kernels = build(architectures, jobs=jobs).with_name(KERNELS)
     definitions = {"VKVX_KERNELS": str(kernels), "VKVX_TENSORRT_HEADERS": str(headers.absolute())}
     return _build(folder, (name,), definitions, force, jobs)
+
+
+def build_onnxruntime(architectures: str = "native", *, force: bool = False, jobs: int | None = None) -> Path:
+    """Build the custom operator of onnxruntime, and :func:`build` what it links; returns its path.
+
+    It needs no headers of onnxruntime. Arguments and errors are those of :func:`build_plugin`.
+    """
+    folder = _folder(resolve_architectures(architectures))
+    kernels = build(architectures, jobs=jobs).with_name(KERNELS)
+    definitions = {"VKVX_KERNELS": str(kernels), "VKVX_ONNXRUNTIME": "ON"}
+    return _build(folder, (ONNXRUNTIME,), definitions, force, jobs)
 
 
 def _folder(architectures: list[str]) -> Path:

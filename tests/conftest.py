@@ -56,6 +56,14 @@ def plugin_builds(request: pytest.FixtureRequest, exports: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def onnxruntime_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The custom operator of onnxruntime for its CPU provider, see ``onnxruntime_calls``."""
+    from onnxruntime_calls import build_stub
+
+    return build_stub(tmp_path_factory.mktemp("onnxruntime"))
+
+
+@pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Checkpoints and bundles that a run makes once, see ``exports.Exports``."""
     from exports import Exports

@@ -23,6 +23,7 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_path(cli: Callable, builds: Path) -> None:
     options = {build.LIBRARY: [], build.TENSORRT: ["--tensorrt"], build.TENSORRT8: ["--tensorrt8"]}
+    options[build.ONNXRUNTIME] = ["--onnxruntime"]
     for name, option in options.items():
         result = cli("plugin", "path", *option)
         assert result.code == 2
@@ -32,7 +33,7 @@ def test_path(cli: Callable, builds: Path) -> None:
 
 
 def test_build(cli: Callable, builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (build.LIBRARY, build.KERNELS, build.TENSORRT, build.TENSORRT8):
+    for name in (build.LIBRARY, build.KERNELS, build.TENSORRT, build.TENSORRT8, build.ONNXRUNTIME):
         (builds / name).touch()
     headers = tmp_path / "include"
     headers.mkdir()
@@ -48,6 +49,8 @@ def test_build(cli: Callable, builds: Path, tmp_path: Path, monkeypatch: pytest.
     assert result.out == f"{builds / build.LIBRARY}\n"
     assert "TENSORRT_ROOT" in result.err
     assert "kernel-lens" in result.err
+    result = cli("plugin", "build", "--arch", "90", "--onnxruntime")
+    assert result.out == f"{builds / build.LIBRARY}\n{builds / build.ONNXRUNTIME}\n"
     assert cli("plugin", "build", "--arch", "sm90").code == 2
     assert cli("plugin").code == 2
 

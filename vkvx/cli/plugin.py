@@ -1,4 +1,4 @@
-"""``vkvx plugin``: builds the CUDA kernels and the TensorRT plugin, and says where they are."""
+"""``vkvx plugin``: builds the CUDA kernels and what takes them to TensorRT and onnxruntime, and says where they are."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "plugin",
         help="build the CUDA kernels and the TensorRT plugin, or show where they are",
-        description="Build the CUDA kernels of the packed cache, libvkvx, and with TensorRT's headers its plugin, "
-        "with CMake and nvcc, or print where they are.",
+        description="Build the CUDA kernels of the packed cache, libvkvx, with TensorRT's headers its plugin, and with "
+        "--onnxruntime the custom operator of onnxruntime, with CMake and nvcc, or print where they are.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser(
@@ -33,12 +33,16 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         help="headers of the TensorRT to build the plugin for, 8.6 or from 10.3 on (default: $TENSORRT_ROOT, the "
         "system's, those in the pip package kernel-lens)",
     )
+    build.add_argument(
+        "--onnxruntime", action="store_true", help="build the custom operator of onnxruntime's CUDA provider, too"
+    )
     build.add_argument("--force", action="store_true", help="build again")
     build.add_argument("--jobs", type=int, metavar="N", help="compilers side by side (default: one a core)")
     path = actions.add_parser("path", help="print the path of a library", description="Print the path of a library.")
     kind = path.add_mutually_exclusive_group()
     kind.add_argument("--tensorrt", action="store_true", help="the plugin of TensorRT 10, 11 and TensorRT for RTX")
     kind.add_argument("--tensorrt8", action="store_true", help="the plugin of TensorRT 8.6")
+    kind.add_argument("--onnxruntime", action="store_true", help="the custom operator of onnxruntime")
     return parser
 
 
@@ -53,11 +57,15 @@ def run(args: argparse.Namespace) -> int:
             terminal.note(f"no TensorRT plugin: {build.NO_HEADERS}")
         else:
             print(build.build_plugin(args.arch, headers, force=args.force, jobs=args.jobs))
+        if args.onnxruntime:
+            print(build.build_onnxruntime(args.arch, force=args.force, jobs=args.jobs))
         return 0
-    name = build.TENSORRT if args.tensorrt else build.TENSORRT8 if args.tensorrt8 else build.LIBRARY
+    chosen = {build.TENSORRT: args.tensorrt, build.TENSORRT8: args.tensorrt8, build.ONNXRUNTIME: args.onnxruntime}
+    name = next((name for name, is_asked in chosen.items() if is_asked), build.LIBRARY)
     path = build.find_library(name)
     if path is None:
-        command = "vkvx plugin build" + (" --tensorrt-headers DIR" if args.tensorrt8 else "")
+        options = {build.TENSORRT8: " --tensorrt-headers DIR", build.ONNXRUNTIME: " --onnxruntime"}
+        command = f"vkvx plugin build{options.get(name, '')}"
         raise DependencyError(f"{name} is not built; run `{command}`")
     print(path)
     return 0

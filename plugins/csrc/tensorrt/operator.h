@@ -7,21 +7,15 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../operator_table.h"
+#include "../node.h"
 #include "logger.h"
 
 namespace vkvx {
 
 inline constexpr const char* kNamespaces[] = {"", "vkvx"};  // parsers look in the one or the other
-
-// What was asked for cannot be done; the text names what was given and what was expected.
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 // A node: its attributes, checked, and the workspace that TensorRT was asked for. Copies share the
 // latter: TensorRT asks one object for the size, writes another into the engine and runs a third.
@@ -33,7 +27,6 @@ class Operator {
 
   const Attributes& attributes() const { return attributes_; }
   const std::string& layer() const { return layer_; }
-  int input_count() const;  // that a node with these attributes has
 
   // What creates an equal object: the fields of the table and the workspace. They point into this
   // object.
