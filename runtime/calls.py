@@ -15,6 +15,8 @@ from vkvx.errors import InputError
 
 CALL_INPUTS = ("input_ids", "position_ids", "visual_index", "text_index", "last_index", "slot")
 """Inputs of the decoder graph that a call brings, less ``visual_embeds``: INT32, fields of :class:`Call`."""
+PADDING = {"visual_index": -1, "visual_rows": -1, "text_index": -1, "slot": -1}
+"""What fields of a call hold where there is nothing, if it is not 0."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ def build_call(rows: Sequence[Row], *, group_size: int, image_token_id: int) -> 
     return Call(
         input_ids, position_ids, visual_index, text_index, last_index, slot, visual_rows, next_position, window_start
     )
+
+
+def decode_rows(rows: int, most: int) -> int:
+    """Rows of the decode step that serves so many: the next power of two, or the most that there may be."""
+    return max(rows, min(most, 1 << (rows - 1).bit_length()))
 
 
 def window_starts(positions: np.ndarray, window: int, visual: np.ndarray, text: np.ndarray) -> np.ndarray:

@@ -41,9 +41,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_module, "KernelLibrary", lambda path: path)
 
 
-def ability(cli: Callable) -> dict[str, Any]:
+def ability(cli: Callable, name: str = "CUDA kernels") -> dict[str, Any]:
     found = json.loads(cli("doctor", "--json").out)["works"]
-    return next(entry for entry in found if entry["name"] == "CUDA kernels")
+    return next(entry for entry in found if entry["name"] == name)
 
 
 def test_architectures_of_a_file(built: Path, tmp_path: Path) -> None:
@@ -105,3 +105,19 @@ def test_a_library_and_gpus(cli: Callable, built: Path, monkeypatch: pytest.Monk
     assert ability(cli)["reason"] == "the library has no code for compute capability 7.5"
     assert ability(cli)["advice"] == "vkvx plugin build --arch 7.5"
     assert f"C interface {library_module.ABI_VERSION}, for 8.0, 8.9" in cli("doctor").out
+
+
+def test_the_operator_of_onnxruntime(cli: Callable, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, override = "kernels in onnxruntime", build.OVERRIDES[build.ONNXRUNTIME]
+    monkeypatch.delenv(override, raising=False)
+    entry = {"name": name, "works": False}
+    expected = {"reason": "not built", "advice": "vkvx plugin build --onnxruntime"}
+    assert ability(cli, name) == entry | expected
+    library = built.with_name(build.ONNXRUNTIME)
+    library.write_bytes(b"no library")
+    found = ability(cli, name)
+    assert found["works"] is False
+    assert f"cannot load {library}: " in found["reason"]
+    assert found["reason"].endswith("build it again with `vkvx plugin build --onnxruntime --force`")
+    monkeypatch.setenv(override, str(built.with_name("gone.so")))
+    assert f"{override} names" in ability(cli, name)["reason"]

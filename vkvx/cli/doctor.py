@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         _needs("run on a CPU", RUN, found),
         _cuda(found, providers, failures, devices),
         _kernels(library, devices),
+        _operator(found, providers),
         _torch_cuda(found, library),
     ]
     runs = any(ability.works for ability in abilities)
@@ -206,6 +207,27 @@ def _kernels(library: CudaLibrary, devices: list[str]) -> Ability:
         return Ability(name, True)
     reason = f"the library has no code for compute capability {' or '.join(here) or 'unknown'}"
     return Ability(name, False, reason, f"vkvx plugin build --arch {','.join(here) or 'all'}")
+
+
+def _operator(found: dict[str, tuple[str | None, str | None]], providers: list[str]) -> Ability:
+    from vkvx.plugins import build
+    from vkvx.runtime.backends.onnxruntime import kernels
+
+    name = "kernels in onnxruntime"
+    try:
+        path = build.find_library(build.ONNXRUNTIME)
+        if path is None:
+            return Ability(name, False, "not built", kernels.COMMAND)
+        if (base := _needs(name, ("onnxruntime",), found)).reason:
+            return base
+        import onnxruntime
+
+        kernels.register(onnxruntime, onnxruntime.SessionOptions(), path)
+    except DependencyError as error:
+        return Ability(name, False, str(error))
+    if "CUDAExecutionProvider" in providers:
+        return Ability(name, True)
+    return Ability(name, False, f"{path.name} loads, but no CUDA provider of onnxruntime works here")
 
 
 def _library_line(library: CudaLibrary) -> str:

@@ -5,6 +5,9 @@ the buffer and copies nothing else: the last node before a ``present.*`` is a Sc
 is safe because the graph writes only at or past the counts, and reads only below them; the counts themselves have
 output arrays of their own and are taken over after the call.
 
+On CUDA with ``libvkvx_onnxruntime`` (:mod:`vkvx.runtime.backends.onnxruntime.kernels`) attention is one kernel of it,
+decode steps are CUDA graphs, and the host keeps the counts.
+
 On the CPU a float16 bundle is computed in float32 between its float16 inputs, weights and caches: onnxruntime has no
 float16 kernels for most processors, inserts casts, and folds those of the weights on load. It has none for bfloat16 at
 all, so there a bfloat16 bundle runs as a float32 copy made on load, with text rows in float32.
@@ -13,8 +16,11 @@ all, so there a bfloat16 bundle runs as a float32 copy made on load, with text r
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,59 +28,21 @@ from typing import Any
 import numpy as np
 
 from vkvx.cache_layout import CacheLayout
-from vkvx.errors import DependencyError
+from vkvx.errors import BundleError, DependencyError
 from vkvx.graph_files import read_graph
 from vkvx.manifest import Manifest
 from vkvx.packages import missing, requirement
 from vkvx.runtime.backends.base import check_machine
-from vkvx.runtime.backends.onnxruntime import overloads
+from vkvx.runtime.backends.onnxruntime import kernels, overloads
 from vkvx.runtime.backends.onnxruntime.faults import explain
+from vkvx.runtime.backends.onnxruntime.steps import OPTION, DecodeSteps, run_options
+from vkvx.runtime.backends.onnxruntime.storage import ONNX_TYPES, OrtStorage, ort_value
 from vkvx.runtime.backends.onnxruntime.threads import default_threads
-from vkvx.runtime.cache import HostStorage, PackedCache, Shape, Storage, numpy_dtype
+from vkvx.runtime.cache import HostStorage, PackedCache, Storage, numpy_dtype
 from vkvx.runtime.calls import Call, place_embeds
 
-_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
-_ONNX_TYPES = {  # how a buffer on a device is bound
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int32)": np.int32,
-    "tensor(uint16)": _ONNX_BFLOAT16,
-}
-
-
-class OrtStorage:
-    """Buffers in the memory of a device, as OrtValues; bfloat16 as UINT16, which NumPy knows.
-
-    onnxruntime offers no copy between parts of a device buffer, so :meth:`copy` goes through main memory. Empty buffers
-    are NumPy arrays: onnxruntime binds no device address that is null.
-    """
-
-    def __init__(self, ort: Any, device: str) -> None:
-        self._ort = ort
-        self._device = device
-
-    def allocate(self, dtype: str, shape: Shape) -> Any:
-        kind = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)
-        if 0 in shape:
-            return np.empty(shape, kind)
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, self._device, 0)
-
-    def copy(self, buffer: Any, source: int, target: int, entries: int) -> None:
-        contents = np.array(buffer.numpy())
-        contents[target, :, :entries] = contents[source, :, :entries]
-        buffer.update_inplace(contents)
-
-    def read(self, buffer: Any, row: int | None = None) -> np.ndarray:
-        if isinstance(buffer, np.ndarray):
-            return buffer if row is None else buffer[row]
-        contents = np.array(buffer.numpy())  # all of it: onnxruntime copies no part
-        contents = contents if row is None else contents[row]
-        return contents.view(numpy_dtype("bfloat16")) if contents.dtype == np.uint16 else contents
-
-    def write(self, buffer: Any, contents: np.ndarray) -> None:
-        if isinstance(buffer, np.ndarray):
-            return
-        buffer.update_inplace(contents.view(np.uint16) if contents.dtype.name == "bfloat16" else contents)
+_LOG = logging.getLogger(__name__)
+_REFUSES_CAPTURE = re.compile("cannot use the (graph capture|CUDA Graph)")
 
 
 class OnnxRuntimeBackend:
@@ -103,7 +71,9 @@ class OnnxRuntimeBackend:
         check_machine(provider, threads)
         self._ort = _import_onnxruntime()
         self.provider = choose_provider(self._ort, provider)
-        self.device = "CPU" if self.provider == "cpu" else "GPU 0"
+        self._captures = False
+        self._library = kernels.find(manifest, self.provider)
+        self.device = "CPU" if self.provider == "cpu" else f"GPU 0{' with libvkvx_onnxruntime' * bool(self._library)}"
         self.threads = threads or default_threads()
         self.manifest = manifest
         self._bundle = bundle
@@ -113,18 +83,28 @@ class OnnxRuntimeBackend:
         dtype = "float32" if self._widen else manifest.model.dtype
         self._dtype = numpy_dtype(dtype)
         # The CUDA provider reduces no empty axis; a group of padding means the same as no group.
-        self._fills_empty = self.provider == "cuda"
+        self._fills_empty = self.provider == "cuda" and self._library is None
         self._weights: list[dict[str, np.ndarray]] = []
         self._vision: Any = None  # opened with the first picture
         read_graph(bundle, manifest, "vision")  # what is wrong with it shall be told now
-        self._decoder = self._open("decoder")
+        self._decoder = self._open_decoder()
         layout = CacheLayout(replace(manifest.model, dtype=dtype), manifest.quantization)
         with explain(self._ort, f"onnxruntime cannot allocate a cache of {slots} slots"):
             self.cache = PackedCache(layout, slots, visual_tokens, text_tokens, self._storage)
-        self._binding: Any = self._bind_caches()
+        self._binding: Any = self._decoder.io_binding()
+        self._bind_caches(self._binding)
+        self._visual_count_out = np.zeros_like(self.cache.visual_count)
+        self._text_count_out = np.zeros_like(self.cache.text_count)
+        self._steps: DecodeSteps | None = None
+        if self._library is None:
+            self._binding.bind_ortvalue_output("visual_count_out", ort_value(self._ort, self._visual_count_out))
+            self._binding.bind_ortvalue_output("text_count_out", ort_value(self._ort, self._text_count_out))
+        elif self._captures:
+            self._steps = DecodeSteps(self._ort, self._decoder, self.cache, self.provider, self._bind_caches)
 
     def close(self) -> None:
         self.closed = True
+        self._steps = None
         self._binding = self._decoder = self._vision = None
         self._weights.clear()
         self.cache.buffers.clear()
@@ -135,7 +115,7 @@ class OnnxRuntimeBackend:
             self._vision = self._open("vision")
         binding = self._vision.io_binding()
         for name, array in pixel_inputs.items():
-            binding.bind_ortvalue_input(name, _ort_value(self._ort, array))
+            binding.bind_ortvalue_input(name, ort_value(self._ort, array))
         output = graph.outputs[0]
         if output.dtype != "bfloat16" or self._widen:
             binding.bind_output(output.name)  # in main memory
@@ -143,7 +123,7 @@ class OnnxRuntimeBackend:
             return binding.get_outputs()[0].numpy()
         # NumPy arrays of bfloat16 can be written to, but not had from onnxruntime.
         embeds = np.empty((graph.output_rows(pixel_inputs), self.manifest.model.embed_width), numpy_dtype("bfloat16"))
-        binding.bind_ortvalue_output(output.name, _ort_value(self._ort, embeds))
+        binding.bind_ortvalue_output(output.name, ort_value(self._ort, embeds))
         self._run(self._vision, binding, graph.file)
         return embeds
 
@@ -151,7 +131,12 @@ class OnnxRuntimeBackend:
         return place_embeds(call, np.concatenate(embeds))
 
     def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
-        cache, binding = self.cache, self._binding
+        cache, binding, file = self.cache, self._binding, self.manifest.graphs["decoder"].file
+        if self._steps is not None and self._steps.takes(call):
+            with self._explained(file):
+                logits = self._steps.run(call)
+            cache.commit(call, *cache.counts_after(call))
+            return logits
         if self._fills_empty and not call.visual_index.size:
             group = np.full((len(call.slot), cache.group_size), -1, np.int32)
             call = replace(call, visual_index=group)
@@ -163,33 +148,42 @@ class OnnxRuntimeBackend:
         # Binding copies to the device, so the counts are bound anew each time.
         inputs |= {"visual_count": cache.visual_count, "text_count": cache.text_count, "visual_embeds": visual_embeds}
         for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, _ort_value(self._ort, array))
+            binding.bind_ortvalue_input(name, ort_value(self._ort, array))
         logits = np.empty((batch, self.manifest.model.vocab_size), np.float32)
-        binding.bind_ortvalue_output("logits", _ort_value(self._ort, logits))
-        self._run(self._decoder, binding, self.manifest.graphs["decoder"].file)
-        cache.commit(call, self._visual_count_out, self._text_count_out)
+        binding.bind_ortvalue_output("logits", ort_value(self._ort, logits))
+        self._run(self._decoder, binding, file, run_options(self._ort) if self._captures else None)
+        counts = (self._visual_count_out, self._text_count_out) if self._library is None else cache.counts_after(call)
+        cache.commit(call, *counts)
         return logits
 
-    def _bind_caches(self) -> Any:
+    def _bind_caches(self, binding: Any) -> None:
         cache, ort = self.cache, self._ort
-        binding = self._decoder.io_binding()
         for name, buffer in cache.buffers.items():
             if isinstance(buffer, np.ndarray):
-                value = _ort_value(ort, buffer)
+                value = ort_value(ort, buffer)
                 binding.bind_ortvalue_input(f"past.{name}", value)
                 binding.bind_ortvalue_output(f"present.{name}", value)
             else:
-                kind = _ONNX_TYPES[buffer.data_type()]
+                kind = ONNX_TYPES[buffer.data_type()]
                 place = (self.provider, 0, kind, buffer.shape(), buffer.data_ptr())
                 binding.bind_input(f"past.{name}", *place)
                 binding.bind_output(f"present.{name}", *place)
-        self._visual_count_out = np.zeros_like(cache.visual_count)
-        self._text_count_out = np.zeros_like(cache.text_count)
-        binding.bind_ortvalue_output("visual_count_out", _ort_value(ort, self._visual_count_out))
-        binding.bind_ortvalue_output("text_count_out", _ort_value(ort, self._text_count_out))
-        return binding
 
-    def _open(self, name: str) -> Any:
+    def _open_decoder(self) -> Any:
+        # A step that is captured runs several times, which states of linear attention do not allow.
+        if self._library is not None and not self.manifest.model.linear_layers:
+            try:
+                session = self._open("decoder", captures=True)
+            except BundleError as error:
+                if not _REFUSES_CAPTURE.search(str(error)):
+                    raise
+                _LOG.warning("onnxruntime captures no decode steps of this model, which makes them slow: %s", error)
+            else:
+                self._captures = True
+                return session
+        return self._open("decoder")
+
+    def _open(self, name: str, *, captures: bool = False) -> Any:
         ort, path = self._ort, self._bundle / self.manifest.graphs[name].file
         read = read_graph(self._bundle, self.manifest, name)
         options = ort.SessionOptions()
@@ -200,18 +194,26 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.provider == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": 0}))
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": 0} | ({OPTION: 1} if captures else {})))
         model: Any = str(path)
+        is_changed = False
+        if name == "decoder" and self._library is not None:
+            from vkvx.runtime.backends.onnxruntime.lowering import use_operator
+
+            kernels.register(ort, options, self._library)
+            use_operator(read)
+            is_changed = True
         with explain(ort, f"onnxruntime cannot load {path}"):
             if self._widen:
                 from vkvx.runtime.backends.onnxruntime.bf16 import widen
 
                 values = widen(read, path.parent)
-                options.add_external_initializers(list(values), [_ort_value(ort, array) for array in values.values()])
+                options.add_external_initializers(list(values), [ort_value(ort, array) for array in values.values()])
                 self._weights.append(values)  # onnxruntime does not copy them
                 model = read.SerializeToString()
-            elif not overloads.are_known(ort.__version__):
-                overloads.separate(read)
+            elif is_changed or not overloads.are_known(ort.__version__):
+                if not overloads.are_known(ort.__version__):
+                    overloads.separate(read)
                 options.add_session_config_entry(overloads.FOLDER_ENTRY, str(path.parent))
                 model = read.SerializeToString()
             session = ort.InferenceSession(model, options, providers=providers)
@@ -222,9 +224,12 @@ class OnnxRuntimeBackend:
             )
         return session
 
-    def _run(self, session: Any, binding: Any, file: str) -> None:
-        with explain(self._ort, f"onnxruntime failed in {self._bundle / file}"):
-            session.run_with_iobinding(binding)
+    def _run(self, session: Any, binding: Any, file: str, options: Any = None) -> None:
+        with self._explained(file):
+            session.run_with_iobinding(binding, options)
+
+    def _explained(self, file: str) -> AbstractContextManager[None]:
+        return explain(self._ort, f"onnxruntime failed in {self._bundle / file}")
 
 
 def _import_onnxruntime() -> Any:
@@ -250,10 +255,3 @@ def choose_provider(ort: Any, provider: str) -> str:
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
     return provider
-
-
-def _ort_value(ort: Any, array: np.ndarray) -> Any:
-    """An OrtValue on the memory of a C-contiguous array."""
-    if array.dtype.name == "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -16,12 +16,11 @@ from vkvx.cache_layout import tensor_bytes
 from vkvx.errors import CapacityError
 from vkvx.runtime.backends.tensorrt.device import ALIGNMENT
 from vkvx.runtime.cache import PackedCache, Shape
-from vkvx.runtime.calls import Call
+from vkvx.runtime.calls import PADDING, Call, decode_rows
 from vkvx.runtime.engines.manifest import DECODE, DECODER, PREFILL, EngineManifest, Profile
 
 COUNTS = ("visual_count", "text_count")
 
-_PADDING = {"visual_index": -1, "visual_rows": -1, "text_index": -1, "slot": -1}
 _FLAGS = {
     "rows": "--max-batch-size",
     "slots": "--max-slots",
@@ -124,7 +123,7 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, embed_wid
         least["visual_index"][1] = max(group_size, least["visual_index"][1])
     # Rows of all inputs, and entries of both forms of the visual index, grow together.
     call = Call(
-        **{name: _pad(array, least[name], _PADDING.get(name, 0)) for name, array in call.inputs.items()},
+        **{name: _pad(array, least[name], PADDING.get(name, 0)) for name, array in call.inputs.items()},
         visual_rows=_pad(call.visual_rows, least["visual_index"], -1),
         next_position=_pad(call.next_position, least["slot"], 0),
     )
@@ -134,11 +133,6 @@ def plan_call(engines: EngineManifest, call: Call, cache: PackedCache, embed_wid
         _check(profile, name, sizes)
     shapes["visual_embeds"] = (*call.visual_index.shape, embed_width)
     return CallPlan(profile, call, rows, arrays, shapes)
-
-
-def decode_rows(rows: int, most: int) -> int:
-    """Rows of the decode step that serves so many: the next power of two, or the most that there may be."""
-    return max(rows, min(most, 1 << (rows - 1).bit_length()))
 
 
 def pack(arrays: Mapping[str, Shape]) -> tuple[dict[str, int], int]:
