@@ -37,6 +37,7 @@ BENCHMARKS = {
     "decode": "decode steps of whole models in the torch backend, eager and captured, on a GPU",
     "export_shapes": "memory and time of exports of large models, from checkpoints of zeros that take no room",
     "few_rows": "decode attention of few rows with grouped heads on a GPU, caches cold, against torch's",
+    "onnxruntime_steps": "decode steps of bundles in onnxruntime with the custom operator on a GPU, beside torch",
     "pack": "quantise-and-pack of new visual tokens on a GPU",
     "prefill": "prefill attention on a GPU, against torch's flash attention",
     "prefill_cost": "what quantising the pictures of a prompt adds to its prefill on a GPU, over 16 bits",
