@@ -26,18 +26,20 @@ BACKENDS = ("onnxruntime", "torch")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--bundles", nargs="+", type=Path, required=True, help="bundles, with a config.json for torch")
+    parser.add_argument("--bundles", nargs="+", required=True, help="bundles, with a config.json for torch")
     parser.add_argument("--batch", type=int, nargs="+", default=[8], help="rows")
     parser.add_argument("--steps", type=int, default=100, help="steps that are timed")
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table. Raises OptionError, and what opening a bundle raises."""
-    return [row for path in arguments.bundles for batch in arguments.batch for row in _rows(path, batch, arguments)]
+    return [
+        row for path in arguments.bundles for batch in arguments.batch for row in _rows(Path(path), batch, arguments)
+    ]
 
 
-def _rows(bundle: Path, batch: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    tokens = np.random.default_rng(1).integers(4, 400, (CHECKED + arguments.steps, batch)).astype(np.int32)
+def _rows(bundle: Path, batch: int, steps: int) -> list[dict[str, Any]]:
+    tokens = np.random.default_rng(1).integers(4, 400, (CHECKED + steps, batch)).astype(np.int32)
     logits, rows = dict[str, np.ndarray](), list[dict[str, Any]]()
     for name in BACKENDS:
         backend = _filled(name, bundle, batch, len(tokens))

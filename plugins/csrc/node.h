@@ -52,8 +52,8 @@ const Tensor& output(const Attributes& attributes, int i);
 // Throws Error unless a node with these attributes has this many.
 void check_counts(const Attributes& attributes, int inputs, int outputs);
 
-// Attributes and sizes of a call: all of VkvxParams but addresses, strides and workspace. `dtype` is
-// VKVX_FLOAT16 to VKVX_FLOAT32. With `exact` every tensor has to agree on a size; otherwise the
+// Attributes and sizes of a call: all of VkvxParams but addresses, strides and workspace. `dtype`
+// is VKVX_FLOAT16 to VKVX_FLOAT32. With `exact` every tensor has to agree on a size; otherwise the
 // greatest counts, as upper bounds of shapes need not agree. Throws Error.
 VkvxParams call_params(const Attributes& attributes, int32_t dtype,
                        const std::vector<Extents>& inputs, bool exact);

@@ -166,6 +166,34 @@ def test_wrong_shapes_are_refused(onnxruntime_stub: Path) -> None:
     assert reference.failure is not None
 
 
+@pytest.mark.parametrize("version", ["1.22.3", "0.30.0", "none"])
+def test_an_older_onnxruntime_is_refused_in_one_line(onnxruntime_stub: Path, version: str) -> None:
+    """With an onnxruntime of this version, of whose table only what makes an error is there."""
+    said: list[tuple[int, str]] = []
+    asked: list[int] = []
+    name = ctypes.create_string_buffer(version.encode())
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    def create_status(code: int, message: bytes) -> int:
+        said.append((code, message.decode()))
+        return 1
+
+    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    def get_api(number: int) -> int:
+        asked.append(number)
+        return ctypes.addressof(table)
+
+    version_of = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(name))
+    base = (ctypes.c_void_p * 2)(*(ctypes.cast(function, ctypes.c_void_p) for function in (get_api, version_of)))
+    register = ctypes.CDLL(str(onnxruntime_stub)).RegisterCustomOps
+    register.restype, register.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_void_p)
+    assert register(None, base) == 1
+    assert asked == [1]
+    assert said == [(1, f"libvkvx_onnxruntime: needs onnxruntime 1.23 or newer, but this is {version}")]
+
+
 def test_places_in_the_table_are_those_of_the_header() -> None:
     """Where onnxruntime's header is: functions, the custom op, and numbers of enumerations."""
     header = _header()

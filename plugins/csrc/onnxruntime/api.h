@@ -1,6 +1,6 @@
 // What of onnxruntime's C interface the custom operator uses, declared here: no package holds the
-// headers. The table of functions only ever grows at its end, so places are the same in all versions
-// from kMinor on. A test compares this file with onnxruntime's header where there is one.
+// headers. The table of functions only ever grows at its end, so places are the same in all
+// versions from kMinor on. A test compares this file with onnxruntime's header where there is one.
 #pragma once
 
 #include <cstddef>

@@ -181,8 +181,8 @@ class Kernel {
     };
     std::unique_ptr<void, decltype(free)> workspace(nullptr, free);
     if (p.workspace_bytes) {
-      check(api_, KernelContext_GetScratchBuffer(api_, context, memory, p.workspace_bytes,
-                                                 &p.workspace));
+      check(api_,
+            KernelContext_GetScratchBuffer(api_, context, memory, p.workspace_bytes, &p.workspace));
       workspace.reset(p.workspace);
       clear_workspace(p, stream);
     }

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from vkvx.cache_layout import CacheLayout
-from vkvx.errors import BundleError, DependencyError
+from vkvx.errors import BundleError, DependencyError, DeviceError
 from vkvx.graph_files import read_graph
 from vkvx.manifest import Manifest
 from vkvx.packages import missing, requirement
@@ -42,6 +42,7 @@ from vkvx.runtime.cache import HostStorage, PackedCache, Storage, numpy_dtype
 from vkvx.runtime.calls import Call, place_embeds
 
 _LOG = logging.getLogger(__name__)
+_UNCAPTURED = "onnxruntime captures no decode steps of this model as CUDA graphs, so that they are slower: %s"
 _REFUSES_CAPTURE = re.compile("cannot use the (graph capture|CUDA Graph)")
 
 
@@ -91,16 +92,11 @@ class OnnxRuntimeBackend:
         layout = CacheLayout(replace(manifest.model, dtype=dtype), manifest.quantization)
         with explain(self._ort, f"onnxruntime cannot allocate a cache of {slots} slots"):
             self.cache = PackedCache(layout, slots, visual_tokens, text_tokens, self._storage)
-        self._binding: Any = self._decoder.io_binding()
-        self._bind_caches(self._binding)
         self._visual_count_out = np.zeros_like(self.cache.visual_count)
         self._text_count_out = np.zeros_like(self.cache.text_count)
-        self._steps: DecodeSteps | None = None
-        if self._library is None:
-            self._binding.bind_ortvalue_output("visual_count_out", ort_value(self._ort, self._visual_count_out))
-            self._binding.bind_ortvalue_output("text_count_out", ort_value(self._ort, self._text_count_out))
-        elif self._captures:
-            self._steps = DecodeSteps(self._ort, self._decoder, self.cache, self.provider, self._bind_caches)
+        self._binding: Any
+        self._steps: DecodeSteps | None
+        self._bind()
 
     def close(self) -> None:
         self.closed = True
@@ -131,12 +127,12 @@ class OnnxRuntimeBackend:
         return place_embeds(call, np.concatenate(embeds))
 
     def step(self, call: Call, visual_embeds: np.ndarray | None) -> np.ndarray:
-        cache, binding, file = self.cache, self._binding, self.manifest.graphs["decoder"].file
-        if self._steps is not None and self._steps.takes(call):
-            with self._explained(file):
-                logits = self._steps.run(call)
+        cache, file = self.cache, self.manifest.graphs["decoder"].file
+        captured = self._run_captured(call, file)
+        if captured is not None:
             cache.commit(call, *cache.counts_after(call))
-            return logits
+            return captured
+        binding = self._binding
         if self._fills_empty and not call.visual_index.size:
             group = np.full((len(call.slot), cache.group_size), -1, np.int32)
             call = replace(call, visual_index=group)
@@ -155,6 +151,36 @@ class OnnxRuntimeBackend:
         counts = (self._visual_count_out, self._text_count_out) if self._library is None else cache.counts_after(call)
         cache.commit(call, *counts)
         return logits
+
+    def _bind(self) -> None:
+        """Bind what is the same in each call."""
+        self._binding, self._steps = self._decoder.io_binding(), None
+        self._bind_caches(self._binding)
+        if self._library is None:
+            self._binding.bind_ortvalue_output("visual_count_out", ort_value(self._ort, self._visual_count_out))
+            self._binding.bind_ortvalue_output("text_count_out", ort_value(self._ort, self._text_count_out))
+        elif self._captures:
+            self._steps = DecodeSteps(self._ort, self._decoder, self.cache, self.provider, self._bind_caches)
+
+    def _run_captured(self, call: Call, file: str) -> np.ndarray | None:
+        """Logits of a step that runs as a graph; None for others. What cannot be captured runs without from now on:
+        then the decoder is opened again, and what the step has stored is stored again.
+        """
+        if self._steps is None or not self._steps.takes(call):
+            return None
+        try:
+            with self._explained(file):
+                return self._steps.run(call)
+        except DeviceError as error:
+            if self._steps.has_run:
+                raise
+            _LOG.warning(_UNCAPTURED, error)
+        # Behind the block, whose error keeps the session.
+        self._captures, self._steps = False, None
+        self._binding = self._decoder = None
+        self._decoder = self._open("decoder")
+        self._bind()
+        return None
 
     def _bind_caches(self, binding: Any) -> None:
         cache, ort = self.cache, self._ort
@@ -177,7 +203,7 @@ class OnnxRuntimeBackend:
             except BundleError as error:
                 if not _REFUSES_CAPTURE.search(str(error)):
                     raise
-                _LOG.warning("onnxruntime captures no decode steps of this model, which makes them slow: %s", error)
+                _LOG.warning(_UNCAPTURED, error)
             else:
                 self._captures = True
                 return session

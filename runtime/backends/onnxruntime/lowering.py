@@ -1,7 +1,7 @@
 """The decoder graph for the custom operator of ``libvkvx_onnxruntime``: what onnxruntime's CUDA provider runs best.
 
-The operator's functions go, and so do the new counts, which the host knows; norms and rotary embeddings become one
-node each.
+The operator's functions go, and so do the new counts, which the host knows; root mean square norms become one node.
+(So could rotary embeddings, but onnxruntime's node for them, as of 1.31, cannot be captured in a CUDA graph.)
 Sizes that are numbers of the model are put on the GPU by nodes of the GPU: where the provider has to copy one from main
 memory it captures no CUDA graph.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from vkvx.runtime.backends.onnxruntime.fusions import ATTENTION, MICROSOFT, Uses, fuse_norms, fuse_rotations, prune
+from vkvx.runtime.backends.onnxruntime.fusions import ATTENTION, Uses, fuse_norms, prune
 
 COUNTS = ("visual_count_out", "text_count_out")
 """Outputs that the graph loses."""
@@ -55,8 +55,6 @@ def use_operator(model: onnx.ModelProto) -> None:
     prune(graph)
     _upload_sizes(model)
     fuse_norms(graph)
-    if fuse_rotations(graph):
-        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
 
 
 def _strip_functions(model: onnx.ModelProto) -> None:

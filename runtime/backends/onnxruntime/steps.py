@@ -30,6 +30,8 @@ class DecodeSteps:
     def __init__(self, ort: Any, session: Any, cache: PackedCache, device: str, bind: Callable[[Any], None]) -> None:
         self._ort, self._session, self._cache, self._device, self._bind = ort, session, cache, device, bind
         self._steps: dict[int, _Step] = {}
+        self.has_run = False
+        """Whether any step has: then graphs can be captured."""
 
     @staticmethod
     def takes(call: Call) -> bool:
@@ -45,7 +47,9 @@ class DecodeSteps:
         del inputs["visual_index"]
         if padded not in self._steps:
             self._steps[padded] = self._new(padded)
-        return self._steps[padded].run(inputs)[:rows]
+        logits = self._steps[padded].run(inputs)[:rows]
+        self.has_run = True
+        return logits
 
     def _new(self, rows: int) -> _Step:
         info = self._cache.layout.info
