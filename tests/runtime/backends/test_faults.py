@@ -24,6 +24,7 @@ WORDS: list[tuple[str, type[VkvxError]]] = [
     ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", DeviceError),
     ("CUDNN failure 4: CUDNN_STATUS_INTERNAL_ERROR ; GPU=0", DeviceError),
     ("CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED", DeviceError),
+    ("VisualKVAttention: attention: no kernel image is available for execution on the device", DeviceError),
     ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Foo(1)", DependencyError),
     ("[ONNXRuntimeError] : 1 : FAIL : Unsupported model IR version: 99, max supported IR version: 11", DependencyError),
     ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x failed:Protobuf parsing failed.", BundleError),

@@ -57,7 +57,7 @@ def test_the_answers_are_those_of_the_function(
     bundle_factory: Callable[..., Path], onnxruntime_stub: Path, pages: list[Page], bits: int, rows: int
 ) -> None:
     """Prefill and steps: three rows with pictures at 16 bits, whose step is padded to four, and text at 1 bit."""
-    bundle = bundle_factory(bits=bits)
+    bundle = bundle_factory(bits=16) if bits == 16 else bundle_factory()
     prompts: Any = [PROMPT] * rows if bits == 16 else ["USER: one ASSISTANT:"]
     images: Any = [page.path for page in pages[:rows]] if bits == 16 else None
     with Session.load(bundle, backend="onnxruntime", provider="cpu", slots=4) as session:
@@ -83,11 +83,10 @@ def lowered(bundle: Path) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.parametrize("bits", [1, 16])
-def test_what_the_graph_loses(bundle_factory: Callable[..., Path], bits: int) -> None:
-    bundle = bundle_factory(bits=bits)
+@pytest.mark.parametrize("options", [{}, {"bits": 16}])
+def test_what_the_graph_loses(bundle_factory: Callable[..., Path], options: dict[str, int]) -> None:
+    bundle = bundle_factory(**options)
     model, before = lowered(bundle), onnx.load(str(bundle / "decoder.onnx"), load_external_data=False)
-    onnx.checker.check_model(before)
     assert not model.functions
     assert [info.name for info in model.graph.input] == [info.name for info in before.graph.input]
     assert [i.name for i in model.graph.output] == [i.name for i in before.graph.output if i.name not in COUNTS]
