@@ -44,6 +44,9 @@ class Uses:
             for name, tensor in self.initializers.items()
             if tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= MOST_SIZES
         }
+        for node in nodes:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
 
     def number(self, name: str) -> float | None:
         """The value of a constant of one element."""
