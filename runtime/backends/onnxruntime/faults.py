@@ -13,7 +13,9 @@ from vkvx.packages import requirement
 _MEMORY = re.compile(
     r"failed to allocate|bad.?alloc|out of memory|not enough memory|smaller than requested|ALLOC_FAILED|BFCArena", re.I
 )
-_DEVICE = re.compile(r"\b(CUDA|CUDNN|CUBLAS|CUFFT|CURAND)(LT)? (failure|error)|cudaError|CU(DNN|BLAS)_STATUS|no kernel image")
+_DEVICE = re.compile(
+    r"\b(CUDA|CUDNN|CUBLAS|CUFFT|CURAND)(LT)? (failure|error)|cudaError|CU(DNN|BLAS)_STATUS|no kernel image"
+)
 _VERSION = re.compile(
     r"NOT_IMPLEMENTED|could not find an implementation|not a registered function/op|unsupported model IR version|"
     r"no op registered|under development|opset \d+ is not supported|no schema registered",
