@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vkvx.errors import InputError, OptionError, VkvxError
+from vkvx.errors import InputError, OptionError, StorageError, VkvxError
 from vkvx.packages import missing
 from vkvx.runtime.sessions.videos import SUFFIXES
 from vkvx.storage import check_file, write_file
@@ -120,7 +120,7 @@ def _mmmu(data: Any) -> Iterator[Question]:
         lettered = zip(string.ascii_uppercase, choices, strict=False)
         options = "".join(f"\n({letter}) {choice}" for letter, choice in lettered)
         letters = string.ascii_uppercase[: len(choices)]
-        answers = [entry["answer"]] if entry["answer"] in letters else []
+        answers = [entry["answer"]] if entry["answer"] in tuple(letters) else []
         yield Question(pictures, f"{entry['question']}{options}\n{LETTER}", answers, choices)
 
 
@@ -193,8 +193,9 @@ def convert(
     if not lines:
         given = ", ".join(map(str, sources))
         raise InputError(f"{given} has no questions of {name}; give its {BENCHMARKS[name].file}")
+    if inline:
+        _make_folder(images)
     for path, content in inline.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
     write_file(output, "".join(lines))
     return len(lines), skipped
@@ -252,7 +253,9 @@ def _place(picture: str | Inline, images: Path, of_videos: bool, inline: dict[Pa
         path = images / picture.name
         if path.parent != images:
             raise InputError(f"{where}: its id makes no file name: '{picture.name}'; give an untouched file")
-        if path.exists() and path.read_bytes() != picture.content:
+        if inline.get(path, picture.content) != picture.content:
+            raise InputError(f"{where}: another question has its id; give an untouched file")
+        if path.exists() and not (path.is_file() and path.read_bytes() == picture.content):
             raise InputError(f"{where}: {path} is another picture; give images= (--images) another folder")
         inline[path] = picture.content
         return path
@@ -260,6 +263,15 @@ def _place(picture: str | Inline, images: Path, of_videos: bool, inline: dict[Pa
         return images / picture if (images / picture).is_file() else None
     paths = [images / f"{picture}{suffix}" for suffix in VIDEO_SUFFIXES]
     return next((path for path in paths if (path.is_file() if path.suffix else path.is_dir())), None)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make the folder {path} ({error.strerror}); give images= (--images) another"
+        ) from error
 
 
 def _frames(folder: Path, count: int, where: str) -> list[Path]:

@@ -161,7 +161,7 @@ def _read_line(path: Path, number: int, line: str, index: int, answered: bool) -
     choices = entry.get("choices", [])
     if not _are_texts(choices) or len(choices) > len(string.ascii_uppercase):
         raise InputError(f"{where}: 'choices' must be a list of at most 26 texts, which have the letters from A on")
-    if choices and any(answer not in string.ascii_uppercase[: len(choices)] for answer in answers):
+    if choices and not set(answers) <= set(string.ascii_uppercase[: len(choices)]):
         raise InputError(f"{where}: with 'choices' the 'answers' must be letters, such as A")
     texts = (*((answer, "an answer") for answer in answers), *((choice, "a choice") for choice in choices))
     for text, what in ((entry["prompt"], "'prompt'"), *texts):

@@ -38,7 +38,7 @@ def check_call_files(manifest: Manifest, **paths: Path | None) -> None:
     require("polygraphy", "polygraphy")
     for name, path in given.items():
         check_file(path, OPTIONS[name])
-    if len({path.expanduser().absolute() for path in given.values()}) < len(given):
+    if len({path.resolve() for path in given.values()}) < len(given):
         raise OptionError(f"{' and '.join(OPTIONS.values())} name one file; give two")
 
 

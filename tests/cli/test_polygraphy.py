@@ -108,7 +108,7 @@ def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OptionError, match=r"--save-inputs.* bfloat16"):
         check_call_files(manifest(dtype="bfloat16"), save_inputs=one, save_outputs=None)
     with pytest.raises(OptionError, match="name one file"):
-        check_call_files(manifest(), save_inputs=one, save_outputs=tmp_path / "." / "one.json")
+        check_call_files(manifest(), save_inputs=one, save_outputs=tmp_path / ".." / tmp_path.name / "one.json")
     with pytest.raises(StorageError, match=r"--save-outputs"):
         check_call_files(manifest(), save_inputs=None, save_outputs=tmp_path / "none" / "one.json")
     check_call_files(manifest(dtype="bfloat16"), save_inputs=None, save_outputs=None)

@@ -185,6 +185,25 @@ def test_another_picture_is_not_replaced(rows: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_two_questions_of_one_id(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same picture twice is fine, a second one under the name of the first is not."""
+    output = tmp_path / "out.jsonl"
+    assert main(["mmmu", str(rows), str(rows), "--images", str(tmp_path / "new"), "-o", str(output)]) == 0
+    entry = {**MMMU[1], "id": MMMU[0]["id"], "image_1": {"bytes": b"third", "path": "x.jpg"}}
+    parquet.write_table(pyarrow.Table.from_pylist([entry]), tmp_path / "more.parquet")
+    sources, other = [str(rows), str(tmp_path / "more.parquet")], tmp_path / "other"
+    assert main(["mmmu", *sources, "--images", str(other), "-o", str(output)]) == 2
+    assert "more.parquet: question 1: another question has its id" in capsys.readouterr().err
+    assert not other.exists()
+
+
+def test_a_file_where_the_pictures_go(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.jsonl"
+    assert main(["mmmu", str(rows), "--images", str(rows), "-o", str(output)]) == 2
+    assert "give images= (--images) another" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_a_file_that_is_no_parquet(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "test.parquet"
     source.write_bytes(b"PAR1 not really")
@@ -264,6 +283,7 @@ def test_options_without_effect(
         ("chartqa", [], "has no questions of chartqa"),
         ("ocrbench", [{**OCR[0], "answers": []}], "question 1 lacks"),
         ("mmmu", [{**MMMU[0], "answer": "?"}], "question 1 lacks"),
+        ("mmmu", [{**MMMU[0], "answer": "AB"}], "question 1 lacks"),
         ("mmmu", [{**MMMU[0], "options": "['a'"}], "has not the form of mmmu"),
         ("mmmu", [{**MMMU[1], "image_1": None}], "question 1 lacks"),
         ("mmmu", [{**MMMU[1], "id": "../x", "image_1": {"bytes": 1, "path": None}}], "question 1 lacks"),

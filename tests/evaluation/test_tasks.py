@@ -59,6 +59,7 @@ def test_questions(write: Callable[..., Path]) -> None:
         ({**GOOD, "fps": 2}, "'fps' must be a positive number, of a 'video'"),
         ({**GOOD, "choices": ["a", 3], "answers": ["A"]}, "'choices' must be a list of at most 26 texts"),
         ({**GOOD, "choices": ["a", "b"], "answers": ["C"]}, "'answers' must be letters"),
+        ({**GOOD, "choices": ["a", "b"], "answers": ["AB"]}, "'answers' must be letters"),
         ({"images": [], "prompt": "What?", "answers": ["x"]}, "at least one"),
         ({"image": "page.png", "answers": ["x"]}, "'prompt' must be text"),
         ({**GOOD, "prompt": ""}, "'prompt' must be text"),
