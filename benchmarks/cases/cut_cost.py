@@ -25,7 +25,7 @@ BATCH, TOKENS = 8, 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--pages", type=int, default=400)
-    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--bits", type=int, nargs="+", choices=(1, 2, 4, 8), default=[1, 2, 4])
 
 
 def run(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:

@@ -4,6 +4,9 @@
 set -euo pipefail
 bundle=${1:?several.sh BUNDLE 0 1}; shift
 : "${VKVX_API_KEY:?set it: behind a proxy servers answer only if they have a key}"
+for tool in vkvx nginx curl; do
+  command -v "$tool" > /dev/null || { echo "$tool is not installed, or not on the PATH" >&2; exit 2; }
+done
 port=${PORT:-8080} folder=$(mktemp -d) pids=() upstream=
 chmod 711 "$folder"  # nginx works as another user where it is started by root
 trap 'kill "${pids[@]}" 2>/dev/null || true; wait; rm -r "$folder"' EXIT

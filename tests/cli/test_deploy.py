@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
 import sys
 import threading
 import types
@@ -472,3 +473,13 @@ def test_the_verb(cli: Callable, tiny_bundle: Path, tmp_path: Path) -> None:
         assert refused.code == 2
         assert refused.err.startswith("vkvx: error: ")
         assert refused.err.count("\n") == 1
+
+
+def test_the_script_of_several_servers_names_what_is_missing(tmp_path: Path) -> None:
+    """Before it starts a server or waits for one."""
+    script = Path(__file__).parents[2] / "examples" / "serve" / "several.sh"
+    environment = {"PATH": str(tmp_path), "VKVX_API_KEY": "secret"}
+    done = subprocess.run(
+        ["/bin/bash", script, "bundle", "cpu"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "vkvx is not installed, or not on the PATH\n")
